@@ -1,0 +1,46 @@
+"""Seriatim: autoregressive image generation, any tokenizer x backbone x order x head.
+
+    import seriatim
+    pipe = seriatim.load("demo/model")
+    pipe(class_labels=[3], seed=7).images[0].save("three.png")
+
+Importing this package imports no torch; a public name does, when it is first used.
+"""
+
+from __future__ import annotations
+
+
+from seriatim.core.lazy import exporter
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "BACKBONES": "seriatim.models.build",
+    "HEADS": "seriatim.models.build",
+    "MODELS": "seriatim.models.build",
+    "PRESETS": "seriatim.zoo",
+    "TOKENIZERS": "seriatim.tokenizers.build",
+    "CheckpointError": "seriatim.core.errors",
+    "ConfigError": "seriatim.core.errors",
+    "DataError": "seriatim.core.errors",
+    "NumericsError": "seriatim.core.errors",
+    "Pipeline": "seriatim.pipeline",
+    "ResourceError": "seriatim.core.errors",
+    "Result": "seriatim.pipeline",
+    "SampleRequest": "seriatim.sampling.request",
+    "SeriatimError": "seriatim.core.errors",
+    "Step": "seriatim.sampling.masked",
+    "UsageError": "seriatim.core.errors",
+    "load": "seriatim.pipeline",
+    "train": "seriatim.training.loop",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+__getattr__ = exporter(__name__, _PUBLIC)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]
+
+

@@ -1,0 +1,5 @@
+"""`python -m seriatim` is `seriatim`."""
+
+from seriatim.cli.main import main
+
+main()

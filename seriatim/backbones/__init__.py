@@ -1,0 +1,10 @@
+"""Backbones: from what is known to a vector z for every token asked for."""
+
+from __future__ import annotations
+
+from seriatim.core.lazy import exporter
+
+__all__ = ["Backbone", "Masked"]
+
+
+__getattr__ = exporter(__name__, {"Backbone": "seriatim.backbones.base", "Masked": "seriatim.backbones.masked"})

@@ -1,0 +1,154 @@
+"""The masked backbone of MAR: a bidirectional encoder over what is known, a decoder over all positions.
+
+Li et al. 2024, "Autoregressive Image Generation without Vector Quantization", section 3.4; He et al. 2022 (MAE).
+Unusual:
+- the condition enters as `buffer` extra tokens in front, all the same vector, told apart by position only;
+- unknown tokens are dropped in the encoder and are a mask token in the decoder;
+- a LayerNorm follows the encoder's positions, before its first block;
+- a third set of positions is added after the decoder's last norm: it tells the head which token it draws.
+
+Shapes: B images, L tokens, D features of a token, A buffer tokens, K known tokens (the most of the batch),
+N tokens asked for, E and C encoder and decoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from seriatim.backbones.base import Backbone
+from seriatim.core.errors import UsageError
+from seriatim.nn.blocks import NORM_EPS, Block, xavier
+from seriatim.nn.position import learned_positions
+
+ROW_CAP = 1 << 16  # rows (images x positions) in one pass without gradients: bounds memory
+
+
+@dataclass
+class MaskedState:
+    condition: Tensor  # (B, E)
+
+
+def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """One number for encoder and decoder alike, or one for each."""
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    if len(values) != 2 or any(not isinstance(v, int) or v < 1 for v in values):
+        raise UsageError(f"{name}: {value!r} is not allowed; give a positive integer or two (encoder, decoder)")
+    return values[0], values[1]
+
+
+class Masked(Backbone):
+    """Encoder-decoder over a set of known tokens; several tokens a step, in any order."""
+
+    def __init__(
+        self,
+        tokens: int,  # L
+        dim: int,  # D
+        *,
+        width: int | Sequence[int] = 768,  # E and C, or one number for both
+        depth: int | Sequence[int] = 12,  # blocks of encoder and of decoder, or one number for each of them
+        heads: int | Sequence[int] | None = None,  # attention heads; None: one for each 64 of width
+        buffer: int = 64,  # A
+        mlp_ratio: float = 4.0,
+        dropout: float = 0.1,  # of attention and of both MLP layers, in training
+    ) -> None:
+        super().__init__()
+        E, C = pair("width", width)
+        depths = pair("depth", depth)
+        both_heads = pair("heads", heads) if heads is not None else (max(1, E // 64), max(1, C // 64))
+        for side, count in zip((E, C), both_heads, strict=True):
+            if side % count:
+                raise UsageError(f"heads: {count} does not divide the width {side}; choose a divisor")
+        for name, value in (("tokens", tokens), ("dim", dim), ("buffer", buffer)):
+            if value < 1:
+                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        if not 0 <= dropout < 1:
+            raise UsageError(f"dropout: {dropout!r} is not allowed; it must be in [0, 1)")
+        self.tokens, self.dim, self.width, self.z_dim, self.buffer = tokens, dim, E, C, buffer
+        self.row_cap = ROW_CAP
+        self.config = {
+            "tokens": tokens, "dim": dim, "width": [E, C], "depth": list(depths), "heads": list(both_heads),
+            "buffer": buffer, "mlp_ratio": mlp_ratio, "dropout": dropout,
+        }  # fmt: skip
+
+        # Encoder
+        self.token_embed = nn.Linear(dim, E)
+        self.encoder_positions = learned_positions(buffer + tokens, E)  # buffer first
+        self.embed_norm = nn.LayerNorm(E, eps=NORM_EPS)
+        self.encoder = nn.ModuleList(Block(E, both_heads[0], mlp_ratio, dropout) for _ in range(depths[0]))
+        self.encoder_norm = nn.LayerNorm(E, eps=NORM_EPS)
+        # Decoder
+        self.decoder_embed = nn.Linear(E, C)
+        self.mask_token = nn.Parameter(torch.randn(1, C) * 0.02)
+        self.decoder_positions = learned_positions(buffer + tokens, C)
+        self.decoder = nn.ModuleList(Block(C, both_heads[1], mlp_ratio, dropout) for _ in range(depths[1]))
+        self.decoder_norm = nn.LayerNorm(C, eps=NORM_EPS)
+        self.output_positions = learned_positions(tokens, C)
+        xavier(self)
+
+    def start(self, condition: Tensor) -> MaskedState:
+        return MaskedState(condition)
+
+    def z(self, state: MaskedState, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self._z(state.condition, tokens, known, ask)
+        chunk = max(1, self.row_cap // (self.buffer + self.tokens))
+        pieces = zip(*(t.split(chunk) for t in (state.condition, tokens, known, ask)), strict=True)
+        return torch.cat([self._z(*piece) for piece in pieces])
+
+    def _z(self, condition: Tensor, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
+        index, valid = known_first(known)
+        x = self.encode(condition, tokens, index, valid)  # (B, A+K, E)
+        x = self.decode(x, index, valid)  # (B, L, C)
+        return x[ask]  # (N, C)
+
+    def encode(self, condition: Tensor, tokens: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
+        """Known tokens, at positions index (B, K), behind the buffer -> (B, A+K, E)."""
+        A, E = self.buffer, self.width
+        buffer = condition[:, None] + self.encoder_positions[:A]  # (B, A, E)
+        x = self.token_embed(gather(tokens, index))  # (B, K, E)
+        x = x + self.encoder_positions[A:][index]
+        x = torch.cat([buffer.to(x.dtype), x], dim=1)  # (B, A+K, E)
+        x = self.embed_norm(x)
+        mask = None
+        if valid is not None:  # images with fewer known tokens than others: nobody looks at their padding
+            mask = torch.cat([valid.new_ones(len(x), A), valid], dim=1)[:, None, None]  # (B, 1, 1, A+K)
+        for block in self.encoder:
+            x = block(x, mask)
+        assert x.shape[-1] == E
+        return self.encoder_norm(x)
+
+    def decode(self, x: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
+        """Encoded buffer and known tokens (B, A+K, E) -> z of all positions (B, L, C)."""
+        A, L = self.buffer, self.tokens
+        x = self.decoder_embed(x)  # (B, A+K, C)
+        B, _, C = x.shape
+        # One slot more than there are tokens: padding is written there, and the slot is dropped.
+        slots = index if valid is None else index.masked_fill(~valid, L)
+        full = self.mask_token.to(x.dtype).expand(B, L + 1, C)
+        full = full.scatter(1, slots[..., None].expand(-1, -1, C), x[:, A:])[:, :L]  # (B, L, C)
+        x = torch.cat([x[:, :A], full], dim=1) + self.decoder_positions  # (B, A+L, C)
+        for block in self.decoder:
+            x = block(x)
+        return self.decoder_norm(x)[:, A:] + self.output_positions  # (B, L, C)
+
+
+def known_first(known: Tensor) -> tuple[Tensor, Tensor | None]:
+    """known (B, L) -> positions of the known tokens in raster order (B, K), and which of these are not padding.
+
+    The second is None where all images know equally many: nothing is padding then.
+    """
+    counts = known.sum(dim=1)  # (B,)
+    most, least = int(counts.max()), int(counts.min())
+    index = known.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, K)
+    if most == least:
+        return index, None
+    return index, torch.arange(most, device=known.device) < counts[:, None]
+
+
+def gather(tokens: Tensor, index: Tensor) -> Tensor:
+    """tokens (B, L, D), index (B, K) -> (B, K, D)."""
+    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,1 @@
+"""Model folders: weights, settings and a manifest that proves both whole."""

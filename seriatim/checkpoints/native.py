@@ -1,0 +1,142 @@
+"""Seriatim's own model folder.
+
+    config.json            the model, the tokenizer, class names, sampling defaults, where it came from
+    model.safetensors      the model's weights
+    tokenizer.safetensors  the tokenizer's weights and statistics
+    manifest.json          bytes and sha256 of the three, written last
+
+A folder appears whole or not at all. Nothing in it is executed: no pickle is read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from seriatim import __version__
+from seriatim.core.errors import CheckpointError, ConfigError, one_line
+from seriatim.core.files import atomic_folder, verify_manifest, write_json, write_manifest
+from seriatim.models.build import build_model, model_config
+from seriatim.models.masked import MaskedModel
+from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
+
+FORMAT = 1
+CONFIG, MODEL, TOKENIZER = "config.json", "model.safetensors", "tokenizer.safetensors"
+
+
+@dataclass
+class Bundle:
+    """All that sampling needs of a model."""
+
+    model: MaskedModel
+    tokenizer: Tokenizer
+    class_names: list[str] = field(default_factory=list)
+    sampling: dict[str, Any] = field(default_factory=dict)  # defaults of a request
+    provenance: dict[str, Any] = field(default_factory=dict)  # how it was made: for people
+    sha256: str = ""  # of the weights file, once saved or loaded
+
+
+def save_bundle(bundle: Bundle, folder: Path | str) -> Path:
+    """Write a model folder, replacing one that is there only when the new one is complete."""
+    folder = Path(folder)
+    config = {
+        "format": FORMAT,
+        "seriatim": __version__,
+        "model": model_config(bundle.model),
+        "tokenizer": tokenizer_config(bundle.tokenizer),
+        "class_names": bundle.class_names,
+        "sampling": bundle.sampling,
+        "provenance": bundle.provenance,
+    }
+    with atomic_folder(folder) as temporary:
+        write_json(temporary / CONFIG, config)
+        write_tensors(temporary / MODEL, bundle.model.state_dict())
+        write_tensors(temporary / TOKENIZER, bundle.tokenizer.state_dict())
+        write_manifest(temporary, (CONFIG, MODEL, TOKENIZER))
+    return folder
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    except SafetensorError as error:  # how this library reports a full disk
+        raise OSError(one_line(error)) from error
+
+
+def find_bundle(folder: Path) -> Path:
+    """The model folder that `folder` is, or that it holds as `model/` (a run, a demo)."""
+    inner = folder / "model"
+    return inner if not (folder / CONFIG).exists() and inner.is_dir() else folder
+
+
+def load_bundle(folder: Path | str) -> Bundle:
+    """Read a model folder, every file checked against its sha256 and every tensor against the config.
+
+    Raises CheckpointError, one line that names the file, when anything is missing, damaged or does not fit.
+    """
+    folder = find_bundle(Path(folder))
+    hashes = verify_manifest(folder, needed=(CONFIG, MODEL, TOKENIZER))
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: format {config['format']!r} is not {FORMAT}; "
+                f"it was written by seriatim {config.get('seriatim')!r}, this is {__version__}"
+            )
+        with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+            model = build_model(config["model"])
+        tokenizer = build_tokenizer(config["tokenizer"])
+        class_names = [str(name) for name in config["class_names"]]
+        sampling, provenance = dict(config["sampling"]), dict(config["provenance"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        hint = "; register your class before loading" if isinstance(error, ConfigError) else ""
+        raise CheckpointError(f"{path} cannot be used: {what}{hint}") from error
+    fill(model, folder / MODEL)
+    fill(tokenizer, folder / TOKENIZER)
+    return Bundle(model.eval(), tokenizer.eval(), class_names, sampling, provenance, hashes[MODEL])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, which are refused unless they are finite."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: tensor {name!r} has values that are not finite; the model is unusable")
+    return tensors
+
+
+def fill(module: nn.Module, path: Path) -> None:
+    """Give `module` the tensors of `path`: all of them and no others, of the same shapes."""
+    tensors = read_tensors(path)
+    wanted = module.state_dict()
+    refuse(path, "lacks", sorted(wanted.keys() - tensors.keys()))
+    refuse(path, "has an unknown", sorted(tensors.keys() - wanted.keys()))
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(wanted[name].shape)}"
+            )
+    module.load_state_dict(tensors, assign=True)
+
+
+def refuse(path: Path, verb: str, names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(f"{path} {verb} tensor {', '.join(map(repr, names[:3]))}{more}: not this model's weights")

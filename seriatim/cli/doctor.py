@@ -1,0 +1,119 @@
+"""`seriatim doctor`: what this machine is, and what would go wrong on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from seriatim.cli.output import JsonFlag, print_json, print_table, say
+
+PACKAGES = ("torch", "numpy", "pillow", "safetensors", "huggingface_hub", "diffusers", "scikit-learn", "pydantic")
+LITTLE_DISK = 5e9  # bytes
+
+
+def doctor(
+    path: Annotated[Path, typer.Option(help="Folder whose disk to check.")] = Path(),
+    json: JsonFlag = False,
+) -> None:
+    """Versions, device, threads, bf16, a broken torchvision, disk: paste it into a bug report."""
+    report = examine(path)
+    if json:
+        print_json(report)
+        return
+    rows = [(key, value) for key, value in report["versions"].items()]
+    rows += [("device", report["device"]), ("threads", report["threads"])]
+    bf16 = report["bf16"]
+    rows += [("bf16", f"{bf16['speedup']:.1f} x the speed of float32 in a matrix product")]
+    rows += [("torchvision", report["torchvision"])]
+    disk = report["disk"]
+    state = "writable" if disk["writable"] else "NOT writable"
+    rows += [("disk", f"{disk['free_bytes'] / 1e9:.1f} GB free at {disk['path']}, {state}")]
+    print_table(("what", "found"), rows)
+    for problem in report["problems"]:
+        say(f"problem: {problem}")
+    if not report["problems"]:
+        say("no problem found")
+
+
+def examine(path: Path) -> dict[str, Any]:
+    """Everything that `doctor` reports."""
+    import platform
+    import shutil
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from seriatim import __version__
+    from seriatim.core.errors import SeriatimError
+    from seriatim.core.files import writable_folder
+    from seriatim.pipeline import pick_device
+
+    versions = {"seriatim": __version__, "python": platform.python_version()}
+    problems: list[str] = []
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "missing"
+            problems.append(f"{package} is not installed; pip install {package}")
+    device = pick_device("auto")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    torchvision = check_torchvision()
+    if torchvision.startswith("broken"):
+        problems.append("torchvision is installed but does not work, which breaks diffusers; pip uninstall torchvision")
+    try:
+        existing = path if path.is_dir() else path.parent
+        writable = bool(writable_folder(existing, "path"))
+    except SeriatimError as error:
+        writable = False
+        problems.append(str(error))
+    free = shutil.disk_usage(path if path.exists() else Path()).free
+    if free < LITTLE_DISK:
+        problems.append(f"only {free / 1e9:.1f} GB are free on the disk of {path.resolve()}; training may need more")
+    return {
+        "versions": versions,
+        "platform": platform.platform(),
+        "device": f"{device} ({name})",
+        "threads": torch.get_num_threads(),
+        "bf16": {"speedup": bf16_speedup(device)},
+        "torchvision": torchvision,
+        "disk": {"path": str(path.resolve()), "free_bytes": free, "writable": writable},
+        "problems": problems,
+    }
+
+
+def bf16_speedup(device: Any) -> float:
+    """Seconds of a float32 matrix product over those of a bfloat16 one: above 1, bf16 is the faster."""
+    import time
+
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(1024, 768, device=device, dtype=dtype)
+        b = torch.ones(768, 768, device=device, dtype=dtype)
+        times = []
+        for _ in range(8):
+            begin = time.perf_counter()
+            (a @ b).sum().item()  # reading the sum waits for the device
+            times.append(time.perf_counter() - begin)
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def check_torchvision() -> str:
+    """"absent" (nothing here needs it), its version, or "broken: why". Imported in a process of its own."""
+    import importlib.util
+    import subprocess
+    import sys
+
+    if importlib.util.find_spec("torchvision") is None:
+        return "absent (not needed)"
+    probe = "import torchvision; print(torchvision.__version__)"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    if done.returncode == 0:
+        return done.stdout.strip()
+    lines = done.stderr.strip().splitlines()
+    return f"broken: {lines[-1] if lines else 'it does not import'}"

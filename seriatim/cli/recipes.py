@@ -1,0 +1,57 @@
+"""`seriatim recipes`: what can be trained out of the box."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seriatim.cli.output import JsonFlag, print_json, print_table, say
+
+recipes = typer.Typer(help="Training recipes that come with the package.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="A packaged recipe or a YAML file.")]
+
+
+@recipes.command("list")
+def list_recipes(json: JsonFlag = False) -> None:
+    """Name and description of each packaged recipe."""
+    from seriatim.training.config import packaged, read_recipe
+
+    rows = [{"name": name, "description": read_recipe(name).description} for name in packaged()]
+    if json:
+        print_json(rows)
+    else:
+        print_table(("recipe", "what"), [tuple(row.values()) for row in rows])
+
+
+@recipes.command("show")
+def show(name: Name, json: JsonFlag = False) -> None:
+    """A recipe with every default filled in."""
+    from seriatim.training.config import dump, read_recipe
+
+    recipe = read_recipe(name)
+    if json:
+        print_json(recipe.model_dump(mode="json"))
+    else:
+        typer.echo(dump(recipe), nl=False)
+
+
+@recipes.command("copy")
+def copy(
+    name: Name, to: Annotated[Path | None, typer.Argument(help="File to write; default NAME.yaml here.")] = None
+) -> None:
+    """Copy a recipe, comments included, to edit it."""
+    from seriatim.core.errors import UsageError
+    from seriatim.core.files import write_text
+    from seriatim.training.config import find_recipe
+
+    source = find_recipe(name)
+    target = to or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists():
+        raise UsageError(f"to: {target} exists already; name another file")
+    write_text(target, source.read_text(encoding="utf-8"))
+    say(f"wrote {target}; train it with: seriatim train {target} --out runs/{source.stem}")

@@ -1,0 +1,96 @@
+"""`seriatim sample`: images from a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
+    label: Annotated[
+        list[str] | None, typer.Option(help="A class by name or number; repeat it. Default: every class.")
+    ] = None,
+    num_images_per_label: Annotated[int | None, typer.Option(help="Images of each class.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; higher is more typical.")] = None,
+    guidance_schedule: Annotated[str | None, typer.Option(help="linear or constant, over the image.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
+    token_schedule: Annotated[str | None, typer.Option(help="cosine or linear: tokens of each step.")] = None,
+    num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
+    start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png.")] = Path("samples"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Draw images into a folder, and all of them into one picture, grid.png. What isn't given, the model decides."""
+    import time
+
+    from seriatim.core.errors import UsageError
+    from seriatim.core.files import writable_folder
+    from seriatim.core.progress import Progress
+    from seriatim.evaluation.grid import grid, save_png
+    from seriatim.pipeline import load
+
+    pipe = load(model, device=device, dtype=dtype)
+    request = pipe.request(
+        class_labels=label,
+        num_images_per_label=num_images_per_label,
+        guidance_scale=guidance_scale,
+        guidance_schedule=guidance_schedule,
+        num_inference_steps=num_inference_steps,
+        token_schedule=token_schedule,
+        num_diffusion_steps=num_diffusion_steps,
+        start_timestep=start_timestep,
+        temperature=temperature,
+        seed=seed,
+    )
+    out = writable_folder(out)
+    names = [pipe.label_name(x) or "image" for x in request.image_labels()]
+    files = [out / f"{i:04d}-{safe_name(name)}.png" for i, name in enumerate(names)]
+    grid_file = out / "grid.png"
+    taken = [file for file in (*files, grid_file) if file.exists()]
+    if taken and not overwrite:
+        raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
+
+    begin = time.monotonic()
+    images = []
+    with Progress(request.num_images, "sampling", "images", quiet=json) as bar:
+        for step in pipe.stream(request=request, batch_size=batch_size):
+            last_of_batch = (step.index + 1) % request.num_inference_steps == 0
+            if last_of_batch:
+                images += step.preview()
+            bar.advance(len(step.images) if last_of_batch else 0, f"step {step.index + 1} of {step.total}")
+    seconds = time.monotonic() - begin
+    for image, file in zip(images, files, strict=True):
+        save_png(image, file)
+    save_png(grid(images, columns=max(request.num_images_per_label, min(8, len(images)))), grid_file)
+    report = {
+        "images": len(images),
+        "folder": str(out),
+        "grid": str(grid_file),
+        "seconds": round(seconds, 3),
+        "images_per_second": round(len(images) / seconds, 2),
+        "seed": request.seed,
+    }
+    if json:
+        shown = [
+            {"file": str(file), "label": name, "seed": s}
+            for file, name, s in zip(files, names, request.image_seeds(), strict=True)
+        ]
+        extra = {"request": request.model_dump(mode="json"), "model_sha256": pipe.bundle.sha256, "files": shown}
+        return print_json(report | extra)
+    return print_table(("sampled", ""), list(report.items()))
+
+
+def safe_name(name: str) -> str:
+    """A class name as part of a file name: letters, digits, - and _ of any script; at most 40."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:40] or "image"

@@ -1,0 +1,80 @@
+"""The errors of Seriatim and the exit codes they become at the command line.
+
+    SeriatimError            1
+      UsageError             2   an argument is wrong (also a ValueError)
+        ConfigError          2   a recipe or a config is wrong
+      DataError              3   images or labels cannot be used
+      CheckpointError        4   a model folder is missing, damaged or does not fit
+      NumericsError          5   a loss or a weight is not finite
+      ResourceError          6   disk, memory, permissions
+      Stopped              143   stopped on request, state saved
+
+Every message is one line: the argument, the value, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SeriatimError(Exception):
+    """Base of all errors that a user is meant to read; `exit_code` is what the CLI returns."""
+
+    exit_code = 1
+
+
+class UsageError(SeriatimError, ValueError):
+    """An argument has a value that is not allowed."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A recipe or a stored configuration has an unknown key or a value that is not allowed."""
+
+
+class DataError(SeriatimError, ValueError):
+    """Images or labels cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(SeriatimError, ValueError):
+    """A model folder is missing, incomplete, damaged, or does not fit the model."""
+
+    exit_code = 4
+
+
+class NumericsError(SeriatimError, ArithmeticError):
+    """A loss, a gradient or a weight is not finite."""
+
+    exit_code = 5
+
+
+class ResourceError(SeriatimError):
+    """The machine refuses: disk full, no permission, out of memory."""
+
+    exit_code = 6
+
+
+class Stopped(SeriatimError):
+    """Stopped on request, after the state was saved."""
+
+    exit_code = 143
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest allowed name, else the list of what is allowed."""
+    names = [str(a) for a in allowed]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"; allowed: {shown}" if names else ""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of any exception, on one line."""
+    text = " ".join(str(error).split())
+    return text or type(error).__name__

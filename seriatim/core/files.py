@@ -1,0 +1,193 @@
+"""Files that are whole or absent: written aside, synced, renamed; read against their sha256.
+
+A power cut or a `kill -9` at any moment leaves either the old file or the new one. Folders are written the
+same way: complete under a temporary name first, then renamed into place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from seriatim.core.errors import CheckpointError, ResourceError, UsageError, one_line
+
+MANIFEST = "manifest.json"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut (a no-op where folders can't be opened)."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def explained(path: Path, verb: str = "write") -> Iterator[None]:
+    """Turn an OSError about `path` into one line that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = "no space is left: free some or choose another disk"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "choose a folder that you may write to"
+        else:
+            remedy = "check the path and the disk"
+        reason = error.strerror or one_line(error)
+        raise ResourceError(f"cannot {verb} {path}: {reason}; {remedy}") from error
+
+
+def atomic_write(path: Path | str, write: Callable[[Path], object]) -> Path:
+    """Call `write(temporary)`; then sync the temporary file and rename it to `path`.
+
+    `write` fills a file beside `path` (same file system, same suffix). When it fails, `path` keeps what it had
+    and nothing is left behind.
+    """
+    path = Path(path)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes it private
+            sync_file(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    return path
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    return atomic_write(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> Path:
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on success sync it and rename it to `path`.
+
+    A folder that was at `path` is replaced: it is moved aside first and deleted last, so that a crash in
+    between leaves it on the disk, under the name `.<name>.previous`.
+    """
+    path = Path(path)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        previous = path.with_name(f".{path.name}.previous")
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~current_umask())
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+            sync_folder(temporary)
+            if path.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                os.replace(path, previous)
+            os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if previous.exists() and not path.exists():
+                os.replace(previous, path)
+            raise
+        sync_folder(path.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def writable_folder(path: Path | str, argument: str = "out") -> Path:
+    """Create `path` if it isn't there and prove that it can be written to, before hours of work rely on it."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{argument}: {path} is a file; name a folder")
+    with explained(path, verb=f"write to {argument}"):
+        path.mkdir(parents=True, exist_ok=True)
+        handle, probe = tempfile.mkstemp(prefix=".probe.", dir=path)
+        os.close(handle)
+        os.unlink(probe)
+    return path
+
+
+def sha256(path: Path | str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _render(files: dict[str, dict[str, Any]]) -> str:
+    # The digest covers the listing, so that a damaged manifest is named as such and not as a damaged file.
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"format": 1, "files": files, "sha256": digest}, indent=2, sort_keys=True) + "\n"
+
+
+def write_manifest(folder: Path, names: Iterable[str]) -> Path:
+    """Write `manifest.json`: bytes and sha256 of each named file of `folder`."""
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)
+    }
+    return write_text(folder / MANIFEST, _render(files))
+
+
+def verify_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, str]:
+    """Check every file that the manifest of `folder` lists; return name -> sha256.
+
+    Raises CheckpointError naming the first file that is missing, truncated or changed, and where `needed` names
+    a file that the manifest does not list.
+    """
+    manifest = folder / MANIFEST
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if not manifest.is_file():
+        raise CheckpointError(f"{manifest} is missing: the folder is not a complete model folder; copy it again")
+    try:
+        text = manifest.read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        if text != _render(files):
+            raise ValueError("its digest does not match")
+        listing = {str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{manifest} is damaged ({one_line(error)}); copy the folder again") from error
+    for name in needed:
+        if name not in listing:
+            raise CheckpointError(f"{manifest} does not list {name}: the folder is incomplete; copy it again")
+    for name, (size, digest) in listing.items():
+        path = folder / name
+        if Path(name).name != name:  # a listed name is never a path
+            raise CheckpointError(f"{manifest} lists {name!r}, which is not a plain file name")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing though {MANIFEST} lists it; copy the folder again")
+        actual = path.stat().st_size
+        if actual != size:
+            raise CheckpointError(f"{path} has {actual} bytes, {size} expected: truncated or changed; copy it again")
+        if sha256(path) != digest:
+            raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; copy it again")
+    return {name: digest for name, (_, digest) in listing.items()}

@@ -1,0 +1,97 @@
+"""Progress with an ETA: a bar on a terminal, plain lines elsewhere, nothing for what takes under two seconds."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+QUIET_SECONDS = 2.0  # what is faster needs no bar
+LINE_SECONDS = 15.0  # without a terminal: one line this often
+
+
+def duration(seconds: float) -> str:
+    """`95` -> `1:35`; hours where there are any."""
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Progress(AbstractContextManager["Progress"]):
+    """`with Progress(total, "training", "images") as bar: bar.advance(32, "loss 0.31")`. Writes to stderr."""
+
+    def __init__(self, total: int, what: str, unit: str = "steps", *, done: int = 0, quiet: bool = False) -> None:
+        self.total, self.what, self.unit, self.quiet = total, what, unit, quiet
+        self.done = self.first = done
+        self.note = ""
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Progress:
+        self.started = self._line = time.monotonic()
+        return self
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the start."""
+        return (self.done - self.first) / max(1e-9, time.monotonic() - self.started)
+
+    @property
+    def eta(self) -> float:
+        """Seconds left at the mean rate so far; infinite before anything is done."""
+        return (self.total - self.done) / self.rate if self.done > self.first else float("inf")
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.done += count
+        self.note = note or self.note
+        now = time.monotonic()
+        if self.quiet or now - self.started < QUIET_SECONDS:
+            return
+        if sys.stderr.isatty():
+            self._draw()
+        elif now - self._line >= LINE_SECONDS:
+            self._line = now
+            print(self.line(), file=sys.stderr, flush=True)  # noqa: T201
+
+    def line(self) -> str:
+        """`training: 1,024 of 4,096 images, 310 images/s, 0:10 left, loss 0.31`."""
+        left = f", {duration(self.eta)} left" if self.done < self.total and self.done > self.first else ""
+        note = f", {self.note}" if self.note else ""
+        return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {self.rate:.3g} {self.unit}/s{left}{note}"
+
+    def _draw(self) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(self.what, total=self.total, text="")
+        text = self.line().split(": ", 1)[1]
+        self._bar.update(self._task, completed=self.done, text=text)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        took = time.monotonic() - self.started
+        if not self.quiet and kind is None and took >= QUIET_SECONDS:
+            done = f"{self.what}: {self.done:,} {self.unit} in {duration(took)}"
+            print(done + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)  # noqa: T201
+
+
+def track(items: Iterable[T], total: int, what: str, unit: str = "steps", quiet: bool = False) -> Iterator[T]:
+    """Iterate with a progress bar."""
+    with Progress(total, what, unit, quiet=quiet) as bar:
+        for item in items:
+            yield item
+            bar.advance()

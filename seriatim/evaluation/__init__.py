@@ -1,0 +1,1 @@
+"""Evaluation: distances between sets of images, and what they mean."""

@@ -1,0 +1,238 @@
+"""The diffusion head of MAR: a small MLP denoises one token, conditioned on z.
+
+Li et al. 2024, section 3.2 and 3.3: p(x | z) is the distribution that a DDPM reverse process draws; the loss is
+E || eps - eps_theta(x_t | t, z) ||^2 (eq. 1) plus a variational term that trains the variance alone (Nichol & Dhariwal
+2021). Unusual:
+- t and z are added and modulate every block (adaLN); nothing attends to anything: a row is a token;
+- guidance acts on eps only; the variance is that of the conditional row;
+- sampling starts below the last timestep (`ddpm.stable_start`) and always runs in float32.
+
+Shapes: N tokens, D features, C width of z, W width of the network, d blocks, T steps, M draws of t for a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seriatim.core.errors import UsageError
+from seriatim.core.random import Noise
+from seriatim.heads.base import Head, HeadLoss
+from seriatim.heads.ddpm import Tables, full_chain, respaced, restricted
+from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
+from seriatim.nn.blocks import xavier
+from seriatim.nn.position import sinusoid
+
+FREQUENCIES = 256
+MODULATION_CAP = 1 << 24  # numbers held at once for the modulations of several steps: 64 MiB
+
+
+class Diffusion(Head):
+    """p(x | z) by denoising: d blocks of width W, `draws` timesteps for each token and training step."""
+
+    sample_options = frozenset({"num_diffusion_steps", "start_timestep", "timesteps"})
+
+    def __init__(
+        self,
+        dim: int,  # D
+        width: int = 1024,  # W
+        depth: int = 6,  # d
+        *,
+        draws: int = 4,  # M: timesteps drawn for each token of a training step
+        train_steps: int = 1000,  # length of the full chain
+        z_dim: int | None = None,  # C; None: the model tells
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("width", width), ("depth", depth), ("draws", draws)):
+            if value < 1:
+                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        self.output, self.width, self.draws, self.train_steps = dim, width, draws, train_steps
+        self.config = {"dim": dim, "width": width, "depth": depth, "draws": draws, "train_steps": train_steps}
+        self.time_embed = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.x_embed = nn.Linear(dim, width)
+        self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(AdaLNBlock(width) for _ in range(depth))  # type: ignore[assignment]
+        self.final = AdaLNOutput(width, 2 * dim)  # eps, and where between its bounds the variance is
+        self.initialise()
+        if z_dim is not None:
+            self.bind(z_dim)
+
+    def initialise(self) -> None:
+        """Xavier; N(0, 0.02) for the time embedding; zero for modulations and output: eps = 0 at first."""
+        xavier(self)
+        for layer in (self.time_embed[0], self.time_embed[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def bind(self, z_dim: int) -> None:
+        if self.z_dim is None:
+            self.z_embed = nn.Linear(z_dim, self.width)
+            xavier(self.z_embed)
+        super().bind(z_dim)
+
+    # --- the network ----------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, D) at timesteps t (N,) of the full chain, z (N, C) -> eps (N, D), v (N, D)."""
+        y = self.embed_times(t) + self.z_embed(z)  # (N, W)
+        return self.denoise(x, self.modulations(y))
+
+    def embed_times(self, t: Tensor) -> Tensor:
+        """Timesteps (N,) of the full chain -> (N, W); with more rows than timesteps, each timestep once."""
+        if len(t) < self.train_steps:
+            return self.time_embed(sinusoid(t, FREQUENCIES))
+        every = torch.arange(self.train_steps, device=t.device)
+        return F.embedding(t, self.time_embed(sinusoid(every, FREQUENCIES)))
+
+    def modulations(self, y: Tensor) -> list[Tensor]:
+        """y (..., W), time plus condition -> the modulation of each block (..., 3 W) and of the output (..., 2 W)."""
+        y = F.silu(y)
+        return [*(block.modulation(y) for block in self.blocks), self.final.modulation(y)]
+
+    def denoise(self, x: Tensor, modulations: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """x (N, D) -> eps (N, D), v (N, D)."""
+        h = self.x_embed(x)  # (N, W)
+        for block, modulation in zip(self.blocks, modulations, strict=False):
+            h = block(h, modulation)
+        eps, v = self.final(h, modulations[-1]).chunk(2, dim=-1)
+        return eps, v
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
+        """z (N, C), target (N, D) -> per token, summed over M draws: mean over D of (eps - eps_hat)^2, plus vb."""
+        N, D = target.shape
+        M, chain = self.draws, full_chain(self.train_steps)
+        t = noise.integers(self.train_steps, draws=M).reshape(M * N)  # draw by draw
+        eps = noise.normal(D, draws=M).reshape(M * N, D)
+        x0 = target.float().repeat(M, 1)  # (M N, D)
+        x_t = chain.at("sqrt_alphas_cumprod", t) * x0 + chain.at("sqrt_one_minus_alphas_cumprod", t) * eps
+        y = self.embed_times(t) + self.z_embed(z).repeat(M, 1)  # (M N, W)
+        eps_hat, v = (out.float() for out in self.denoise(x_t, self.modulations(y)))
+        mse = (eps - eps_hat).square().mean(dim=-1)  # (M N,), eq. 1
+        vb = variational_bound(chain, x0, x_t, t, eps_hat.detach(), v)  # (M N,), trains v only
+        mse, vb = mse.view(M, N).sum(dim=0), vb.view(M, N).sum(dim=0)
+        return HeadLoss(mse + vb, torch.full_like(mse, M), {"mse": mse, "vb": vb})
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: Tensor,
+        noise: Noise,
+        z_null: Tensor | None = None,
+        guidance: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        *,
+        num_diffusion_steps: int = 100,
+        start_timestep: int | None = None,  # None: the stable start; train_steps - 1: as published
+        timesteps: Sequence[int] | None = None,  # an explicit chain, ascending; overrides both
+        **unknown: Any,
+    ) -> Tensor:
+        """Ancestral sampling (Ho et al. 2020, algorithm 2): (N, D).
+
+        The temperature scales the noise of each step, as published, and not that of the start.
+        """
+        if unknown:
+            raise UsageError(f"{sorted(unknown)[0]}: the Diffusion head has no such sampling option")
+        scale = self.check_sampling(z, z_null, guidance, temperature)  # (N, 1) or None
+        N, D = len(z), self.output
+        if timesteps is None:
+            chain = respaced(num_diffusion_steps, start_timestep, self.train_steps)
+        else:
+            chain = restricted(full_chain(self.train_steps), list(timesteps))
+        T = len(chain)
+        draws = noise.normal(D, draws=T + 1)  # (T+1, N, D): the start, then one for each step
+        x = draws[0]
+        if N == 0:
+            return x
+        with torch.autocast(z.device.type, enabled=False):
+            rows = z.float() if scale is None else torch.cat([z, z_null]).float()  # type: ignore[list-item]
+            for i, modulations in self._walk(chain, self.z_embed(rows)):
+                t = torch.tensor(i, device=z.device)
+                eps, v = self.denoise(x if scale is None else x.repeat(2, 1), modulations)
+                if scale is not None:
+                    eps_null = eps[N:]
+                    eps, v = eps_null + scale * (eps[:N] - eps_null), v[:N]
+                x0 = predict_x0(chain, x, t, eps)
+                x = chain.at("posterior_mean_coef1", t) * x0 + chain.at("posterior_mean_coef2", t) * x
+                if i > 0:
+                    std = torch.exp(0.5 * log_variance(chain, t, v))
+                    x = x + temperature * std * draws[T - i]
+        return x
+
+    def _walk(self, chain: Tables, condition: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+        """From the last step of `chain` to the first: its index, and the modulations of all blocks at it.
+
+        A modulation depends on t and z only: those of many steps are made in one product, as many as fit in memory.
+        """
+        t = torch.from_numpy(chain.timesteps).to(condition.device)
+        times = self.time_embed(sinusoid(t, FREQUENCIES))  # (T, W)
+        per_step = len(condition) * self.width * (3 * len(self.blocks) + 2)
+        chunk = max(1, MODULATION_CAP // per_step)
+        steps = list(range(len(chain) - 1, -1, -1))
+        for begin in range(0, len(steps), chunk):
+            some = steps[begin : begin + chunk]
+            y = times[some][:, None] + condition  # (chunk, N, W)
+            for i, *modulations in zip(some, *self.modulations(y), strict=True):
+                yield i, modulations
+
+
+# --- formulas -----------------------------------------------------------------------------------------------------
+
+
+def predict_x0(chain: Tables, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x_0 = x_t / sqrt(abar_t) - eps sqrt(1/abar_t - 1) (Ho et al. 2020, eq. 9 solved for x_0)."""
+    return chain.at("sqrt_recip_alphas_cumprod", t) * x_t - chain.at("sqrt_recipm1_alphas_cumprod", t) * eps
+
+
+def log_variance(chain: Tables, t: Tensor, v: Tensor) -> Tensor:
+    """log sigma^2 = f log beta_t + (1 - f) log beta~_t, f = (v + 1)/2, not clipped (Nichol & Dhariwal 2021, eq. 15)."""
+    low, high = chain.at("posterior_log_variance_clipped", t), chain.at("log_betas", t)
+    f = (v + 1) / 2
+    return f * high + (1 - f) * low
+
+
+def variational_bound(chain: Tables, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, v: Tensor) -> Tensor:
+    """The term of the bound at t, in bits per feature: (N,).
+
+    For t > 0, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at t = 0, the likelihood of x_0 in bins of 2/255. The bins
+    are those of 8-bit images, though tokens are none: kept as published.
+    """
+    mean = chain.at("posterior_mean_coef1", t) * x0 + chain.at("posterior_mean_coef2", t) * x_t
+    guess = chain.at("posterior_mean_coef1", t) * predict_x0(chain, x_t, t, eps)
+    guess = guess + chain.at("posterior_mean_coef2", t) * x_t
+    log_var = log_variance(chain, t, v)
+    true_log_var = chain.at("posterior_log_variance_clipped", t)
+    kl = normal_kl(mean, true_log_var, guess, log_var)  # (N, D)
+    nll = -binned_log_likelihood(x0, guess, 0.5 * log_var)
+    return torch.where(t[:, None] == 0, nll, kl).mean(dim=-1) / math.log(2.0)
+
+
+def normal_kl(mean: Tensor, log_var: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
+    """KL(N(mean, e^log_var) || N(mean_p, e^log_var_p)), in nats, element by element."""
+    difference = log_var - log_var_p
+    return 0.5 * (-1.0 - difference + difference.exp() + (mean - mean_p).square() * torch.exp(-log_var_p))
+
+
+def binned_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor, half: float = 1 / 255, edge: float = 0.999) -> Tensor:
+    """log P(x) of bins [x - half, x + half] under a Gaussian; the outermost bins reach to infinity."""
+    centred, inverse = x - mean, torch.exp(-log_std)
+    upper = normal_cdf(inverse * (centred + half))
+    lower = normal_cdf(inverse * (centred - half))
+    tiny = 1e-12
+    inside = (upper - lower).clamp(min=tiny).log()
+    low_end, high_end = upper.clamp(min=tiny).log(), (1 - lower).clamp(min=tiny).log()
+    return torch.where(x < -edge, low_end, torch.where(x > edge, high_end, inside))
+
+
+def normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation of the Gaussian CDF, as published: 0.5 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,0 +1,17 @@
+"""Models: backbone + head + order -> a loss, and a naive sampler that is the specification."""
+
+from __future__ import annotations
+
+from seriatim.core.lazy import exporter
+
+__all__ = ["Loss", "MaskedModel", "build_model"]
+
+
+__getattr__ = exporter(
+    __name__,
+    {
+        "Loss": "seriatim.models.masked",
+        "MaskedModel": "seriatim.models.masked",
+        "build_model": "seriatim.models.build",
+    },
+)

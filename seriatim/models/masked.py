@@ -1,0 +1,134 @@
+"""The masked autoregressive model of Li et al. 2024 (MAR): any order, several tokens a step.
+
+Section 3.4: in training, a random share of the tokens is masked and the head models each of them given z; in sampling,
+tokens become known set by set in a random order. Unusual:
+- one mask ratio for the whole batch, at least 0.7, so that the encoder is short;
+- unconditional is a vector of its own, not a row of the class embedding.
+
+Shapes: B images, L tokens, D features, N tokens asked for, C width of z.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seriatim.backbones.base import Backbone
+from seriatim.core.errors import UsageError
+from seriatim.core.random import Noise
+from seriatim.core.schedules import guidance_at, mask_ratio, unknown_after
+from seriatim.heads.base import Head
+
+
+@dataclass
+class Loss:
+    """The mean over all asked tokens and draws; `parts` are its terms, for logs."""
+
+    mean: Tensor  # ()
+    parts: dict[str, Tensor] = field(default_factory=dict)  # name -> ()
+
+
+class MaskedModel(nn.Module):
+    """`MaskedModel(Masked(tokens=256, dim=16, width=768, depth=12), Diffusion(dim=16), classes=1000)`."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head,
+        *,
+        classes: int = 0,  # 0: unconditional
+        label_dropout: float = 0.1,  # share of training images that see no label, for guidance
+        min_mask_ratio: float = 0.7,
+        mask_ratio_std: float = 0.25,  # of the normal around 1 that is cut off at min_mask_ratio and 1
+    ) -> None:
+        super().__init__()
+        if classes < 0:
+            raise UsageError(f"classes: {classes!r} is not allowed; it must be 0 (unconditional) or more")
+        if not 0 <= label_dropout <= 1:
+            raise UsageError(f"label_dropout: {label_dropout!r} is not allowed; it must be in [0, 1]")
+        if not 0 < min_mask_ratio <= 1:
+            raise UsageError(f"min_mask_ratio: {min_mask_ratio!r} is not allowed; it must be in (0, 1]")
+        if not mask_ratio_std > 0:
+            raise UsageError(f"mask_ratio_std: {mask_ratio_std!r} is not allowed; it must be above 0")
+        if head.output != backbone.dim:
+            raise UsageError(f"head: it draws {head.output} features, the backbone's tokens have {backbone.dim}")
+        head.bind(backbone.z_dim)
+        self.backbone, self.head = backbone, head
+        self.classes, self.label_dropout, self.min_mask_ratio = classes, label_dropout, min_mask_ratio
+        self.mask_ratio_std = mask_ratio_std
+        self.no_class = nn.Parameter(torch.randn(1, backbone.width) * 0.02)
+        if classes:
+            self.class_embedding = nn.Parameter(torch.randn(classes, backbone.width) * 0.02)
+
+    @property
+    def tokens(self) -> int:
+        return self.backbone.tokens
+
+    def condition(self, labels: Tensor | None, images: int) -> Tensor:
+        """labels (B,), -1 for no class, or None -> (B, width)."""
+        if labels is None:
+            return self.no_class.expand(images, -1)
+        if labels.shape != (images,):
+            raise UsageError(f"labels: shape {tuple(labels.shape)} is not ({images},), one for each image")
+        if bool((labels >= self.classes).any()) or bool((labels < -1).any()):
+            raise UsageError(f"labels: must be from 0 to {self.classes - 1}, or -1 for no class")
+        table = self.no_class if not self.classes else torch.cat([self.class_embedding, self.no_class])
+        return table[labels]  # -1 is the last row: no class
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def loss(self, tokens: Tensor, labels: Tensor | None = None, noise: Noise | None = None) -> Loss:
+        """tokens (B, L, D), labels (B,) -> the head's loss over masked tokens (Li et al. 2024, eq. 1 and section 3.4)."""
+        B, L, _ = tokens.shape
+        noise = Noise.shared(None, B, tokens.device) if noise is None else noise
+        if labels is not None and self.training:
+            labels = torch.where(noise.uniform() < self.label_dropout, -1, labels)
+        masked = math.ceil(L * mask_ratio(noise.once(), std=self.mask_ratio_std, low=self.min_mask_ratio))
+        order = noise.permutation(L)  # (B, L); its first entries are masked
+        ask = torch.zeros(B, L, dtype=torch.bool, device=tokens.device).scatter(1, order[:, :masked], True)
+        state = self.backbone.start(self.condition(labels, B))
+        z = self.backbone.z(state, tokens, ~ask, ask)  # (N, C)
+        rows = ask.nonzero()[:, 0]  # (N,): the image of each masked token
+        loss = self.head.loss(z, tokens[ask], noise.select(rows))
+        count = loss.count.sum()
+        parts = {name: value.sum().detach() / count for name, value in loss.parts.items()}
+        return Loss(loss.sum.sum() / count, parts)
+
+    # --- sampling: the specification; `seriatim.sampling.masked` is the fast loop -----------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Tensor | None,  # (B,)
+        noise: Noise,  # one row and one generator for each image
+        *,
+        steps: int = 64,
+        guidance_scale: float = 1.0,
+        guidance_schedule: str = "linear",
+        temperature: float = 1.0,
+        token_schedule: str = "cosine",
+        **head_steps: Any,
+    ) -> Tensor:
+        """Tokens (B, L, D), known set by set: a step takes tokens from the end of each image's order."""
+        B, L, D = len(noise), self.backbone.tokens, self.backbone.dim
+        device = self.no_class.device
+        tokens = torch.zeros(B, L, D, device=device)
+        known = torch.zeros(B, L, dtype=torch.bool, device=device)
+        order = noise.permutation(L)  # (B, L)
+        state, null = self.backbone.start(self.condition(labels, B)), self.backbone.start(self.condition(None, B))
+        left = L
+        for step in range(steps):
+            left = unknown_after(step, steps, L, left, schedule=token_schedule)
+            later = torch.zeros_like(known).scatter(1, order[:, :left], True)
+            ask = ~known & ~later
+            scale = guidance_at(guidance_schedule, guidance_scale, left, L)
+            z = self.backbone.z(state, tokens, known, ask)  # (N, C)
+            z_null = self.backbone.z(null, tokens, known, ask) if guidance_scale != 1 else None
+            rows = noise.select(ask.nonzero()[:, 0])
+            tokens[ask] = self.head.sample(z, rows, z_null, scale, temperature, **head_steps)
+            known |= ask
+        return tokens

@@ -1,0 +1,48 @@
+"""Adaptive layer norm: a residual MLP block whose norm is shifted, scaled and gated by a condition.
+
+N rows, W width. A modulation depends on the condition only, so that a sampler can compute those of many steps in
+one large product before its loop.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seriatim.nn.blocks import NORM_EPS
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class AdaLNBlock(nn.Module):
+    """x + gate * MLP(LN(x) * (1 + scale) + shift), as in DiT (Peebles & Xie 2023) and MAR's head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.fc1 = nn.Linear(width, width)
+        self.fc2 = nn.Linear(width, width)
+        self.modulation = nn.Linear(width, 3 * width)  # of SiLU(condition): shift, scale, gate
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x (N, W); modulation (N, 3 W), what `self.modulation` made of SiLU(condition)."""
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        h = modulate(self.norm(x), shift, scale)
+        return x + gate * self.fc2(F.silu(self.fc1(h)))
+
+
+class AdaLNOutput(nn.Module):
+    """Linear(LN(x) * (1 + scale) + shift); the norm has no weights of its own."""
+
+    def __init__(self, width: int, output: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)  # of SiLU(condition): shift, scale
+        self.linear = nn.Linear(width, output)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x (N, W); modulation (N, 2 W) -> (N, output)."""
+        shift, scale = modulation.chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))

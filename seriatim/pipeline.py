@@ -1,0 +1,294 @@
+"""From a name to images: `load` gives a `Pipeline`, which is called, streamed or saved."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seriatim.checkpoints.native import CONFIG, Bundle, load_bundle, save_bundle
+from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
+from seriatim.core.random import Noise, generator
+from seriatim.sampling.masked import Step, masked_steps
+from seriatim.sampling.request import Label, SampleRequest, make_request
+from seriatim.tokenizers.base import to_uint8
+from seriatim.zoo import PRESETS
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a call gives: images in the order of the labels, and all that is needed to draw them again."""
+
+    images: Any  # list of PIL images; or (B, H, W, c) uint8; or (B, c, H, W) in [-1, 1]; or tokens (B, L, D)
+    labels: list[str | None]  # the class of each image, by name
+    seeds: list[int]  # of each image
+    request: SampleRequest
+    tokens: Tensor  # (B, L, D)
+
+
+class Pipeline:
+    """A model with its tokenizer, ready to draw.
+
+        pipe = seriatim.load("demo/model")
+        result = pipe(class_labels=[3, 8], num_images_per_label=4, seed=7)
+        result.images[0].save("three.png")
+    """
+
+    def __init__(
+        self, bundle: Bundle, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", source: str = ""
+    ) -> None:
+        self.bundle, self.source = bundle, source
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.model = bundle.model.eval().to(self.device)
+        self.tokenizer = bundle.tokenizer.eval().to(self.device)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.bundle.class_names
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The sampling settings that the model was saved with; an argument of a call goes before them."""
+        return dict(self.bundle.sampling)
+
+    # --- asking ---------------------------------------------------------------------------------------------------
+
+    def request(self, **settings: Any) -> SampleRequest:
+        """The request that a call with these arguments makes: defaults filled in, everything checked."""
+        merged = {**self.defaults, **{k: v for k, v in settings.items() if v is not None}}
+        labels = merged.get("class_labels")
+        if isinstance(labels, (str, int)):
+            merged["class_labels"] = (labels,)
+        elif labels is None and not self.model.classes:
+            merged["class_labels"] = (None,)
+        elif labels is None:
+            merged["class_labels"] = tuple(range(self.model.classes))
+        else:
+            merged["class_labels"] = tuple(x.item() if hasattr(x, "item") else x for x in labels)
+        merged.setdefault("seed", secrets.randbits(32))
+        request = make_request(merged, self.model.tokens)
+        for label in request.class_labels:
+            self.label_index(label)
+        return request
+
+    def label_index(self, label: Label) -> int:
+        """The number of a class given by number or name; -1 for None. A name goes before a number in digits."""
+        classes, names = self.model.classes, self.class_names
+        if label is None:
+            return -1
+        if isinstance(label, str):
+            if label in names:
+                return names.index(label)
+            if not re.fullmatch(r"-?\d+", label):
+                raise UsageError(f"class_labels: {label!r} is not a class of this model{nearest(label, names)}")
+            label = int(label)
+        if not classes:
+            raise UsageError(f"class_labels: {label!r} given, but this model has no classes; leave it out")
+        if not 0 <= label < classes:
+            raise UsageError(f"class_labels: {label} is out of range; this model has classes 0 to {classes - 1}")
+        return label
+
+    def label_name(self, label: Label) -> str | None:
+        index = self.label_index(label)
+        if index < 0:
+            return None
+        return self.class_names[index] if index < len(self.class_names) else str(index)
+
+    # --- drawing --------------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        request: SampleRequest | None = None,
+        **settings: Any,
+    ) -> Iterator[Step]:
+        """Yield a `Step` after every step over the images; `step.preview()` decodes it. Close it to cancel.
+
+        A batch of `batch_size` images is finished before the next begins. `generator` (one, or one for each image)
+        stands in for `seed`; otherwise arguments are those of a `SampleRequest`.
+        """
+        request, generators = self._resolve(generator, request, settings)
+        return self._steps(request, generators, batch_size)
+
+    def _resolve(
+        self,
+        given: torch.Generator | Sequence[torch.Generator] | None,
+        request: SampleRequest | None,
+        settings: dict[str, Any],
+    ) -> tuple[SampleRequest, list[torch.Generator]]:
+        if request is not None and settings:
+            raise UsageError(f"request: given together with {sorted(settings)[0]}; put everything into the request")
+        request = request or self.request(**settings)
+        if given is None:
+            return request, [generator(seed) for seed in request.image_seeds()]
+        many = [given] * request.num_images if isinstance(given, torch.Generator) else list(given)
+        if len(many) != request.num_images:
+            raise UsageError(f"generator: {len(many)} given for {request.num_images} images; give one, or one for each")
+        seeds = tuple(int(torch.randint(2**62, (), generator=g, device=g.device).item()) for g in many)
+        request = request.model_copy(update={"seeds": seeds})
+        return request, [generator(seed) for seed in seeds]
+
+    def _steps(
+        self, request: SampleRequest, generators: list[torch.Generator], batch_size: int | None
+    ) -> Iterator[Step]:
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be at least 1")
+        size = batch_size or max(1, BATCH_TOKENS // self.model.tokens)
+        labels = torch.tensor([self.label_index(label) for label in request.image_labels()], device=self.device)
+        batches = [range(i, min(i + size, len(labels))) for i in range(0, len(labels), size)]
+        steps, options = request.num_inference_steps, self.model.head.sample_options
+        for number, images in enumerate(batches):
+            some = slice(images.start, images.stop)
+            noise = Noise(generators[some], torch.arange(len(images)), self.device)
+            for step in masked_steps(
+                self.model,
+                labels[some] if self.model.classes else None,
+                noise,
+                steps=steps,
+                guidance_scale=request.guidance_scale,
+                guidance_schedule=request.guidance_schedule,
+                temperature=request.temperature,
+                token_schedule=request.token_schedule,
+                dtype=self.dtype,
+                **{k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep") if k in options},
+            ):
+                yield Step(
+                    number * steps + step.index, len(batches) * steps, step.stage, step.tokens, step.known, images, self._pil
+                )
+
+    def __call__(
+        self,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        request: SampleRequest | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        **settings: Any,
+    ) -> Result:
+        """Draw images. Arguments are those of a `SampleRequest`, diffusers' names where it has them.
+
+        `output_type` is "pil", "np" (uint8), "pt" (float in [-1, 1]) or "latent" (tokens).
+        `callback_on_step_end(pipeline, index, total, {"tokens", "known"})` is called after each step.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise UsageError(f"output_type: {output_type!r} is not known{nearest(output_type, OUTPUT_TYPES)}")
+        request, generators = self._resolve(generator, request, settings)
+        finished: list[Tensor] = []
+        last: Step | None = None
+        for step in self._steps(request, generators, batch_size):
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, step.index, step.total, {"tokens": step.tokens, "known": step.known})
+            if last is not None and last.images != step.images:
+                finished.append(last.tokens)
+            last = step
+        assert last is not None, "a request has at least one image and one step"
+        finished.append(last.tokens)
+        tokens = torch.cat(finished)  # (B, L, D)
+        images: Any = tokens
+        if output_type == "pil":
+            images = [image for some in finished for image in self._pil(some)]
+        elif output_type != "latent":
+            images = torch.cat([self._decode(some) for some in finished])
+            images = to_uint8(images).numpy() if output_type == "np" else images
+        names = [self.label_name(label) for label in request.image_labels()]
+        return Result(images, names, request.image_seeds(), request, tokens)
+
+    @torch.no_grad()
+    def _decode(self, tokens: Tensor) -> Tensor:
+        return self.tokenizer.decode(tokens.to(self.device, torch.float32))  # (B, c, H, W)
+
+    def _pil(self, tokens: Tensor) -> list[Image.Image]:
+        arrays = to_uint8(self._decode(tokens)).numpy()  # (B, H, W, c)
+        return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
+
+    # --- keeping --------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write a model folder that `load` takes back."""
+        return save_bundle(self.bundle, Path(folder))
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+def load(
+    name: str | os.PathLike[str], *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> Pipeline:
+    """A pipeline from a model folder (or a run that holds one), a packaged name, or a hub repository `owner/name`.
+
+    `dtype` is that of the backbone: "auto" is bfloat16 on an accelerator that has it, float32 elsewhere. Every file is
+    checked against its sha256. Raises CheckpointError when there is nothing to load or it is damaged.
+    """
+    text = os.fspath(name)
+    folder = Path(text)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; name the model folder that holds {CONFIG}")
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            raise CheckpointError(f"{folder} is empty: no model was saved there; check the path")
+        return Pipeline(load_bundle(folder), device=device, dtype=dtype, source=text)
+    if text in PRESETS:
+        hint = PRESETS[text].recipe
+        how = f"train it with `seriatim train {hint} --out runs/{text}`" if hint else "train or convert it first"
+        raise CheckpointError(f"{text} is a preset and has no weights; {how}, then name the model's folder")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
+        return Pipeline(load_bundle(download(text)), device=device, dtype=dtype, source=text)
+    raise CheckpointError(f"model: {text!r} is no folder, preset or hub repository{nearest(text, PRESETS)}")
+
+
+def download(repository: str) -> Path:
+    """A hub repository's model folder, in the hub's own cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"], etag_timeout=10))
+    except Exception as error:  # the hub's client raises a dozen kinds: offline, not found, no permission, ...
+        reason = one_line(error)[:160]
+        raise CheckpointError(
+            f"model: there is no folder {repository!r}, and it could not be fetched as a hub repository ({reason})"
+        ) from error
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """"auto" is the accelerator, if there is one, else the CPU."""
+    if isinstance(device, str) and device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device: {device!r} is not there ({one_line(error)[:100]}); use 'auto' or 'cpu'") from error
+    return picked
+
+
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The backbone's dtype: "auto" is bfloat16 on CUDA that has it, float32 elsewhere."""
+    if dtype == "auto":
+        capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if capable else torch.float32
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype: {dtype!r} is not known{nearest(dtype, ['auto', *DTYPES])}")
+        return DTYPES[dtype]
+    if dtype not in DTYPES.values():
+        raise UsageError(f"dtype: {dtype} is not allowed; use float32 or bfloat16")
+    return dtype

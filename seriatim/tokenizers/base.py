@@ -1,0 +1,80 @@
+"""The contract of a tokenizer.
+
+B images, c channels, H x W pixels in [-1, 1], h x w = L tokens of D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seriatim.core.errors import DataError
+from seriatim.core.random import Noise
+
+
+class Tokenizer(nn.Module):
+    """What every tokenizer is.
+
+    A subclass sets, in its constructor,
+      size       (H, W) of the images
+      channels   c, 1 or 3
+      levels     how many values a pixel can have: 256 for 8 bits
+      grid       (h, w)
+      dim        D, the features of a token
+      config     the constructor's arguments, as plain data
+    """
+
+    size: tuple[int, int]
+    channels: int
+    levels: int
+    grid: tuple[int, int]
+    dim: int
+    config: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        """L, the tokens of an image."""
+        return self.grid[0] * self.grid[1]
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Images (B, c, H, W) in [-1, 1] -> what a latent cache stores: the parameters of a posterior."""
+        raise NotImplementedError(f"{type(self).__name__} lacks moments()")
+
+    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+        """Moments -> tokens (B, L, D) of about unit variance: a draw from the posterior, or its mode without noise."""
+        raise NotImplementedError(f"{type(self).__name__} lacks tokens()")
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, D) -> images (B, c, H, W) in [-1, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} lacks decode()")
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Measure, over batches of images, the statistics that normalise tokens."""
+
+    def fingerprint(self) -> str:
+        """sha256 of settings and weights: what a latent cache is keyed by."""
+        digest = hashlib.sha256(json.dumps([type(self).__name__, self.config], sort_keys=True).encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check_images(self, images: Tensor) -> Tensor:
+        """Refuse what is not (B, c, H, W)."""
+        wanted = (self.channels, *self.size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+            raise DataError(
+                f"images: shape {tuple(images.shape)} is not (B, {', '.join(map(str, wanted))}); "
+                "resize them or choose another tokenizer size"
+            )
+        return images
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images (B, c, H, W) in [-1, 1] -> (B, H, W, c) uint8, rounded, on the CPU."""
+    x = ((images.float() + 1) * 127.5).round().clamp(0, 255)
+    return x.permute(0, 2, 3, 1).to("cpu", torch.uint8)

@@ -1,0 +1,71 @@
+"""Pixels as tokens: p x p patches, no network.
+
+B images, c channels, H x W pixels, p patch side, h x w = L tokens, D = c p p features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seriatim.core.errors import DataError, UsageError
+from seriatim.core.random import Noise
+from seriatim.nn.patch import patchify, unpatchify
+from seriatim.tokenizers.base import Tokenizer
+
+STD_FLOOR = 0.02  # a feature that hardly varies (a black border) is not blown up to unit variance
+
+
+class Pixels(Tokenizer):
+    """Patches of pixels, each feature normalised to zero mean and unit variance over the training images.
+
+    A side that p does not divide is continued by its last row or column and cut off again by `decode`.
+    """
+
+    def __init__(self, size: int | Sequence[int], patch: int = 1, channels: int = 3, *, levels: int = 256) -> None:
+        super().__init__()
+        H, W = (size, size) if isinstance(size, int) else tuple(size)
+        if channels not in (1, 3):
+            raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")
+        if min(H, W) < 1 or not 1 <= patch <= min(H, W):
+            raise UsageError(f"patch: {patch!r} is not allowed for {H}x{W} pixels; it must be from 1 to {min(H, W)}")
+        if levels < 2:
+            raise UsageError(f"levels: {levels!r} is not allowed; a pixel has at least 2 values")
+        self.size, self.patch, self.channels, self.levels = (H, W), patch, channels, levels
+        self.grid = (-(-H // patch), -(-W // patch))
+        self.dim = channels * patch * patch
+        self.config = {"size": [H, W], "patch": patch, "channels": channels, "levels": levels}
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(self.dim))
+        self.register_buffer("std", torch.ones(self.dim))
+
+    def moments(self, images: Tensor) -> Tensor:
+        """(B, c, H, W) -> (B, c, h p, w p): the pixels themselves; their posterior is a point."""
+        H, W = self.size
+        bottom, right = self.grid[0] * self.patch - H, self.grid[1] * self.patch - W
+        return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
+
+    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+        return (patchify(moments, self.patch) - self.mean) / self.std  # (B, L, D)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        images = unpatchify(tokens * self.std + self.mean, self.patch, *self.grid)  # (B, c, h p, w p)
+        return images[..., : self.size[0], : self.size[1]].clamp(-1, 1)
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        count = 0
+        total, squares = torch.zeros(2, self.dim, dtype=torch.float64)
+        for images in batches:
+            features = patchify(self.moments(images), self.patch).flatten(0, 1).double()  # (B L, D)
+            count += len(features)
+            total += features.sum(dim=0)
+            squares += features.square().sum(dim=0)
+        if not count:
+            raise DataError("no images to measure: the pixel tokenizer needs at least one")
+        mean = total / count
+        self.mean.copy_(mean)
+        self.std.copy_((squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=STD_FLOOR))

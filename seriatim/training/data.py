@@ -1,0 +1,103 @@
+"""Where training images come from, and in which order.
+
+B images, c channels, H x W pixels in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seriatim.core.construct import construct, pop_kind
+from seriatim.core.errors import UsageError
+from seriatim.core.random import derive_seed, generator
+
+
+class ImageData:
+    """What every source is: a number of images with labels, read by index.
+
+    A subclass sets, in its constructor,
+      count         how many images
+      size          (H, W)
+      channels      c
+      class_names   the name of each class; empty where there are none
+    """
+
+    count: int
+    size: tuple[int, int]
+    channels: int
+    class_names: list[str]
+
+    def images(self, index: Tensor) -> Tensor:
+        """index (B,) -> (B, c, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} lacks images()")
+
+    def labels(self, index: Tensor) -> Tensor | None:
+        """index (B,) -> (B,), None where there are no classes."""
+        raise NotImplementedError(f"{type(self).__name__} lacks labels()")
+
+
+class Digits(ImageData):
+    """The handwritten digits that come with scikit-learn: 1797 images of 8x8, 17 grey levels, 10 classes.
+
+    A fifth, in the proportion of the classes, is held out; `held_out=True` is that part.
+    """
+
+    LEVELS = 17
+
+    def __init__(self, held_out: bool = False) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        pixels, labels = load_digits(return_X_y=True)
+        split = train_test_split(pixels, labels, test_size=0.2, random_state=0, stratify=labels)
+        pixels, labels = (split[1], split[3]) if held_out else (split[0], split[2])
+        self._images = torch.from_numpy((pixels / 8.0 - 1.0).astype(np.float32)).view(-1, 1, 8, 8)
+        self._labels = torch.from_numpy(labels.astype(np.int64))
+        self.count, self.size, self.channels = len(labels), (8, 8), 1
+        self.class_names = [str(digit) for digit in range(10)]
+
+    def images(self, index: Tensor) -> Tensor:
+        return self._images[index]
+
+    def labels(self, index: Tensor) -> Tensor:
+        return self._labels[index]
+
+
+DATASETS: dict[str, type[ImageData]] = {"digits": Digits}
+
+
+def build_data(config: Mapping[str, Any]) -> ImageData:
+    """`{"kind": "digits"}` -> a source of images."""
+    kind, rest = pop_kind(config, DATASETS, "data")
+    return construct(DATASETS[kind], rest, "data")
+
+
+class Order:
+    """Which image is the g-th of a run: a new permutation every epoch, a function of (seed, g) alone.
+
+    A run that resumes at image g goes on as if it had never stopped, whatever its batch size.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        if count < 1:
+            raise UsageError(f"count: {count!r} images; training needs at least one")
+        self.count, self.seed = count, seed
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
+
+    def __call__(self, first: int, length: int) -> Tensor:
+        """Indices of the images first, ..., first + length - 1 of the run: (length,)."""
+        parts = []
+        while length:
+            epoch, offset = divmod(first, self.count)
+            if epoch != self._epoch:
+                seeded = generator(derive_seed(self.seed, "order", epoch))
+                self._epoch, self._permutation = epoch, torch.randperm(self.count, generator=seeded)
+            part = self._permutation[offset : offset + length]
+            parts.append(part)
+            first, length = first + len(part), length - len(part)
+        return torch.cat(parts)

@@ -1,0 +1,39 @@
+"""AdamW with MAR's parameter groups, and the weight average that warms up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from seriatim.core.schedules import ema_decay
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: decayed, and not.
+
+    Not decayed: vectors (norms and biases) and everything in the head (Li et al. 2024, official training code);
+    decayed: the rest, embeddings and positions included.
+    """
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            free_of_decay = parameter.ndim <= 1 or name.startswith("head.")
+            (free if free_of_decay else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas)
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """The exponential moving average of the weights, whose rate warms up: call `update_parameters` after each step."""
+
+    @torch.no_grad()
+    def update(average: Any, current: Any, updates: Tensor | int) -> None:
+        torch._foreach_lerp_(average, current, 1 - ema_decay(int(updates), decay))
+
+    return AveragedModel(model, multi_avg_fn=update)

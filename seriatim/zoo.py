@@ -1,0 +1,132 @@
+"""Presets as data: a paper's model, or ours, under a name.
+
+`parameters` counts the model without its tokenizer. `published` holds the authors' own figures; `proven` says what was
+shown with this code, and how. Nothing is proven for a preset that doesn't say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from seriatim.core.errors import UsageError, nearest
+
+MAR = "Li et al. 2024, arXiv 2406.11838, table 4 (by the authors, not measured here)"
+
+
+@dataclass(frozen=True)
+class Preset:
+    name: str
+    summary: str
+    model: dict[str, Any]
+    parameters: int
+    tokens: int
+    image: str  # what one image is
+    published: dict[str, Any] | None = None
+    proven: tuple[str, ...] = ()
+    sampling: dict[str, Any] = field(default_factory=dict)
+    recipe: str | None = None  # the packaged recipe that trains it
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "parameters": self.parameters,
+            "tokens": self.tokens,
+            "image": self.image,
+            "published": self.published,
+            "proven": list(self.proven),
+            "recipe": self.recipe,
+            "model": self.model,
+            "sampling": self.sampling,
+        }
+
+
+def _mar(
+    size: str,
+    *,
+    width: int,
+    depth: int,
+    heads: int,
+    head: dict[str, int],
+    parameters: int,
+    guidance: float,
+    guided: tuple[float, float],
+    free: tuple[float, float],
+) -> Preset:
+    return Preset(
+        name=f"mar-{size}",
+        summary=f"MAR-{size.upper()}: {depth}+{depth} blocks of {width}, diffusion head {head['depth']} x {head['width']}",
+        model={
+            "kind": "masked",
+            "tokens": 256,
+            "dim": 16,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "buffer": 64,
+            "classes": 1000,
+            "head": {"kind": "diffusion", **head},
+        },
+        parameters=parameters,
+        tokens=256,
+        image="ImageNet 256x256 as 16x16 latents of a KL autoencoder",
+        published={
+            "FID": guided[0],
+            "IS": guided[1],
+            "FID_without_guidance": free[0],
+            "IS_without_guidance": free[1],
+            "source": MAR,
+        },
+        proven=("parameter count equals that of the official checkpoint",),
+        sampling={
+            "guidance_scale": guidance,
+            "guidance_schedule": "linear",
+            "num_inference_steps": 256,
+            "num_diffusion_steps": 100,
+        },
+    )
+
+
+_PRESETS = (
+    Preset(
+        name="mar-digits",
+        summary="the demo: 8x8 handwritten digits, 2x2 pixel tokens, trained in about a minute on two CPU cores",
+        model={
+            "kind": "masked",
+            "tokens": 16,
+            "dim": 4,
+            "width": 128,
+            "depth": 3,
+            "heads": 4,
+            "buffer": 4,
+            "classes": 10,
+            "head": {"kind": "diffusion", "width": 128, "depth": 3},
+        },
+        parameters=0,
+        tokens=16,
+        image="digits of scikit-learn, 8x8, one channel",
+        sampling={"guidance_scale": 1.5, "num_inference_steps": 16, "num_diffusion_steps": 50},
+        recipe="mar-digits",
+    ),
+    _mar(
+        "b", width=768, depth=12, heads=12, head={"width": 1024, "depth": 6}, parameters=207_924_768,
+        guidance=2.9, guided=(2.31, 281.7), free=(3.48, 192.4),
+    ),
+    _mar(
+        "l", width=1024, depth=16, heads=16, head={"width": 1280, "depth": 8}, parameters=478_326_304,
+        guidance=3.0, guided=(1.78, 296.0), free=(2.60, 221.4),
+    ),
+    _mar(
+        "h", width=1280, depth=20, heads=16, head={"width": 1536, "depth": 12}, parameters=942_403_104,
+        guidance=3.2, guided=(1.55, 303.7), free=(2.35, 227.8),
+    ),
+)  # fmt: skip
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}
+
+
+def preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise UsageError(f"preset: {name!r} is not known{nearest(name, PRESETS)}")
+    return PRESETS[name]
