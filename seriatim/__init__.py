@@ -35,7 +35,7 @@ _PUBLIC = {
     "train": "seriatim.training.loop",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = sorted(["__version__", *_PUBLIC])
 
 __getattr__ = exporter(__name__, _PUBLIC)
 

@@ -37,15 +37,17 @@ def unknown_after(
 
     `unknown` are unknown now, `start` were so before the first step (default: all). An image that starts with
     known tokens enters the schedule where the schedule has that share. With all tokens unknown this is
-    floor(L cos(pi/2 (s+1)/I)) in double precision, clamped so that each step takes at least one token and leaves
-    one for the last (MAR section 3.4 and the official rounding).
+    floor(L cos(pi/2 (s+1)/I)) in double precision, clamped so that each step takes a token and leaves one for each
+    step to come (MAR section 3.4 and the official rounding). An image with fewer unknown tokens than there are
+    steps takes one a step and is done early.
     """
     if unknown == 0 or step >= steps - 1:
         return 0
     share, inverse = TOKEN_SCHEDULES[schedule]
     begin = 0.0 if start is None or start == tokens else inverse(start / tokens)
     u = begin + (1.0 - begin) * (step + 1) / steps
-    return max(1, min(unknown - 1, math.floor(tokens * share(u))))
+    later = steps - 1 - step  # each later step needs a token of its own
+    return min(unknown - 1, max(later, math.floor(tokens * share(u))))
 
 
 def tokens_per_step(steps: int, tokens: int, unknown: int | None = None, schedule: str = "cosine") -> list[int]:

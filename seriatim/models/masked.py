@@ -72,18 +72,23 @@ class MaskedModel(nn.Module):
         """labels (B,), -1 for no class, or None -> (B, width)."""
         if labels is None:
             return self.no_class.expand(images, -1)
+        table = self.no_class if not self.classes else torch.cat([self.class_embedding, self.no_class])
+        return table[labels]  # -1 is the last row: no class
+
+    def check_labels(self, labels: Tensor | None, images: int) -> None:
+        if labels is None:
+            return
         if labels.shape != (images,):
             raise UsageError(f"labels: shape {tuple(labels.shape)} is not ({images},), one for each image")
         if bool((labels >= self.classes).any()) or bool((labels < -1).any()):
             raise UsageError(f"labels: must be from 0 to {self.classes - 1}, or -1 for no class")
-        table = self.no_class if not self.classes else torch.cat([self.class_embedding, self.no_class])
-        return table[labels]  # -1 is the last row: no class
 
     # --- training -------------------------------------------------------------------------------------------------
 
     def loss(self, tokens: Tensor, labels: Tensor | None = None, noise: Noise | None = None) -> Loss:
         """tokens (B, L, D), labels (B,) -> the head's loss over masked tokens (Li et al. 2024, eq. 1 and section 3.4)."""
         B, L, _ = tokens.shape
+        self.check_labels(labels, B)
         noise = Noise.shared(None, B, tokens.device) if noise is None else noise
         if labels is not None and self.training:
             labels = torch.where(noise.uniform() < self.label_dropout, -1, labels)
@@ -115,6 +120,7 @@ class MaskedModel(nn.Module):
     ) -> Tensor:
         """Tokens (B, L, D), known set by set: a step takes tokens from the end of each image's order."""
         B, L, D = len(noise), self.backbone.tokens, self.backbone.dim
+        self.check_labels(labels, B)
         device = self.no_class.device
         tokens = torch.zeros(B, L, D, device=device)
         known = torch.zeros(B, L, dtype=torch.bool, device=device)

@@ -56,6 +56,7 @@ def masked_steps(
 ) -> Iterator[Step]:
     """Yield a `Step` after each of `steps` steps over the images; the last holds all tokens."""
     B, L, D = len(noise), model.backbone.tokens, model.backbone.dim
+    model.check_labels(labels, B)
     device = model.no_class.device
     tokens = torch.zeros(B, L, D, device=device)
     known = torch.zeros(B, L, dtype=torch.bool)  # on the CPU, as are orders and rows

@@ -131,7 +131,7 @@ def train(
             seen += size
             steps_since += 1
             for name, value in (("loss", loss.mean), *((f"loss_{k}", v) for k, v in loss.parts.items())):
-                sums[name] = sums.get(name, 0.0) + float(value)
+                sums[name] = sums.get(name, 0.0) + value.detach().item()
             if seen - since >= settings.log_images or seen == settings.images:
                 means = {name: value / steps_since for name, value in sums.items()}
                 now = time.monotonic()
@@ -139,7 +139,7 @@ def train(
                     images=seen,
                     **means,
                     learning_rate=settings.learning_rate * factor,
-                    gradient_norm=float(norm),
+                    gradient_norm=norm.item(),
                     images_per_second=(seen - since) / max(1e-9, now - logged),
                 )
                 bar.note = f"loss {means['loss']:.3f}"
@@ -162,10 +162,11 @@ def train(
 
 def check_finite(what: str, value: Tensor, seen: int, batch: Tensor) -> None:
     """Stop before anything is updated."""
-    if not math.isfinite(float(value)):
+    number = value.detach().item()
+    if not math.isfinite(number):
         named = ", ".join(map(str, batch[:8].tolist())) + (", ..." if len(batch) > 8 else "")
         raise NumericsError(
-            f"the {what} is not finite ({float(value)}) after {seen} images, in the batch of images {named}; nothing was "
+            f"the {what} is not finite ({number}) after {seen} images, in the batch of images {named}; nothing was "
             "updated; lower training.learning_rate, or use training.dtype=float32"
         )
 

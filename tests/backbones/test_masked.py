@@ -1,0 +1,111 @@
+"""The masked backbone: what it may look at, batches of unequal images, bounds on memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import randomise
+from seriatim.backbones.masked import Masked, known_first
+from seriatim.core.errors import UsageError
+
+L, D, E, C = 12, 4, 32, 24
+
+
+@pytest.fixture
+def backbone() -> Masked:
+    made = Masked(L, D, width=(E, C), depth=(2, 1), heads=(4, 3), buffer=3, dropout=0.0).eval()
+    randomise(made)
+    return made
+
+
+def inputs(B: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    known = torch.rand(B, L, generator=g) < 0.4
+    return torch.randn(B, E, generator=g), torch.randn(B, L, D, generator=g), known
+
+
+@torch.no_grad()
+def test_images_with_unequal_known_counts_equal_each_alone(backbone: Masked) -> None:
+    condition, tokens, known = inputs(5)
+    known[0], known[1] = False, True
+    ask = torch.ones_like(known)
+    assert len(set(known.sum(1).tolist())) > 2, "the case must be ragged"
+    together = backbone.z(backbone.start(condition), tokens, known, ask).view(5, L, C)
+    for i in range(5):
+        one = slice(i, i + 1)
+        alone = backbone.z(backbone.start(condition[one]), tokens[one], known[one], ask[one])
+        assert torch.allclose(together[i], alone, atol=2e-5), i
+
+
+@torch.no_grad()
+def test_unknown_tokens_are_never_looked_at(backbone: Masked) -> None:
+    condition, tokens, known = inputs(3)
+    state = backbone.start(condition)
+    z = backbone.z(state, tokens, known, ~known)
+    changed = torch.where(known[..., None], tokens, torch.full_like(tokens, 1e6))
+    assert torch.equal(backbone.z(state, changed, known, ~known), z)
+    changed = tokens + known[..., None]
+    assert not torch.allclose(backbone.z(state, changed, known, ~known), z, atol=1e-2)
+
+
+@torch.no_grad()
+def test_z_is_that_of_the_rows_asked_for_in_raster_order(backbone: Masked) -> None:
+    condition, tokens, known = inputs(3)
+    state = backbone.start(condition)
+    every = backbone.z(state, tokens, known, torch.ones_like(known)).view(3, L, C)
+    ask = torch.zeros_like(known)
+    ask[0, [7, 2]], ask[2, 5] = True, True
+    z = backbone.z(state, tokens, known, ask)
+    assert torch.equal(z, torch.stack([every[0, 2], every[0, 7], every[2, 5]]))
+    spread = (every - every.mean(dim=1, keepdim=True)).abs().mean()
+    assert spread > 0.05, "positions must be told apart"
+
+
+@torch.no_grad()
+def test_the_condition_and_where_tokens_stand_matter(backbone: Masked) -> None:
+    condition, tokens, known = inputs(2)
+    z = backbone.z(backbone.start(condition), tokens, known, ~known)
+    other = backbone.z(backbone.start(condition.flip(0)), tokens, known, ~known)
+    assert not torch.allclose(z, other, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_row_cap_changes_nothing(backbone: Masked) -> None:
+    condition, tokens, known = inputs(5)
+    state = backbone.start(condition)
+    whole = backbone.z(state, tokens, known, ~known)
+    sizes: list[int] = []
+    backbone.encoder[0].register_forward_pre_hook(lambda _, a: sizes.append(len(a[0])))
+    backbone.row_cap = 2 * (L + 3)
+    assert torch.allclose(backbone.z(state, tokens, known, ~known), whole, atol=2e-5)
+    assert sizes == [2, 2, 1]
+
+
+def test_known_first() -> None:
+    known = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 0]], dtype=torch.bool)
+    index, valid = known_first(known)
+    assert index[0].tolist() == [1, 3] and index[1, 0] == 0
+    assert valid is not None and valid.tolist() == [[True, True], [True, False]]
+    index, valid = known_first(known[:1])
+    assert index.tolist() == [[1, 3]] and valid is None
+
+
+def test_config_rebuilds_the_same_shapes(backbone: Masked) -> None:
+    twin = Masked(**backbone.config)
+    assert {k: v.shape for k, v in twin.state_dict().items()} == {k: v.shape for k, v in backbone.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"width": 30, "heads": 4}, "heads: 4 does not divide the width 30"),
+        ({"depth": (1, 2, 3)}, "depth: "),
+        ({"depth": 0}, "depth: "),
+        ({"buffer": 0}, "buffer: 0"),
+        ({"dropout": 1.0}, "dropout: 1.0"),
+    ],
+)
+def test_bad_sizes_are_named(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Masked(4, 4, **{"width": 32, **arguments})  # type: ignore[arg-type]

@@ -1,0 +1,65 @@
+"""Shared by all tests: no network, one thread, a tiny model folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_bundle
+
+from seriatim.checkpoints.native import Bundle, save_bundle
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that opens a connection to anywhere but this machine fails."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        if self.family != socket.AF_UNIX and not str(address).startswith(("('127.", "('localhost", "('::1")):
+            raise OSError(f"tests are offline: {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield
+
+
+@pytest.fixture
+def bundle() -> Bundle:
+    return make_bundle()
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path, bundle: Bundle) -> Path:
+    return save_bundle(bundle, tmp_path / "model")
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def seriatim(tmp_path: Path) -> Run:
+    """Run the command line in a process of its own, in `tmp_path`."""
+
+    def run(*arguments: str, timeout: float = 300, cwd: Path = tmp_path, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "seriatim", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=cwd,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **env},
+        )
+
+    return run

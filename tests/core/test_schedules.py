@@ -1,0 +1,90 @@
+"""Schedules: property tests, and the published numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seriatim.core import schedules as s
+from seriatim.core.errors import UsageError
+
+sizes = st.integers(1, 400)
+
+
+@given(tokens=sizes, data=st.data(), schedule=st.sampled_from(sorted(s.TOKEN_SCHEDULES)))
+def test_every_step_takes_a_token_and_all_are_taken(tokens: int, data: st.DataObject, schedule: str) -> None:
+    steps = data.draw(st.integers(1, tokens))
+    counts = s.tokens_per_step(steps, tokens, schedule=schedule)
+    assert len(counts) == steps and sum(counts) == tokens and min(counts) >= 1
+
+
+@given(tokens=st.integers(2, 400), data=st.data(), schedule=st.sampled_from(sorted(s.TOKEN_SCHEDULES)))
+def test_an_image_that_starts_with_known_tokens_is_finished(tokens: int, data: st.DataObject, schedule: str) -> None:
+    unknown = data.draw(st.integers(0, tokens))
+    steps = data.draw(st.integers(1, tokens))
+    counts = s.tokens_per_step(steps, tokens, unknown, schedule)
+    assert sum(counts) == unknown and min(counts) >= 0
+    if 0 < steps <= unknown:
+        assert min(counts) >= 1
+
+
+def test_the_published_counts() -> None:
+    """mar.md section 3: 256 tokens."""
+    assert s.tokens_per_step(64, 256)[:24] == [1] * 13 + [2, 3, 2, 2, 3, 3, 3, 3, 3, 3, 4]
+    assert s.tokens_per_step(32, 256)[:12] == [1, 1, 1, 2, 3, 4, 3, 5, 5, 6, 6, 7]
+    assert s.tokens_per_step(32, 256)[-2:] == [13, 12]
+    assert s.tokens_per_step(16, 256) == [2, 3, 7, 8, 11, 13, 15, 16, 19, 20, 22, 23, 23, 25, 24, 25]
+    assert s.tokens_per_step(256, 256) == [1] * 256
+
+
+def test_linear_takes_equally_many() -> None:
+    assert s.tokens_per_step(8, 64, schedule="linear") == [8] * 8
+
+
+def test_guidance() -> None:
+    assert s.guidance_at("linear", 2.9, 256, 256) == 1.0
+    assert s.guidance_at("linear", 2.9, 0, 256) == pytest.approx(1 + 1.9 * 255 / 256), "never the full scale"
+    assert s.guidance_at("constant", 4.0, 100, 256) == 4.0
+    with pytest.raises(UsageError, match="did you mean 'linear'"):
+        s.guidance_at("linaer", 2.0, 1, 1)
+
+
+@given(st.floats(0, 1, exclude_max=True))
+def test_mask_ratio_is_in_range(u: float) -> None:
+    assert 0.7 <= s.mask_ratio(u) <= 1.0
+
+
+def test_mask_ratio_has_the_published_distribution() -> None:
+    """mar.md section 2, measured on the official code."""
+    u = (torch.arange(20000) + 0.5) / 20000
+    r = torch.tensor([s.mask_ratio(float(x)) for x in u], dtype=torch.float64)
+    assert float(r.mean()) == pytest.approx(0.867, abs=5e-4)
+    assert float(r.std()) == pytest.approx(0.0835, abs=5e-4)
+    quantiles = [0.705, 0.745, 0.800, 0.874, 0.939, 0.976, 0.998]
+    wanted = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99], dtype=torch.float64)
+    assert torch.allclose(r.quantile(wanted), torch.tensor(quantiles, dtype=torch.float64), atol=6e-4)
+    assert float((256 * r).ceil().mean()) == pytest.approx(222.5, abs=0.1)
+
+
+def test_learning_rate() -> None:
+    assert [s.learning_rate(x, 100, 10) for x in (0, 5, 10, 100)] == [0, 0.5, 1, 1]
+    assert s.learning_rate(55, 100, 10, "cosine") == pytest.approx(0.5)
+    assert s.learning_rate(100, 100, 10, "cosine") == pytest.approx(0)
+    with pytest.raises(UsageError):
+        s.learning_rate(1, 2, 0, "step")
+
+
+def test_ema_decay_warms_up() -> None:
+    assert s.ema_decay(0, 0.9999) == pytest.approx(0.1)
+    assert s.ema_decay(10**7, 0.9999) == 0.9999
+    assert all(s.ema_decay(n, 0.999) <= s.ema_decay(n + 1, 0.999) for n in range(200))
+
+
+def test_token_schedules_invert() -> None:
+    for share, inverse in s.TOKEN_SCHEDULES.values():
+        assert share(0) == pytest.approx(1) and share(1) == pytest.approx(0)
+        assert all(math.isclose(inverse(share(u / 9)), u / 9, abs_tol=1e-9) for u in range(10))

@@ -1,0 +1,49 @@
+"""Used by several test files."""
+
+from __future__ import annotations
+
+import subprocess
+
+import torch
+
+from seriatim.backbones.masked import Masked
+from seriatim.checkpoints.native import Bundle
+from seriatim.heads.diffusion import Diffusion
+from seriatim.models.build import seeded
+from seriatim.models.masked import MaskedModel
+from seriatim.tokenizers.pixels import Pixels
+
+
+def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
+    """Random weights everywhere, zero-initialised layers included, so that nothing is hidden by a zero."""
+    seeded_generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=seeded_generator))
+
+
+def make_bundle(classes: int = 3, tokens: int = 16, width: int = 32) -> Bundle:
+    side = int(tokens**0.5)
+    tokenizer = Pixels(size=2 * side, patch=2, channels=1)
+    with seeded(0):
+        model = MaskedModel(
+            Masked(tokens=tokens, dim=4, width=width, depth=2, heads=2, buffer=3, dropout=0.0),
+            Diffusion(dim=4, width=24, depth=2),
+            classes=classes,
+        )
+    randomise(model, scale=0.05)
+    names = ["cat", "dog", "horse"][:classes]
+    defaults = {"num_inference_steps": 5, "num_diffusion_steps": 6, "guidance_scale": 1.5}
+    return Bundle(model.eval(), tokenizer, names, defaults)
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> str:
+    """The single line that a failed command printed, its exit code and words checked."""
+    assert done.returncode == code, (done.returncode, done.stderr)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+    return lines[0]

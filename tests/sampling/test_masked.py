@@ -1,0 +1,91 @@
+"""The fast loop against the specification, and the promise: same request, same image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import make_bundle
+from seriatim.core.errors import NumericsError
+from seriatim.core.random import Noise
+from seriatim.core.schedules import tokens_per_step
+from seriatim.sampling.masked import masked_steps
+
+SETTINGS: list[dict[str, Any]] = [
+    {"steps": 5},
+    {"steps": 16, "guidance_scale": 2.0},
+    {"steps": 4, "guidance_scale": 3.0, "guidance_schedule": "constant", "temperature": 0.8},
+    {"steps": 7, "guidance_scale": 0.5, "token_schedule": "linear"},
+    {"steps": 1},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("classes", [3, 0])
+def test_the_fast_loop_is_the_naive_sampler(settings: dict[str, Any], classes: int) -> None:
+    model = make_bundle(classes=classes).model
+    labels = torch.tensor([0, 2, -1]) if classes else None
+    naive = model.sample(labels, Noise.per_image([1, 2, 3]), num_diffusion_steps=6, **settings)
+    *_, last = masked_steps(model, labels, Noise.per_image([1, 2, 3]), num_diffusion_steps=6, **settings)
+    assert torch.allclose(last.tokens, naive, atol=1e-4, rtol=1e-4)
+    assert last.known.all()
+
+
+def test_an_image_is_the_same_in_any_batch() -> None:
+    model = make_bundle().model
+    labels, seeds = torch.tensor([0, 1, 2, 0]), [5, 6, 7, 8]
+    options: dict[str, Any] = {"steps": 6, "guidance_scale": 2.0, "num_diffusion_steps": 8}
+    *_, together = masked_steps(model, labels, Noise.per_image(seeds), **options)
+    for i in range(4):
+        *_, alone = masked_steps(model, labels[i : i + 1], Noise.per_image(seeds[i : i + 1]), **options)
+        assert torch.allclose(together.tokens[i], alone.tokens[0], atol=1e-4), i
+    *_, again = masked_steps(model, labels, Noise.per_image(seeds), **options)
+    assert torch.equal(again.tokens, together.tokens), "bitwise at an equal batch"
+    *_, other = masked_steps(model, labels, Noise.per_image([9, 6, 7, 8]), **options)
+    assert not torch.allclose(other.tokens[0], together.tokens[0], atol=1e-2)
+
+
+def test_the_stream_shows_tokens_becoming_known() -> None:
+    model = make_bundle().model
+    steps = list(masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), steps=5, num_diffusion_steps=3))
+    counts = tokens_per_step(5, 16)
+    before, earlier = torch.zeros(2, 16, dtype=torch.bool), torch.zeros(2, 16, 4)
+    for i, step in enumerate(steps):
+        assert (step.index, step.total, step.stage) == (i, 5, "tokens")
+        assert (step.known & ~before).sum(dim=1).tolist() == [counts[i]] * 2
+        assert torch.equal(step.tokens[before], earlier[before]), "known tokens never change"
+        assert not step.tokens[~step.known].any(), "unknown tokens are zero"
+        before, earlier = step.known, step.tokens
+
+
+def test_the_null_pass_is_skipped_where_the_scale_is_one() -> None:
+    model = make_bundle().model
+    rows: list[int] = []
+    model.backbone.decoder[0].register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))  # type: ignore[index]
+    list(masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), steps=3, num_diffusion_steps=3))
+    assert rows == [2, 2, 2]
+    rows.clear()
+    options: dict[str, Any] = {"steps": 3, "num_diffusion_steps": 3, "guidance_scale": 2.0}
+    list(masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), **options))
+    assert rows == [4, 4, 4]
+
+
+def test_bf16_is_near_float32() -> None:
+    model = make_bundle().model
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        options: dict[str, Any] = {"steps": 4, "num_diffusion_steps": 10, "dtype": dtype}
+        *_, last = masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), **options)
+        assert last.tokens.dtype == torch.float32
+        results.append(last.tokens)
+    assert 0 < float((results[0] - results[1]).abs().mean()) < 0.1
+
+
+def test_tokens_that_are_not_finite_stop_with_a_reason() -> None:
+    model = make_bundle().model
+    with torch.no_grad():
+        model.head.final.linear.bias.fill_(float("nan"))  # type: ignore[union-attr]
+    with pytest.raises(NumericsError, match="not finite"):
+        list(masked_steps(model, torch.tensor([0]), Noise.per_image([1]), steps=2, num_diffusion_steps=3))

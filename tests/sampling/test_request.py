@@ -1,0 +1,53 @@
+"""The request: defaults, expansion, and one line for what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from seriatim.core.errors import UsageError
+from seriatim.core.random import derive_seed
+from seriatim.sampling.request import SampleRequest, make_request
+
+
+def test_expansion() -> None:
+    request = make_request({"class_labels": ["a", 3], "num_images_per_label": 2, "seed": 9, "num_inference_steps": 4}, 16)
+    assert request.image_labels() == ["a", "a", 3, 3]
+    assert request.image_seeds() == [derive_seed(9, i) for i in range(4)]
+    named = make_request({"class_labels": [1], "seeds": (7,), "num_inference_steps": 4}, 16)
+    assert named.image_seeds() == [7]
+
+
+def test_it_survives_json() -> None:
+    request = make_request({"class_labels": ["a", None, 2], "seed": 2**40, "num_inference_steps": 4}, 16)
+    assert SampleRequest.model_validate_json(request.model_dump_json()) == request
+
+
+def test_more_steps_than_tokens_are_clamped_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="num_inference_steps: 64 is more than the model's 16 tokens; using 16"):
+        assert make_request({"num_inference_steps": 64}, 16).num_inference_steps == 16
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"guidence_scale": 2}, "unknown key 'guidence_scale'; did you mean 'guidance_scale'"),
+        ({"guidance_scale": -1}, "guidance_scale"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_diffusion_steps": 2.5}, "num_diffusion_steps"),
+        ({"num_images_per_label": 0}, "num_images_per_label"),
+        ({"class_labels": ()}, "class_labels: is empty"),
+        ({"seed": -1}, "seed"),
+        ({"seed": True}, "seed"),
+        ({"seeds": (1, 2)}, "seeds: 2 given for 1 images"),
+        ({"guidance_schedule": "linaer"}, "guidance_schedule: 'linaer' is not known; did you mean 'linear'"),
+        ({"token_schedule": "cosin"}, "token_schedule: 'cosin' is not known; did you mean 'cosine'"),
+    ],
+)
+def test_what_is_wrong_is_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_request({"num_inference_steps": 4, **settings}, 16)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,143 @@
+"""The pipeline: names, seeds, output types, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import seriatim
+from seriatim.checkpoints.native import Bundle
+from seriatim.core.errors import CheckpointError, UsageError
+from seriatim.core.random import derive_seed
+from seriatim.pipeline import Pipeline, load
+from seriatim.tokenizers.base import to_uint8
+
+
+@pytest.fixture
+def pipe(bundle: Bundle) -> Pipeline:
+    return Pipeline(bundle)
+
+
+def test_a_call(pipe: Pipeline) -> None:
+    result = pipe(class_labels=["horse", 0], num_images_per_label=2, seed=7)
+    assert [i.size for i in result.images] == [(8, 8)] * 4 and result.images[0].mode == "L"
+    assert result.labels == ["horse", "horse", "cat", "cat"]
+    assert result.seeds == [derive_seed(7, i) for i in range(4)]
+    assert result.request.guidance_scale == 1.5, "the model's own default"
+    assert pipe(class_labels="dog", seed=1).labels == ["dog"]
+    assert pipe(seed=1).labels == ["cat", "dog", "horse"], "every class, unless told"
+    assert pipe(class_labels=[None], seed=1).labels == [None]
+    assert pipe(class_labels=np.array([2, 1]), seed=1).labels == ["horse", "dog"]
+
+
+def test_the_same_request_gives_the_same_images(pipe: Pipeline) -> None:
+    one = pipe(class_labels=["horse", "cat"], num_images_per_label=3, seed=7)
+    two = pipe(request=one.request)
+    assert torch.equal(one.tokens, two.tokens)
+    small = pipe(request=one.request, batch_size=2)
+    assert torch.allclose(one.tokens, small.tokens, atol=1e-4)
+    single = pipe(class_labels=["cat"], seeds=(one.seeds[4],))
+    assert torch.allclose(single.tokens[0], one.tokens[4], atol=1e-4), "an image's seed is all it needs"
+    assert pipe(class_labels=[0]).request.seed != pipe(class_labels=[0]).request.seed, "no seed: another each time"
+
+
+def test_output_types(pipe: Pipeline) -> None:
+    options: dict[str, Any] = {"class_labels": [0, 1], "seed": 3}
+    pil, array = pipe(**options).images, pipe(**options, output_type="np").images
+    tensor, latent = pipe(**options, output_type="pt").images, pipe(**options, output_type="latent").images
+    assert array.shape == (2, 8, 8, 1) and array.dtype == np.uint8
+    assert np.array_equal(np.asarray(pil[1]), array[1, ..., 0])
+    assert torch.equal(to_uint8(tensor), torch.from_numpy(array))
+    assert latent.shape == (2, 16, 4)
+    with pytest.raises(UsageError, match="output_type: 'pill' is not known; did you mean 'pil'"):
+        pipe(**options, output_type="pill")
+
+
+def test_stream_and_callback(pipe: Pipeline) -> None:
+    steps = list(pipe.stream(class_labels=[0, 1, 2], seed=7, batch_size=2))
+    assert [s.index for s in steps] == list(range(10)) and {s.total for s in steps} == {10}
+    assert [s.images for s in steps] == [range(0, 2)] * 5 + [range(2, 3)] * 5
+    preview = steps[4].preview()
+    assert [isinstance(p, Image.Image) for p in preview] == [True, True]
+    seen: list[tuple[int, int]] = []
+    result = pipe(class_labels=[0, 1, 2], seed=7, batch_size=2, callback_on_step_end=lambda p, i, n, _: seen.append((i, n)))
+    assert seen == [(i, 10) for i in range(10)]
+    assert np.array_equal(np.asarray(preview[1]), np.asarray(result.images[1])), "the last preview is the image"
+
+
+def test_generators_stand_in_for_seeds(pipe: Pipeline) -> None:
+    def tokens(generator: Any) -> torch.Tensor:
+        return pipe(class_labels=[0, 1], generator=generator).tokens
+
+    one = tokens(torch.Generator().manual_seed(4))
+    assert torch.equal(one, tokens(torch.Generator().manual_seed(4)))
+    assert not torch.allclose(one, tokens(torch.Generator().manual_seed(5)))
+    many = pipe(class_labels=[0, 1], generator=[torch.Generator().manual_seed(s) for s in (1, 2)])
+    again = pipe(class_labels=[0, 1], seeds=tuple(many.seeds))
+    assert torch.equal(many.tokens, again.tokens), "the result names the seeds that give it again"
+    with pytest.raises(UsageError, match="generator: 1 given for 2 images"):
+        tokens([torch.Generator()])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"class_labels": ["hrose"]}, "class_labels: 'hrose' is not a class of this model; did you mean 'horse'"),
+        ({"class_labels": [3]}, "class_labels: 3 is out of range; this model has classes 0 to 2"),
+        ({"class_labels": [-1]}, "class_labels: -1 is out of range"),
+        ({"class_labels": ["7"]}, "class_labels: 7 is out of range"),
+        ({"class_labels": [1.5]}, "class_labels"),
+        ({"class_label": [1]}, "unknown key 'class_label'; did you mean 'class_labels'"),
+        ({"batch_size": 0}, "batch_size: 0 is not allowed"),
+    ],
+)
+def test_what_is_wrong_is_named(pipe: Pipeline, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        pipe(**settings)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_save_and_load(tmp_path: Path, pipe: Pipeline) -> None:
+    folder = pipe.save(tmp_path / "m")
+    again = seriatim.load(folder, device="cpu")
+    options: dict[str, Any] = {"class_labels": [0, 1], "seed": 3}
+    assert torch.equal(again(**options).tokens, pipe(**options).tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mar-b", "mar-b is a preset and has no weights"),
+        ("mar-digits", "seriatim train mar-digits"),
+        ("nosuch", "model: 'nosuch' is no folder"),
+        ("some/repository", "there is no folder 'some/repository', and it could not be fetched"),
+    ],
+)
+def test_what_cannot_be_loaded_is_explained(name: str, words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load(name)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_folders_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is empty"):
+        load(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=r"manifest\.json is missing"):
+        load(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file"):
+        load(tmp_path / "notes.txt")
+
+
+def test_devices_and_dtypes(bundle: Bundle) -> None:
+    assert Pipeline(bundle, device="cpu").dtype == torch.float32
+    assert Pipeline(bundle, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(UsageError, match="dtype: 'float61'"):
+        Pipeline(bundle, dtype="float61")
+    with pytest.raises(UsageError, match="device: 'warp'"):
+        Pipeline(bundle, device="warp")

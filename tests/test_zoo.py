@@ -1,0 +1,53 @@
+"""Presets: exact sizes, and nothing claimed that isn't so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seriatim.core.errors import UsageError
+from seriatim.models.build import build_model, parameter_count
+from seriatim.training.config import read_recipe
+from seriatim.training.loop import build
+from seriatim.training.optim import parameter_groups
+from seriatim.zoo import PRESETS, preset
+
+# reference: the released checkpoints
+OFFICIAL = {"mar-b": 207_924_768, "mar-l": 478_326_304, "mar-h": 942_403_104}
+OFFICIAL_DECAYED = {"mar-b": 104, "mar-l": 136, "mar-h": 168}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_exact(name: str) -> None:
+    with torch.device("meta"):
+        model = build_model(PRESETS[name].model)
+    assert parameter_count(model) == PRESETS[name].parameters == OFFICIAL.get(name, PRESETS[name].parameters)
+    assert model.tokens == PRESETS[name].tokens
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_weight_decay_falls_on_the_official_tensors(name: str) -> None:
+    """Their number is that of the official training code: everything but vectors and the head."""
+    with torch.device("meta"):
+        decayed, free = parameter_groups(build_model(PRESETS[name].model), 0.02)
+    assert len(decayed["params"]) == OFFICIAL_DECAYED[name] and decayed["weight_decay"] == 0.02
+    assert free["weight_decay"] == 0.0
+
+
+def test_a_preset_with_a_recipe_is_that_recipes_model() -> None:
+    for name, entry in PRESETS.items():
+        if entry.recipe:
+            recipe = read_recipe(entry.recipe)
+            _, _, model = build(recipe)
+            assert parameter_count(model) == entry.parameters, name
+            assert entry.sampling == recipe.sampling, name
+
+
+def test_published_figures_name_their_source() -> None:
+    for entry in PRESETS.values():
+        assert entry.published is None or "authors" in entry.published["source"]
+
+
+def test_unknown_presets_are_named() -> None:
+    with pytest.raises(UsageError, match="did you mean 'mar-b'"):
+        preset("marb")

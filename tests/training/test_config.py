@@ -1,0 +1,89 @@
+"""Recipes: read, overridden, checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from seriatim.core.errors import ConfigError, UsageError
+from seriatim.training.config import dump, packaged, read_recipe
+from seriatim.training.loop import build
+
+
+def test_packaged_recipes_are_valid() -> None:
+    assert "mar-digits" in packaged()
+    for name in packaged():
+        recipe = read_recipe(name)
+        assert recipe.name == name and recipe.description
+
+
+def test_overrides() -> None:
+    recipe = read_recipe(
+        "mar-digits",
+        ["training.images=5000", "model.depth=[1, 2]", "model.head.width=32", "training.betas=[0.8, 0.9]", "seed=3"],
+    )
+    assert recipe.training.images == 5000 and recipe.model["depth"] == [1, 2] and recipe.model["head"]["width"] == 32
+    assert recipe.training.betas == (0.8, 0.9) and recipe.seed == 3
+    assert recipe.model["head"]["kind"] == "diffusion", "the rest of a section stays"
+
+
+def test_dump_is_read_back(tmp_path: Path) -> None:
+    recipe = read_recipe("mar-digits", ["training.images=7"])
+    (tmp_path / "r.yaml").write_text(dump(recipe))
+    assert read_recipe(str(tmp_path / "r.yaml")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.imagse=5"], "unknown key 'training.imagse'; did you mean 'images'"),
+        (["trainning.images=5"], "unknown key 'trainning.images'; did you mean 'training'"),
+        (["training.images=many"], "training.images"),
+        (["training.images=0"], "training.images"),
+        (["training.images"], "'training.images' is no override"),
+        (["training.learning_rate=.nan"], "training.learning_rate"),
+        (["training.schedule=step"], "training.schedule"),
+        (["training.images.more=5"], "'images' is a value, not a section"),
+        (["training.images=[1"], "is not a YAML value"),
+        (["name="], "name"),
+    ],
+)
+def test_what_is_wrong_is_named(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_recipe("mar-digits", overrides)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.widht=5"], "unknown key 'model.widht'; did you mean 'width'"),
+        (["model.head.dept=5"], "unknown key 'model.head.dept'; did you mean 'depth'"),
+        (["model.width=big"], "model"),
+        (["data.kind=digit"], "data.kind: 'digit' is not known; did you mean 'digits'"),
+        (["data.helt_out=true"], "did you mean 'held_out'"),
+        (["tokenizer.patch=9"], "tokenizer.patch: 9 is not allowed"),
+        (["tokenizer.size=16"], "tokenizer: made for images of 1 x 16 x 16, the data has 1 x 8 x 8"),
+        (["model.classes=5"], "model.classes: 5 does not fit"),
+        (["sampling.guidence_scale=2"], "did you mean 'guidance_scale'"),
+        (["sampling.temperature=-1"], "sampling: temperature"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named_before_anything_is_done(overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(read_recipe("mar-digits", overrides))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neither a file nor a packaged recipe; did you mean 'mar-digits'"):
+        read_recipe("mar-digit")
+    for content, words in ((b"[1, 2]", "not a mapping"), (b"a: [", "not readable"), (b"\xff\xfe\x00", "not readable")):
+        (tmp_path / "bad.yaml").write_bytes(content)
+        with pytest.raises(ConfigError, match=words):
+            read_recipe(str(tmp_path / "bad.yaml"))
+    (tmp_path / "tag.yaml").write_text("a: !!python/object/apply:os.system ['touch canary']")
+    with pytest.raises(ConfigError, match="not readable"):
+        read_recipe(str(tmp_path / "tag.yaml"))
+    assert not Path("canary").exists()

@@ -1,0 +1,142 @@
+"""The training loop: what it leaves, that it learns, and that it stops before harm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import seriatim
+from seriatim.core.errors import NumericsError, UsageError
+from seriatim.models.masked import Loss, MaskedModel
+from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.data import Digits, Order
+from seriatim.training.loop import pick_training_dtype, train
+from seriatim.training.optim import averaged
+
+TINY = [
+    "model.width=32", "model.depth=1", "model.heads=2", "model.head.width=32", "model.head.depth=1",
+    "training.images=640", "training.log_images=128", "training.dtype=float32", "training.warmup_images=64",
+]  # fmt: skip
+
+
+def tiny(*overrides: str) -> Recipe:
+    return read_recipe("mar-digits", [*TINY, *overrides])
+
+
+def test_a_run_folder(tmp_path: Path) -> None:
+    result = train(tiny(), tmp_path / "run", quiet=True)
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names == {"recipe.yaml", "environment.json", "metrics.jsonl", "training.png", "model"}
+    assert read_recipe(str(tmp_path / "run" / "recipe.yaml")) == tiny()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["images"] for row in rows] == [128, 256, 384, 512, 640]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"], "it learns"
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["loss_mse"] + row["loss_vb"], rel=1e-4)
+        assert row["images_per_second"] > 0 and row["gradient_norm"] > 0
+    assert Image.open(tmp_path / "run" / "training.png").size[0] > 300
+    assert (result.images, result.dtype, result.loss) == (640, "float32", rows[-1]["loss"])
+    pipe = seriatim.load(tmp_path / "run", device="cpu")
+    assert pipe.class_names == [str(d) for d in range(10)] and pipe.defaults["guidance_scale"] == 2.0
+    assert pipe(class_labels=["7"], num_inference_steps=2, num_diffusion_steps=3, seed=0).labels == ["7"]
+    assert pipe.bundle.provenance["images"] == 640
+
+
+def test_the_same_recipe_gives_the_same_weights(tmp_path: Path) -> None:
+    states = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(states))  # what the caller did before must not matter
+        train(tiny("training.images=192", "model.dropout=0.1", f"seed={seed}"), tmp_path / name, quiet=True)
+        states.append(seriatim.load(tmp_path / name, device="cpu").model.state_dict())
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+    assert not torch.equal(states[0]["no_class"], states[2]["no_class"])
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    train(tiny("training.images=64"), tmp_path, quiet=True)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(tiny("training.images=64"), tmp_path, quiet=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """At step 7: the weights are those after step 6, and the message names the batch."""
+    true_loss, calls, kept = MaskedModel.loss, [0], {}
+
+    def poisoned(self: MaskedModel, *arguments: object) -> Loss:
+        calls[0] += 1
+        loss = true_loss(self, *arguments)  # type: ignore[arg-type]
+        if calls[0] == 7:
+            kept.update(model=self, weights={k: v.clone() for k, v in self.state_dict().items()})
+            if what == "loss":
+                return Loss(loss.mean * float("nan"), loss.parts)
+            self.no_class.register_hook(lambda g: g * float("nan"))
+        return loss
+
+    monkeypatch.setattr(MaskedModel, "loss", poisoned)
+    with pytest.raises(NumericsError) as caught:
+        train(tiny(), tmp_path, quiet=True)
+    message = str(caught.value)
+    assert f"the {what} is not finite (nan) after 384 images, in the batch of images " in message and "\n" not in message
+    batch = Order(Digits().count, 0)
+    assert calls[0] == 7 and batch.count == 1437
+    for name, value in kept["model"].state_dict().items():
+        assert torch.equal(value, kept["weights"][name]), f"{name} was updated"
+    assert not (tmp_path / "model").exists()
+
+
+def test_order_is_a_permutation_of_every_epoch_and_needs_no_history() -> None:
+    order = Order(10, seed=3)
+    whole = order(0, 35)
+    assert sorted(whole[:10].tolist()) == sorted(whole[10:20].tolist()) == list(range(10))
+    assert whole[:10].tolist() != whole[10:20].tolist()
+    assert torch.equal(Order(10, seed=3)(7, 20), whole[7:27]), "a run resumed at image 7 sees what it would have seen"
+    assert torch.equal(torch.cat([order(i, 5) for i in range(0, 35, 5)]), whole), "whatever the batch size"
+    assert Order(10, seed=4)(0, 10).tolist() != whole[:10].tolist()
+
+
+def test_digits_are_split_once_and_for_all() -> None:
+    train_set, held = Digits(), Digits(held_out=True)
+    assert (train_set.count, held.count) == (1437, 360)
+    images = train_set.images(torch.arange(train_set.count))
+    assert images.shape == (1437, 1, 8, 8) and images.min() == -1 and images.max() == 1
+    seen = {tuple(i.flatten().tolist()) for i in images}
+    overlap = sum(tuple(i.flatten().tolist()) in seen for i in held.images(torch.arange(held.count)))
+    assert overlap == 0, "no held-out digit is in the training set"
+    counts = torch.bincount(held.labels(torch.arange(held.count)))
+    assert counts.min() >= 34, "every class is held out in proportion"
+
+
+def test_the_average_follows_its_formula() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    average = averaged(model, 0.5)
+    average.update_parameters(model)
+    expected = 1.0
+    for n, value in enumerate((3.0, 5.0, -1.0), start=1):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update_parameters(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * value
+        assert average.module.weight.item() == pytest.approx(expected)
+
+
+def test_auto_dtype_takes_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("seriatim.training.loop.time.perf_counter", lambda: now[0])
+    for fast in (torch.float32, torch.bfloat16):
+
+        def loss_of(dtype: torch.dtype, fast: torch.dtype = fast) -> Loss:
+            now[0] += 1.0 if dtype == fast else 2.0
+            return Loss(torch.zeros((), requires_grad=True) * 1)
+
+        assert pick_training_dtype("auto", loss_of) == fast
+    assert pick_training_dtype("bfloat16", loss_of) == torch.bfloat16
