@@ -9,7 +9,6 @@ Importing this package imports no torch; a public name does, when it is first us
 
 from __future__ import annotations
 
-
 from seriatim.core.lazy import exporter
 
 __version__ = "0.1.0"
@@ -42,5 +41,3 @@ __getattr__ = exporter(__name__, _PUBLIC)
 
 def __dir__() -> list[str]:
     return [*globals(), *_PUBLIC]
-
-

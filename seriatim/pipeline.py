@@ -43,9 +43,9 @@ class Result:
 class Pipeline:
     """A model with its tokenizer, ready to draw.
 
-        pipe = seriatim.load("demo/model")
-        result = pipe(class_labels=[3, 8], num_images_per_label=4, seed=7)
-        result.images[0].save("three.png")
+    pipe = seriatim.load("demo/model")
+    result = pipe(class_labels=[3, 8], num_images_per_label=4, seed=7)
+    result.images[0].save("three.png")
     """
 
     def __init__(
@@ -170,7 +170,13 @@ class Pipeline:
                 **{k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep") if k in options},
             ):
                 yield Step(
-                    number * steps + step.index, len(batches) * steps, step.stage, step.tokens, step.known, images, self._pil
+                    number * steps + step.index,
+                    len(batches) * steps,
+                    step.stage,
+                    step.tokens,
+                    step.known,
+                    images,
+                    self._pil,
                 )
 
     def __call__(
@@ -268,7 +274,7 @@ def download(repository: str) -> Path:
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """"auto" is the accelerator, if there is one, else the CPU."""
+    """ "auto" is the accelerator, if there is one, else the CPU."""
     if isinstance(device, str) and device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")

@@ -75,7 +75,9 @@ def _loss(head: Head) -> None:
     name, N = type(head).__name__, 5
     z, target = torch.randn(N, Z, requires_grad=True), torch.randn(N, head.output)
     loss = head.loss(z, target, _noise(N))
-    assert loss.sum.shape == (N,), f"{name}.loss().sum has shape {tuple(loss.sum.shape)}, not ({N},), one for each token"
+    assert loss.sum.shape == (N,), (
+        f"{name}.loss().sum has shape {tuple(loss.sum.shape)}, not ({N},), one for each token"
+    )
     assert loss.count.shape == (N,), f"{name}.loss().count has shape {tuple(loss.count.shape)}, not ({N},)"
     assert bool((loss.count > 0).all()), f"{name}.loss().count must be positive"
     assert bool(torch.isfinite(loss.sum).all()), f"{name}.loss() is not finite"
@@ -83,7 +85,9 @@ def _loss(head: Head) -> None:
         assert part.shape == (N,), f"{name}.loss().parts[{key!r}] has shape {tuple(part.shape)}, not ({N},)"
     loss.sum.sum().backward()
     head.zero_grad()
-    empty = head.loss(torch.randn(0, Z), torch.randn(0, head.output), _noise(N).select(torch.empty(0, dtype=torch.long)))
+    empty = head.loss(
+        torch.randn(0, Z), torch.randn(0, head.output), _noise(N).select(torch.empty(0, dtype=torch.long))
+    )
     assert empty.sum.shape == (0,), f"{name}.loss() of no tokens must be empty"
 
 
@@ -168,4 +172,6 @@ def _learns(head: Head, steps: int) -> None:
     share = (x.mean(dim=1) > 0).float().mean()
     assert 0.3 < float(share) < 0.7, f"{name} draws the two modes with shares {share:.2f} and {1 - share:.2f}, not half"
     inside = (x.mean(dim=1).abs() - 1).abs() < 0.5
-    assert float(inside.float().mean()) > 0.8, f"{name} draws between the modes: {inside.float().mean():.0%} are near one"
+    assert float(inside.float().mean()) > 0.8, (
+        f"{name} draws between the modes: {inside.float().mean():.0%} are near one"
+    )

@@ -56,7 +56,7 @@ def _mar(
 ) -> Preset:
     return Preset(
         name=f"mar-{size}",
-        summary=f"MAR-{size.upper()}: {depth}+{depth} blocks of {width}, diffusion head {head['depth']} x {head['width']}",
+        summary=f"MAR-{size.upper()}: {depth}+{depth} blocks of {width}, head {head['depth']} x {head['width']}",
         model={
             "kind": "masked",
             "tokens": 256,

@@ -52,7 +52,9 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 def seriatim(tmp_path: Path) -> Run:
     """Run the command line in a process of its own, in `tmp_path`."""
 
-    def run(*arguments: str, timeout: float = 300, cwd: Path = tmp_path, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, timeout: float = 300, cwd: Path = tmp_path, **env: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "seriatim", *arguments],
             capture_output=True,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import torch
+from PIL import Image
 
 from seriatim.backbones.masked import Masked
 from seriatim.checkpoints.native import Bundle
@@ -47,3 +49,10 @@ def one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> 
     for word in words:
         assert word in lines[0], (word, lines[0])
     return lines[0]
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture, its file closed."""
+    with Image.open(path) as image:
+        image.load()
+        return image

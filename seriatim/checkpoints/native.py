@@ -113,7 +113,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, which are refused unless they are finite."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error
     for name, tensor in tensors.items():

@@ -22,7 +22,7 @@ def demo(
 ) -> None:
     """Train a MAR on handwritten digits on the CPU, draw 160 of them, and check them against real ones."""
     from seriatim.core.errors import UsageError
-    from seriatim.core.files import write_json
+    from seriatim.core.files import writable_folder, write_json
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.training.config import read_recipe
 
@@ -38,6 +38,7 @@ def demo(
     from seriatim.pipeline import load
     from seriatim.training.loop import train
 
+    writable_folder(out)
     if not json:
         say(f"training {RECIPE} on {recipe.training.images:,} images, on the CPU")
     begin = time.monotonic()
@@ -47,7 +48,7 @@ def demo(
     result = pipe(num_images_per_label=PER_CLASS, seed=seed)
     end = time.monotonic()
 
-    save_png(grid(result.images, columns=PER_CLASS, side=48), out / "grid.png")
+    save_png(grid(result.images, columns=PER_CLASS, side=56, smooth=True), out / "grid.png")
     pixels = np.stack([np.asarray(image) for image in result.images]).reshape(len(result.images), -1) / 255.0
     labels = np.array([int(name or 0) for name in result.labels])
     report: dict[str, Any] = {
@@ -74,8 +75,14 @@ def demo(
     rows = [
         ("training", f"{report['training_seconds']:.0f} s, {report['training_images_per_second']:.0f} images/s"),
         ("sampling", f"{report['sampling_seconds']:.1f} s, {report['images_per_second']:.0f} images/s"),
-        ("recognised as the class asked for", f"{report['recognised']:.1%} (real held-out: {report['recognised_real']:.1%})"),
-        ("Frechet distance, pixels, to held-out", f"{report['frechet']:.3f} (as many real: {report['frechet_real']:.3f})"),
+        (
+            "recognised as the class asked for",
+            f"{report['recognised']:.1%} (real held-out: {report['recognised_real']:.1%})",
+        ),
+        (
+            "Frechet distance, pixels, to held-out",
+            f"{report['frechet']:.3f} (as many real: {report['frechet_real']:.3f})",
+        ),
         ("variance within a class, of the real", f"{report['within_class_variance']:.0%}"),
     ]
     print_table(("MAR on 8x8 digits", f"{report['samples']} samples"), rows)

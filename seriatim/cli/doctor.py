@@ -104,7 +104,7 @@ def bf16_speedup(device: Any) -> float:
 
 
 def check_torchvision() -> str:
-    """"absent" (nothing here needs it), its version, or "broken: why". Imported in a process of its own."""
+    """ "absent" (nothing here needs it), its version, or "broken: why". Imported in a process of its own."""
     import importlib.util
     import subprocess
     import sys

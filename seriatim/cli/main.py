@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Autoregressive image generation: train, sample, look.",
-    epilog="Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 numbers, 6 resources, 143 stopped and saved.",
+    epilog="Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 numbers, 6 resources, 143 stopped, saved.",
 )
 
 
@@ -78,7 +78,7 @@ def explain(error: BaseException) -> int:
     if hasattr(error, "format_message"):  # the argument parser's own; its classes are private to typer
         text = one_line(Exception(error.format_message()))
         if text:
-            say(f"error: {text} Try `seriatim --help`.")
+            say(f"error: {text.rstrip('.')}; see `seriatim --help`")
         else:
             show: Any = getattr(error, "show", lambda: None)
             show()
@@ -94,7 +94,7 @@ def explain(error: BaseException) -> int:
     if isinstance(error, OSError):
         say(f"error: {one_line(error)}; check the path and the disk")
         return ResourceError.exit_code
-    say(f"error: {type(error).__name__}: {one_line(error)[:300]} (a bug: please report it; SERIATIM_DEBUG=1 shows where)")
+    say(f"error: {type(error).__name__}: {one_line(error)[:300]} (a bug: please report it; SERIATIM_DEBUG=1 shows it)")
     return 1
 
 

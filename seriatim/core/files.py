@@ -40,7 +40,7 @@ def sync_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def explained(path: Path, verb: str = "write") -> Iterator[None]:
+def explained(path: Path, argument: str = "") -> Iterator[None]:
     """Turn an OSError about `path` into one line that says what to do."""
     try:
         yield
@@ -52,7 +52,8 @@ def explained(path: Path, verb: str = "write") -> Iterator[None]:
         else:
             remedy = "check the path and the disk"
         reason = error.strerror or one_line(error)
-        raise ResourceError(f"cannot {verb} {path}: {reason}; {remedy}") from error
+        prefix = f"{argument}: " if argument else ""
+        raise ResourceError(f"{prefix}cannot write {path}: {reason}; {remedy}") from error
 
 
 def atomic_write(path: Path | str, write: Callable[[Path], object]) -> Path:
@@ -130,7 +131,7 @@ def writable_folder(path: Path | str, argument: str = "out") -> Path:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{argument}: {path} is a file; name a folder")
-    with explained(path, verb=f"write to {argument}"):
+    with explained(path, argument):
         path.mkdir(parents=True, exist_ok=True)
         handle, probe = tempfile.mkstemp(prefix=".probe.", dir=path)
         os.close(handle)
@@ -151,9 +152,7 @@ def _render(files: dict[str, dict[str, Any]]) -> str:
 
 def write_manifest(folder: Path, names: Iterable[str]) -> Path:
     """Write `manifest.json`: bytes and sha256 of each named file of `folder`."""
-    files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)
-    }
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
     return write_text(folder / MANIFEST, _render(files))
 
 

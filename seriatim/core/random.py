@@ -136,9 +136,7 @@ class ReplayNoise(Noise):
         value = self.queues[kind].popleft()
         lead = () if draws is None else (draws,)
         wanted = (*lead, "N", *tail)
-        fits = value.ndim == len(wanted) and all(
-            w == "N" or w == s for w, s in zip(wanted, value.shape, strict=True)
-        )
+        fits = value.ndim == len(wanted) and all(w == "N" or w == s for w, s in zip(wanted, value.shape, strict=True))
         assert fits, f"recorded {kind} draw has shape {tuple(value.shape)}, asked for {wanted}"
         return value.to(self.device)
 

@@ -9,10 +9,17 @@ from PIL import Image
 
 from seriatim.core.files import atomic_write
 
+
 def grid(
-    images: Sequence[Image.Image], columns: int, *, side: int = 32, gap: int = 2, background: int = 128
+    images: Sequence[Image.Image],
+    columns: int,
+    *,
+    side: int = 32,
+    gap: int = 2,
+    smooth: bool = False,
+    background: int = 128,
 ) -> Image.Image:
-    """Images row by row, `columns` in a row; those smaller than `side` enlarged by a whole number, unsmoothed."""
+    """Images row by row, `columns` in a row; those smaller than `side` enlarged by a whole number."""
     width, height = images[0].size
     factor = max(1, side // max(width, height))
     width, height = width * factor, height * factor
@@ -21,9 +28,10 @@ def grid(
     fill = background if mode == "L" else (background,) * 3
     size = (columns * (width + gap) + gap, rows * (height + gap) + gap)
     sheet = Image.new(mode, size, fill)
+    resample = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     for i, image in enumerate(images):
         place = (gap + i % columns * (width + gap), gap + i // columns * (height + gap))
-        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
+        sheet.paste(image.resize((width, height), resample), place)
     return sheet
 
 

@@ -16,8 +16,8 @@ Array = npt.NDArray[np.float64]
 def frechet_distance(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of Gaussians fitted to a (n, F) and b (m, F).
 
-    Dowson & Landau 1982; Heusel et al. 2017, eq. 6. Needs at least two vectors in each; with fewer vectors than features
-    the value is biased upward, so compare it only with that of equally many real ones.
+    Dowson & Landau 1982; Heusel et al. 2017, eq. 6. Needs at least two vectors in each. Few vectors bias the value
+    upward, so compare it only with that of equally many real ones.
     """
     x, y = checked(a, "a"), checked(b, "b")
     if x.shape[1] != y.shape[1]:

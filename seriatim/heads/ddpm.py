@@ -25,7 +25,7 @@ FEW_STEPS = 10
 
 
 def cosine_betas(steps: int = 1000) -> Array:
-    """beta_t = min(1 - abar(t+1)/abar(t), 0.999), abar(u) = cos^2((u + 0.008)/1.008 pi/2) (Nichol & Dhariwal, eq. 17)."""
+    """beta_t = min(1 - abar(t+1)/abar(t), 0.999), abar(u) = cos^2((u + 0.008)/1.008 pi/2) (Nichol & Dhariwal, 17)."""
 
     def abar(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -69,7 +69,7 @@ def _on_device(tables: Tables, name: str, device: torch.device) -> Tensor:
 
 def tables(betas: Array, timesteps: npt.NDArray[np.int64] | None = None) -> Tables:
     """The tables of a chain with these betas."""
-    abar = np.cumprod(1.0 - betas)
+    abar: Array = np.cumprod(1.0 - betas, dtype=np.float64)
     previous = np.append(1.0, abar[:-1])
     variance = betas * (1.0 - previous) / (1.0 - abar)
     # The last reverse step has variance 0: its logarithm is replaced by that of the step before.

@@ -64,8 +64,9 @@ class Diffusion(Head):
     def initialise(self) -> None:
         """Xavier; N(0, 0.02) for the time embedding; zero for modulations and output: eps = 0 at first."""
         xavier(self)
-        for layer in (self.time_embed[0], self.time_embed[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for name, weight in self.time_embed.named_parameters():
+            if name.endswith("weight"):
+                nn.init.normal_(weight, std=0.02)
         for layer in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -222,7 +223,9 @@ def normal_kl(mean: Tensor, log_var: Tensor, mean_p: Tensor, log_var_p: Tensor) 
     return 0.5 * (-1.0 - difference + difference.exp() + (mean - mean_p).square() * torch.exp(-log_var_p))
 
 
-def binned_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor, half: float = 1 / 255, edge: float = 0.999) -> Tensor:
+def binned_log_likelihood(
+    x: Tensor, mean: Tensor, log_std: Tensor, half: float = 1 / 255, edge: float = 0.999
+) -> Tensor:
     """log P(x) of bins [x - half, x + half] under a Gaussian; the outermost bins reach to infinity."""
     centred, inverse = x - mean, torch.exp(-log_std)
     upper = normal_cdf(inverse * (centred + half))

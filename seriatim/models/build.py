@@ -79,7 +79,9 @@ def name_of(module: nn.Module, table: Mapping[str, type[Any]], label: str) -> st
     for name, cls in table.items():
         if type(module) is cls:
             return name
-    raise ConfigError(f"{type(module).__name__} is not registered; add it with {label}['name'] = {type(module).__name__}")
+    raise ConfigError(
+        f"{type(module).__name__} is not registered; add it with {label}['name'] = {type(module).__name__}"
+    )
 
 
 @contextlib.contextmanager

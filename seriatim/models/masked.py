@@ -86,7 +86,7 @@ class MaskedModel(nn.Module):
     # --- training -------------------------------------------------------------------------------------------------
 
     def loss(self, tokens: Tensor, labels: Tensor | None = None, noise: Noise | None = None) -> Loss:
-        """tokens (B, L, D), labels (B,) -> the head's loss over masked tokens (Li et al. 2024, eq. 1 and section 3.4)."""
+        """tokens (B, L, D), labels (B,) -> the head's loss over masked tokens (Li et al. 2024, eq. 1, section 3.4)."""
         B, L, _ = tokens.shape
         self.check_labels(labels, B)
         noise = Noise.shared(None, B, tokens.device) if noise is None else noise

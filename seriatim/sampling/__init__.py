@@ -7,6 +7,4 @@ from seriatim.core.lazy import exporter
 __all__ = ["SampleRequest", "Step"]
 
 
-__getattr__ = exporter(
-    __name__, {"SampleRequest": "seriatim.sampling.request", "Step": "seriatim.sampling.masked"}
-)
+__getattr__ = exporter(__name__, {"SampleRequest": "seriatim.sampling.request", "Step": "seriatim.sampling.masked"})

@@ -16,19 +16,17 @@ from seriatim.core.files import atomic_write
 
 
 class MetricsLog:
-    """One JSON object a line; each line is on the disk when `write` returns to the system."""
+    """One JSON object a line, handed to the system line by line: a killed run keeps what it has measured."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self._file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115: closed by `close`
+        path.write_text("")
 
     def write(self, **values: Any) -> None:
         self.rows.append(values)
-        self._file.write(json.dumps(values) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
@@ -42,7 +40,9 @@ def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> P
     images = [row["images"] for row in rows]
     terms = [key for key in rows[0] if key == "loss" or key.startswith("loss_")] if rows else []
     for key in terms:
-        axes.plot(images, [row[key] for row in rows], label=key.replace("loss_", ""), linewidth=2 if key == "loss" else 1)
+        axes.plot(
+            images, [row[key] for row in rows], label=key.replace("loss_", ""), linewidth=2 if key == "loss" else 1
+        )
     axes.set(xlabel="images seen", ylabel="loss, mean since the last point", title=title)
     if terms and min(row[key] for row in rows for key in terms) > 0:
         axes.set_yscale("log")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
     data = build_data(recipe.data)
     tokenizer = build_tokenizer({"size": list(data.size), "channels": data.channels, **recipe.tokenizer})
     if tokenizer.size != data.size or tokenizer.channels != data.channels:
-        shapes = [f"{c} x {h} x {w}" for c, (h, w) in ((tokenizer.channels, tokenizer.size), (data.channels, data.size))]
+        shapes = [
+            f"{c} x {h} x {w}" for c, (h, w) in ((tokenizer.channels, tokenizer.size), (data.channels, data.size))
+        ]
         raise ConfigError(f"tokenizer: made for images of {shapes[0]}, the data has {shapes[1]}")
     with seeded(derive_seed(recipe.seed, "weights")):
         model = build_model(recipe.model, tokens=tokenizer.count, dim=tokenizer.dim, classes=len(data.class_names))
@@ -70,8 +73,8 @@ def train(
         out/training.png      the loss curve
         out/model/            the averaged weights, ready for `seriatim.load`
 
-    Raises UsageError where `out` holds a run already (unless `overwrite`), NumericsError when the loss or its gradient is
-    not finite; the weights are as they were before that step.
+    Raises UsageError where `out` holds a run already (unless `overwrite`), NumericsError when the loss or its gradient
+    is not finite; the weights are as they were before that step.
     """
     settings = recipe.training
     out = Path(out)
@@ -145,18 +148,27 @@ def train(
                 bar.note = f"loss {means['loss']:.3f}"
                 since, logged, steps_since, sums = seen, now, 0, {}
             bar.advance(size)
-    log.close()
     seconds = time.monotonic() - started
 
-    trained = average.module.eval()
+    trained = cast(MaskedModel, average.module).eval()
     trained.zero_grad(set_to_none=True)
     bundle = Bundle(
-        trained, tokenizer, data.class_names, recipe.sampling, {"recipe": recipe.model_dump(mode="json"), "images": seen}
+        trained,
+        tokenizer,
+        data.class_names,
+        recipe.sampling,
+        {"recipe": recipe.model_dump(mode="json"), "images": seen},
     )
     save_bundle(bundle, out / "model")
     loss_curve(log.rows, out / "training.png", recipe.name)
     return TrainingResult(
-        out, seen, seconds, seen / seconds, log.rows[-1]["loss"], parameter_count(model), str(dtype).removeprefix("torch.")
+        out,
+        seen,
+        seconds,
+        seen / seconds,
+        log.rows[-1]["loss"],
+        parameter_count(model),
+        str(dtype).removeprefix("torch."),
     )
 
 
@@ -184,4 +196,3 @@ def pick_training_dtype(name: str, loss_of: Callable[[torch.dtype], Loss]) -> to
             times.append(time.perf_counter() - begin)
         seconds[dtype] = min(times[1:])
     return torch.bfloat16 if seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32
-

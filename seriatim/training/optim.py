@@ -17,7 +17,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Not decayed: vectors (norms and biases) and everything in the head (Li et al. 2024, official training code);
     decayed: the rest, embeddings and positions included.
     """
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             free_of_decay = parameter.ndim <= 1 or name.startswith("head.")

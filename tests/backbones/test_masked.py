@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from helpers import randomise
+
 from seriatim.backbones.masked import Masked, known_first
 from seriatim.core.errors import UsageError
 

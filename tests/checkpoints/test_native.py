@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import make_bundle
 from safetensors.torch import load_file, save_file
 
-from helpers import make_bundle
 from seriatim.checkpoints.native import CONFIG, MODEL, TOKENIZER, Bundle, load_bundle, save_bundle
 from seriatim.core.errors import CheckpointError
 from seriatim.core.files import MANIFEST, write_manifest
@@ -98,7 +98,10 @@ def poison(tensors: dict[str, torch.Tensor]) -> None:
 MISMATCHES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "missing": (rewrite_tensors(lambda t: t.pop("no_class")), (MODEL, "lacks tensor 'no_class'")),  # type: ignore[arg-type, return-value]
     "extra": (rewrite_tensors(lambda t: t.update(x=torch.ones(1))), (MODEL, "unknown tensor 'x'")),
-    "shape": (rewrite_tensors(lambda t: t.update(no_class=torch.ones(1, 5))), (MODEL, "'no_class'", "(1, 5)", "(1, 32)")),
+    "shape": (
+        rewrite_tensors(lambda t: t.update(no_class=torch.ones(1, 5))),
+        (MODEL, "'no_class'", "(1, 5)", "(1, 32)"),
+    ),
     "nan": (rewrite_tensors(poison), (MODEL, "'no_class'", "not finite")),
     "path": (rewrite_tensors(lambda t: t.update({"../../etc/x": torch.ones(1)})), (MODEL, "unknown tensor")),
     "width": (rewrite_config(lambda c: c["model"].update(width=64)), (MODEL, "the config says")),

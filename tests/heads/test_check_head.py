@@ -38,7 +38,13 @@ class Gaussian(Head):
 
     @torch.no_grad()
     def sample(
-        self, z: Tensor, noise: Noise, z_null: Tensor | None = None, guidance: Any = 1.0, temperature: float = 1.0, **_: Any
+        self,
+        z: Tensor,
+        noise: Noise,
+        z_null: Tensor | None = None,
+        guidance: Any = 1.0,
+        temperature: float = 1.0,
+        **_: Any,
     ) -> Tensor:
         scale = self.check_sampling(z, z_null, guidance, temperature)
         mean = self.mean(z)
@@ -52,7 +58,7 @@ def test_a_sound_head_passes() -> None:
 
 
 def test_a_head_that_cannot_represent_the_density_is_caught() -> None:
-    with pytest.raises(AssertionError, match="standard deviation|between the modes"):
+    with pytest.raises(AssertionError, match=r"standard deviation|between the modes"):
         check_head(Gaussian)
 
 

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from helpers import randomise
+
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise, ReplayNoise
 from seriatim.heads import diffusion
@@ -33,7 +33,13 @@ def test_at_first_the_head_predicts_no_noise() -> None:
 
 
 def naive(
-    head: Diffusion, z: torch.Tensor, draws: torch.Tensor, steps: int, z_null: torch.Tensor, w: float, temperature: float
+    head: Diffusion,
+    z: torch.Tensor,
+    draws: torch.Tensor,
+    steps: int,
+    z_null: torch.Tensor,
+    w: float,
+    temperature: float,
 ) -> torch.Tensor:
     """Algorithm 2 of Ho et al. 2020, step by step through `head.forward`, guided; draws (T+1, N, D)."""
     chain = respaced(steps)

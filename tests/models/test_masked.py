@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-
 from helpers import randomise
+
 from seriatim.backbones.masked import Masked
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
@@ -23,7 +23,10 @@ L, D = 9, 4
 def make(classes: int = 3, **options: float) -> MaskedModel:
     with seeded(0):
         return MaskedModel(
-            Masked(L, D, width=32, depth=1, heads=2, buffer=2, dropout=0.0), Diffusion(D, 32, 2), classes=classes, **options
+            Masked(L, D, width=32, depth=1, heads=2, buffer=2, dropout=0.0),
+            Diffusion(D, 32, 2),
+            classes=classes,
+            **options,
         )
 
 
@@ -132,7 +135,7 @@ def test_bad_labels_are_named(labels: list[int], words: str) -> None:
 
 
 def test_bad_models_are_named() -> None:
-    with pytest.raises(UsageError, match="the head.*draws 5 features|head: it draws 5 features"):
+    with pytest.raises(UsageError, match="head: it draws 5 features"):
         MaskedModel(Masked(L, D, width=32, depth=1), Diffusion(5, 16, 1))
     for option in ({"label_dropout": 2.0}, {"min_mask_ratio": 0.0}, {"mask_ratio_std": 0.0}, {"classes": -1}):
         with pytest.raises(UsageError, match=next(iter(option))):

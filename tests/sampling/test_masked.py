@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from helpers import make_bundle
+
 from seriatim.core.errors import NumericsError
 from seriatim.core.random import Noise
 from seriatim.core.schedules import tokens_per_step

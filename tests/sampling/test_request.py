@@ -12,7 +12,9 @@ from seriatim.sampling.request import SampleRequest, make_request
 
 
 def test_expansion() -> None:
-    request = make_request({"class_labels": ["a", 3], "num_images_per_label": 2, "seed": 9, "num_inference_steps": 4}, 16)
+    request = make_request(
+        {"class_labels": ["a", 3], "num_images_per_label": 2, "seed": 9, "num_inference_steps": 4}, 16
+    )
     assert request.image_labels() == ["a", "a", 3, 3]
     assert request.image_seeds() == [derive_seed(9, i) for i in range(4)]
     named = make_request({"class_labels": [1], "seeds": (7,), "num_inference_steps": 4}, 16)

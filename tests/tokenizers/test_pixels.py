@@ -75,7 +75,12 @@ def test_uint8_rounds() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"channels": 4}, "channels: 4"), ({"patch": 0}, "patch: 0"), ({"patch": 9}, "patch: 9"), ({"levels": 1}, "levels: 1")],
+    [
+        ({"channels": 4}, "channels: 4"),
+        ({"patch": 0}, "patch: 0"),
+        ({"patch": 9}, "patch: 9"),
+        ({"levels": 1}, "levels: 1"),
+    ],
 )
 def test_bad_settings_are_named(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):

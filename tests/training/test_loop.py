@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from helpers import read_picture
 
 import seriatim
 from seriatim.core.errors import NumericsError, UsageError
@@ -20,6 +20,7 @@ from seriatim.training.optim import averaged
 TINY = [
     "model.width=32", "model.depth=1", "model.heads=2", "model.head.width=32", "model.head.depth=1",
     "training.images=640", "training.log_images=128", "training.dtype=float32", "training.warmup_images=64",
+    "training.learning_rate=0.005", "training.schedule=constant",
 ]  # fmt: skip
 
 
@@ -28,22 +29,23 @@ def tiny(*overrides: str) -> Recipe:
 
 
 def test_a_run_folder(tmp_path: Path) -> None:
-    result = train(tiny(), tmp_path / "run", quiet=True)
+    recipe = tiny("training.images=3200", "training.log_images=640")
+    result = train(recipe, tmp_path / "run", quiet=True)
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names == {"recipe.yaml", "environment.json", "metrics.jsonl", "training.png", "model"}
-    assert read_recipe(str(tmp_path / "run" / "recipe.yaml")) == tiny()
+    assert read_recipe(str(tmp_path / "run" / "recipe.yaml")) == recipe
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["images"] for row in rows] == [128, 256, 384, 512, 640]
+    assert [row["images"] for row in rows] == [640, 1280, 1920, 2560, 3200]
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"], "it learns"
     for row in rows:
         assert row["loss"] == pytest.approx(row["loss_mse"] + row["loss_vb"], rel=1e-4)
         assert row["images_per_second"] > 0 and row["gradient_norm"] > 0
-    assert Image.open(tmp_path / "run" / "training.png").size[0] > 300
-    assert (result.images, result.dtype, result.loss) == (640, "float32", rows[-1]["loss"])
+    assert read_picture(tmp_path / "run" / "training.png").size[0] > 300
+    assert (result.images, result.dtype, result.loss) == (3200, "float32", rows[-1]["loss"])
     pipe = seriatim.load(tmp_path / "run", device="cpu")
     assert pipe.class_names == [str(d) for d in range(10)] and pipe.defaults["guidance_scale"] == 2.0
     assert pipe(class_labels=["7"], num_inference_steps=2, num_diffusion_steps=3, seed=0).labels == ["7"]
-    assert pipe.bundle.provenance["images"] == 640
+    assert pipe.bundle.provenance["images"] == 3200
 
 
 def test_the_same_recipe_gives_the_same_weights(tmp_path: Path) -> None:
@@ -83,7 +85,9 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch:
     with pytest.raises(NumericsError) as caught:
         train(tiny(), tmp_path, quiet=True)
     message = str(caught.value)
-    assert f"the {what} is not finite (nan) after 384 images, in the batch of images " in message and "\n" not in message
+    assert (
+        f"the {what} is not finite (nan) after 384 images, in the batch of images " in message and "\n" not in message
+    )
     batch = Order(Digits().count, 0)
     assert calls[0] == 7 and batch.count == 1437
     for name, value in kept["model"].state_dict().items():

@@ -1,0 +1,121 @@
+"""The README's words, run as they stand: commands in order in an empty folder, then Python; the demo shortened."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import read_picture
+
+from seriatim.zoo import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SHORTER = {"demo": ["--images", "1280"], "train": ["training.images=640"]}
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
+
+
+def run(arguments: list[str], cwd: Path) -> str:
+    done = subprocess.run(
+        arguments, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "200"}
+    )
+    assert done.returncode == 0, (arguments, done.stdout, done.stderr)
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the demo has run, shortened."""
+    folder = tmp_path_factory.mktemp("readme")
+    run([sys.executable, "-m", "seriatim", "demo", *SHORTER["demo"]], folder)
+    return folder
+
+
+def test_readme_has_the_two_commands() -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    assert lines[:2] == ["pip install . && seriatim demo", 'pip install ".[dev]" && pytest']
+
+
+def test_readme_demo_leaves_what_it_promises(folder: Path) -> None:
+    demo = folder / "demo"
+    report = json.loads((demo / "report.json").read_text())
+    for key in ("seconds", "recognised", "frechet", "frechet_real", "images_per_second", "within_class_variance"):
+        assert isinstance(report[key], float), key
+    assert report["samples"] == 160 and report["training_images"] == 1280
+    assert 0.0 <= report["recognised"] <= 1.0 < report["recognised_real"] + 0.1
+    assert 0 < report["frechet_real"] < report["frechet"], (
+        "a model that has seen 1280 images is no match for real digits"
+    )
+    assert read_picture(demo / "grid.png").size[0] > 16 * 40
+    assert read_picture(demo / "training.png").size[0] > 300
+    assert (demo / "model" / "model.safetensors").exists()
+
+
+def test_readme_demo_can_be_run_again(folder: Path) -> None:
+    first = (folder / "demo" / "report.json").read_text()
+    run([sys.executable, "-m", "seriatim", "demo", *SHORTER["demo"], "--json"], folder)
+    again = json.loads((folder / "demo" / "report.json").read_text())
+    assert again["loss"] == pytest.approx(json.loads(first)["loss"], rel=0.2)
+
+
+def test_readme_commands(folder: Path) -> None:
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("seriatim ")]
+    assert len(commands) >= 5
+    for command in commands:
+        verb, *rest = shlex.split(command)[1:]
+        run([sys.executable, "-m", "seriatim", verb, *rest, *SHORTER.get(verb, [])], folder)
+    assert len(list((folder / "sevens").glob("*-7.png"))) == 8
+    assert (folder / "runs" / "digits" / "model").is_dir()
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_readme_python(folder: Path, number: int) -> None:
+    run([sys.executable, "-W", "error", "-c", blocks("python")[number]], folder)
+    if number == 0:
+        assert (folder / "three.png").exists() and (folder / "five.png").exists()
+
+
+def test_readme_head_of_ones_own() -> None:
+    code = "\n".join(blocks("python", (ROOT / "docs" / "heads.md").read_text()))
+    run([sys.executable, "-W", "error", "-c", code], ROOT)
+
+
+def test_readme_table_is_that_of_the_presets() -> None:
+    rows = {m[1]: m[0] for m in re.finditer(r"^\| `([\w-]+)` \| .*$", README, flags=re.M)}
+    for name, preset in PRESETS.items():
+        assert f"| {preset.parameters:,} | {preset.tokens} |" in rows[name], name
+        if preset.published:
+            assert f"FID {preset.published['FID']}, IS {preset.published['IS']}" in rows[name], name
+
+
+def test_readme_links_and_pictures_exist() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_readme_recipe_keys_are_all_there() -> None:
+    """docs/recipes.md lists every key of a recipe and none that doesn't exist."""
+    from seriatim.backbones.masked import Masked
+    from seriatim.core.construct import arguments
+    from seriatim.heads.diffusion import Diffusion
+    from seriatim.models.masked import MaskedModel
+    from seriatim.training.config import Training
+
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    listed = set(re.findall(r"`((?:training|model)\.[a-z_.]+)`", text))
+    derived = {"tokens", "dim", "classes", "backbone", "head", "z_dim"}
+    expected = {f"training.{key}" for key in Training.model_fields} | {"model.kind", "model.head.kind"}
+    expected |= {f"model.{key}" for cls in (Masked, MaskedModel) for key in arguments(cls) if key not in derived}
+    expected |= {f"model.head.{key}" for key in arguments(Diffusion) if key not in derived}
+    assert listed == expected
