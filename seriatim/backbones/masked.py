@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.backbones.base import Backbone
@@ -103,14 +104,15 @@ class Masked(Backbone):
         index, valid = known_first(known)
         x = self.encode(condition, tokens, index, valid)  # (B, A+K, E)
         x = self.decode(x, index, valid)  # (B, L, C)
-        return x[ask]  # (N, C)
+        # index_select and embedding, not x[...]: the backward of the latter adds in an order that threads decide
+        return x.flatten(0, 1).index_select(0, ask.flatten().nonzero()[:, 0])  # (N, C)
 
     def encode(self, condition: Tensor, tokens: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
         """Known tokens, at positions index (B, K), behind the buffer -> (B, A+K, E)."""
         A, E = self.buffer, self.width
         buffer = condition[:, None] + self.encoder_positions[:A]  # (B, A, E)
         x = self.token_embed(gather(tokens, index))  # (B, K, E)
-        x = x + self.encoder_positions[A:][index]
+        x = x + F.embedding(index, self.encoder_positions[A:])
         x = torch.cat([buffer.to(x.dtype), x], dim=1)  # (B, A+K, E)
         x = self.embed_norm(x)
         mask = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.backbones.base import Backbone
@@ -73,7 +74,7 @@ class MaskedModel(nn.Module):
         if labels is None:
             return self.no_class.expand(images, -1)
         table = self.no_class if not self.classes else torch.cat([self.class_embedding, self.no_class])
-        return table[labels]  # -1 is the last row: no class
+        return F.embedding(labels % len(table), table)  # -1 is the last row: no class
 
     def check_labels(self, labels: Tensor | None, images: int) -> None:
         if labels is None:
