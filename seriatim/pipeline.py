@@ -17,8 +17,9 @@ from torch import Tensor
 from seriatim.checkpoints.native import CONFIG, Bundle, load_bundle, save_bundle
 from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
 from seriatim.core.random import Noise, generator
+from seriatim.core.validation import parse
 from seriatim.sampling.masked import Step, masked_steps
-from seriatim.sampling.request import Label, SampleRequest, make_request
+from seriatim.sampling.request import Label, SampleRequest, clamped
 from seriatim.tokenizers.base import to_uint8
 from seriatim.zoo import PRESETS
 
@@ -70,21 +71,25 @@ class Pipeline:
 
     def request(self, **settings: Any) -> SampleRequest:
         """The request that a call with these arguments makes: defaults filled in, everything checked."""
-        merged = {**self.defaults, **{k: v for k, v in settings.items() if v is not None}}
+        merged = {**self.defaults, **{k: plain(v) for k, v in settings.items() if v is not None}}
         labels = merged.get("class_labels")
-        if isinstance(labels, (str, int)):
+        if labels is None:
+            merged["class_labels"] = tuple(range(self.model.classes)) or (None,)
+        elif isinstance(labels, (str, int, float)):
             merged["class_labels"] = (labels,)
-        elif labels is None and not self.model.classes:
-            merged["class_labels"] = (None,)
-        elif labels is None:
-            merged["class_labels"] = tuple(range(self.model.classes))
-        else:
-            merged["class_labels"] = tuple(x.item() if hasattr(x, "item") else x for x in labels)
         merged.setdefault("seed", secrets.randbits(32))
-        request = make_request(merged, self.model.tokens)
+        return self.checked(parse(SampleRequest, merged, error=UsageError))
+
+    def checked(self, request: SampleRequest) -> SampleRequest:
+        """Refuse what this model can't do; more steps than it has tokens are clamped, with a warning."""
         for label in request.class_labels:
             self.label_index(label)
-        return request
+        self.model.head.check_options(**self._head_options(request))
+        return clamped(request, self.model.tokens)
+
+    def _head_options(self, request: SampleRequest) -> dict[str, Any]:
+        options = self.model.head.sample_options
+        return {k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep") if k in options}
 
     def label_index(self, label: Label) -> int:
         """The number of a class given by number or name; -1 for None. A name goes before a number in digits."""
@@ -135,7 +140,7 @@ class Pipeline:
     ) -> tuple[SampleRequest, list[torch.Generator]]:
         if request is not None and settings:
             raise UsageError(f"request: given together with {sorted(settings)[0]}; put everything into the request")
-        request = request or self.request(**settings)
+        request = self.request(**settings) if request is None else self.checked(request)
         if given is None:
             return request, [generator(seed) for seed in request.image_seeds()]
         many = [given] * request.num_images if isinstance(given, torch.Generator) else list(given)
@@ -148,12 +153,14 @@ class Pipeline:
     def _steps(
         self, request: SampleRequest, generators: list[torch.Generator], batch_size: int | None
     ) -> Iterator[Step]:
-        if batch_size is not None and batch_size < 1:
-            raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be at least 1")
-        size = batch_size or max(1, BATCH_TOKENS // self.model.tokens)
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be an integer of at least 1")
+        return self._batches(request, generators, batch_size or max(1, BATCH_TOKENS // self.model.tokens))
+
+    def _batches(self, request: SampleRequest, generators: list[torch.Generator], size: int) -> Iterator[Step]:
         labels = torch.tensor([self.label_index(label) for label in request.image_labels()], device=self.device)
         batches = [range(i, min(i + size, len(labels))) for i in range(0, len(labels), size)]
-        steps, options = request.num_inference_steps, self.model.head.sample_options
+        steps = request.num_inference_steps
         for number, images in enumerate(batches):
             some = slice(images.start, images.stop)
             noise = Noise(generators[some], torch.arange(len(images)), self.device)
@@ -167,7 +174,7 @@ class Pipeline:
                 temperature=request.temperature,
                 token_schedule=request.token_schedule,
                 dtype=self.dtype,
-                **{k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep") if k in options},
+                **self._head_options(request),
             ):
                 yield Step(
                     number * steps + step.index,
@@ -192,7 +199,8 @@ class Pipeline:
         """Draw images. Arguments are those of a `SampleRequest`, diffusers' names where it has them.
 
         `output_type` is "pil", "np" (uint8), "pt" (float in [-1, 1]) or "latent" (tokens).
-        `callback_on_step_end(pipeline, index, total, {"tokens", "known"})` is called after each step.
+        `callback_on_step_end(pipeline, index, total, {"tokens", "known"})` is called after each step; "tokens" in the
+        mapping that it may return replace the known ones, and sampling goes on from those.
         """
         if output_type not in OUTPUT_TYPES:
             raise UsageError(f"output_type: {output_type!r} is not known{nearest(output_type, OUTPUT_TYPES)}")
@@ -201,7 +209,10 @@ class Pipeline:
         last: Step | None = None
         for step in self._steps(request, generators, batch_size):
             if callback_on_step_end is not None:
-                callback_on_step_end(self, step.index, step.total, {"tokens": step.tokens, "known": step.known})
+                values = {"tokens": step.tokens, "known": step.known}
+                returned = callback_on_step_end(self, step.index, step.total, values) or {}
+                if "tokens" in returned:
+                    step.tokens.copy_(returned["tokens"])
             if last is not None and last.images != step.images:
                 finished.append(last.tokens)
             last = step
@@ -230,6 +241,15 @@ class Pipeline:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write a model folder that `load` takes back."""
         return save_bundle(self.bundle, Path(folder))
+
+
+def plain(value: Any) -> Any:
+    """NumPy's and torch's scalars and arrays as Python's own."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(item) for item in value)
+    return value
 
 
 # --- loading ------------------------------------------------------------------------------------------------------

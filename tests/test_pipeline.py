@@ -15,6 +15,7 @@ from seriatim.checkpoints.native import Bundle
 from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.core.random import derive_seed
 from seriatim.pipeline import Pipeline, load
+from seriatim.sampling.request import SampleRequest
 from seriatim.tokenizers.base import to_uint8
 
 
@@ -96,6 +97,10 @@ def test_generators_stand_in_for_seeds(pipe: Pipeline) -> None:
         ({"class_labels": [1.5]}, "class_labels"),
         ({"class_label": [1]}, "unknown key 'class_label'; did you mean 'class_labels'"),
         ({"batch_size": 0}, "batch_size: 0 is not allowed"),
+        ({"batch_size": "2"}, "batch_size: '2' is not allowed"),
+        ({"class_labels": 3.5}, "class_labels"),
+        ({"num_diffusion_steps": 2000}, "num_diffusion_steps: 2000"),
+        ({"start_timestep": 5000}, "start_timestep: 5000"),
     ],
 )
 def test_what_is_wrong_is_named(pipe: Pipeline, settings: dict[str, Any], words: str) -> None:
@@ -143,3 +148,33 @@ def test_devices_and_dtypes(bundle: Bundle) -> None:
         Pipeline(bundle, dtype="float61")
     with pytest.raises(UsageError, match="device: 'warp'"):
         Pipeline(bundle, device="warp")
+
+
+def test_scalars_of_numpy_and_torch_are_numbers(pipe: Pipeline) -> None:
+    expected = pipe(class_labels=[2], seed=3).tokens
+    for label in (np.int64(2), torch.tensor(2), np.array([2]), torch.tensor([2]), "horse"):
+        assert torch.equal(pipe(class_labels=label, seed=np.int64(3)).tokens, expected)
+
+
+def test_a_request_of_ones_own_is_checked_like_a_call(pipe: Pipeline) -> None:
+    with pytest.warns(UserWarning, match="64 is more than the model's 16 tokens") as caught:
+        result = pipe(request=SampleRequest(class_labels=(1,), num_diffusion_steps=2))
+    assert result.request.num_inference_steps == 16
+    assert caught[0].filename == __file__, "the warning points to the caller"
+    with pytest.raises(UsageError, match="out of range"):
+        pipe(request=SampleRequest(class_labels=(9,), num_inference_steps=2))
+    with pytest.raises(UsageError, match="given together"):
+        pipe(request=SampleRequest(), seed=1)
+
+
+def test_a_stream_refuses_before_it_starts(pipe: Pipeline) -> None:
+    with pytest.raises(UsageError):
+        pipe.stream(class_labels=[0], batch_size=0)
+
+
+def test_a_callback_may_replace_tokens(pipe: Pipeline) -> None:
+    def zeros(_: Pipeline, index: int, total: int, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+        return {"tokens": torch.zeros_like(values["tokens"])} if index == total - 1 else None
+
+    assert not pipe(class_labels=[0], seed=1, callback_on_step_end=zeros).tokens.any()
+    assert pipe(class_labels=[0], seed=1, callback_on_step_end=lambda *_: None).tokens.any()

@@ -8,8 +8,8 @@ import torch
 from seriatim.core.errors import UsageError
 from seriatim.models.build import build_model, parameter_count
 from seriatim.training.config import read_recipe
-from seriatim.training.loop import build
 from seriatim.training.optim import parameter_groups
+from seriatim.training.setup import build
 from seriatim.zoo import PRESETS, preset
 
 # reference: the released checkpoints

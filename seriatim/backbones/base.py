@@ -27,8 +27,8 @@ class Backbone(nn.Module):
     z_dim: int
     config: dict[str, Any]
 
-    def start(self, condition: Tensor) -> Any:
-        """The state for sampling or scoring one batch; condition (B, width). Caches live in the state."""
+    def start(self, condition: Tensor, B: int) -> Any:
+        """The state for sampling or scoring B images; condition (B, width). Caches live in the state."""
         raise NotImplementedError(f"{type(self).__name__} lacks start()")
 
     def z(self, state: Any, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:

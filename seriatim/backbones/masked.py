@@ -41,6 +41,11 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     return values[0], values[1]
 
 
+def usual_heads(width: int) -> int:
+    """One head for each 64 of width, or the next smaller number that divides it."""
+    return next(count for count in range(max(1, width // 64), 0, -1) if width % count == 0)
+
+
 class Masked(Backbone):
     """Encoder-decoder over a set of known tokens; several tokens a step, in any order."""
 
@@ -51,7 +56,7 @@ class Masked(Backbone):
         *,
         width: int | Sequence[int] = 768,  # E and C, or one number for both
         depth: int | Sequence[int] = 12,  # blocks of encoder and of decoder, or one number for each of them
-        heads: int | Sequence[int] | None = None,  # attention heads; None: one for each 64 of width
+        heads: int | Sequence[int] | None = None,  # attention heads; None: `usual_heads`
         buffer: int = 64,  # A
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,  # of attention and of both MLP layers, in training
@@ -59,7 +64,7 @@ class Masked(Backbone):
         super().__init__()
         E, C = pair("width", width)
         depths = pair("depth", depth)
-        both_heads = pair("heads", heads) if heads is not None else (max(1, E // 64), max(1, C // 64))
+        both_heads = pair("heads", heads) if heads is not None else (usual_heads(E), usual_heads(C))
         for side, count in zip((E, C), both_heads, strict=True):
             if side % count:
                 raise UsageError(f"heads: {count} does not divide the width {side}; choose a divisor")
@@ -90,7 +95,8 @@ class Masked(Backbone):
         self.output_positions = learned_positions(tokens, C)
         xavier(self)
 
-    def start(self, condition: Tensor) -> MaskedState:
+    def start(self, condition: Tensor, B: int) -> MaskedState:
+        assert condition.shape == (B, self.width), f"condition {tuple(condition.shape)} is not {(B, self.width)}"
         return MaskedState(condition)
 
     def z(self, state: MaskedState, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:

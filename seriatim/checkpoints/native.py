@@ -11,6 +11,7 @@ A folder appears whole or not at all. Nothing in it is executed: no pickle is re
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seriatim import __version__
-from seriatim.core.errors import CheckpointError, ConfigError, one_line
-from seriatim.core.files import atomic_folder, verify_manifest, write_json, write_manifest
+from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, UsageError, one_line
+from seriatim.core.files import MANIFEST, atomic_folder, verify_manifest, write_json, write_manifest, write_text
 from seriatim.models.build import build_model, model_config
 from seriatim.models.masked import MaskedModel
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
 
 FORMAT = 1
-CONFIG, MODEL, TOKENIZER = "config.json", "model.safetensors", "tokenizer.safetensors"
+CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.safetensors", "README.md"
 
 
 @dataclass
@@ -45,9 +46,14 @@ class Bundle:
     sha256: str = ""  # of the weights file, once saved or loaded
 
 
-def save_bundle(bundle: Bundle, folder: Path | str) -> Path:
-    """Write a model folder, replacing one that is there only when the new one is complete."""
-    folder = Path(folder)
+def save_bundle(bundle: Bundle, folder: Path | str, *, card: str | None = None) -> Path:
+    """Write a model folder, replacing one that is there only when the new one is complete.
+
+    `card` becomes its README.md, which the manifest leaves out: people may edit it.
+    """
+    folder = replaceable(folder)
+    for name, module in (("model", bundle.model), ("tokenizer", bundle.tokenizer)):
+        check_finite_weights(module, name)
     config = {
         "format": FORMAT,
         "seriatim": __version__,
@@ -61,15 +67,41 @@ def save_bundle(bundle: Bundle, folder: Path | str) -> Path:
         write_json(temporary / CONFIG, config)
         write_tensors(temporary / MODEL, bundle.model.state_dict())
         write_tensors(temporary / TOKENIZER, bundle.tokenizer.state_dict())
+        if card is not None:
+            write_text(temporary / CARD, card)
         write_manifest(temporary, (CONFIG, MODEL, TOKENIZER))
     return folder
+
+
+def replaceable(folder: Path | str) -> Path:
+    """Refuse to write a model over anything but a model folder or an empty one."""
+    folder = Path(folder).resolve()
+    if folder.exists():
+        empty = folder.is_dir() and not any(folder.iterdir())
+        if not empty and not ((folder / CONFIG).is_file() and (folder / MANIFEST).is_file()):
+            raise UsageError(f"folder: {folder} exists and is not a model folder; choose a new or empty one")
+        known = {CONFIG, MODEL, TOKENIZER, CARD, MANIFEST}
+        foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
+        if foreign:
+            raise UsageError(f"folder: {folder} holds {foreign[0]!r}, which is no part of a model; choose another")
+    return folder
+
+
+def check_finite_weights(module: nn.Module, name: str) -> None:
+    """Refuse to write weights that could not be used, or that would replace ones that can."""
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NumericsError(
+                f"{name}: {key!r} has values that are not finite; nothing was written; lower training.learning_rate"
+            )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     except SafetensorError as error:  # how this library reports a full disk
-        raise OSError(one_line(error)) from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, one_line(error)) from error
 
 
 def find_bundle(folder: Path) -> Path:
@@ -122,8 +154,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def fill(module: nn.Module, path: Path) -> None:
-    """Give `module` the tensors of `path`: all of them and no others, of the same shapes."""
+def fill(module: nn.Module, path: Path, *, assign: bool = True) -> None:
+    """Give `module` the tensors of `path`: all of them and no others, of the same shapes.
+
+    With `assign` they replace its own; without, they are copied into those, which an optimiser may hold.
+    """
     tensors = read_tensors(path)
     wanted = module.state_dict()
     refuse(path, "lacks", sorted(wanted.keys() - tensors.keys()))
@@ -133,7 +168,7 @@ def fill(module: nn.Module, path: Path) -> None:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(wanted[name].shape)}"
             )
-    module.load_state_dict(tensors, assign=True)
+    module.load_state_dict(tensors, assign=assign)
 
 
 def refuse(path: Path, verb: str, names: Sequence[str]) -> None:

@@ -10,6 +10,10 @@ import typer
 from seriatim.cli.output import JsonFlag, print_json, print_table, say
 
 RECIPE = "mar-digits"
+OURS = {  # what a demo leaves, finished or not: a folder with nothing else is written over
+    "grid.png", "training.png", "report.json", "recipe.yaml", "data.json", "environment.json", "metrics.jsonl", "model",
+    "checkpoints", ".lock",
+}  # fmt: skip
 PER_CLASS = 16
 REAL_DRAWS = 10  # draws of real digits whose mean Frechet distance is reported
 
@@ -26,8 +30,9 @@ def demo(
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.training.config import read_recipe
 
-    if out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists():
-        raise UsageError(f"out: {out} holds other files; choose a new or empty folder")
+    foreign = sorted({path.name for path in out.iterdir()} - OURS) if out.is_dir() else []
+    if foreign:
+        raise UsageError(f"out: {out} holds {foreign[0]!r}, which is not the demo's; choose a new or empty folder")
     overrides = [f"seed={seed}"] + ([f"training.images={images}"] if images is not None else [])
     recipe = read_recipe(RECIPE, overrides)
 
@@ -37,6 +42,7 @@ def demo(
 
     from seriatim.pipeline import load
     from seriatim.training.loop import train
+    from seriatim.training.precision import threads
 
     writable_folder(out)
     if not json:
@@ -45,7 +51,8 @@ def demo(
     trained = train(recipe, out, device="cpu", overwrite=True, quiet=json)
     middle = time.monotonic()
     pipe = load(out / "model", device="cpu")
-    result = pipe(num_images_per_label=PER_CLASS, seed=seed)
+    with threads(trained.threads):
+        result = pipe(num_images_per_label=PER_CLASS, seed=seed)
     end = time.monotonic()
 
     save_png(grid(result.images, columns=PER_CLASS, side=56, smooth=True), out / "grid.png")
@@ -61,6 +68,7 @@ def demo(
         "parameters": trained.parameters,
         "loss": trained.loss,
         "dtype": trained.dtype,
+        "threads": trained.threads,
         "samples": len(labels),
         **judge(pixels, labels),
         "seed": seed,

@@ -63,15 +63,16 @@ def examine(path: Path) -> dict[str, Any]:
     torchvision = check_torchvision()
     if torchvision.startswith("broken"):
         problems.append("torchvision is installed but does not work, which breaks diffusers; pip uninstall torchvision")
+    path = path.resolve()
+    existing = next(folder for folder in (path, *path.parents) if folder.is_dir())
     try:
-        existing = path if path.is_dir() else path.parent
         writable = bool(writable_folder(existing, "path"))
     except SeriatimError as error:
         writable = False
         problems.append(str(error))
-    free = shutil.disk_usage(path if path.exists() else Path()).free
+    free = shutil.disk_usage(existing).free
     if free < LITTLE_DISK:
-        problems.append(f"only {free / 1e9:.1f} GB are free on the disk of {path.resolve()}; training may need more")
+        problems.append(f"only {free / 1e9:.1f} GB are free on the disk of {existing}; training may need more")
     return {
         "versions": versions,
         "platform": platform.platform(),
@@ -79,7 +80,7 @@ def examine(path: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "bf16": {"speedup": bf16_speedup(device)},
         "torchvision": torchvision,
-        "disk": {"path": str(path.resolve()), "free_bytes": free, "writable": writable},
+        "disk": {"path": str(existing), "free_bytes": free, "writable": writable},
         "problems": problems,
     }
 

@@ -61,7 +61,10 @@ def run(arguments: Sequence[str]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {one_line(Warning(message))}")
         try:
-            return int(app(list(arguments), prog_name="seriatim", standalone_mode=False) or 0)
+            code = int(app(list(arguments), prog_name="seriatim", standalone_mode=False) or 0)
+            if code == INTERRUPTED:  # typer has turned Ctrl-C into an exit code
+                say("stopped")
+            return code
         except BaseException as error:
             if os.environ.get("SERIATIM_DEBUG"):
                 traceback.print_exc()

@@ -53,6 +53,7 @@ def sample(
         temperature=temperature,
         seed=seed,
     )
+    steps = pipe.stream(request=request, batch_size=batch_size)  # checks everything before a folder is made
     out = writable_folder(out)
     names = [pipe.label_name(x) or "image" for x in request.image_labels()]
     files = [out / f"{i:04d}-{safe_name(name)}.png" for i, name in enumerate(names)]
@@ -64,14 +65,14 @@ def sample(
     begin = time.monotonic()
     images = []
     with Progress(request.num_images, "sampling", "images", quiet=json) as bar:
-        for step in pipe.stream(request=request, batch_size=batch_size):
+        for step in steps:
             last_of_batch = (step.index + 1) % request.num_inference_steps == 0
-            if last_of_batch:
-                images += step.preview()
+            if last_of_batch:  # what is drawn is kept, whatever happens to the next batch
+                for i, image in zip(step.images, step.preview(), strict=True):
+                    save_png(image, files[i])
+                    images.append(image)
             bar.advance(len(step.images) if last_of_batch else 0, f"step {step.index + 1} of {step.total}")
     seconds = time.monotonic() - begin
-    for image, file in zip(images, files, strict=True):
-        save_png(image, file)
     save_png(grid(images, columns=max(request.num_images_per_label, min(8, len(images)))), grid_file)
     report = {
         "images": len(images),

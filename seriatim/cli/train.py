@@ -16,6 +16,7 @@ def train(
         list[str] | None, typer.Argument(help="Settings to change, such as training.images=5000 model.depth=4.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make; default runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")] = False,
     device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, build the model, stop.")] = False,
     json: JsonFlag = False,
@@ -27,8 +28,8 @@ def train(
     out = out or Path("runs") / chosen.name
 
     from seriatim.models.build import parameter_count
-    from seriatim.training.loop import build
     from seriatim.training.loop import train as run
+    from seriatim.training.setup import build
 
     if dry_run:
         data, tokenizer, model = build(chosen)
@@ -43,7 +44,7 @@ def train(
             "out": str(out),
         }
         return print_json(plan) if json else print_table(("plan", ""), list(plan.items()))
-    result = run(chosen, out, device=device, quiet=json)
+    result = run(chosen, out, device=device, resume=resume, quiet=json)
     report = {
         "folder": str(result.folder),
         "model": str(result.folder / "model"),

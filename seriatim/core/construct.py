@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from seriatim.core.errors import ConfigError, UsageError, nearest, one_line
+from seriatim.core.errors import ConfigError, SeriatimError, UsageError, nearest, one_line
 
 T = TypeVar("T")
 
@@ -23,7 +24,7 @@ def pop_kind(config: Mapping[str, Any], table: Mapping[str, Any], where: str) ->
     kind = rest.pop("kind", None)
     if kind is None:
         raise ConfigError(f"{where}.kind: is required{nearest('', table)}")
-    if kind not in table:
+    if not isinstance(kind, str) or kind not in table:
         raise ConfigError(f"{where}.kind: {kind!r} is not known{nearest(str(kind), table)}")
     return kind, rest
 
@@ -38,9 +39,34 @@ def construct(build: Callable[..., T], config: Mapping[str, Any], where: str, **
     for name, parameter in allowed.items():
         if parameter.default is inspect.Parameter.empty and name not in given:
             raise ConfigError(f"{where}.{name}: is required")
+    given.update(checked_types(build, config, where))
     try:
         return build(**given)
     except UsageError as error:
         raise ConfigError(f"{where}.{one_line(error)}") from error
-    except TypeError as error:
-        raise ConfigError(f"{where}: {one_line(error)}; check the types of its values") from error
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        if isinstance(error, SeriatimError):
+            raise
+        raise ConfigError(f"{where}: {one_line(error)}; check its values") from error
+
+
+def checked_types(build: Callable[..., Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of `config`, each of the type that the constructor's annotation names."""
+    from pydantic import PydanticUserError, TypeAdapter, ValidationError
+
+    try:
+        hints = typing.get_type_hints(getattr(build, "__init__") if isinstance(build, type) else build)  # noqa: B009
+    except (NameError, TypeError):  # annotations that are not importable: a user's class; its own checks must do
+        return dict(config)
+    values = dict(config)
+    for name, value in config.items():
+        if name in hints:
+            try:
+                values[name] = TypeAdapter(hints[name]).validate_python(value)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"]
+                message = f"{where}.{name}: {reason[:1].lower()}{reason[1:]} (got {value!r})"
+                raise ConfigError(message) from None
+            except PydanticUserError:  # a type that only its class can check
+                continue
+    return values

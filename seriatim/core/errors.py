@@ -15,6 +15,7 @@ Every message is one line: the argument, the value, what is allowed, what to do.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -72,6 +73,14 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
         return f"; did you mean {close[0]!r}?"
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     return f"; allowed: {shown}" if names else ""
+
+
+def caller_level() -> int:
+    """The `stacklevel` that makes a warning of this function's caller point to the first line outside the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def one_line(error: BaseException) -> str:

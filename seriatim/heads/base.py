@@ -75,6 +75,9 @@ class Head(nn.Module):
         """The normalised log density (or probability) of target (N, D) given z (N, C), in nats: (N,)."""
         raise UsageError(f"the {type(self).__name__} head has no density: log_prob is not defined for it")
 
+    def check_options(self, **options: Any) -> None:
+        """Refuse values of `sample_options` that `sample` would refuse, before any work is done."""
+
     def check_sampling(
         self, z: Tensor, z_null: Tensor | None, guidance: float | Tensor, temperature: float
     ) -> Tensor | None:

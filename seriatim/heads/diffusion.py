@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class Diffusion(Head):
         for name, value in (("dim", dim), ("width", width), ("depth", depth), ("draws", draws)):
             if value < 1:
                 raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        if train_steps < 2:
+            raise UsageError(f"train_steps: {train_steps!r} is not allowed; it must be at least 2")
         self.output, self.width, self.draws, self.train_steps = dim, width, draws, train_steps
         self.config = {"dim": dim, "width": width, "depth": depth, "draws": draws, "train_steps": train_steps}
         self.time_embed = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
@@ -145,10 +148,7 @@ class Diffusion(Head):
             raise UsageError(f"{sorted(unknown)[0]}: the Diffusion head has no such sampling option")
         scale = self.check_sampling(z, z_null, guidance, temperature)  # (N, 1) or None
         N, D = len(z), self.output
-        if timesteps is None:
-            chain = respaced(num_diffusion_steps, start_timestep, self.train_steps)
-        else:
-            chain = restricted(full_chain(self.train_steps), list(timesteps))
+        chain = self.chain(num_diffusion_steps, start_timestep, timesteps)
         T = len(chain)
         draws = noise.normal(D, draws=T + 1)  # (T+1, N, D): the start, then one for each step
         x = draws[0]
@@ -168,6 +168,21 @@ class Diffusion(Head):
                     std = torch.exp(0.5 * log_variance(chain, t, v))
                     x = x + temperature * std * draws[T - i]
         return x
+
+    def chain(
+        self, num_diffusion_steps: int = 100, start_timestep: int | None = None, timesteps: Sequence[int] | None = None
+    ) -> Tables:
+        """The tables of the timesteps that sampling visits; refuses those that the full chain does not have."""
+        if timesteps is None:
+            return respaced(num_diffusion_steps, start_timestep, self.train_steps)
+        steps = list(timesteps)
+        ascending = all(a < b for a, b in pairwise(steps))
+        if not steps or not ascending or not 0 <= steps[0] <= steps[-1] < self.train_steps:
+            raise UsageError(f"timesteps: must ascend from 0 or more to at most {self.train_steps - 1}")
+        return restricted(full_chain(self.train_steps), steps)
+
+    def check_options(self, **options: Any) -> None:
+        self.chain(**options)
 
     def _walk(self, chain: Tables, condition: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
         """From the last step of `chain` to the first: its index, and the modulations of all blocks at it.

@@ -88,6 +88,9 @@ class MaskedModel(nn.Module):
 
     def loss(self, tokens: Tensor, labels: Tensor | None = None, noise: Noise | None = None) -> Loss:
         """tokens (B, L, D), labels (B,) -> the head's loss over masked tokens (Li et al. 2024, eq. 1, section 3.4)."""
+        if tokens.ndim != 3 or tokens.shape[1:] != (self.backbone.tokens, self.backbone.dim):
+            wanted = f"(B, {self.backbone.tokens}, {self.backbone.dim})"
+            raise UsageError(f"tokens: shape {tuple(tokens.shape)} is not {wanted}; it is the tokenizer's output")
         B, L, _ = tokens.shape
         self.check_labels(labels, B)
         noise = Noise.shared(None, B, tokens.device) if noise is None else noise
@@ -96,7 +99,7 @@ class MaskedModel(nn.Module):
         masked = math.ceil(L * mask_ratio(noise.once(), std=self.mask_ratio_std, low=self.min_mask_ratio))
         order = noise.permutation(L)  # (B, L); its first entries are masked
         ask = torch.zeros(B, L, dtype=torch.bool, device=tokens.device).scatter(1, order[:, :masked], True)
-        state = self.backbone.start(self.condition(labels, B))
+        state = self.backbone.start(self.condition(labels, B), B)
         z = self.backbone.z(state, tokens, ~ask, ask)  # (N, C)
         rows = ask.nonzero()[:, 0]  # (N,): the image of each masked token
         loss = self.head.loss(z, tokens[ask], noise.select(rows))
@@ -126,7 +129,7 @@ class MaskedModel(nn.Module):
         tokens = torch.zeros(B, L, D, device=device)
         known = torch.zeros(B, L, dtype=torch.bool, device=device)
         order = noise.permutation(L)  # (B, L)
-        state, null = self.backbone.start(self.condition(labels, B)), self.backbone.start(self.condition(None, B))
+        state, null = self.backbone.start(self.condition(labels, B), B), self.backbone.start(self.condition(None, B), B)
         left = L
         for step in range(steps):
             left = unknown_after(step, steps, L, left, schedule=token_schedule)

@@ -62,7 +62,7 @@ def masked_steps(
     known = torch.zeros(B, L, dtype=torch.bool)  # on the CPU, as are orders and rows
     order = noise.permutation(L).cpu()  # (B, L)
     condition, no_class = model.condition(labels, B), model.condition(None, B)
-    alone, both = model.backbone.start(condition), None
+    alone, both = model.backbone.start(condition, B), None
     left = L
     for step in range(steps):
         before, left = left, unknown_after(step, steps, L, left, schedule=token_schedule)
@@ -73,7 +73,7 @@ def masked_steps(
             if scale == 1.0:
                 z, z_null = model.backbone.z(alone, tokens, known_there, ask_there), None  # (N, C)
             else:
-                both = both or model.backbone.start(torch.cat([condition, no_class]))
+                both = both or model.backbone.start(torch.cat([condition, no_class]), 2 * B)
                 twice = (t.repeat(2, *[1] * (t.ndim - 1)) for t in (tokens, known_there, ask_there))
                 z, z_null = model.backbone.z(both, *twice).chunk(2)
         rows = ask.nonzero()[:, 0]  # (N,)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, StrictInt, model_validator
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import caller_level
 from seriatim.core.random import derive_seed
-from seriatim.core.schedules import GUIDANCE_SCHEDULES, TOKEN_SCHEDULES, check_token_schedule, guidance_at
-from seriatim.core.validation import Strict, parse
+from seriatim.core.schedules import check_token_schedule, guidance_at
+from seriatim.core.validation import Strict
 
 Label = StrictInt | str | None
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
@@ -55,17 +55,12 @@ class SampleRequest(Strict):
         return [label for label in self.class_labels for _ in range(self.num_images_per_label)]
 
 
-def make_request(settings: dict[str, Any], tokens: int) -> SampleRequest:
-    """A validated request for a model with this many tokens; more steps than tokens are clamped, with a warning."""
-    request = parse(SampleRequest, settings, error=UsageError)
-    if request.num_inference_steps > tokens:
-        warnings.warn(
-            f"num_inference_steps: {request.num_inference_steps} is more than the model's {tokens} tokens; "
-            f"using {tokens}",
-            stacklevel=3,
-        )
-        request = request.model_copy(update={"num_inference_steps": tokens})
-    return request
-
-
-SCHEDULE_NAMES = {"guidance_schedule": tuple(GUIDANCE_SCHEDULES), "token_schedule": tuple(TOKEN_SCHEDULES)}
+def clamped(request: SampleRequest, tokens: int) -> SampleRequest:
+    """The request for a model with this many tokens; more steps than tokens are clamped, with a warning."""
+    if request.num_inference_steps <= tokens:
+        return request
+    warnings.warn(
+        f"num_inference_steps: {request.num_inference_steps} is more than the model's {tokens} tokens; using {tokens}",
+        stacklevel=caller_level(),
+    )
+    return request.model_copy(update={"num_inference_steps": tokens})

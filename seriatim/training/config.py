@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, StrictInt
@@ -16,21 +16,31 @@ from pydantic import Field, StrictInt
 from seriatim.core.errors import ConfigError, UsageError, nearest, one_line
 from seriatim.core.validation import Strict, parse
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Training(Strict):
     """How to train. Amounts are in images, so that another batch size means the same run."""
 
     images: StrictInt = Field(ge=1)  # images seen in all
     batch_size: StrictInt = Field(64, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    accumulate: StrictInt = Field(1, ge=1)  # parts in which a batch is computed, to save memory
+    learning_rate: float = Field(1e-3, gt=0, lt=1e35)
     warmup_images: StrictInt = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.02, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip: float = Field(3.0, gt=0)  # norm of the gradient
     ema: float = Field(0.9999, ge=0, lt=1)  # decay of the weight average that is saved
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: whichever is faster here
+    threads: Literal["auto"] | StrictInt = "auto"  # of the CPU; auto: all, or one where that is faster
+    workers: StrictInt = Field(0, ge=0)  # processes that read images ahead
     log_images: StrictInt = Field(2048, ge=1)  # a line of metrics this often
+    save_images: StrictInt = Field(20_000, ge=0)  # a checkpoint this often; 0: only when stopped
+    keep: StrictInt = Field(2, ge=1)  # newest checkpoints that stay, besides the best
+    sample_images: StrictInt = Field(0, ge=0)  # a grid of samples at fixed seeds this often; 0: never
+    tensorboard: bool = False  # also write metrics for TensorBoard
+    init_from: str | None = None  # a model folder whose weights to begin with; its classes may differ
 
 
 class Recipe(Strict):
@@ -38,7 +48,7 @@ class Recipe(Strict):
 
     name: str
     description: str = ""
-    seed: StrictInt = Field(0, ge=0)
+    seed: StrictInt = Field(0, ge=0, lt=2**63)
     data: dict[str, Any]
     tokenizer: dict[str, Any]
     model: dict[str, Any]

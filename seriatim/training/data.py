@@ -6,13 +6,11 @@ B images, c channels, H x W pixels in [-1, 1].
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from seriatim.core.construct import construct, pop_kind
 from seriatim.core.errors import UsageError
 from seriatim.core.random import derive_seed, generator
 
@@ -25,20 +23,33 @@ class ImageData:
       size          (H, W)
       channels      c
       class_names   the name of each class; empty where there are none
+    and, where they apply,
+      flips         mirror half of the images at random
+      bad           files left out, with reasons
     """
 
     count: int
     size: tuple[int, int]
     channels: int
     class_names: list[str]
+    flips = False
+    bad: Mapping[str, str] = {}
 
     def images(self, index: Tensor) -> Tensor:
-        """index (B,) -> (B, c, H, W)."""
+        """index (B,) -> (B, c, H, W): uint8, or float in [-1, 1]."""
         raise NotImplementedError(f"{type(self).__name__} lacks images()")
 
     def labels(self, index: Tensor) -> Tensor | None:
         """index (B,) -> (B,), None where there are no classes."""
         raise NotImplementedError(f"{type(self).__name__} lacks labels()")
+
+    def name(self, i: int) -> str:
+        """What a person calls image i."""
+        return str(i)
+
+    def fingerprint(self) -> str:
+        """Changes when the images or their order do: a run resumes on what it began with."""
+        return f"{type(self).__name__} {self.count}"
 
 
 class Digits(ImageData):
@@ -66,15 +77,6 @@ class Digits(ImageData):
 
     def labels(self, index: Tensor) -> Tensor:
         return self._labels[index]
-
-
-DATASETS: dict[str, type[ImageData]] = {"digits": Digits}
-
-
-def build_data(config: Mapping[str, Any]) -> ImageData:
-    """`{"kind": "digits"}` -> a source of images."""
-    kind, rest = pop_kind(config, DATASETS, "data")
-    return construct(DATASETS[kind], rest, "data")
 
 
 class Order:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import sys
@@ -12,21 +13,49 @@ from typing import Any
 import torch
 
 from seriatim import __version__
-from seriatim.core.files import atomic_write
+from seriatim.core.errors import ConfigError
+from seriatim.core.files import atomic_write, write_text
+from seriatim.training.config import Recipe, dump
+from seriatim.training.data import ImageData
 
 
 class MetricsLog:
     """One JSON object a line, handed to the system line by line: a killed run keeps what it has measured."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, seen: int = 0, tensorboard: bool = False) -> None:
+        """Begin after `seen` images: lines of a run that got further before it was killed are dropped."""
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        path.write_text("")
+        if seen and path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the last line of a killed run may be half a line
+                    row = json.loads(line)
+                    if row["images"] <= seen:
+                        self.rows.append(row)
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._board = board(path.parent / "tensorboard") if tensorboard else None
 
     def write(self, **values: Any) -> None:
         self.rows.append(values)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, values["images"])
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def board(folder: Path) -> Any:
+    """TensorBoard's writer, or an error that says how to get it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError('training.tensorboard: is not installed; pip install "seriatim[log]"') from error
+    return SummaryWriter(str(folder))
 
 
 def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
@@ -62,3 +91,40 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }
+
+
+def model_card(recipe: Recipe, seen: int, parameters: int, rows: Sequence[dict[str, Any]], data: ImageData) -> str:
+    """README.md of a model folder: what it is, what it was trained on, how to draw from it."""
+    kind = "unconditional-image-generation"
+    classes = ", ".join(data.class_names[:20]) + (", ..." if len(data.class_names) > 20 else "")
+    example = repr(data.class_names[0]) if data.class_names else "None"
+    label = f' --label "{data.class_names[0]}"' if data.class_names else ""
+    loss = f"{rows[-1]['loss']:.4f}" if rows else "not logged"
+    return f"""---
+library_name: seriatim
+pipeline_tag: {kind}
+tags: [autoregressive, image-generation]
+---
+
+# {recipe.name}
+
+{recipe.description or "An autoregressive image model."} {parameters:,} parameters, trained with Seriatim {__version__}.
+
+- images: {data.count:,}, {data.size[0]}x{data.size[1]} pixels, channels: {data.channels}; left out: {len(data.bad)}
+- classes: {classes or "none"}
+- seen in training: {seen:,} images; last loss {loss}
+
+```python
+import seriatim
+
+seriatim.load("path/to/this/folder")(class_labels=[{example}], seed=0).images[0].save("image.png")
+```
+
+    seriatim sample path/to/this/folder{label} --out samples
+
+## Recipe
+
+```yaml
+{dump(recipe).rstrip()}
+```
+"""

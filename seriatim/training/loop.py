@@ -5,9 +5,11 @@ B images of a batch, L tokens, D features.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,25 +17,29 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.native import Bundle, save_bundle
-from seriatim.core.errors import ConfigError, NumericsError, UsageError
-from seriatim.core.files import writable_folder, write_json, write_text
+from seriatim.checkpoints.native import Bundle, replaceable, save_bundle
+from seriatim.core.errors import NumericsError, Stopped
+from seriatim.core.files import writable_folder, write_text
 from seriatim.core.progress import Progress
 from seriatim.core.random import Noise, derive_seed
 from seriatim.core.schedules import learning_rate
-from seriatim.core.validation import parse
-from seriatim.models.build import build_model, parameter_count, seeded
+from seriatim.models.build import parameter_count
 from seriatim.models.masked import Loss, MaskedModel
-from seriatim.pipeline import pick_device
-from seriatim.sampling.request import SampleRequest
-from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.build import build_tokenizer
+from seriatim.pipeline import DTYPES, pick_device
+from seriatim.training import state as checkpoints
 from seriatim.training.config import Recipe, dump
-from seriatim.training.data import ImageData, Order, build_data
-from seriatim.training.log import MetricsLog, environment, loss_curve
+from seriatim.training.data import ImageData
+from seriatim.training.loader import Batch, Batches, Loader, to_float
+from seriatim.training.log import MetricsLog, loss_curve, model_card
+from seriatim.training.look import draw_samples
 from seriatim.training.optim import adamw, averaged
+from seriatim.training.precision import fastest, threads
+from seriatim.training.setup import begin_run, build, initialise_from
+from seriatim.training.state import RunState, Trainables
+from seriatim.training.stopping import StopRequest, only_trainer
 
 FIT_BATCH = 512  # images at a time when the tokenizer measures its statistics
+FIT_IMAGES = 10_000  # as many as it looks at
 
 
 @dataclass(frozen=True)
@@ -45,154 +51,185 @@ class TrainingResult:
     loss: float  # mean of the last logged stretch
     parameters: int
     dtype: str
-
-
-def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
-    """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
-    parse(SampleRequest, recipe.sampling, where="sampling")
-    data = build_data(recipe.data)
-    tokenizer = build_tokenizer({"size": list(data.size), "channels": data.channels, **recipe.tokenizer})
-    if tokenizer.size != data.size or tokenizer.channels != data.channels:
-        shapes = [
-            f"{c} x {h} x {w}" for c, (h, w) in ((tokenizer.channels, tokenizer.size), (data.channels, data.size))
-        ]
-        raise ConfigError(f"tokenizer: made for images of {shapes[0]}, the data has {shapes[1]}")
-    with seeded(derive_seed(recipe.seed, "weights")):
-        model = build_model(recipe.model, tokens=tokenizer.count, dim=tokenizer.dim, classes=len(data.class_names))
-    return data, tokenizer, model
+    threads: int
 
 
 def train(
-    recipe: Recipe, out: Path | str, *, device: str = "auto", overwrite: bool = False, quiet: bool = False
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
 ) -> TrainingResult:
-    """Train a recipe into the folder `out`.
+    """Train a recipe into the folder `out`; with `resume`, go on from its newest whole checkpoint, bitwise.
 
         out/recipe.yaml       the recipe with every default filled in
+        out/data.json         how many images, their fingerprint, and which files were left out and why
         out/environment.json  versions and machine
         out/metrics.jsonl     loss, learning rate, images/s
         out/training.png      the loss curve
+        out/samples/          grids at fixed seeds, and timeline.png (training.sample_images)
+        out/checkpoints/      all that resuming needs (training.save_images)
         out/model/            the averaged weights, ready for `seriatim.load`
 
-    Raises UsageError where `out` holds a run already (unless `overwrite`), NumericsError when the loss or its gradient
-    is not finite; the weights are as they were before that step.
+    Raises UsageError where `out` holds a run already (unless `resume` or `overwrite`) or another process trains there;
+    NumericsError when the loss or its gradient is not finite, before anything is updated; Stopped, after saving, on
+    SIGTERM or SIGINT.
     """
     settings = recipe.training
-    out = Path(out)
-    if (out / "recipe.yaml").exists() and not overwrite:
-        raise UsageError(f"out: {out} holds a run already; choose another folder")
     data, tokenizer, model = build(recipe)
     out = writable_folder(out)
+    replaceable(out / "model")
     where = pick_device(device)
+    with only_trainer(out), StopRequest() as stop, contextlib.ExitStack() as stack:
+        resumed = begin_run(out, recipe, data, resume=resume, overwrite=overwrite)
+        model.to(where).train()
+        optimiser = adamw(model, settings.learning_rate, settings.betas, settings.weight_decay)
+        average = averaged(model, settings.ema)
+        parts = Trainables(model, average, optimiser, tokenizer)
+        run = restore(out, parts) if resumed else None
+        if run is None and settings.init_from:
+            initialise_from(settings.init_from, model, tokenizer, data.class_names)
+        elif run is None:
+            index = torch.arange(data.count)[:: max(1, data.count // FIT_IMAGES)]
+            tokenizer.fit(to_float(data.images(some)) for some in index.split(FIT_BATCH))
+        tokenizer.to(where)
 
-    index = torch.arange(data.count)
-    tokenizer.fit(data.images(some) for some in index.split(FIT_BATCH))
-    model.to(where).train()
-    tokenizer.to(where)
-    optimiser = adamw(model, settings.learning_rate, settings.betas, settings.weight_decay)
-    average = averaged(model, settings.ema)
-    order = Order(data.count, derive_seed(recipe.seed, "data"))
+        def loss_of(batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
+            # Every draw depends on (seed, first) alone, dropout's too: a resumed run draws what it would have drawn.
+            first, size = batch.first + part.start, part.stop - part.start
+            noise = Noise.shared(derive_seed(recipe.seed, "noise", first), size, where)
+            images = to_float(batch.images[part].to(where))
+            labels = None if batch.labels is None else batch.labels[part].to(where)
+            with torch.random.fork_rng(devices=[] if where.type == "cpu" else None):
+                torch.manual_seed(derive_seed(recipe.seed, "dropout", first))
+                with torch.no_grad():
+                    tokens = tokenizer.tokens(tokenizer.moments(images), noise)  # (B, L, D)
+                with torch.autocast(where.type, dtype=dtype, enabled=dtype != torch.float32):
+                    return model.loss(tokens, labels, noise)
 
-    def batch(first: int, size: int) -> tuple[Tensor, Tensor | None]:
-        chosen = order(first, size)  # (B,)
-        labels = data.labels(chosen)
-        noise = Noise.shared(derive_seed(recipe.seed, "tokens", first), size, where)
-        tokens = tokenizer.tokens(tokenizer.moments(data.images(chosen).to(where)), noise)  # (B, L, D)
-        return tokens, None if labels is None else labels.to(where)
+        if run is None:
+            probe = Batches(data, recipe.seed, 0, settings.images, settings.batch_size)[0]
+            whole = slice(0, -(-len(probe) // settings.accumulate))
+            chosen = fastest(settings.dtype, settings.threads, where, lambda dtype: loss_of(probe, whole, dtype))
+            run = RunState(dtype=chosen[0], threads=chosen[1])
+            model.zero_grad(set_to_none=True)
+        settings = settings.model_copy(update={"dtype": run.dtype, "threads": run.threads})
+        recipe = recipe.model_copy(update={"training": settings})
+        write_text(out / "recipe.yaml", dump(recipe))  # what was measured included: it repeats this run
+        dtype = DTYPES[run.dtype]
+        stack.enter_context(threads(run.threads))
+        log = MetricsLog(out / "metrics.jsonl", run.seen, settings.tensorboard)
+        began, started = run.seen, time.monotonic()
+        logged, waited = started, 0.0
 
-    def loss_of(first: int, size: int, dtype: torch.dtype) -> Loss:
-        # Every draw depends on (seed, first) alone, dropout's too: a resumed run draws what it would have drawn.
-        tokens, labels = batch(first, size)
-        noise = Noise.shared(derive_seed(recipe.seed, "noise", first), size, where)
-        with torch.random.fork_rng(devices=[] if where.type == "cpu" else None):
-            torch.manual_seed(derive_seed(recipe.seed, "dropout", first))
-            with torch.autocast(where.type, dtype=dtype, enabled=dtype != torch.float32):
-                return model.loss(tokens, labels, noise)
+        def bundle() -> Bundle:
+            provenance = {"recipe": recipe.model_dump(mode="json"), "images": run.seen}
+            trained = cast(MaskedModel, average.module)
+            return Bundle(trained, tokenizer, data.class_names, recipe.sampling, provenance)
 
-    dtype = pick_training_dtype(settings.dtype, lambda d: loss_of(0, min(settings.batch_size, settings.images), d))
-    model.zero_grad(set_to_none=True)
-    write_text(out / "recipe.yaml", dump(recipe))
-    write_json(out / "environment.json", environment())
-    log = MetricsLog(out / "metrics.jsonl")
-    started = logged = time.monotonic()
-    sums: dict[str, float] = {}
-    steps_since = 0
-    seen = since = 0
-    with Progress(settings.images, "training", "images", quiet=quiet) as bar:
-        while seen < settings.images:
-            size = min(settings.batch_size, settings.images - seen)
-            factor = learning_rate(seen + size, settings.images, settings.warmup_images, settings.schedule)
-            for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * factor
-            loss = loss_of(seen, size, dtype)
-            check_finite("loss", loss.mean, seen, order(seen, size))
-            loss.mean.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            check_finite("gradient", norm, seen, order(seen, size))
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            average.update_parameters(model)
-            seen += size
-            steps_since += 1
-            for name, value in (("loss", loss.mean), *((f"loss_{k}", v) for k, v in loss.parts.items())):
-                sums[name] = sums.get(name, 0.0) + value.detach().item()
-            if seen - since >= settings.log_images or seen == settings.images:
-                means = {name: value / steps_since for name, value in sums.items()}
-                now = time.monotonic()
-                log.write(
-                    images=seen,
-                    **means,
-                    learning_rate=settings.learning_rate * factor,
-                    gradient_norm=norm.item(),
-                    images_per_second=(seen - since) / max(1e-9, now - logged),
-                )
-                bar.note = f"loss {means['loss']:.3f}"
-                since, logged, steps_since, sums = seen, now, 0, {}
-            bar.advance(size)
-    seconds = time.monotonic() - started
+        def save_checkpoint() -> Path:
+            path = checkpoints.save(out / "checkpoints", parts, run)
+            checkpoints.prune(out / "checkpoints", settings.keep)
+            return path
 
-    trained = cast(MaskedModel, average.module).eval()
-    trained.zero_grad(set_to_none=True)
-    bundle = Bundle(
-        trained,
-        tokenizer,
-        data.class_names,
-        recipe.sampling,
-        {"recipe": recipe.model_dump(mode="json"), "images": seen},
-    )
-    save_bundle(bundle, out / "model")
-    loss_curve(log.rows, out / "training.png", recipe.name)
-    return TrainingResult(
-        out,
-        seen,
-        seconds,
-        seen / seconds,
-        log.rows[-1]["loss"],
-        parameter_count(model),
-        str(dtype).removeprefix("torch."),
-    )
+        loader = Loader(Batches(data, recipe.seed, run.seen, settings.images, settings.batch_size), settings.workers)
+        with Progress(settings.images, "training", "images", done=run.seen, quiet=quiet) as bar:
+            for batch in loader:
+                # --- one step
+                size = len(batch)
+                factor = learning_rate(run.seen + size, settings.images, settings.warmup_images, settings.schedule)
+                for group in optimiser.param_groups:
+                    group["lr"] = settings.learning_rate * factor
+                sums: dict[str, float] = {}
+                for part in slices(size, settings.accumulate):
+                    loss, share = loss_of(batch, part, dtype), (part.stop - part.start) / size
+                    check_finite("loss", loss.mean, run.seen, batch, data)
+                    (loss.mean * share).backward()
+                    for name, value in (("loss", loss.mean), *((f"loss_{k}", v) for k, v in loss.parts.items())):
+                        sums[name] = sums.get(name, 0.0) + value.detach().item() * share
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+                check_finite("gradient", norm, run.seen, batch, data)
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+                average.update_parameters(model)
+                before, run.seen, run.steps = run.seen, run.seen + size, run.steps + 1
+                run.sums = {name: run.sums.get(name, 0.0) + value for name, value in sums.items()}
+                run.steps_since += 1
+                last = run.seen >= settings.images
+                # --- once in a while
+                if run.seen - run.since >= settings.log_images or last:
+                    now = time.monotonic()
+                    means = {name: value / run.steps_since for name, value in run.sums.items()}
+                    log.write(
+                        images=run.seen,
+                        **means,
+                        learning_rate=settings.learning_rate * factor,
+                        gradient_norm=norm.item(),
+                        images_per_second=(run.seen - max(run.since, began)) / max(1e-9, now - logged),
+                        loader_share=(loader.waited - waited) / max(1e-9, now - logged),
+                    )
+                    bar.note = f"loss {means['loss']:.3f}"
+                    run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
+                    logged, waited = now, loader.waited
+                if crossed(before, run.seen, settings.sample_images):
+                    look = copy.copy(bundle())
+                    draw_samples(look, out / "samples", run.seen, str(where), recipe.seed)
+                if (
+                    crossed(before, run.seen, settings.save_images) or (last and settings.save_images)
+                ) and not stop.requested:
+                    save_checkpoint()
+                    loss_curve(log.rows, out / "training.png", recipe.name)
+                bar.advance(size)
+                if stop.requested and not last:
+                    path = save_checkpoint()
+                    raise Stopped(
+                        f"{stop.requested}: stopped after {run.seen} images, saved {path}; go on with --resume"
+                    )
+        seconds = time.monotonic() - started
+        log.close()
+        rate = (run.seen - began) / seconds if run.seen > began else 0.0
+        save_bundle(bundle(), out / "model", card=model_card(recipe, run.seen, parameter_count(model), log.rows, data))
+        loss_curve(log.rows, out / "training.png", recipe.name)
+    final = run.loss if run.loss is not None else math.nan
+    return TrainingResult(out, run.seen, seconds, rate, final, parameter_count(model), run.dtype, run.threads)
 
 
-def check_finite(what: str, value: Tensor, seen: int, batch: Tensor) -> None:
+def restore(out: Path, parts: Trainables) -> RunState | None:
+    """The newest whole checkpoint into `parts`; says which, and which newer ones were damaged."""
+    folder = out / "checkpoints"
+    checkpoints.sweep(folder)
+    path, passed_over = checkpoints.newest_whole(folder)
+    for reason in passed_over:
+        print(f"stepping back: {reason}", file=sys.stderr)  # noqa: T201
+    if path is None:
+        print(f"no whole checkpoint in {folder}: beginning anew", file=sys.stderr)  # noqa: T201
+        return None
+    run = checkpoints.load(path, parts)
+    print(f"resuming after {run.seen:,} images from {path}", file=sys.stderr)  # noqa: T201
+    return run
+
+
+def slices(size: int, parts: int) -> list[slice]:
+    """`size` images in at most `parts` equal parts, the last perhaps smaller."""
+    step = -(-size // parts)
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+def crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]; never for 0."""
+    return bool(every) and now // every > before // every
+
+
+def check_finite(what: str, value: Tensor, seen: int, batch: Batch, data: ImageData) -> None:
     """Stop before anything is updated."""
     number = value.detach().item()
     if not math.isfinite(number):
-        named = ", ".join(map(str, batch[:8].tolist())) + (", ..." if len(batch) > 8 else "")
+        names = [data.name(int(i)) for i in batch.index[:8]]
+        named = ", ".join(names) + (", ..." if len(batch) > 8 else "")
         raise NumericsError(
             f"the {what} is not finite ({number}) after {seen} images, in the batch of images {named}; nothing was "
             "updated; lower training.learning_rate, or use training.dtype=float32"
         )
-
-
-def pick_training_dtype(name: str, loss_of: Callable[[torch.dtype], Loss]) -> torch.dtype:
-    """float32 or bfloat16 autocast; "auto" times a few forward and backward passes of each and takes the faster."""
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        times = []
-        for _ in range(4):  # the first is warm-up
-            begin = time.perf_counter()
-            loss_of(dtype).mean.backward()
-            times.append(time.perf_counter() - begin)
-        seconds[dtype] = min(times[1:])
-    return torch.bfloat16 if seconds[torch.bfloat16] < seconds[torch.float32] else torch.float32

@@ -31,17 +31,17 @@ def test_images_with_unequal_known_counts_equal_each_alone(backbone: Masked) -> 
     known[0], known[1] = False, True
     ask = torch.ones_like(known)
     assert len(set(known.sum(1).tolist())) > 2, "the case must be ragged"
-    together = backbone.z(backbone.start(condition), tokens, known, ask).view(5, L, C)
+    together = backbone.z(backbone.start(condition, len(condition)), tokens, known, ask).view(5, L, C)
     for i in range(5):
         one = slice(i, i + 1)
-        alone = backbone.z(backbone.start(condition[one]), tokens[one], known[one], ask[one])
+        alone = backbone.z(backbone.start(condition[one], len(condition[one])), tokens[one], known[one], ask[one])
         assert torch.allclose(together[i], alone, atol=2e-5), i
 
 
 @torch.no_grad()
 def test_unknown_tokens_are_never_looked_at(backbone: Masked) -> None:
     condition, tokens, known = inputs(3)
-    state = backbone.start(condition)
+    state = backbone.start(condition, len(condition))
     z = backbone.z(state, tokens, known, ~known)
     changed = torch.where(known[..., None], tokens, torch.full_like(tokens, 1e6))
     assert torch.equal(backbone.z(state, changed, known, ~known), z)
@@ -52,7 +52,7 @@ def test_unknown_tokens_are_never_looked_at(backbone: Masked) -> None:
 @torch.no_grad()
 def test_z_is_that_of_the_rows_asked_for_in_raster_order(backbone: Masked) -> None:
     condition, tokens, known = inputs(3)
-    state = backbone.start(condition)
+    state = backbone.start(condition, len(condition))
     every = backbone.z(state, tokens, known, torch.ones_like(known)).view(3, L, C)
     ask = torch.zeros_like(known)
     ask[0, [7, 2]], ask[2, 5] = True, True
@@ -65,15 +65,15 @@ def test_z_is_that_of_the_rows_asked_for_in_raster_order(backbone: Masked) -> No
 @torch.no_grad()
 def test_the_condition_and_where_tokens_stand_matter(backbone: Masked) -> None:
     condition, tokens, known = inputs(2)
-    z = backbone.z(backbone.start(condition), tokens, known, ~known)
-    other = backbone.z(backbone.start(condition.flip(0)), tokens, known, ~known)
+    z = backbone.z(backbone.start(condition, len(condition)), tokens, known, ~known)
+    other = backbone.z(backbone.start(condition.flip(0), len(condition.flip(0))), tokens, known, ~known)
     assert not torch.allclose(z, other, atol=1e-2)
 
 
 @torch.no_grad()
 def test_a_row_cap_changes_nothing(backbone: Masked) -> None:
     condition, tokens, known = inputs(5)
-    state = backbone.start(condition)
+    state = backbone.start(condition, len(condition))
     whole = backbone.z(state, tokens, known, ~known)
     sizes: list[int] = []
     backbone.encoder[0].register_forward_pre_hook(lambda _, a: sizes.append(len(a[0])))

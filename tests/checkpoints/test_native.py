@@ -14,9 +14,14 @@ import torch
 from helpers import make_bundle
 from safetensors.torch import load_file, save_file
 
+from seriatim.backbones.masked import Masked
 from seriatim.checkpoints.native import CONFIG, MODEL, TOKENIZER, Bundle, load_bundle, save_bundle
-from seriatim.core.errors import CheckpointError
+from seriatim.core.errors import CheckpointError, NumericsError, UsageError
 from seriatim.core.files import MANIFEST, write_manifest
+from seriatim.heads.diffusion import Diffusion
+from seriatim.models.masked import MaskedModel
+from seriatim.pipeline import Pipeline, load
+from seriatim.tokenizers.pixels import Pixels
 
 FILES = (CONFIG, MODEL, TOKENIZER)
 
@@ -136,3 +141,37 @@ def test_hostile_weights_are_refused_without_reading_them(model_folder: Path) ->
         write_manifest(model_folder, FILES)
         with pytest.raises(CheckpointError, match="not a readable safetensors file"):
             load_bundle(model_folder)
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, bundle: Bundle) -> None:
+    save_bundle(bundle, tmp_path / "m")
+    with torch.no_grad():
+        bundle.model.no_class[0, 0] = float("inf")
+    with pytest.raises(NumericsError, match="'no_class' has values that are not finite; nothing was written"):
+        save_bundle(bundle, tmp_path / "m")
+    load_bundle(tmp_path / "m")
+
+
+def test_only_a_model_folder_is_replaced(tmp_path: Path, bundle: Bundle) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UsageError, match="is not a model folder"):
+        save_bundle(bundle, tmp_path / "mine")
+    save_bundle(bundle, tmp_path / "m", card="# card")
+    (tmp_path / "m" / "notes.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"holds 'notes\.txt'"):
+        save_bundle(bundle, tmp_path / "m")
+    assert (tmp_path / "mine" / "thesis.txt").exists() and (tmp_path / "m" / "notes.txt").exists()
+    assert (tmp_path / "m" / "README.md").read_text() == "# card"
+
+
+@pytest.mark.parametrize(("size", "channels", "classes"), [((6, 10), 3, 0), ((5, 7), 1, 2), (9, 3, 1)])
+def test_unusual_models_come_back(tmp_path: Path, size: Any, channels: int, classes: int) -> None:
+    """Rectangles, sides that a patch does not divide, colour, no classes: saved, loaded, the same images."""
+    tokenizer = Pixels(size, 2, channels)
+    backbone = Masked(tokenizer.count, tokenizer.dim, width=200, depth=(1, 2), buffer=1)
+    model = MaskedModel(backbone, Diffusion(tokenizer.dim, 16, 1), classes=classes)
+    pipe = Pipeline(Bundle(model, tokenizer, sampling={"num_inference_steps": 3, "num_diffusion_steps": 4}))
+    again = load(pipe.save(tmp_path / "m"), device="cpu")
+    one, two = (p(seed=5, output_type="np").images for p in (pipe, again))
+    assert one.shape == (max(1, classes), *tokenizer.size, channels) and (one == two).all()

@@ -135,7 +135,7 @@ BAD = [
     (("train", "mar-digits", "--out", "a-file"), 2, "out: a-file is a file"),
     (("train", "mar-digits", "--out", "/proc/x/y"), 6, "/proc/x/y"),
     (("train", "typo.yaml"), 2, "typo.yaml: unknown key 'trainign'; did you mean 'training'"),
-    (("demo", "--out", "full"), 2, "full holds other files"),
+    (("demo", "--out", "full"), 2, "full holds 'thesis.txt', which is not the demo's"),
     (("demo", "--images", "0"), 2, "training.images"),
     (("demo", "--out", "/proc/x/y", "--images", "64"), 6, "/proc/x/y"),
 ]
@@ -212,6 +212,22 @@ def test_every_error_becomes_one_line(
     assert explain(error) == code
     printed = capsys.readouterr().err
     assert words in printed and printed.count("\n") <= 1
+
+
+def test_ctrl_c_says_so(seriatim: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("seriatim.training.config.read_recipe", interrupted)
+    assert run(["recipes", "show", "mar-digits"]) == 130
+    assert capsys.readouterr().err.strip() == "stopped"
+
+
+def test_a_refused_request_makes_no_folder(seriatim: Run, model_folder: Path, tmp_path: Path) -> None:
+    for arguments in (("--num-diffusion-steps", "2000"), ("--batch-size", "0"), ("--label", "9")):
+        assert run(["sample", str(model_folder), *arguments, "--out", str(tmp_path / "refused")]) == 2
+    assert run(["doctor", "--json", "--path", str(tmp_path / "nowhere" / "x")]) == 0
+    assert not (tmp_path / "refused").exists() and not (tmp_path / "nowhere").exists()
 
 
 def test_debug_shows_the_traceback(seriatim: Run) -> None:

@@ -51,7 +51,7 @@ def test_construct() -> None:
         ({"size": 1, "color": "x"}, ("thing.color", "did you mean 'colour'")),
         ({}, ("thing.size: is required",)),
         ({"size": 0}, ("thing.size: 0 is not allowed",)),
-        ({"size": "big"}, ("thing", "check the types")),
+        ({"size": "big"}, ("thing.size: input should be a valid integer",)),
     ]:
         with pytest.raises(ConfigError) as caught:
             construct(Thing, config, "thing")

@@ -157,6 +157,25 @@ def test_first_step_likelihood_is_a_distribution() -> None:
     assert float(total) == pytest.approx(1.0, abs=1e-4)
 
 
+@torch.no_grad()
+def test_the_term_at_the_first_timestep_by_value(head: Diffusion) -> None:
+    """At t = 0 the variational term is the likelihood of a bin of 2/255 under the model's Gaussian, in bits."""
+    chain, x0, eps = full_chain(), torch.tensor([[0.3, -0.5, 1.2, -1.5]]), torch.randn(1, 4)
+    t = torch.zeros(1, dtype=torch.long)
+    loss = Diffusion.loss(
+        head, z := torch.randn(1, 8), x0, ReplayNoise(integers=[t.repeat(4, 1)], normal=[eps.repeat(4, 1, 1)])
+    )
+    x_t = chain.at("sqrt_alphas_cumprod", t) * x0 + chain.at("sqrt_one_minus_alphas_cumprod", t) * eps
+    guess, v = head(x_t, t, z)
+    mean = predict_x0(chain, x_t, t, guess)  # at t = 0 the posterior mean is x_0 itself
+    model = torch.distributions.Normal(mean, torch.exp(0.5 * log_variance(chain, t, v)))
+    upper, lower = model.cdf(x0 + 1 / 255), model.cdf(x0 - 1 / 255)
+    inside, low, high = (upper - lower), upper, 1 - lower
+    share = torch.where(x0 < -0.999, low, torch.where(x0 > 0.999, high, inside)).clamp(min=1e-12)
+    expected = -share.log2().mean() * 4
+    assert float(loss.parts["vb"][0]) == pytest.approx(float(expected), rel=0.03), "tanh stands in for the CDF"
+
+
 def test_normal_kl_of_equals_is_zero() -> None:
     a, b = torch.randn(5), torch.randn(5)
     assert not normal_kl(a, b, a, b).any()
@@ -172,6 +191,8 @@ def test_one_time_embedding_for_each_timestep_is_the_same(head: Diffusion) -> No
     [
         ({"num_steps": 5}, "num_steps: the Diffusion head has no such"),
         ({"num_diffusion_steps": 0}, "num_diffusion_steps: 0"),
+        ({"timesteps": [5, 2, 900]}, "timesteps: must ascend"),
+        ({"timesteps": [0, 1000]}, "timesteps: must ascend"),
         ({"temperature": float("nan")}, "temperature: nan"),
         ({"guidance": float("inf"), "z_null": torch.zeros(1, 8)}, "guidance: the scale must be finite"),
     ],

@@ -71,7 +71,7 @@ def test_labels_are_dropped_in_training_only() -> None:
     seen: list[torch.Tensor] = []
     model = make(label_dropout=0.5)
     start = model.backbone.start
-    model.backbone.start = lambda condition: (seen.append(condition), start(condition))[1]  # type: ignore[method-assign, func-returns-value]
+    model.backbone.start = lambda condition, B: (seen.append(condition), start(condition, B))[1]  # type: ignore[method-assign, func-returns-value]
     tokens, labels = torch.randn(200, L, D), torch.ones(200, dtype=torch.long)
     model.train().loss(tokens, labels, Noise.shared(0, 200))
     dropped = (seen[0] == model.no_class).all(dim=1)
@@ -140,3 +140,8 @@ def test_bad_models_are_named() -> None:
     for option in ({"label_dropout": 2.0}, {"min_mask_ratio": 0.0}, {"mask_ratio_std": 0.0}, {"classes": -1}):
         with pytest.raises(UsageError, match=next(iter(option))):
             make(**{"classes": 3, **option})  # type: ignore[arg-type]
+
+
+def test_tokens_of_another_shape_are_named() -> None:
+    with pytest.raises(UsageError, match=r"tokens: shape \(2, 8, 4\) is not \(B, 9, 4\)"):
+        make().loss(torch.randn(2, 8, D))

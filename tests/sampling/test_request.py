@@ -8,7 +8,12 @@ import pytest
 
 from seriatim.core.errors import UsageError
 from seriatim.core.random import derive_seed
-from seriatim.sampling.request import SampleRequest, make_request
+from seriatim.core.validation import parse
+from seriatim.sampling.request import SampleRequest, clamped
+
+
+def make_request(settings: dict[str, Any], tokens: int) -> SampleRequest:
+    return clamped(parse(SampleRequest, settings, error=UsageError), tokens)
 
 
 def test_expansion() -> None:

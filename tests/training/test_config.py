@@ -8,7 +8,7 @@ import pytest
 
 from seriatim.core.errors import ConfigError, UsageError
 from seriatim.training.config import dump, packaged, read_recipe
-from seriatim.training.loop import build
+from seriatim.training.setup import build
 
 
 def test_packaged_recipes_are_valid() -> None:
@@ -26,6 +26,13 @@ def test_overrides() -> None:
     assert recipe.training.images == 5000 and recipe.model["depth"] == [1, 2] and recipe.model["head"]["width"] == 32
     assert recipe.training.betas == (0.8, 0.9) and recipe.seed == 3
     assert recipe.model["head"]["kind"] == "diffusion", "the rest of a section stays"
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers() -> None:
+    """YAML 1.1 takes 1e-1 for a string; nobody who writes it means one."""
+    recipe = read_recipe("mar-digits", ["model.dropout=1e-1", "training.learning_rate=1e-3"])
+    assert recipe.training.learning_rate == 1e-3
+    assert build(recipe)[2].backbone.config["dropout"] == 0.1
 
 
 def test_dump_is_read_back(tmp_path: Path) -> None:
@@ -47,6 +54,8 @@ def test_dump_is_read_back(tmp_path: Path) -> None:
         (["training.images.more=5"], "'images' is a value, not a section"),
         (["training.images=[1"], "is not a YAML value"),
         (["name="], "name"),
+        (["training.betas=[0.9, 1.5]"], "training.betas.1"),
+        (["seed=99999999999999999999"], "seed"),
     ],
 )
 def test_what_is_wrong_is_named(overrides: list[str], words: str) -> None:
@@ -68,6 +77,18 @@ def test_what_is_wrong_is_named(overrides: list[str], words: str) -> None:
         (["model.classes=5"], "model.classes: 5 does not fit"),
         (["sampling.guidence_scale=2"], "did you mean 'guidance_scale'"),
         (["sampling.temperature=-1"], "sampling: temperature"),
+        (["sampling.num_diffusion_steps=2000"], "sampling: num_diffusion_steps: 2000"),
+        (["sampling.class_labels=[99]"], "sampling: class_labels: 99 is out of range"),
+        (["model.head.train_steps=40"], "sampling: num_diffusion_steps: 50"),
+        (["model.head.train_steps=0"], "model.head.train_steps: 0"),
+        (["model.mlp_ratio=abc"], "model.mlp_ratio: input should be a valid number"),
+        (["model.mlp_ratio=-1"], "model"),
+        (["model.dropout=wet"], "model.dropout: input should be a valid number"),
+        (["tokenizer.size=abc"], "tokenizer.size"),
+        (["tokenizer.size=[8]"], "tokenizer"),
+        (["tokenizer.levels=abc"], "tokenizer.levels"),
+        (["data.kind=[1]"], "data.kind: [1] is not known"),
+        (["data.held_out=maybe"], "data.held_out: input should be a valid boolean"),
     ],
 )
 def test_parts_that_do_not_fit_are_named_before_anything_is_done(overrides: list[str], words: str) -> None:

@@ -14,13 +14,14 @@ from seriatim.core.errors import NumericsError, UsageError
 from seriatim.models.masked import Loss, MaskedModel
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.data import Digits, Order
-from seriatim.training.loop import pick_training_dtype, train
+from seriatim.training.loop import train
 from seriatim.training.optim import averaged
+from seriatim.training.precision import fastest
 
 TINY = [
     "model.width=32", "model.depth=1", "model.heads=2", "model.head.width=32", "model.head.depth=1",
     "training.images=640", "training.log_images=128", "training.dtype=float32", "training.warmup_images=64",
-    "training.learning_rate=0.005", "training.schedule=constant",
+    "training.learning_rate=0.005", "training.schedule=constant", "training.threads=1",
 ]  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
     recipe = tiny("training.images=3200", "training.log_images=640")
     result = train(recipe, tmp_path / "run", quiet=True)
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names == {"recipe.yaml", "environment.json", "metrics.jsonl", "training.png", "model"}
+    assert names == {"recipe.yaml", "data.json", "environment.json", "metrics.jsonl", "training.png", "model", ".lock"}
     assert read_recipe(str(tmp_path / "run" / "recipe.yaml")) == recipe
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["images"] for row in rows] == [640, 1280, 1920, 2560, 3200]
@@ -52,12 +53,14 @@ def test_a_run_folder(tmp_path: Path) -> None:
 def test_the_same_recipe_gives_the_same_weights(tmp_path: Path, threads: int) -> None:
     """Bitwise, two threads included: no gradient is added up in an order that threads decide."""
     states = []
-    torch.set_num_threads(threads)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(states))  # what the caller did before must not matter
-        train(tiny("training.images=384", "model.width=64", "model.dropout=0.1", f"seed={seed}"), tmp_path / name, quiet=True)
+        train(
+            tiny("training.images=384", "model.width=64", "model.dropout=0.1", f"seed={seed}"),
+            tmp_path / name,
+            quiet=True,
+        )
         states.append(seriatim.load(tmp_path / name, device="cpu").model.state_dict())
-    torch.set_num_threads(1)
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not torch.equal(states[0]["no_class"], states[2]["no_class"])
 
@@ -137,14 +140,39 @@ def test_the_average_follows_its_formula() -> None:
         assert average.module.weight.item() == pytest.approx(expected)
 
 
-def test_auto_dtype_takes_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("seriatim.training.loop.time.perf_counter", lambda: now[0])
-    for fast in (torch.float32, torch.bfloat16):
+    monkeypatch.setattr("seriatim.training.precision.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    cpu, used = torch.device("cpu"), [2]
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: used.__setitem__(0, count))
+    for fast in [("float32", 1), ("float32", 2), ("bfloat16", 1), ("bfloat16", 2)]:
 
-        def loss_of(dtype: torch.dtype, fast: torch.dtype = fast) -> Loss:
-            now[0] += 1.0 if dtype == fast else 2.0
+        def loss_of(dtype: torch.dtype, fast: tuple[str, int] = fast) -> Loss:
+            now[0] += 0.1 + (str(dtype) != f"torch.{fast[0]}") + (used[0] != fast[1])
             return Loss(torch.zeros((), requires_grad=True) * 1)
 
-        assert pick_training_dtype("auto", loss_of) == fast
-    assert pick_training_dtype("bfloat16", loss_of) == torch.bfloat16
+        assert fastest("auto", "auto", cpu, loss_of) == fast
+        assert fastest("bfloat16", 2, cpu, loss_of) == ("bfloat16", 2)
+        assert fastest("auto", 1, cpu, loss_of) == (fast[0], 1)
+        assert used == [2], "the caller's number of threads is restored"
+
+
+def test_what_was_measured_is_written_down(tmp_path: Path) -> None:
+    result = train(tiny("training.images=64", "training.dtype=auto"), tmp_path, quiet=True)
+    written = read_recipe(str(tmp_path / "recipe.yaml")).training
+    assert (written.dtype, written.threads) == (result.dtype, 1)
+
+
+def test_foreign_files_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not a model folder"):
+        train(tiny("training.images=64"), tmp_path, quiet=True)
+    train(tiny("training.images=64"), tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "model" / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds 'thesis\.txt'"):
+        train(tiny("training.images=64"), tmp_path / "run", overwrite=True, quiet=True)
+    with pytest.raises(UsageError, match="is not a model folder"):
+        seriatim.load(tmp_path / "run", device="cpu").save(tmp_path)
+    assert (tmp_path / "model" / "thesis.txt").exists() and (tmp_path / "run" / "model" / "thesis.txt").exists()

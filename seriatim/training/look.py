@@ -1,0 +1,43 @@
+"""What a run looks like as it learns: samples at fixed seeds, and all of them in time as one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from seriatim.checkpoints.native import Bundle
+from seriatim.evaluation.grid import grid, save_png
+from seriatim.pipeline import Pipeline
+
+IMAGES, COLUMNS = 32, 8
+SIDE = 32  # small images are enlarged to about this in a grid
+
+
+def draw_samples(bundle: Bundle, folder: Path, seen: int, device: str, seed: int) -> Path:
+    """Write `folder/<images seen>.png`: the same seeds and classes every time; then the timeline."""
+    pipe = Pipeline(bundle, device=device)
+    classes = pipe.model.classes
+    labels = [i % classes for i in range(IMAGES)] if classes else [None] * IMAGES
+    result = pipe(class_labels=labels, seed=seed)
+    path = save_png(grid(result.images, COLUMNS, side=SIDE), folder / f"{seen:012d}.png")
+    timeline(folder)
+    return path
+
+
+def timeline(folder: Path, most: int = 12) -> Path:
+    """The first row of each grid, oldest on top, as `timeline.png`; at most `most`, evenly chosen."""
+    files = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
+    if len(files) > most:
+        files = [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
+    rows = []
+    for file in files:
+        with Image.open(file, formats=("PNG",)) as sheet:
+            height = sheet.height // -(-IMAGES // COLUMNS)
+            rows.append(sheet.crop((0, 0, sheet.width, height)))
+    picture = Image.new(rows[0].mode, (rows[0].width, sum(row.height for row in rows)))
+    top = 0
+    for row in rows:
+        picture.paste(row, (0, top))
+        top += row.height
+    return save_png(picture, folder / "timeline.png")

@@ -1,0 +1,140 @@
+"""Before the first step: the parts of a recipe, the run folder, what a resumed run must agree on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seriatim.checkpoints.native import Bundle, load_bundle
+from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
+from seriatim.core.files import write_json, write_text
+from seriatim.core.random import derive_seed
+from seriatim.models.build import build_model, seeded
+from seriatim.models.masked import MaskedModel
+from seriatim.pipeline import Pipeline
+from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.build import build_tokenizer
+from seriatim.training.config import Recipe, dump, read_recipe
+from seriatim.training.data import ImageData
+from seriatim.training.log import environment
+from seriatim.training.sources import build_data
+
+# A resumed run may change these and nothing else: they don't affect a weight, or only how long it goes on.
+FREE = {
+    "description", "sampling", "training.images", "training.log_images", "training.save_images", "training.keep",
+    "training.sample_images", "training.tensorboard", "training.workers", "data.path", "data.check", "data.max_bad",
+}  # fmt: skip
+MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
+LEFTOVERS = ("checkpoints", "samples", "tensorboard")
+
+
+def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
+    """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
+    data = build_data(recipe.data)
+    tokenizer = build_tokenizer({"size": list(data.size), "channels": data.channels, **recipe.tokenizer})
+    if tokenizer.size != data.size or tokenizer.channels != data.channels:
+        ours, theirs = (f"{x.channels} x {x.size[0]} x {x.size[1]}" for x in (tokenizer, data))
+        raise ConfigError(f"tokenizer: made for images of {ours}, the data has {theirs}")
+    with seeded(derive_seed(recipe.seed, "weights")):
+        model = build_model(recipe.model, tokens=tokenizer.count, dim=tokenizer.dim, classes=len(data.class_names))
+    try:  # what every later request of this model begins with
+        Pipeline(Bundle(model, tokenizer, data.class_names, dict(recipe.sampling)), device="cpu").request(seed=0)
+    except UsageError as error:
+        raise ConfigError(f"sampling: {one_line(error)}") from error
+    return data, tokenizer, model
+
+
+def begin_run(out: Path, recipe: Recipe, data: ImageData, *, resume: bool, overwrite: bool) -> bool:
+    """Write what the run is made of, or check that it is the same run; True where there is one to resume."""
+    exists = (out / "recipe.yaml").exists()
+    if exists and resume:
+        check_same_run(out, recipe, data)
+        return True
+    if exists and not overwrite:
+        raise UsageError(f"out: {out} holds a run already; go on with --resume, or choose another folder")
+    for name in LEFTOVERS:
+        shutil.rmtree(out / name, ignore_errors=True)
+    write_json(
+        out / "data.json",
+        {
+            "images": data.count,
+            "classes": data.class_names,
+            "fingerprint": data.fingerprint(),
+            "left_out": dict(data.bad),
+        },
+    )
+    write_json(out / "environment.json", environment())
+    write_text(out / "recipe.yaml", dump(recipe))
+    return False
+
+
+def check_same_run(out: Path, recipe: Recipe, data: ImageData) -> None:
+    """Refuse to resume with other settings or other images, naming what differs."""
+    before, now = flat(read_recipe(str(out / "recipe.yaml"))), flat(recipe)
+    for key in sorted(before.keys() | now.keys()):
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE)
+        measured = key in MEASURED and now.get(key) == "auto"
+        if before.get(key) != now.get(key) and not free and not measured:
+            raise ConfigError(
+                f"{key}: {before.get(key)!r} in {out / 'recipe.yaml'}, {now.get(key)!r} now; a resumed run keeps its "
+                "settings: change it back, or begin another run"
+            )
+    recorded = json.loads((out / "data.json").read_text(encoding="utf-8"))
+    if recorded["fingerprint"] != data.fingerprint():
+        raise DataError(
+            f"data: its images are not those that {out} began with ({recorded['images']} then, {data.count} now, or "
+            "files changed); restore them, or begin another run with training.init_from"
+        )
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """`{"training.images": 5000, ...}`."""
+
+    def walk(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+        result = {}
+        for key, value in values.items():
+            inner = walk(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+            result.update(inner)
+        return result
+
+    return walk(recipe.model_dump(mode="json"), "")
+
+
+def initialise_from(folder: str, model: MaskedModel, tokenizer: Tokenizer, class_names: list[str]) -> None:
+    """Begin with another model's weights and token statistics; a class it has under the same name keeps its vector.
+
+    Everything but the classes must have the same shapes.
+    """
+    source: Bundle = load_bundle(folder)
+    if source.tokenizer.config != tokenizer.config:
+        raise ConfigError(
+            f"training.init_from: {folder} has the tokenizer {source.tokenizer.config}, the recipe {tokenizer.config}; "
+            "they must be equal"
+        )
+    theirs, ours = source.model.state_dict(), model.state_dict()
+    for name, tensor in ours.items():
+        if name == "class_embedding":
+            continue
+        if name not in theirs or theirs[name].shape != tensor.shape:
+            shape = tuple(theirs[name].shape) if name in theirs else "none"
+            raise ConfigError(
+                f"training.init_from: {folder} has {shape} for {name!r}, the recipe's model {tuple(tensor.shape)}; "
+                "use its width, depth and heads"
+            )
+    merged = {name: theirs.get(name, tensor).clone() for name, tensor in ours.items()}
+    if "class_embedding" in ours:
+        merged["class_embedding"] = ours["class_embedding"].clone()
+        if "class_embedding" in theirs:
+            # A new class begins at the mean of the old ones: nearer to an image than a random vector.
+            merged["class_embedding"][:] = theirs["class_embedding"].mean(dim=0)
+            for row, name in enumerate(class_names):
+                if name in source.class_names:
+                    merged["class_embedding"][row] = theirs["class_embedding"][source.class_names.index(name)]
+    model.load_state_dict(merged)
+    with torch.no_grad():
+        tokenizer.load_state_dict(source.tokenizer.state_dict())

@@ -1,0 +1,18 @@
+"""The table of data sources: name -> class. Register one of your own with `DATASETS["mine"] = Mine`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from seriatim.core.construct import construct, pop_kind
+from seriatim.training.data import Digits, ImageData
+from seriatim.training.folder import Folder
+
+DATASETS: dict[str, type[ImageData]] = {"digits": Digits, "folder": Folder}
+
+
+def build_data(config: Mapping[str, Any]) -> ImageData:
+    """`{"kind": "folder", "path": "photos/"}` -> a source of images."""
+    kind, rest = pop_kind(config, DATASETS, "data")
+    return construct(DATASETS[kind], rest, "data")

@@ -1,0 +1,151 @@
+"""Checkpoints of a run: all that resuming needs, whole or absent.
+
+    RUN/checkpoints/000000123456/     one for each save, named by the images seen
+        model.safetensors             weights
+        average.safetensors           averaged weights
+        optimiser.safetensors         the optimiser's moments
+        tokenizer.safetensors         statistics of the tokens
+        state.json                    images seen, updates, loss, running sums of the metrics
+        manifest.json                 bytes and sha256 of these
+
+Random state is not among them: every draw of a run is a function of its seed and the number of images seen.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from seriatim.checkpoints.native import check_finite_weights, fill, read_tensors, write_tensors
+from seriatim.core.errors import CheckpointError, one_line
+from seriatim.core.files import atomic_folder, verify_manifest, write_json, write_manifest
+
+FILES = ("model.safetensors", "average.safetensors", "optimiser.safetensors", "tokenizer.safetensors", "state.json")
+STATE = "state.json"
+
+
+@dataclass
+class RunState:
+    """Where a run stands."""
+
+    seen: int = 0  # images
+    steps: int = 0
+    loss: float | None = None  # of the last line of metrics
+    dtype: str = "float32"  # of the autocast
+    threads: int = 1  # of the CPU
+    sums: dict[str, float] = field(default_factory=dict)  # of the metrics since their last line
+    since: int = 0  # images seen at that line
+    steps_since: int = 0
+
+
+@dataclass(frozen=True)
+class Trainables:
+    """What a checkpoint holds besides numbers."""
+
+    model: nn.Module
+    average: AveragedModel
+    optimiser: torch.optim.Optimizer
+    tokenizer: nn.Module
+
+
+def save(folder: Path, parts: Trainables, state: RunState) -> Path:
+    """Write the checkpoint of `state.seen` images."""
+    check_finite_weights(parts.model, "model")
+    check_finite_weights(parts.average.module, "average")
+    path = folder / f"{state.seen:012d}"
+    with atomic_folder(path) as temporary:
+        write_tensors(temporary / "model.safetensors", parts.model.state_dict())
+        write_tensors(temporary / "average.safetensors", parts.average.module.state_dict())
+        write_tensors(temporary / "optimiser.safetensors", dict(moments(parts.optimiser)))
+        write_tensors(temporary / "tokenizer.safetensors", parts.tokenizer.state_dict())
+        write_json(temporary / STATE, {"format": 1, **vars(state)})
+        write_manifest(temporary, FILES)
+    return path
+
+
+def moments(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """The optimiser's tensors as `<parameter>.<name>`."""
+    for number, values in optimiser.state_dict()["state"].items():
+        for name, value in values.items():
+            yield f"{number}.{name}", torch.as_tensor(value)
+
+
+def load(path: Path, parts: Trainables) -> RunState:
+    """Read a checkpoint into `parts`; raises CheckpointError, before anything changes, where a file is not whole."""
+    verify_manifest(path, FILES)
+    try:
+        values = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if values.pop("format") != 1:
+            raise ValueError("written by another version")
+        state = RunState(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / STATE} cannot be used: {one_line(error)}") from error
+    optimiser_state = parts.optimiser.state_dict()
+    tensors: dict[int, dict[str, Any]] = {}
+    for key, tensor in read_tensors(path / "optimiser.safetensors").items():
+        number, _, name = key.partition(".")
+        tensors.setdefault(int(number), {})[name] = tensor
+    fill(parts.model, path / "model.safetensors", assign=False)
+    fill(parts.average.module, path / "average.safetensors", assign=False)
+    fill(parts.tokenizer, path / "tokenizer.safetensors", assign=False)
+    parts.average.n_averaged.fill_(state.steps)
+    parts.optimiser.load_state_dict({"state": tensors, "param_groups": optimiser_state["param_groups"]})
+    return state
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints, oldest first; what a crash left half-written has another kind of name."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every file matches its sha256, and why each newer one was passed over."""
+    passed_over = []
+    for path in reversed(all_checkpoints(folder)):
+        try:
+            verify_manifest(path, FILES)
+        except CheckpointError as error:
+            passed_over.append(str(error))
+            continue
+        return path, passed_over
+    return None, passed_over
+
+
+def best_of(folder: Path) -> Path | None:
+    """The checkpoint with the lowest loss."""
+    losses = []
+    for path in all_checkpoints(folder):
+        try:
+            loss = json.loads((path / STATE).read_text(encoding="utf-8")).get("loss")
+        except (OSError, ValueError):
+            continue
+        if isinstance(loss, float):
+            losses.append((loss, path))
+    return min(losses)[1] if losses else None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best; call it after the new one is on the disk."""
+    checkpoints = all_checkpoints(folder)
+    kept = {*checkpoints[-max(1, keep) :], best_of(folder)}
+    for path in checkpoints:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Delete what a killed run left half-written."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith(".") and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)

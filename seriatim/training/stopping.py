@@ -1,0 +1,68 @@
+"""Stopping on request: finish the step, save, leave. And one trainer to a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from seriatim.core.errors import Stopped, UsageError
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+
+
+class StopRequest:
+    """`with StopRequest() as stop:` and, after each step, `if stop.requested:`.
+
+    The first SIGTERM, SIGINT or SIGUSR1 is noted; a second stops the process at once, which loses nothing that was
+    saved, since files are renamed when they are whole.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.requested is not None:
+            os._exit(Stopped.exit_code)
+        self.requested = signal.Signals(number).name
+        text = f"{self.requested}: finishing this step and saving; send it again to stop at once\n"
+        with contextlib.suppress(OSError):
+            os.write(sys.stderr.fileno() if sys.stderr else 2, text.encode())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def only_trainer(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; the system lets go when the process ends, however it ends."""
+    with open(folder / ".lock", "a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            raise UsageError(
+                f"out: {folder} is being trained into by {holder}; wait for it or choose another"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
