@@ -9,11 +9,11 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from seriatim.core.errors import DataError, UsageError
 from seriatim.core.progress import track
 from seriatim.training.data import ImageData
 from seriatim.training.images import SUFFIXES, BadImage, load_pixels
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,46 +54,19 @@ class Folder(ImageData):
         check: bool = True,  # decode every file at the start; False finds damage only when it is met
     ) -> None:
         self.root = Path(path).expanduser()
-        self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-        self.channels, self.flips = channels, flip
-        if channels not in (1, 3):
-            raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")
-        if min(self.size) < 1:
-            raise UsageError(f"size: {size!r} is not allowed; it must be at least 1")
-        if not 0 <= max_bad <= 1:
-            raise UsageError(f"max_bad: {max_bad!r} is not allowed; it must be a share from 0 to 1")
+        self.size, self.channels, self.flips = square(size, channels), channels, flip
         if not self.root.is_dir():
             raise DataError(f"data.path: {self.root} is not a folder; name one that holds images, or a folder a class")
         found, self.class_names = scan(self.root)
         self.bad: dict[str, str] = {}
-        self.entries = self._checked(found) if check else found
-        if not self.entries:
-            why = f": {len(self.bad)} files, none usable ({self.summary()})" if self.bad else ""
-            raise DataError(f"data.path: {self.root} holds no images ({', '.join(sorted(SUFFIXES))}){why}")
-        if len(self.bad) > max_bad * len(found):
-            raise DataError(
-                f"data.path: {len(self.bad)} of {len(found)} files can't be used ({self.summary()}); more than "
-                f"data.max_bad={max_bad:g}; first: {next(iter(self.bad))}; mend or remove them, or raise it"
-            )
+        self.entries = found
+        if check:
+            reasons = check_all(found, lambda entry: load_pixels(self.root / entry.path, self.size, self.channels))
+            self.bad = {entry.path: why for entry, why in zip(found, reasons, strict=True) if why}
+            self.entries = [entry for entry, why in zip(found, reasons, strict=True) if not why]
+        refuse_bad(str(self.root), self.bad, len(found), max_bad, len(self.entries))
         self.count = len(self.entries)
         self._labels = torch.tensor([entry.label for entry in self.entries])
-
-    def _checked(self, found: list[Entry]) -> list[Entry]:
-        def reason(entry: Entry) -> str | None:
-            try:
-                load_pixels(self.root / entry.path, self.size, self.channels)
-            except BadImage as error:
-                return str(error)
-            return None
-
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes without holding the interpreter
-            reasons = list(track(pool.map(reason, found), len(found), "checking images", "images"))
-        self.bad = {entry.path: why for entry, why in zip(found, reasons, strict=True) if why}
-        return [entry for entry, why in zip(found, reasons, strict=True) if not why]
-
-    def summary(self) -> str:
-        """The reasons with their counts, the most frequent first."""
-        return ", ".join(f"{count} x {why}" for why, count in Counter(self.bad.values()).most_common(3))
 
     def fingerprint(self) -> str:
         """sha256 of which files there are, in which order, of which size and age."""
@@ -114,6 +89,46 @@ class Folder(ImageData):
 
     def name(self, i: int) -> str:
         return self.entries[i].path
+
+
+def square(size: int | Sequence[int], channels: int) -> tuple[int, int]:
+    """(H, W) from one number or two; both arguments checked."""
+    pair = (size, size) if isinstance(size, int) else tuple(int(side) for side in size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise UsageError(f"size: {size!r} is not allowed; it must be a side in pixels, or [height, width]")
+    if channels not in (1, 3):
+        raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")
+    return pair[0], pair[1]
+
+
+def check_all(items: Sequence[T], load: Callable[[T], object]) -> list[str | None]:
+    """Load every item once, several at a time; why each can't be used, or None."""
+
+    def reason(item: T) -> str | None:
+        try:
+            load(item)
+        except BadImage as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes without holding the interpreter
+        return list(track(pool.map(reason, items), len(items), "checking images", "images"))
+
+
+def refuse_bad(path: str, bad: Mapping[str, str], total: int, max_bad: float, left: int) -> None:
+    """Raise DataError where nothing is left, or where more than the share `max_bad` can't be used."""
+    if not 0 <= max_bad <= 1:
+        raise UsageError(f"max_bad: {max_bad!r} is not allowed; it must be a share from 0 to 1")
+    common = Counter(bad.values()).most_common(3)
+    summary = ", ".join(f"{count} x {why}" for why, count in common)
+    if not left:
+        why = f"{total} files, none usable: {summary}" if bad else f"none of {', '.join(sorted(SUFFIXES))}"
+        raise DataError(f"data.path: {path} holds no images ({why})")
+    if len(bad) > max_bad * total:
+        raise DataError(
+            f"data.path: {len(bad)} of {total} files can't be used ({summary}); more than data.max_bad={max_bad:g}; "
+            f"first: {next(iter(bad))}; mend or remove them, or raise it"
+        )
 
 
 def scan(root: Path) -> tuple[list[Entry], list[str]]:

@@ -6,6 +6,7 @@ Files come from anywhere: truncated, renamed, huge, 390 bytes that claim 80,000 
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from seriatim.core.errors import one_line
+
+Source = Path | str | bytes
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # no format whose decoder runs programs or has had holes of late
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
@@ -27,20 +30,23 @@ class BadImage(Exception):
     """This file is not an image that can be used; the message says why."""
 
 
-def read_image(path: Path | str, channels: int) -> Image.Image:
-    """The first frame, upright, 8 bits, "RGB" for 3 channels or "L" for 1; transparency over white."""
+def read_image(path: Source, channels: int) -> Image.Image:
+    """The first frame of a file, or of the bytes of one: upright, 8 bits, transparency over white.
+
+    "RGB" for 3 channels, "L" for 1.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # odd metadata of an image that decodes
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path, formats=FORMATS) as image:
                 check_header(image.size)
                 image.load()
                 return flatten(ImageOps.exif_transpose(image), "RGB" if channels == 3 else "L")
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
-        size = Path(path).stat().st_size
+        size = len(path) if isinstance(path, bytes) else Path(path).stat().st_size
         raise BadImage("empty file" if size == 0 else f"not a {', '.join(FORMATS)} file") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadImage(f"more than {MAX_PIXELS / 1e6:.0f} megapixels") from None
@@ -94,7 +100,7 @@ def centre_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
     return image.crop((left, top, left + W, top + H))
 
 
-def load_pixels(path: Path | str, size: Sequence[int], channels: int) -> npt.NDArray[np.uint8]:
+def load_pixels(path: Source, size: Sequence[int], channels: int) -> npt.NDArray[np.uint8]:
     """(c, H, W) uint8 of one file; raises BadImage."""
     array = np.asarray(centre_crop(read_image(path, channels), size))
     return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))

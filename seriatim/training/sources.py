@@ -8,8 +8,9 @@ from typing import Any
 from seriatim.core.construct import construct, pop_kind
 from seriatim.training.data import Digits, ImageData
 from seriatim.training.folder import Folder
+from seriatim.training.hub import HuggingFace
 
-DATASETS: dict[str, type[ImageData]] = {"digits": Digits, "folder": Folder}
+DATASETS: dict[str, type[ImageData]] = {"digits": Digits, "folder": Folder, "hf": HuggingFace}
 
 
 def build_data(config: Mapping[str, Any]) -> ImageData:

@@ -1,0 +1,147 @@
+"""Files from anywhere: each kind of damage has a reason, and memory stays bounded."""
+
+from __future__ import annotations
+
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seriatim.training.images import BadImage, centre_crop, load_pixels, read_image
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int) -> bytes:
+    """A grey PNG of any size, a few hundred bytes: rows of zeros compress to nothing."""
+    packer = zlib.compressobj(9)
+    data = b"".join(packer.compress(b"\0" * (width + 1)) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def photo(width: int = 40, height: int = 30) -> Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+
+
+BAD = {
+    "long.png": (png(1, 80000), "1x80000 pixels, more than 8 times as long as wide"),
+    "huge.png": (png(13000, 13000), "more than 34 megapixels"),
+    "truncated.jpg": (encoded(photo(), "JPEG")[:-200], "runcated"),
+    "truncated.png": (encoded(photo(), "PNG")[:-60], ""),
+    "empty.jpg": (b"", "empty file"),
+    "text.jpg": (b"these are not the pixels you are looking for", "not a JPEG, PNG"),
+    "flipped.png": (encoded(photo(), "PNG").replace(b"IDAT", b"IDAX"), ""),
+    "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a JPEG, PNG"),
+    "half.png": (b"\x89PNG\r\n\x1a\n", ""),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_bad_has_a_reason(tmp_path: Path, name: str) -> None:
+    data, reason = BAD[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(BadImage) as caught:
+        read_image(tmp_path / name, 3)
+    assert reason in str(caught.value) and "\n" not in str(caught.value) and str(caught.value)
+
+
+def test_the_long_one_is_small_on_the_disk() -> None:
+    assert len(BAD["long.png"][0]) < 700 and len(BAD["huge.png"][0]) < 500_000
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """In a child that may take 300 MB more than it starts with, every hostile file is refused and a good one read."""
+    for name, (data, _) in BAD.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "good.png").write_bytes(encoded(photo(2000, 1500), "PNG"))
+    code = f"""
+import resource, pathlib
+from seriatim.training.images import BadImage, load_pixels
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (300 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+for path in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
+    try:
+        print(path.name, load_pixels(path, (256, 256), 3).shape)
+    except BadImage as error:
+        print(path.name, "bad")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-500:]
+    lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert lines.pop("good.png") == "(3, 256, 256)"
+    assert lines == {name: "bad" for name in BAD}
+
+
+def centre(path: Path, channels: int = 3) -> list[int]:
+    image = np.asarray(read_image(path, channels))
+    return np.atleast_1d(image[image.shape[0] // 2, image.shape[1] // 2]).tolist()
+
+
+def test_unusual_but_sound_files_are_read(tmp_path: Path) -> None:
+    red = Image.new("RGB", (20, 20), (200, 30, 40))
+    files = {
+        "cmyk.jpg": encoded(red.convert("CMYK"), "JPEG", quality=100),
+        "palette.png": encoded(red.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+        "anim.gif": encoded(red, "GIF", save_all=True, append_images=[Image.new("RGB", (20, 20), "blue")]),
+        "photo.webp": encoded(red, "WEBP", lossless=True),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        assert centre(tmp_path / name) == pytest.approx([200, 30, 40], abs=3), name
+    deep = Image.fromarray(np.full((20, 20), 40000, dtype=np.uint16))
+    (tmp_path / "deep.png").write_bytes(encoded(deep, "PNG"))
+    assert centre(tmp_path / "deep.png") == [156, 156, 156], "16 bits are scaled, not clipped"
+    clear = Image.new("RGBA", (20, 20), (200, 30, 40, 0))
+    (tmp_path / "clear.png").write_bytes(encoded(clear, "PNG"))
+    assert centre(tmp_path / "clear.png") == [255, 255, 255], "transparency is over white"
+    (tmp_path / "grey.png").write_bytes(encoded(Image.new("L", (20, 20), 77), "PNG"))
+    assert centre(tmp_path / "grey.png") == [77, 77, 77] and centre(tmp_path / "grey.png", 1) == [77]
+
+
+def test_a_photograph_taken_sideways_is_upright(tmp_path: Path) -> None:
+    image = Image.new("RGB", (40, 20))
+    image.paste((255, 0, 0), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    (tmp_path / "a.jpg").write_bytes(encoded(image, "JPEG", quality=100, exif=exif))
+    upright = np.asarray(read_image(tmp_path / "a.jpg", 3))
+    assert upright.shape == (40, 20, 3) and upright[5, 10, 0] > 200 and upright[35, 10, 0] < 50
+
+
+@pytest.mark.parametrize(
+    ("size", "target"), [((40, 30), (16, 16)), ((300, 100), (32, 32)), ((9, 9), (32, 16)), ((33, 77), (8, 24))]
+)
+def test_the_crop_is_centred_and_of_the_asked_size(
+    tmp_path: Path, size: tuple[int, int], target: tuple[int, int]
+) -> None:
+    width, height = size
+    x = np.broadcast_to(np.linspace(0, 255, width), (height, width))
+    y = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))
+    cropped = np.asarray(centre_crop(Image.fromarray(np.stack([x, y, y], axis=-1).astype(np.uint8)), target)).astype(
+        float
+    )
+    assert cropped.shape == (*target, 3)
+    for axis, side in ((0, target[1]), (1, target[0])):  # a cut may be off by a pixel of the result
+        assert cropped[..., axis].mean() == pytest.approx(127.5, abs=255 / side)
+
+
+def test_an_image_of_the_right_size_is_untouched(tmp_path: Path) -> None:
+    image = photo(32, 32)
+    image.save(tmp_path / "a.png")
+    assert np.array_equal(load_pixels(tmp_path / "a.png", (32, 32), 3), np.asarray(image).transpose(2, 0, 1))

@@ -1,0 +1,385 @@
+"""Resuming is bitwise; stopping, killing, a full disk and flipped bits lose nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seriatim.core.errors import ConfigError, DataError, ResourceError, Stopped, UsageError
+from seriatim.training import loader, loop
+from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.loop import train
+from seriatim.training.state import all_checkpoints, newest_whole, prune
+
+TINY = [
+    "model.width=32", "model.depth=1", "model.heads=2", "model.dropout=0.1",
+    "model.head.width=32", "model.head.depth=1", "training.batch_size=16",
+    "training.log_images=48", "training.dtype=float32", "training.threads=1",
+    "training.warmup_images=64", "training.images=320", "training.save_images=112",
+]  # fmt: skip
+
+
+def tiny(*overrides: str) -> Recipe:
+    return read_recipe("mar-digits", [*TINY, *overrides])
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """Every file of the last checkpoint, and of the model, as bytes."""
+    newest = all_checkpoints(run / "checkpoints")[-1]
+    names = ("model.safetensors", "average.safetensors", "optimiser.safetensors", "tokenizer.safetensors")
+    found = {name: (newest / name).read_bytes() for name in names}
+    return {**found, "final": (run / "model" / "model.safetensors").read_bytes()}
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None]:
+    """The process sends itself SIGTERM in the middle of step number `steps`."""
+    true, calls = loop.check_finite, [0]
+
+    def counted(what: str, *arguments: Any) -> None:
+        calls[0] += what == "gradient"
+        if what == "gradient" and calls[0] == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        true(what, *arguments)
+
+    monkeypatch.setattr(loop, "check_finite", counted)
+    return monkeypatch.undo
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    timed = {"images_per_second", "loader_share"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+CASES = {"plain": [], "workers": ["training.workers=2"], "accumulate": ["training.accumulate=3"]}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_steps_are_seven_and_thirteen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Bitwise: weights, averages, moments, metrics; mid-epoch, with workers and with accumulation."""
+    recipe = tiny(*CASES[case])
+    train(recipe, tmp_path / "whole", quiet=True)
+    undo = stop_after(monkeypatch, 7)
+    with pytest.raises(Stopped, match=r"SIGTERM: stopped after 112 images, saved .*000000000112; go on with --resume"):
+        train(recipe, tmp_path / "parts", quiet=True)
+    undo()
+    assert not (tmp_path / "parts" / "model").exists()
+    train(recipe, tmp_path / "parts", resume=True, quiet=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("lost", ["noise", "data", "optimiser", "average"])
+def test_the_comparison_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str) -> None:
+    """Negative control: whatever resuming forgets shows in the comparison above."""
+    train(tiny(), tmp_path / "whole", quiet=True)
+    undo = stop_after(monkeypatch, 7)
+    with pytest.raises(Stopped):
+        train(tiny(), tmp_path / "parts", quiet=True)
+    undo()
+    if lost in ("noise", "data"):
+        module = loop if lost == "noise" else loader
+        true = module.derive_seed
+        monkeypatch.setattr(module, "derive_seed", lambda *parts: true(*parts, "forgotten"))
+    else:
+        true_load = loop.checkpoints.load
+
+        def forgetful(path: Path, parts: Any) -> Any:
+            kept = {k: v.clone() for k, v in parts.average.module.state_dict().items()}
+            state = true_load(path, parts)
+            if lost == "optimiser":
+                parts.optimiser.state.clear()
+            else:
+                parts.average.module.load_state_dict(kept)
+            return state
+
+        monkeypatch.setattr(loop.checkpoints, "load", forgetful)
+    train(tiny(), tmp_path / "parts", resume=True, quiet=True)
+    assert weights(tmp_path / "whole") != weights(tmp_path / "parts")
+
+
+def test_a_finished_run_may_be_made_longer(tmp_path: Path) -> None:
+    train(tiny("training.schedule=constant"), tmp_path / "whole", quiet=True)
+    train(tiny("training.schedule=constant", "training.images=160"), tmp_path / "parts", quiet=True)
+    train(tiny("training.schedule=constant"), tmp_path / "parts", resume=True, quiet=True)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+    result = train(tiny("training.schedule=constant"), tmp_path / "parts", resume=True, quiet=True)
+    assert result.images == 320, "nothing is left to do"
+
+
+def test_resuming_nothing_begins(tmp_path: Path) -> None:
+    train(tiny(), tmp_path, resume=True, quiet=True)
+    assert (tmp_path / "model").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.learning_rate=0.5"], "training.learning_rate: 0.002 in "),
+        (["model.width=64"], "model.width: 32 in "),
+        (["seed=4"], "seed: 0 in "),
+        (["model.head.draws=3"], "model.head.draws: 2 in "),
+    ],
+)
+def test_other_settings_are_not_resumed(tmp_path: Path, overrides: list[str], words: str) -> None:
+    train(tiny("training.images=16"), tmp_path, quiet=True)
+    with pytest.raises(ConfigError) as caught:
+        train(tiny(*overrides), tmp_path, resume=True, quiet=True)
+    assert words in str(caught.value) and "a resumed run keeps its settings" in str(caught.value)
+
+
+def flip(path: Path, chance: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_checkpoint_is_passed_over_and_said_so(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, chance = tiny("training.keep=3"), random.Random(0)
+    train(recipe, tmp_path, quiet=True)
+    final = weights(tmp_path)
+    *_, older, newest = all_checkpoints(tmp_path / "checkpoints")
+    for file in sorted(newest.iterdir()):
+        whole = file.read_bytes()
+        for _ in range(5 if damage == "flip" else 1):
+            if damage == "flip":
+                flip(file, chance)
+            elif damage == "truncate":
+                file.write_bytes(whole[: len(whole) // 2])
+            else:
+                file.unlink()
+            path, passed_over = newest_whole(tmp_path / "checkpoints")
+            assert path == older and len(passed_over) == 1 and str(newest) in passed_over[0]
+            file.write_bytes(whole)
+    flip(newest / "model.safetensors", chance)
+    capsys.readouterr()
+    train(recipe, tmp_path, resume=True, quiet=True)
+    err = capsys.readouterr().err
+    assert "stepping back: " in err and "model.safetensors is damaged" in err and f"from {older}" in err
+    assert weights(tmp_path) == final, "from the older one, the run ends where it ended"
+
+
+def test_all_checkpoints_damaged_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny(), tmp_path, quiet=True)
+    final = weights(tmp_path)
+    for path in all_checkpoints(tmp_path / "checkpoints"):
+        (path / "manifest.json").unlink()
+    train(tiny(), tmp_path, resume=True, quiet=True)
+    assert "no whole checkpoint" in capsys.readouterr().err and weights(tmp_path) == final
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    for seen, loss in [(1, 0.5), (2, 0.1), (3, 0.4), (4, 0.3), (5, 0.2)]:
+        folder = tmp_path / f"{seen:012d}"
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps({"loss": loss}))
+        prune(tmp_path, keep=2)
+        assert folder.exists(), "the new one is never deleted"
+    assert [int(path.name) for path in all_checkpoints(tmp_path)] == [2, 4, 5]
+
+
+def test_one_trainer_to_a_folder(tmp_path: Path) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from seriatim.training.stopping import only_trainer
+with only_trainer(Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(UsageError, match=f"is being trained into by process {holder.pid} on "):
+        train(tiny(), tmp_path, quiet=True)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    train(tiny("training.images=16"), tmp_path, quiet=True)
+
+
+def test_a_full_disk_keeps_what_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file may grow beyond 20 kB: the next checkpoint fails, with code 6, and the one before is whole."""
+    train(tiny("training.images=160"), tmp_path, quiet=True)
+    before = newest_whole(tmp_path / "checkpoints")[0]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        with pytest.raises(ResourceError, match=r"no space is left|File too large"):
+            train(tiny(), tmp_path, resume=True, quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert newest_whole(tmp_path / "checkpoints") == (before, [])
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")], "no litter"
+    train(tiny(), tmp_path, resume=True, quiet=True)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    chance = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(chance.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
+                tmp_path / "pets" / name / f"{i}.png"
+            )
+    return tmp_path / "pets"
+
+
+def command(folder: Path, out: Path, *more: str) -> list[str]:
+    settings = [
+        f"data.path={folder}",
+        "data.size=8",
+        "training.images=100000",
+        "training.save_images=320",
+        "training.threads=1",
+    ]
+    settings += ["training.dtype=float32", "training.sample_images=0", "training.log_images=320", "model.width=32"]
+    return [sys.executable, "-m", "seriatim", "train", "mar-cifar10-tiny", *settings, *more, "--out", str(out)]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+def test_kill_nine_at_random_moments_loses_no_checkpoint(tmp_path: Path, folder: Path) -> None:
+    """Killed while it trains and saves all the time: what is there is whole, and the next run goes on from it."""
+    chance, out, seen = random.Random(0), tmp_path / "run", 0
+    for round_ in range(5):
+        trainer = subprocess.Popen(
+            command(folder, out, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        wait_for(lambda seen=seen: (p := newest_whole(out / "checkpoints")[0]) is not None and int(p.name) > seen)
+        time.sleep(chance.random() * 0.5)
+        trainer.kill()
+        trainer.wait()
+        path, passed_over = newest_whole(out / "checkpoints")
+        assert path is not None and not passed_over, (round_, passed_over)
+        assert int(path.name) > seen
+        seen = int(path.name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits(tmp_path: Path, folder: Path, number: signal.Signals) -> None:
+    out = tmp_path / "run"
+    more = ["training.workers=1", "training.save_images=0", "training.log_images=64"]
+    trainer = subprocess.Popen(command(folder, out, *more), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0)
+    begin = time.monotonic()
+    trainer.send_signal(number)
+    _, err = trainer.communicate(timeout=60)
+    assert time.monotonic() - begin < 10
+    assert trainer.returncode == 143
+    assert f"{number.name}: finishing this step" in err and "go on with --resume" in err and "Traceback" not in err
+    assert newest_whole(out / "checkpoints")[0] is not None
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    code = """
+import os, signal, time
+from seriatim.training.stopping import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print(stop.requested, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "SIGTERM\n")
+
+
+def test_other_images_are_not_resumed(tmp_path: Path, folder: Path) -> None:
+    recipe = read_recipe(
+        "mar-cifar10-tiny",
+        [
+            f"data.path={folder}",
+            "data.size=8",
+            "sampling.num_inference_steps=4",
+            "model.width=32",
+            "training.images=64",
+        ],
+    )
+    train(recipe, tmp_path / "run", quiet=True)
+    (folder / "cat" / "3.png").unlink()
+    with pytest.raises(DataError, match=r"its images are not those that .* began with"):
+        train(recipe, tmp_path / "run", resume=True, quiet=True)
+
+
+def test_another_models_weights_with_other_classes(tmp_path: Path, folder: Path) -> None:
+    import seriatim
+
+    recipe = read_recipe(
+        "mar-cifar10-tiny",
+        [
+            f"data.path={folder}",
+            "data.size=8",
+            "sampling.num_inference_steps=4",
+            "model.width=32",
+            "training.images=256",
+        ],
+    )
+    train(recipe, tmp_path / "first", quiet=True)
+    (folder / "cat").rename(folder / "zebra")
+    more = [
+        f"data.path={folder}",
+        "data.size=8",
+        "model.width=32",
+        "training.images=1",
+        "training.learning_rate=1.0e-12",
+    ]
+    source = tmp_path / "first" / "model"
+    train(read_recipe("mar-cifar10-tiny", [*more, f"training.init_from={source}"]), tmp_path / "second", quiet=True)
+    one, two = (seriatim.load(tmp_path / name, device="cpu") for name in ("first", "second"))
+    assert two.class_names == ["dog", "zebra"]
+    old, new = one.model.class_embedding, two.model.class_embedding
+    assert torch.allclose(new[0], old[1], atol=1e-6), "a class of the same name keeps its vector"
+    assert torch.allclose(new[1], old.mean(dim=0), atol=1e-6), "a new one begins at the mean"
+    assert torch.allclose(one.model.backbone.mask_token, two.model.backbone.mask_token, atol=1e-6)
+    assert torch.equal(one.tokenizer.mean, two.tokenizer.mean), "weights belong to their token statistics"
+    with pytest.raises(ConfigError, match=r"training\.init_from"):
+        train(
+            read_recipe("mar-cifar10-tiny", [*more, "model.width=64", f"training.init_from={source}"]),
+            tmp_path / "third",
+            quiet=True,
+        )
+
+
+def test_samples_and_a_timeline(tmp_path: Path) -> None:
+    recipe = tiny(
+        "training.images=96",
+        "training.sample_images=32",
+        "sampling.num_diffusion_steps=3",
+        "sampling.num_inference_steps=2",
+    )
+    train(recipe, tmp_path / "seen", quiet=True)
+    names = sorted(path.name for path in (tmp_path / "seen" / "samples").iterdir())
+    assert names == ["000000000032.png", "000000000064.png", "000000000096.png", "timeline.png"]
+    with (
+        Image.open(tmp_path / "seen" / "samples" / "timeline.png") as picture,
+        Image.open(tmp_path / "seen" / "samples" / names[0]) as sheet,
+    ):
+        assert picture.width == sheet.width and picture.height == 3 * (sheet.height // 4)
+    train(tiny("training.images=96"), tmp_path / "blind", quiet=True)
+    one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("seen", "blind"))
+    assert one == two, "looking changes nothing"
