@@ -19,7 +19,7 @@ from seriatim.cli.output import say
 from seriatim.cli.recipes import recipes
 from seriatim.cli.sample import sample
 from seriatim.cli.train import train
-from seriatim.core.errors import ResourceError, SeriatimError, one_line
+from seriatim.core.errors import ResourceError, SeriatimError, Stopped, one_line
 
 INTERRUPTED = 130
 
@@ -76,7 +76,7 @@ def explain(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, SeriatimError):
-        say(f"error: {one_line(error)}")
+        say(one_line(error) if isinstance(error, Stopped) else f"error: {one_line(error)}")
         return error.exit_code
     if hasattr(error, "format_message"):  # the argument parser's own; its classes are private to typer
         text = one_line(Exception(error.format_message()))

@@ -186,7 +186,9 @@ def test_a_read_only_folder(seriatim: Run, model_folder: Path, tmp_path: Path) -
 def test_more_steps_than_tokens_is_a_warning(seriatim: Run, model_folder: Path) -> None:
     done = seriatim("sample", "model", "--num-inference-steps", "64", "--num-diffusion-steps", "2", "--seed", "0")
     assert done.returncode == 0
-    assert done.stderr.splitlines()[0] == "warning: num_inference_steps: 64 is more than the model's 16 tokens; using 16"
+    assert (
+        done.stderr.splitlines()[0] == "warning: num_inference_steps: 64 is more than the model's 16 tokens; using 16"
+    )
 
 
 def test_a_loss_that_is_not_finite(seriatim: Run, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,11 @@ import torch
 from PIL import Image
 
 from seriatim.core.errors import ConfigError, DataError, ResourceError, Stopped, UsageError
-from seriatim.training import loader, loop
+from seriatim.training import loader, loop, setup, state
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
-from seriatim.training.state import all_checkpoints, newest_whole, prune
+from seriatim.training.optim import adamw, averaged
+from seriatim.training.state import RunState, Trainables, all_checkpoints, newest_whole, prune
 
 TINY = [
     "model.width=32", "model.depth=1", "model.heads=2", "model.dropout=0.1",
@@ -280,6 +282,51 @@ def test_kill_nine_at_random_moments_loses_no_checkpoint(tmp_path: Path, folder:
         seen = int(path.name)
 
 
+def die_at_call(fatal: int) -> None:
+    """From here on this process kills itself at call number `fatal` of what writes, renames or deletes."""
+    count = [0]
+
+    def deadly(true: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if count[0] == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count[0] += 1
+            return true(*arguments, **options)
+
+        return call
+
+    os.fsync, os.replace, shutil.rmtree = deadly(os.fsync), deadly(os.replace), deadly(shutil.rmtree)
+
+
+def test_kill_nine_at_each_write_loses_no_checkpoint(tmp_path: Path) -> None:
+    """A child saves a checkpoint and prunes the one before, killed at its n-th sync, rename or deletion: every n."""
+    recipe = tiny("training.images=16", "training.save_images=0")
+    _, tokenizer, model = setup.build(recipe)
+    parts = Trainables(model, averaged(model, 0.9), adamw(model, 1e-3, (0.9, 0.95), 0.0), tokenizer)
+    model.loss(torch.randn(2, 16, 4), torch.tensor([0, 1])).mean.backward()
+    parts.optimiser.step()
+    folder, calls = tmp_path / "checkpoints", 0
+    state.save(folder, parts, RunState(seen=1))
+    whole = True
+    while whole:
+        child = os.fork()
+        if child == 0:  # the child: dies at call number `calls`, or gets to the end
+            die_at_call(calls)
+            state.save(folder, parts, RunState(seen=2 + calls))
+            prune(folder, keep=1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        path, passed_over = newest_whole(folder)
+        assert path is not None and not passed_over, (calls, passed_over)
+        assert state.load(path, parts).seen == int(path.name)
+        whole = os.WIFSIGNALED(status)
+        calls += 1
+    assert calls > 12, "each of six files is synced, the folder renamed, the old one deleted"
+    assert int(path.name) == 1 + calls
+    state.sweep(folder)
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")], "what the dead left is swept"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits(tmp_path: Path, folder: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
@@ -344,6 +391,7 @@ def test_another_models_weights_with_other_classes(tmp_path: Path, folder: Path)
     more = [
         f"data.path={folder}",
         "data.size=8",
+        "sampling.num_inference_steps=4",
         "model.width=32",
         "training.images=1",
         "training.learning_rate=1.0e-12",
