@@ -61,7 +61,7 @@ def seriatim(tmp_path: Path) -> Run:
             text=True,
             timeout=timeout,
             cwd=cwd,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **env},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **env},
         )
 
     return run

@@ -26,7 +26,12 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 def run(arguments: list[str], cwd: Path) -> str:
     done = subprocess.run(
-        arguments, cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "200"}
+        arguments,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, (arguments, done.stdout, done.stderr)
     return done.stdout

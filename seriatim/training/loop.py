@@ -6,7 +6,6 @@ B images of a batch, L tokens, D features.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import sys
 import time
@@ -175,11 +174,9 @@ def train(
                     run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
                     logged, waited = now, loader.waited
                 if crossed(before, run.seen, settings.sample_images):
-                    look = copy.copy(bundle())
-                    draw_samples(look, out / "samples", run.seen, str(where), recipe.seed)
-                if (
-                    crossed(before, run.seen, settings.save_images) or (last and settings.save_images)
-                ) and not stop.requested:
+                    draw_samples(bundle(), out / "samples", run.seen, str(where), recipe.seed)
+                due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
+                if due and not stop.requested:
                     save_checkpoint()
                     loss_curve(log.rows, out / "training.png", recipe.name)
                 bar.advance(size)
