@@ -55,9 +55,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--images", type=int, default=4096)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    for dtype in ("float32", "bfloat16"):
+    for dtype in arguments.dtypes:
         fixed = [
             f"training.dtype={dtype}",
             f"training.threads={arguments.threads}",

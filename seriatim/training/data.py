@@ -5,7 +5,8 @@ B images, c channels, H x W pixels in [-1, 1].
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from seriatim.core.random import derive_seed, generator
 
 
 class ImageData:
-    """What every source is: a number of images with labels, read by index.
+    """What every source is: a number of images with labels, read by index; or a `StreamData`, read from its front.
 
     A subclass sets, in its constructor,
       count         how many images
@@ -43,6 +44,11 @@ class ImageData:
         """index (B,) -> (B,), None where there are no classes."""
         raise NotImplementedError(f"{type(self).__name__} lacks labels()")
 
+    def some(self, most: int, size: int) -> Iterator[Tensor]:
+        """At most about `most` images from all over the data, `size` at a time: for measuring statistics."""
+        index = torch.arange(self.count)[:: max(1, self.count // most)]
+        return (self.images(part) for part in index.split(size))
+
     def name(self, i: int) -> str:
         """What a person calls image i."""
         return str(i)
@@ -50,6 +56,48 @@ class ImageData:
     def fingerprint(self) -> str:
         """Changes when the images or their order do: a run resumes on what it began with."""
         return f"{type(self).__name__} {self.count}"
+
+
+class Position(NamedTuple):
+    """A place in a stream: how many times it was read to its end, and how many of its rows since."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+BEGINNING = Position()
+
+
+class Row(NamedTuple):
+    """One row of a stream."""
+
+    pixels: Any  # (c, H, W) uint8; None where it can't be used
+    label: int
+    name: str
+    why: str | None  # why it can't be used
+    after: Position  # where the next row is
+
+
+class StreamData(ImageData):
+    """A source that can only be read from its front, such as a data set of the hub that no disk holds.
+
+    `count` is 0 where nobody knows it. Rows come in an order that depends on (seed, position) alone.
+    """
+
+    max_bad: float  # share of rows that may be unusable
+    bad: dict[str, str]  # rows met that were
+
+    def rows(self, seed: int, begin: Position) -> Iterator[Row]:
+        """Rows from a position on, again and again without end."""
+        raise NotImplementedError(f"{type(self).__name__} lacks rows()")
+
+    def some(self, most: int, size: int) -> Iterator[Tensor]:
+        images: list[Any] = []
+        for row in self.rows(0, BEGINNING):
+            if row.after.epoch or len(images) >= most:
+                break
+            images += [row.pixels] if row.why is None else []
+        return (torch.from_numpy(np.stack(images[i : i + size])) for i in range(0, len(images), size))
 
 
 class Digits(ImageData):

@@ -1,11 +1,11 @@
-"""Whatever Hugging Face `datasets` loads: image folders, parquet, WebDataset tars, the hub.
+"""Whatever Hugging Face `datasets` loads: image folders, parquet, WebDataset tars, the hub; on the disk or streamed.
 
 B images, c channels, H x W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from seriatim.core.errors import ConfigError, DataError, UsageError, nearest, one_line
-from seriatim.training.data import ImageData
+from seriatim.core.random import derive_seed
+from seriatim.training.data import ImageData, Position, Row, StreamData
 from seriatim.training.folder import check_all, refuse_bad, square
 from seriatim.training.images import BadImage, Source, load_pixels
 
@@ -40,24 +41,11 @@ class HuggingFace(ImageData):
         max_bad: float = 0.01,
         check: bool = True,
     ) -> None:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ConfigError('data.kind: hf needs the library datasets; pip install ".[data]"') from error
         self.size, self.channels, self.flips = square(size, channels), channels, flip
-        files = data_files if data_files is None or isinstance(data_files, (str, Mapping)) else list(data_files)
-        try:
-            loaded = datasets.load_dataset(path, name, split=split, data_dir=data_dir, data_files=files)
-        except Exception as error:  # the library raises a dozen kinds: not found, no network, no such split, ...
-            raise DataError(f"data.path: {path!r} can't be loaded ({one_line(error)[:200]})") from error
-        self.source = f"{path} {name or ''} {split} {data_dir or ''} {data_files or ''} {loaded._fingerprint}"
-        self.image = pick_column(loaded, image)
-        if (image is None and self.image is None) or self.image not in loaded.column_names:
-            raise UsageError(f"image: {image!r} is no column of images{nearest(str(image), loaded.column_names)}")
-        label = label or next((c for c in LABELS if c in loaded.column_names), None)
-        if label is not None and label not in loaded.column_names:
-            raise UsageError(f"label: {label!r} is no column{nearest(label, loaded.column_names)}")
-        self.rows = loaded.cast_column(self.image, datasets.Image(decode=False))  # bytes: decoded here, with bounds
+        loaded, self.source = open_data(path, name, split, data_dir, data_files, streaming=False)
+        self.source += f" {loaded._fingerprint}"
+        self.image, label = columns(loaded.features, image, label)
+        self.rows = as_bytes(loaded, self.image)
         self.class_names, labels = classes_of(loaded, label)
         self.bad: dict[str, str] = {}
         kept = list(range(len(self.rows)))
@@ -70,15 +58,10 @@ class HuggingFace(ImageData):
         self._labels = torch.tensor([labels[i] for i in kept]) if labels else None
 
     def _load(self, row: int) -> Any:
-        value = self.rows[row][self.image] or {}
-        source: Source | None = value.get("bytes") or value.get("path")
-        if not source:
-            raise BadImage("no image")
-        return load_pixels(source, self.size, self.channels)
+        return decode(self.rows[row][self.image], self.size, self.channels)
 
     def _name(self, row: int) -> str:
-        path = (self.rows[row][self.image] or {}).get("path")
-        return f"row {row}" + (f" ({Path(path).name})" if path else "")
+        return f"row {row}" + file_name(self.rows[row][self.image])
 
     def images(self, index: Tensor) -> Tensor:
         """index (B,) -> (B, c, H, W) uint8."""
@@ -97,11 +80,143 @@ class HuggingFace(ImageData):
         return f"{self.source} {self.count}"
 
 
-def pick_column(loaded: Any, image: str | None) -> str | None:
-    """The named column, or the first that holds images."""
-    if image is not None:
-        return image
-    return next((name for name, kind in loaded.features.items() if type(kind).__name__ == "Image"), None)
+class HuggingFaceStream(StreamData):
+    """The same, read as it comes: nothing is downloaded beforehand, nothing kept.
+
+    Shuffled through a buffer of `buffer` rows, anew each time the stream ends. What can't be used is met on the way:
+    it is left out and listed, and more than `max_bad` of the rows is an error. One worker at most reads ahead.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        size: int | Sequence[int] = 256,
+        channels: int = 3,
+        *,
+        name: str | None = None,
+        split: str = "train",
+        data_dir: str | None = None,
+        data_files: str | Sequence[str] | Mapping[str, str] | None = None,
+        image: str | None = None,
+        label: str | None = None,
+        classes: Sequence[str] | None = None,  # names; needed where the stream doesn't tell them itself
+        buffer: int = 1000,  # rows among which one is drawn
+        flip: bool = True,
+        max_bad: float = 0.01,
+    ) -> None:
+        self.size, self.channels, self.flips, self.max_bad = square(size, channels), channels, flip, max_bad
+        if not 0 <= max_bad <= 1:
+            raise UsageError(f"max_bad: {max_bad!r} is not allowed; it must be a share from 0 to 1")
+        if buffer < 1:
+            raise UsageError(f"buffer: {buffer!r} is not allowed; it must be a number of rows, 1 or more")
+        loaded, self.source = open_data(path, name, split, data_dir, data_files, streaming=True)
+        if loaded.features is None:  # some formats tell their columns only by their rows
+            loaded = loaded._resolve_features()
+        self.image, self.label = columns(loaded.features, image, label)
+        self.stream, self.buffer = as_bytes(loaded, self.image), buffer
+        if next(iter(self.stream), None) is None:
+            raise DataError(f"data.path: {path!r} streams no rows")
+        names = getattr(loaded.features[self.label], "names", None) if self.label else None
+        if self.label and not (classes or names):
+            raise UsageError(
+                f"classes: column {self.label!r} has no names of its classes and a stream can't be searched for them; "
+                "give data.classes=[first, second, ...], or data.label=none for a model without classes"
+            )
+        self.class_names = [str(n) for n in (classes or names or [])] if self.label else []
+        self.number = {name: i for i, name in enumerate(self.class_names)}
+        info = (getattr(loaded.info, "splits", None) or {}).get(split)
+        self.count = int(getattr(info, "num_examples", 0) or 0)
+        self.bad: dict[str, str] = {}
+
+    def fingerprint(self) -> str:
+        return f"{self.source} buffer={self.buffer} {self.image} {self.label} {self.class_names}"
+
+    def rows(self, seed: int, begin: Position) -> Iterator[Row]:
+        """Rows from a position on: the same for the same (seed, position)."""
+        epoch, first = begin
+        while True:
+            shuffled = self.stream.shuffle(seed=derive_seed(seed, "stream", epoch) % 2**32, buffer_size=self.buffer)
+            number = first - 1
+            for number, value in enumerate(shuffled.skip(first), first):
+                label, why, pixels = 0, None, None
+                try:
+                    label = self._class(value)
+                    pixels = decode(value[self.image], self.size, self.channels)
+                except BadImage as error:
+                    why = str(error)
+                name = f"row {number} of pass {epoch}" + file_name(value[self.image])
+                yield Row(pixels, label, name, why, Position(epoch, number + 1))
+            if number < 0:
+                raise DataError("data: the stream has no rows any more")
+            epoch, first = epoch + 1, 0
+
+    def _class(self, value: Mapping[str, Any]) -> int:
+        if self.label is None:
+            return 0
+        given = value[self.label]
+        if isinstance(given, int) and 0 <= given < len(self.class_names):
+            return given
+        if str(given) in self.number:
+            return self.number[str(given)]
+        raise BadImage(f"class {given!r} is none of the {len(self.class_names)} classes")
+
+
+def open_data(
+    path: str,
+    name: str | None,
+    split: str,
+    data_dir: str | None,
+    data_files: str | Sequence[str] | Mapping[str, str] | None,
+    *,
+    streaming: bool,
+) -> tuple[Any, str]:
+    """The library's data set, and a line that says which it is."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError('data.kind: hf needs the library datasets; pip install ".[data]"') from error
+    files = data_files if data_files is None or isinstance(data_files, (str, Mapping)) else list(data_files)
+    try:
+        loaded = datasets.load_dataset(
+            path, name, split=split, data_dir=data_dir, data_files=files, streaming=streaming
+        )
+    except Exception as error:  # the library raises a dozen kinds: not found, no network, no such split, ...
+        raise DataError(f"data.path: {path!r} can't be loaded ({one_line(error)[:200]})") from error
+    return loaded, f"{path} {name or ''} {split} {data_dir or ''} {data_files or ''}"
+
+
+def columns(features: Mapping[str, Any], image: str | None, label: str | None) -> tuple[str, str | None]:
+    """The columns of images and of classes: as named, or found."""
+    found = image or next((name for name, kind in features.items() if type(kind).__name__ == "Image"), None)
+    if found is None or found not in features:
+        raise UsageError(f"image: {image!r} is no column of images{nearest(str(image), features)}")
+    if label == "none":
+        return found, None
+    label = label or next((c for c in LABELS if c in features), None)
+    if label is not None and label not in features:
+        raise UsageError(f"label: {label!r} is no column{nearest(label, features)}")
+    return found, label
+
+
+def as_bytes(loaded: Any, image: str) -> Any:
+    """The data set with its images as they are stored: `images.py` decodes them, with bounds."""
+    import datasets
+
+    return loaded.cast_column(image, datasets.Image(decode=False))
+
+
+def decode(value: Mapping[str, Any] | None, size: tuple[int, int], channels: int) -> Any:
+    """(c, H, W) uint8 of a stored image; raises BadImage."""
+    source: Source | None = (value or {}).get("bytes") or (value or {}).get("path")
+    if not source:
+        raise BadImage("no image")
+    return load_pixels(source, size, channels)
+
+
+def file_name(value: Mapping[str, Any] | None) -> str:
+    """ " (name.jpg)" where the stored image came from a file."""
+    path = (value or {}).get("path")
+    return f" ({Path(path).name})" if path else ""
 
 
 def classes_of(loaded: Any, label: str | None) -> tuple[list[str], list[int]]:

@@ -6,17 +6,22 @@ B images, c channels, H x W pixels.
 from __future__ import annotations
 
 import signal
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from seriatim.core.errors import ConfigError, DataError
 from seriatim.core.random import derive_seed
-from seriatim.training.data import ImageData, Order
+from seriatim.training.data import BEGINNING, ImageData, Order, Position, Row, StreamData
+
+ENOUGH = 100  # rows of a stream before the share of unusable ones is judged
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,10 @@ class Batch:
     first: int  # the run's image that comes first
     images: Tensor  # (B, c, H, W): uint8, or float in [-1, 1]
     labels: Tensor | None  # (B,)
-    index: Tensor  # (B,) of the data set
+    index: Tensor  # (B,) of the data set; of a stream, how many images of the run came before
+    names: tuple[str, ...] = ()  # of a stream's images; others are asked by index
+    after: Position = BEGINNING  # where a stream goes on
+    left_out: Mapping[str, str] = field(default_factory=dict)  # rows of a stream that can't be used, with reasons
 
     def __len__(self) -> int:
         return len(self.index)
@@ -46,15 +54,68 @@ class Batches(Dataset[Batch]):
         index = self.order(first, size)
         images = self.data.images(index)
         if self.data.flips:
-            mirrored = [derive_seed(self.seed, "flip", g) & 1 == 1 for g in range(first, first + size)]
-            images = torch.where(torch.tensor(mirrored).view(-1, 1, 1, 1), images.flip(-1), images)
+            images = mirrored(images, self.seed, first)
         return Batch(first, images, self.data.labels(index), index)
 
 
-class Loader:
-    """Iterates over `Batches`; `waited` is how many seconds the loop has waited for them."""
+class StreamBatches(IterableDataset[Batch]):
+    """The same of a stream: batch n as a function of (data, seed, n), read from `position` on."""
 
-    def __init__(self, batches: Batches, workers: int) -> None:
+    def __init__(
+        self, data: StreamData, seed: int, first: int, total: int, batch_size: int, position: Position = BEGINNING
+    ) -> None:
+        self.data, self.seed, self.first, self.total, self.batch_size = data, seed, first, total, batch_size
+        self.position = position
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows, first, read, bad = self.data.rows(self.seed, self.position), self.first, 0, 0
+        while first < self.total:
+            good: list[Row] = []
+            left_out = {}
+            while len(good) < min(self.batch_size, self.total - first):
+                row = next(rows)
+                read += 1
+                if row.why is None:
+                    good.append(row)
+                    continue
+                left_out[row.name], bad = row.why, bad + 1
+                if read >= ENOUGH and bad > self.data.max_bad * read:
+                    raise DataError(
+                        f"data: {bad} of {read} rows can't be used (the last: {row.name}: {row.why}); more than "
+                        f"data.max_bad={self.data.max_bad:g}; mend or remove them, or raise it"
+                    )
+            images = torch.from_numpy(np.stack([row.pixels for row in good]))
+            if self.data.flips:
+                images = mirrored(images, self.seed, first)
+            labels = torch.tensor([row.label for row in good]) if self.data.class_names else None
+            names = tuple(row.name for row in good)
+            yield Batch(first, images, labels, torch.arange(first, first + len(good)), names, good[-1].after, left_out)
+            first += len(good)
+
+
+def mirrored(images: Tensor, seed: int, first: int) -> Tensor:
+    """Half of the images (B, c, H, W) left to right; which ones depends on their number in the run."""
+    chosen = [derive_seed(seed, "flip", g) & 1 == 1 for g in range(first, first + len(images))]
+    return torch.where(torch.tensor(chosen).view(-1, 1, 1, 1), images.flip(-1), images)
+
+
+def batches_of(
+    data: ImageData, seed: int, first: int, total: int, batch_size: int, position: Position = BEGINNING
+) -> Batches | StreamBatches:
+    """The batches of images first, ..., total - 1 of a run."""
+    if isinstance(data, StreamData):
+        return StreamBatches(data, seed, first, total, batch_size, position)
+    return Batches(data, seed, first, total, batch_size)
+
+
+class Loader:
+    """Iterates over batches; `waited` is how many seconds the loop has waited for them."""
+
+    def __init__(self, batches: Batches | StreamBatches, workers: int) -> None:
+        if isinstance(batches, StreamBatches) and workers > 1:
+            raise ConfigError(
+                f"training.workers: {workers} is not allowed; a stream is read by one at most, set 0 or 1"
+            )
         self.batches, self.workers = batches, workers
         self.waited = 0.0
 
@@ -62,7 +123,7 @@ class Loader:
         source: Any = DataLoader(
             self.batches,
             batch_size=None,  # the data set makes whole batches
-            sampler=range(len(self.batches)),
+            sampler=range(len(self.batches)) if isinstance(self.batches, Batches) else None,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             worker_init_fn=leave_signals_to_the_trainer,
@@ -71,10 +132,18 @@ class Loader:
         ready = iter(source)
         while True:
             begin = time.perf_counter()
-            batch = next(ready, None)
+            try:
+                batch = next(ready, None)
+            except DataError as error:  # from a worker it comes with the worker's traceback around it
+                last = str(error).strip().splitlines()[-1]
+                raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
             self.waited += time.perf_counter() - begin
             if batch is None:
                 return
+            if isinstance(self.batches, StreamBatches):
+                for name, why in batch.left_out.items():
+                    print(f"left out: {name}: {why}", file=sys.stderr)  # noqa: T201
+                    self.batches.data.bad[name] = why
             yield batch
 
 

@@ -98,6 +98,7 @@ def model_card(recipe: Recipe, seen: int, parameters: int, rows: Sequence[dict[s
     kind = "unconditional-image-generation"
     classes = ", ".join(data.class_names[:20]) + (", ..." if len(data.class_names) > 20 else "")
     example = repr(data.class_names[0]) if data.class_names else "None"
+    count = f"{data.count:,}" if data.count else "a stream"
     label = f' --label "{data.class_names[0]}"' if data.class_names else ""
     loss = f"{rows[-1]['loss']:.4f}" if rows else "not logged"
     return f"""---
@@ -110,7 +111,7 @@ tags: [autoregressive, image-generation]
 
 {recipe.description or "An autoregressive image model."} {parameters:,} parameters, trained with Seriatim {__version__}.
 
-- images: {data.count:,}, {data.size[0]}x{data.size[1]} pixels, channels: {data.channels}; left out: {len(data.bad)}
+- images: {count}, {data.size[0]}x{data.size[1]} pixels, channels: {data.channels}; left out: {len(data.bad)}
 - classes: {classes or "none"}
 - seen in training: {seen:,} images; last loss {loss}
 

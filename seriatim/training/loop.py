@@ -27,8 +27,8 @@ from seriatim.models.masked import Loss, MaskedModel
 from seriatim.pipeline import DTYPES, pick_device
 from seriatim.training import state as checkpoints
 from seriatim.training.config import Recipe, dump
-from seriatim.training.data import ImageData
-from seriatim.training.loader import Batch, Batches, Loader, to_float
+from seriatim.training.data import ImageData, Position
+from seriatim.training.loader import Batch, Loader, batches_of, to_float
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
 from seriatim.training.optim import adamw, averaged
@@ -92,8 +92,7 @@ def train(
         if run is None and settings.init_from:
             initialise_from(settings.init_from, model, tokenizer, data.class_names)
         elif run is None:
-            index = torch.arange(data.count)[:: max(1, data.count // FIT_IMAGES)]
-            tokenizer.fit(to_float(data.images(some)) for some in index.split(FIT_BATCH))
+            tokenizer.fit(to_float(images) for images in data.some(FIT_IMAGES, FIT_BATCH))
         tokenizer.to(where)
 
         def loss_of(batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
@@ -110,7 +109,7 @@ def train(
                     return model.loss(tokens, labels, noise)
 
         if run is None:
-            probe = Batches(data, recipe.seed, 0, settings.images, settings.batch_size)[0]
+            probe = next(iter(Loader(batches_of(data, recipe.seed, 0, settings.images, settings.batch_size), 0)))
             whole = slice(0, -(-len(probe) // settings.accumulate))
             chosen = fastest(settings.dtype, settings.threads, where, lambda dtype: loss_of(probe, whole, dtype))
             run = RunState(dtype=chosen[0], threads=chosen[1])
@@ -134,7 +133,9 @@ def train(
             checkpoints.prune(out / "checkpoints", settings.keep)
             return path
 
-        loader = Loader(Batches(data, recipe.seed, run.seen, settings.images, settings.batch_size), settings.workers)
+        position = Position(*run.position)
+        batches = batches_of(data, recipe.seed, run.seen, settings.images, settings.batch_size, position)
+        loader = Loader(batches, settings.workers)
         with Progress(settings.images, "training", "images", done=run.seen, quiet=quiet) as bar:
             for batch in loader:
                 # --- one step
@@ -155,6 +156,7 @@ def train(
                 optimiser.zero_grad(set_to_none=True)
                 average.update_parameters(model)
                 before, run.seen, run.steps = run.seen, run.seen + size, run.steps + 1
+                run.position = list(batch.after)
                 run.sums = {name: run.sums.get(name, 0.0) + value for name, value in sums.items()}
                 run.steps_since += 1
                 last = run.seen >= settings.images
@@ -224,7 +226,7 @@ def check_finite(what: str, value: Tensor, seen: int, batch: Batch, data: ImageD
     """Stop before anything is updated."""
     number = value.detach().item()
     if not math.isfinite(number):
-        names = [data.name(int(i)) for i in batch.index[:8]]
+        names = batch.names[:8] or [data.name(int(i)) for i in batch.index[:8]]
         named = ", ".join(names) + (", ..." if len(batch) > 8 else "")
         raise NumericsError(
             f"the {what} is not finite ({number}) after {seen} images, in the batch of images {named}; nothing was "

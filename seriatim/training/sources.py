@@ -8,9 +8,14 @@ from typing import Any
 from seriatim.core.construct import construct, pop_kind
 from seriatim.training.data import Digits, ImageData
 from seriatim.training.folder import Folder
-from seriatim.training.hub import HuggingFace
+from seriatim.training.hub import HuggingFace, HuggingFaceStream
 
-DATASETS: dict[str, type[ImageData]] = {"digits": Digits, "folder": Folder, "hf": HuggingFace}
+DATASETS: dict[str, type[ImageData]] = {
+    "digits": Digits,
+    "folder": Folder,
+    "hf": HuggingFace,
+    "hf-stream": HuggingFaceStream,
+}
 
 
 def build_data(config: Mapping[str, Any]) -> ImageData:

@@ -44,6 +44,7 @@ class RunState:
     sums: dict[str, float] = field(default_factory=dict)  # of the metrics since their last line
     since: int = 0  # images seen at that line
     steps_since: int = 0
+    position: list[int] = field(default_factory=lambda: [0, 0])  # of a stream: passes, rows since
 
 
 @dataclass(frozen=True)
