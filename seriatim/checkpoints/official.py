@@ -44,8 +44,9 @@ def read_official(path: Path | str, *, which: str | None = None, entries: tuple[
     path = Path(path).expanduser()
     if not path.is_file():
         raise UsageError(f"path: {path} is no file; name the downloaded weights ({', '.join(sorted(SUFFIXES))})")
+    arguments: dict[str, Any] = {}
     if path.suffix == ".safetensors":
-        found, arguments = read_safetensors(path, entries), {}
+        found = read_safetensors(path, entries)
     else:
         found, arguments = read_torch(path, entries)
     chosen = which or next(name for name in (*entries, "") if name in found)
