@@ -31,7 +31,9 @@ def convert_mar(
         bool | None, typer.Option("--ema/--raw", help="Averaged or last weights. Default: averaged, where there are.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="mar-b, mar-l or mar-h; usually told by the sizes.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, of a model that is no preset.")] = None,
+    heads: Annotated[
+        list[int] | None, typer.Option(help="Attention heads, of a model that is no preset; twice: encoder, decoder.")
+    ] = None,
     class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -44,6 +46,10 @@ def convert_mar(
 
     if preset is not None and preset not in mar.NAMES:
         raise UsageError(f"preset: {preset!r} is not one of MAR's{nearest(preset, mar.NAMES)}")
+    if heads and len(heads) > 2:
+        raise UsageError(
+            f"heads: {heads} is not allowed; give one number, or one for the encoder and one for the decoder"
+        )
     replaceable(out)
     which = None if ema is None else mar.ENTRIES[0 if ema else 1]
     path = one_file(weights, mar.NAMES.get(preset or ""))
@@ -51,7 +57,9 @@ def convert_mar(
     file = read_official(path, which=which, entries=mar.ENTRIES)
     config = mar.infer(file.tensors, str(path))
     tokenizer = vae_of(vae, config["tokens"], config["dim"])
-    bundle = mar.bundle_from_mar(file, tokenizer, read_names(class_names), heads=heads, preset=preset)
+    bundle = mar.bundle_from_mar(
+        file, tokenizer, read_names(class_names), heads=(heads[0], heads[-1]) if heads else None, preset=preset
+    )
     save_bundle(bundle, out)
     found = {
         "model": str(out),
