@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import seeded
 from seriatim.models.masked import MaskedModel
 from seriatim.tokenizers.pixels import Pixels
+
+
+def golden(kind: str) -> Path:
+    """The folder of tensors that official code made, of one kind; SERIATIM_GOLDEN names another place for all."""
+    return Path(os.environ.get("SERIATIM_GOLDEN") or Path(__file__).resolve().parent / "golden") / kind
 
 
 def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
