@@ -17,6 +17,11 @@ from seriatim.models.masked import MaskedModel
 from seriatim.tokenizers.pixels import Pixels
 
 
+def golden(kind: str) -> Path:
+    """The folder of tensors that official code made, of one kind; SERIATIM_GOLDEN names another place for all."""
+    return Path(os.environ.get("SERIATIM_GOLDEN") or Path(__file__).resolve().parent / "golden") / kind
+
+
 def randomise(module: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
     """Random weights everywhere, zero-initialised layers included, so that nothing is hidden by a zero."""
     seeded_generator = torch.Generator().manual_seed(seed)

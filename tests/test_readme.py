@@ -123,6 +123,7 @@ def test_readme_recipe_keys_are_all_there() -> None:
     from seriatim.core.construct import arguments
     from seriatim.heads.diffusion import Diffusion
     from seriatim.models.masked import MaskedModel
+    from seriatim.tokenizers.build import TOKENIZERS
     from seriatim.training.config import Training
 
     text = (ROOT / "docs" / "recipes.md").read_text()
@@ -131,4 +132,10 @@ def test_readme_recipe_keys_are_all_there() -> None:
     expected = {f"training.{key}" for key in Training.model_fields} | {"model.kind", "model.head.kind"}
     expected |= {f"model.{key}" for cls in (Masked, MaskedModel) for key in arguments(cls) if key not in derived}
     expected |= {f"model.head.{key}" for key in arguments(Diffusion) if key not in derived}
+    assert listed == expected
+
+    listed = set(re.findall(r"`(tokenizer\.[a-z_]+)`", text))
+    derived = {"size", "channels", "autoencoder"}
+    expected = {"tokenizer.kind", "tokenizer.from"}
+    expected |= {f"tokenizer.{key}" for cls in TOKENIZERS.values() for key in arguments(cls) if key not in derived}
     assert listed == expected

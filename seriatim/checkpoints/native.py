@@ -127,7 +127,7 @@ def load_bundle(folder: Path | str) -> Bundle:
             )
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
             model = build_model(config["model"])
-        tokenizer = build_tokenizer(config["tokenizer"])
+            tokenizer = build_tokenizer(config["tokenizer"])
         class_names = [str(name) for name in config["class_names"]]
         sampling, provenance = dict(config["sampling"]), dict(config["provenance"])
     except (KeyError, TypeError, ValueError) as error:

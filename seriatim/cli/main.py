@@ -15,6 +15,7 @@ from seriatim import __version__
 from seriatim.cli.convert import convert, export
 from seriatim.cli.demo import demo
 from seriatim.cli.doctor import doctor
+from seriatim.cli.measure import measure_latents
 from seriatim.cli.models import models
 from seriatim.cli.output import say
 from seriatim.cli.recipes import recipes
@@ -52,6 +53,7 @@ def root(
 app.command()(demo)
 app.command()(train)
 app.command()(sample)
+app.command()(measure_latents)
 app.command()(models)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")

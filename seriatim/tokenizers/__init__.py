@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Pixels", "Tokenizer"]
+__all__ = ["KL", "Latent", "Pixels", "Pretrained", "Tokenizer"]
 
 
-__getattr__ = exporter(__name__, {"Pixels": "seriatim.tokenizers.pixels", "Tokenizer": "seriatim.tokenizers.base"})
+__getattr__ = exporter(
+    __name__,
+    {
+        "KL": "seriatim.tokenizers.kl",
+        "Latent": "seriatim.tokenizers.latent",
+        "Pixels": "seriatim.tokenizers.pixels",
+        "Pretrained": "seriatim.tokenizers.pretrained",
+        "Tokenizer": "seriatim.tokenizers.base",
+    },
+)

@@ -27,6 +27,7 @@ class Tokenizer(nn.Module):
       grid       (h, w)
       dim        D, the features of a token
       config     the constructor's arguments, as plain data
+    All else that it knows is in its state_dict: loading builds it without memory and fills that in.
     """
 
     size: tuple[int, int]

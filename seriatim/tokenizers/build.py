@@ -7,9 +7,11 @@ from typing import Any
 
 from seriatim.core.construct import construct, pop_kind
 from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.pixels import Pixels
+from seriatim.tokenizers.pretrained import Pretrained
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"pixels": Pixels}
+TOKENIZERS: dict[str, type[Tokenizer]] = {"kl": KL, "pixels": Pixels, "pretrained": Pretrained}
 
 
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:

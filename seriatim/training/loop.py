@@ -31,6 +31,7 @@ from seriatim.training.data import ImageData, Position
 from seriatim.training.loader import Batch, Loader, batches_of, to_float
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
+from seriatim.training.measure import look_over
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.precision import fastest, threads
 from seriatim.training.setup import begin_run, build, initialise_from
@@ -85,6 +86,7 @@ def train(
     with only_trainer(out), StopRequest() as stop, contextlib.ExitStack() as stack:
         resumed = begin_run(out, recipe, data, resume=resume, overwrite=overwrite)
         model.to(where).train()
+        tokenizer.to(where)
         optimiser = adamw(model, settings.learning_rate, settings.betas, settings.weight_decay)
         average = averaged(model, settings.ema)
         parts = Trainables(model, average, optimiser, tokenizer)
@@ -92,8 +94,7 @@ def train(
         if run is None and settings.init_from:
             initialise_from(settings.init_from, model, tokenizer, data.class_names)
         elif run is None:
-            tokenizer.fit(to_float(images) for images in data.some(FIT_IMAGES, FIT_BATCH))
-        tokenizer.to(where)
+            tokenizer.fit(look_over(data, FIT_IMAGES, FIT_BATCH, quiet=quiet))
 
         def loss_of(batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
             # Every draw depends on (seed, first) alone, dropout's too: a resumed run draws what it would have drawn.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from seriatim.checkpoints.native import Bundle, load_bundle
+from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
 from seriatim.core.files import write_json, write_text
 from seriatim.core.random import derive_seed
@@ -19,6 +20,7 @@ from seriatim.models.masked import MaskedModel
 from seriatim.pipeline import Pipeline
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import build_tokenizer
+from seriatim.tokenizers.kl import KL
 from seriatim.training.config import Recipe, dump, read_recipe
 from seriatim.training.data import ImageData
 from seriatim.training.log import environment
@@ -28,18 +30,37 @@ from seriatim.training.sources import build_data
 FREE = {
     "description", "sampling", "training.images", "training.log_images", "training.save_images", "training.keep",
     "training.sample_images", "training.tensorboard", "training.workers", "data.path", "data.check", "data.max_bad",
+    "tokenizer.from", "tokenizer.path",
 }  # fmt: skip
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
 LEFTOVERS = ("checkpoints", "samples", "tensorboard")
 
 
-def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
-    """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
+def build_tokens(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
+    """The data and the tokenizer of a recipe: `tokenizer: {from: FOLDER, ...}` is one that was saved."""
     data = build_data(recipe.data)
-    tokenizer = build_tokenizer({"size": list(data.size), "channels": data.channels, **recipe.tokenizer})
+    given = {"size": list(data.size), "channels": data.channels, **recipe.tokenizer}
+    source = given.pop("from", None)
+    if source is not None and not isinstance(source, str):
+        raise ConfigError(f"tokenizer.from: {source!r} is not allowed; name a tokenizer, model or run folder")
+    if source is None:
+        tokenizer = build_tokenizer(given)
+        if isinstance(tokenizer, KL) and not recipe.training.init_from:
+            raise ConfigError(
+                "tokenizer.kind: 'kl' begins with random weights; name a tokenizer or model folder whose weights are "
+                "trained with tokenizer.from=FOLDER"
+            )
+    else:
+        tokenizer = load_tokenizer(Path(source).expanduser(), **given)
     if tokenizer.size != data.size or tokenizer.channels != data.channels:
         ours, theirs = (f"{x.channels} x {x.size[0]} x {x.size[1]}" for x in (tokenizer, data))
         raise ConfigError(f"tokenizer: made for images of {ours}, the data has {theirs}")
+    return data, tokenizer
+
+
+def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
+    """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
+    data, tokenizer = build_tokens(recipe)
     with seeded(derive_seed(recipe.seed, "weights")):
         model = build_model(recipe.model, tokens=tokenizer.count, dim=tokenizer.dim, classes=len(data.class_names))
     try:  # what every later request of this model begins with

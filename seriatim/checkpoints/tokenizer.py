@@ -1,0 +1,108 @@
+"""A tokenizer's own folder, for many recipes to begin with.
+
+    config.json            the tokenizer and where it came from
+    tokenizer.safetensors  its weights and statistics
+    manifest.json          bytes and sha256 of the two, written last
+
+A model folder holds the same, and more: it can stand in for one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seriatim import __version__
+from seriatim.checkpoints.native import (
+    CONFIG,
+    FORMAT,
+    MODEL,
+    TOKENIZER,
+    check_finite_weights,
+    fill,
+    find_bundle,
+    replaceable,
+    write_tensors,
+)
+from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
+from seriatim.core.files import atomic_folder, verify_manifest, write_json, write_manifest
+from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
+from seriatim.tokenizers.latent import Latent
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path | str, provenance: Mapping[str, Any] | None = None) -> Path:
+    """Write a tokenizer folder, replacing one that is there only when the new one is complete."""
+    folder = writable(folder)
+    check_finite_weights(tokenizer, "tokenizer")
+    config = {
+        "format": FORMAT,
+        "seriatim": __version__,
+        "tokenizer": tokenizer_config(tokenizer),
+        "provenance": dict(provenance or {}),
+    }
+    with atomic_folder(folder) as temporary:
+        write_json(temporary / CONFIG, config)
+        write_tensors(temporary / TOKENIZER, tokenizer.state_dict())
+        write_manifest(temporary, (CONFIG, TOKENIZER))
+    return folder
+
+
+def writable(folder: Path | str) -> Path:
+    """Refuse to write a tokenizer over anything but a tokenizer folder or an empty one."""
+    folder = replaceable(folder)
+    if (folder / MODEL).exists():
+        raise UsageError(f"folder: {folder} holds a model, which a tokenizer would replace; choose another")
+    return folder
+
+
+def load_tokenizer(folder: Path | str, /, **overrides: Any) -> Tokenizer:
+    """The tokenizer of a tokenizer folder, a model folder or a run; `overrides` are keys of its config.
+
+    Statistics are kept (they are those of channels, whatever size and patch), unless `scale` or `statistics` change.
+    Raises CheckpointError where a file is missing, damaged or does not fit, ConfigError where an override does not.
+    """
+    folder, stored, _ = read(folder)
+    changed = {key: value for key, value in overrides.items() if stored.get(key) != value}
+    if "scale" in changed and "statistics" not in overrides:
+        changed["statistics"] = "fixed"  # a scale that somebody gives is not to be measured
+    with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
+        try:
+            tokenizer = build_tokenizer(stored)
+        except ConfigError as error:
+            hint = "register your class before loading"
+            raise CheckpointError(f"{folder / CONFIG} cannot be used: {one_line(error)}; {hint}") from error
+        if changed:
+            shapes = {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}
+            tokenizer = build_tokenizer({**stored, **changed})
+            if shapes != {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}:
+                names = ", ".join(f"tokenizer.{key}" for key in sorted(changed))
+                raise ConfigError(f"{names}: does not go with the weights in {folder}; leave it out")
+    fill(tokenizer, folder / TOKENIZER)
+    if isinstance(tokenizer, Latent) and changed.keys() & {"scale", "statistics"}:
+        tokenizer.forget_statistics()
+    return tokenizer.eval()
+
+
+def read_provenance(folder: Path | str) -> dict[str, Any]:
+    """What a tokenizer or model folder says of where it came from."""
+    return read(folder)[2]
+
+
+def read(folder: Path | str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The folder that holds the files, the tokenizer's config and the provenance; every file is checked."""
+    folder = find_bundle(Path(folder))
+    verify_manifest(folder, needed=(CONFIG, TOKENIZER))
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["format"] != FORMAT:
+            raise ValueError(f"format {config['format']!r} is not {FORMAT}; this is seriatim {__version__}")
+        return folder, dict(config["tokenizer"]), dict(config["provenance"])
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        raise CheckpointError(f"{path} cannot be used: {what}") from error

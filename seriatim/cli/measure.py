@@ -1,0 +1,54 @@
+"""`seriatim measure-latents`: statistics of an autoencoder's latents over a recipe's images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table, say
+
+
+def measure_latents(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe (seriatim recipes list) or a YAML file.")],
+    out: Annotated[Path, typer.Option(help="Tokenizer folder to make; a recipe takes it as tokenizer.from.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings to change, such as data.path=photos tokenizer.patch=2.")
+    ] = None,
+    num: Annotated[int, typer.Option(help="About how many images to look at.")] = 10_000,
+    statistics: Annotated[str, typer.Option(help="channel: mean and std of each; scale: one std for all.")] = "channel",
+    device: DeviceOption = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Measure mean and variance of a tokenizer's latents; write the tokenizer with them."""
+    from seriatim.core.errors import UsageError, nearest
+    from seriatim.training.config import read_recipe
+
+    if statistics not in ("channel", "scale"):
+        raise UsageError(f"statistics: {statistics!r} is not known{nearest(statistics, ('channel', 'scale'))}")
+    chosen = read_recipe(recipe, overrides or ())
+
+    from typing import cast
+
+    from seriatim.tokenizers.latent import Statistics
+    from seriatim.training.measure import measure_latents as run
+
+    result = run(chosen, out, images=num, statistics=cast(Statistics, statistics), device=device, quiet=json)
+    found = result.measured
+    if json:
+        return print_json(
+            {
+                "folder": str(result.folder),
+                "images": found.images,
+                "mean": found.mean.tolist(),
+                "std": found.std.tolist(),
+                "scale": found.scale,
+                "statistics": statistics,
+                "sha256": result.sha256,
+            }
+        )
+    pairs = zip(found.mean.tolist(), found.std.tolist(), strict=True)
+    rows = [(i, f"{mean:.4f}", f"{std:.4f}") for i, (mean, std) in enumerate(pairs)]
+    print_table(("channel", "mean", "std"), rows, f"{found.images:,} images, scale {found.scale:.5g} (1 / std of all)")
+    say(f"wrote {result.folder}; train on it with tokenizer.from={result.folder}")

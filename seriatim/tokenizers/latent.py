@@ -1,0 +1,197 @@
+"""Latents as tokens: a frozen autoencoder, statistics that normalise its latents, patches of them.
+
+B images, c channels, H x W pixels, s stride, z channels of a latent, h' x w' latents of an image (h' = H/s, w' = W/s),
+p patch side, h x w = L tokens (h = h'/p, w = w'/p), D = z p p features, channel-major.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from seriatim.core.errors import DataError, NumericsError, UsageError, nearest
+from seriatim.core.random import Noise
+from seriatim.nn.patch import patchify, unpatchify
+from seriatim.tokenizers.base import Tokenizer
+
+Statistics = Literal["fixed", "scale", "channel"]
+
+LOGVAR = (-30.0, 20.0)  # where a log-variance is clamped, when it is used
+STD_FLOOR = 0.02  # a channel that hardly varies beside the others is not blown up to unit variance
+CHUNK = 1 << 20  # pixels that go through the autoencoder at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `Latent.measure` saw; latents are samples of the posterior."""
+
+    images: int
+    mean: Tensor  # (z,)
+    std: Tensor  # (z,)
+    scale: float  # 1 / standard deviation of all channels together
+
+
+class Latent(Tokenizer):
+    """Base of tokenizers that are an autoencoder of diffusers, which is frozen and computes in float32.
+
+    token = patch of (latent - mean) / std, by channel. `statistics` says where mean and std come from:
+      fixed    given to the constructor; never measured
+      scale    `fit` measures one standard deviation for all channels; nothing is subtracted (MAR's 0.2325 is 1 / std)
+      channel  `fit` measures mean and standard deviation of each channel
+    `fit` measures once: the buffer `measured` travels with mean and std, through checkpoints and model folders, so that
+    a run that begins with a measured tokenizer keeps its statistics.
+    """
+
+    mean: Tensor  # (z,)
+    std: Tensor  # (z,)
+    measured: Tensor  # ()
+    autoencoder: Any
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        size: int | Sequence[int],
+        patch: int,
+        channels: int,
+        *,
+        stride: int,
+        latent_channels: int,
+        gaussian: bool,  # the posterior has a variance; otherwise it is a point
+        statistics: Statistics,
+        given: tuple[Sequence[float], Sequence[float]],  # mean and std, (z,) each, until others are measured
+    ) -> None:
+        super().__init__()
+        H, W = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+        if (not isinstance(size, int) and len(size) != 2) or min(H, W) < 1:
+            raise UsageError(f"size: {size!r} is not allowed; it must be a side in pixels, or [height, width]")
+        if patch < 1:
+            raise UsageError(f"patch: {patch!r} is not allowed; it must be at least 1")
+        if H % (stride * patch) or W % (stride * patch):
+            raise UsageError(
+                f"size: {H}x{W} is not allowed; both sides must be multiples of {stride * patch} "
+                f"(stride {stride} of the autoencoder, patch {patch})"
+            )
+        if statistics not in get_args(Statistics):
+            raise UsageError(f"statistics: {statistics!r} is not known{nearest(statistics, get_args(Statistics))}")
+        self.size, self.channels, self.levels, self.patch = (H, W), channels, 256, patch
+        self.stride, self.latent_channels, self.gaussian = stride, latent_channels, gaussian
+        self.grid = (H // stride // patch, W // stride // patch)
+        self.dim = latent_channels * patch * patch
+        self.config = {"size": [H, W], "patch": patch, "channels": channels, "statistics": statistics}
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        # Weights may be on the meta device, to be replaced; these few numbers are always real.
+        self._given = torch.tensor(given, dtype=torch.float32, device="cpu")  # (2, z)
+        self.register_buffer("mean", self._given[0].clone())
+        self.register_buffer("std", self._given[1].clone())
+        self.register_buffer("measured", torch.tensor(False, device="cpu"))
+
+    def train(self, mode: bool = True) -> Latent:
+        super().train(mode)
+        self.autoencoder.eval()  # frozen, whatever the module around it does
+        return self
+
+    # --- images to tokens and back --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """(B, c, H, W) -> (B, 2z, h', w'): mean and log-variance, not clamped; (B, z, h', w') of a point posterior."""
+        images = self.check_images(images).to(self.mean.device, torch.float32)
+        with torch.autocast(images.device.type, enabled=False):
+            parts = [self.autoencoder.encode(part, return_dict=False)[0] for part in images.split(self._chunk)]
+        return torch.cat([part.parameters if self.gaussian else part for part in parts])
+
+    def posterior(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments -> mean and standard deviation, (B, z, h', w') each."""
+        wanted = (
+            self.latent_channels * (2 if self.gaussian else 1),
+            self.size[0] // self.stride,
+            self.size[1] // self.stride,
+        )
+        if moments.ndim != 4 or tuple(moments.shape[1:]) != wanted:
+            raise DataError(
+                f"moments: shape {tuple(moments.shape)} is not (B, {', '.join(map(str, wanted))}); "
+                "they were made by another tokenizer or for another size"
+            )
+        if not self.gaussian:
+            return moments.float(), torch.zeros_like(moments, dtype=torch.float32)
+        mean, logvar = moments.float().chunk(2, dim=1)
+        return mean, (0.5 * logvar.clamp(*LOGVAR)).exp()
+
+    @torch.no_grad()
+    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+        latents, std = self.posterior(moments)
+        if noise is not None and self.gaussian:
+            drawn = noise.normal(*latents.shape[1:])  # (B, z, h', w'), one draw for each image
+            assert drawn.shape == latents.shape, f"{len(drawn)} rows of noise for {len(latents)} images"
+            latents = latents + std * drawn
+        x = (latents - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+        return patchify(x, self.patch)  # (B, L, D)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        x = unpatchify(tokens.to(self.mean.device, torch.float32), self.patch, *self.grid)  # (B, z, h', w')
+        latents = x * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
+        with torch.autocast(latents.device.type, enabled=False):
+            parts = [self.autoencoder.decode(part, return_dict=False)[0] for part in latents.split(self._chunk)]
+        return torch.cat(parts).clamp(-1, 1)  # (B, c, H, W)
+
+    @property
+    def _chunk(self) -> int:
+        return max(1, CHUNK // (self.size[0] * self.size[1]))
+
+    # --- statistics -----------------------------------------------------------------------------------------------
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Measure if the config says so and nobody has."""
+        if self.config["statistics"] != "fixed" and not self.measured:
+            self.measure(batches, self.config["statistics"])
+
+    def measure(self, batches: Iterable[Tensor], statistics: Statistics) -> Measured:
+        """Measure mean and variance of latents over batches of images, and normalise by them from now on.
+
+        The variance is that of posterior samples, exactly: the variance of the means plus the mean of the variances.
+        """
+        if statistics not in ("scale", "channel"):
+            raise UsageError(f"statistics: {statistics!r} can't be measured; choose 'channel' or 'scale'")
+        images = latents = 0
+        sums = torch.zeros(3, self.latent_channels, dtype=torch.float64)  # of means, their squares, variances
+        for batch in batches:
+            mean, std = (part.cpu().double() for part in self.posterior(self.moments(batch)))
+            sums += torch.stack([part.sum(dim=(0, 2, 3)) for part in (mean, mean.square(), std.square())])
+            images, latents = images + len(batch), latents + mean[:, 0].numel()
+        if not images:
+            raise DataError("no images to measure: latent statistics need at least one")
+        if not bool(torch.isfinite(sums).all()):
+            raise NumericsError("the autoencoder's latents are not finite: its weights do not fit these images")
+        mean, square, variance = sums / latents  # (z,) each
+        std = (square - mean.square() + variance).clamp(min=0).sqrt()
+        whole = float(((square + variance).mean() - mean.mean().square()).clamp(min=0).sqrt())
+        whole = max(whole, 1e-6)  # all images and latents equal: nothing to normalise by
+        found = Measured(images, mean.float(), std.float(), 1 / whole)
+        if statistics == "channel":
+            self._set(mean, std.clamp(min=STD_FLOOR * whole), measured=True)
+        else:
+            self._set(torch.zeros_like(mean), torch.full_like(std, whole), measured=True)
+        self.config["statistics"] = statistics
+        return found
+
+    def forget_statistics(self) -> None:
+        """Back to the mean and std that the constructor was given."""
+        self._set(*self._given, measured=False)
+
+    def _set(self, mean: Tensor, std: Tensor, *, measured: bool) -> None:
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+        self.measured.fill_(measured)
+
+
+def given_scale(scale: Any, latent_channels: int) -> tuple[list[float], list[float]]:
+    """Mean and std, (z,) each, of tokens that are the latents times one number."""
+    if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
+        raise UsageError(f"scale: {scale!r} is not allowed; it must be positive, 1 / standard deviation of the latents")
+    return [0.0] * latent_channels, [1 / scale] * latent_channels

@@ -1,0 +1,191 @@
+"""Any image autoencoder of diffusers as a tokenizer: from a folder or the hub, or rebuilt from a saved config.
+
+c channels, z channels of a latent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
+from seriatim.tokenizers.latent import Latent, Statistics, given_scale
+
+AUTOENCODERS = {  # class -> module; one image in, one grid of continuous latents out
+    "AutoencoderDC": "diffusers.models.autoencoders.autoencoder_dc",
+    "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
+    "AutoencoderTiny": "diffusers.models.autoencoders.autoencoder_tiny",
+}
+CLASS, CONFIG = "_class_name", "config.json"
+WEIGHTS = "diffusion_pytorch_model*.safetensors*"  # and the index of those in several files
+
+
+class Pretrained(Latent):
+    """An autoencoder named by `path`, a folder or a hub repository; `subfolder` is its place in there.
+
+    token = (latent - shift_factor) * scaling_factor of the autoencoder's own config, unless `scale` or `statistics` say
+    otherwise. `config` holds the autoencoder's own config in place of the path: what is saved needs neither again.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int] = 256,
+        patch: int = 1,
+        channels: int = 3,
+        *,
+        path: str | None = None,
+        subfolder: str | None = None,
+        scale: float | None = None,  # None: what the autoencoder's config says
+        statistics: Statistics = "fixed",
+        autoencoder: Mapping[str, Any] | None = None,  # its config: built anew, to be given weights
+    ) -> None:
+        if (path is None) == (autoencoder is None):
+            what = "is required" if path is None else "is given together with autoencoder"
+            raise UsageError(f"path: {what}; name a folder or a hub repository that holds an autoencoder of diffusers")
+        if autoencoder is not None:
+            network = build(autoencoder)
+        else:
+            network = read(str(path), subfolder)
+        described = describe(network)
+        takes, z = int(described["in_channels"]), int(described["latent_channels"])
+        if channels != takes:
+            raise UsageError(
+                f"channels: {channels!r} is not allowed; this autoencoder takes {takes}: set data.channels"
+            )
+        super().__init__(
+            network,
+            size,
+            patch,
+            channels,
+            stride=stride_of(described),
+            latent_channels=z,
+            gaussian=described[CLASS] == "AutoencoderKL",
+            statistics=statistics,
+            given=own_statistics(described) if scale is None else given_scale(scale, z),
+        )
+        self.config |= {"scale": scale, "autoencoder": described}
+
+
+def class_of(config: Mapping[str, Any], where: str) -> Any:
+    """The class of diffusers that a config names, if it is one of AUTOENCODERS."""
+    name = config.get(CLASS)
+    if not isinstance(name, str) or name not in AUTOENCODERS:
+        raise CheckpointError(f"{where}: {name!r} is not an image autoencoder{nearest(str(name), AUTOENCODERS)}")
+    return getattr(importlib.import_module(AUTOENCODERS[name]), name)
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """An autoencoder with random weights from what `describe` wrote."""
+    cls = class_of(config, "autoencoder")
+    arguments = {name: value for name, value in config.items() if name != CLASS}
+    unknown = sorted(arguments.keys() - inspect.signature(cls).parameters.keys())
+    if unknown:
+        raise UsageError(f"autoencoder: {config[CLASS]} takes no {unknown[0]!r}; another version of diffusers wrote it")
+    network: nn.Module = cls(**arguments)
+    return network
+
+
+def describe(network: Any) -> dict[str, Any]:
+    """Class and constructor's arguments of an autoencoder, as plain data."""
+    taken = inspect.signature(type(network)).parameters
+    arguments = {name: value for name, value in network.config.items() if name in taken}
+    plain: dict[str, Any] = json.loads(json.dumps({CLASS: type(network).__name__, **arguments}))
+    return plain
+
+
+def read(path: str, subfolder: str | None) -> nn.Module:
+    """An autoencoder with its weights; raises CheckpointError, one line, where there is none or it is not whole."""
+    root = Path(path).expanduser()
+    root = root if root.is_dir() else download(path, subfolder)
+    folder = root / subfolder if subfolder else root
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        inner = sorted(p.parent.name for p in root.glob(f"*vae*/{CONFIG}"))
+        hint = f"; set tokenizer.subfolder={inner[0]}" if inner else "; is it a folder that diffusers saved?"
+        raise CheckpointError(f"path: {folder / CONFIG} is not readable ({one_line(error)[:100]}){hint}") from error
+    cls = class_of(config if isinstance(config, Mapping) else {}, f"path: {folder / CONFIG}")
+    try:
+        with quiet():
+            network, report = cls.from_pretrained(
+                str(folder),
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                torch_dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except Exception as error:  # diffusers raises a dozen kinds: no safetensors, truncated, another shape, ...
+        raise CheckpointError(f"path: {folder} can't be loaded as {cls.__name__} ({one_line(error)[:200]})") from error
+    # diffusers only warns of these, and the images would be silently wrong
+    for verb, key in (("lacks", "missing_keys"), ("has an unknown", "unexpected_keys"), ("misfits", "mismatched_keys")):
+        if report[key]:
+            name = report[key][0]
+            raise CheckpointError(f"path: {folder} {verb} tensor {name!r}: its weights are not those of its {CONFIG}")
+    for name, tensor in network.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"path: {folder}: tensor {name!r} has values that are not finite")
+    return network  # type: ignore[no-any-return]
+
+
+def download(path: str, subfolder: str | None) -> Path:
+    """A hub repository's autoencoder, in the hub's own cache."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+        raise CheckpointError(f"path: there is no folder {path!r}, nor is it the name of a hub repository (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    try:
+        root = snapshot_download(
+            path,
+            allow_patterns=[prefix + CONFIG, prefix + WEIGHTS],
+            ignore_patterns=["*.fp16.*", "*non_ema*"],
+            etag_timeout=10,
+        )
+    except Exception as error:  # the hub's client raises a dozen kinds: offline, not found, no permission, ...
+        reason = one_line(error)[:160]
+        raise CheckpointError(
+            f"path: there is no folder {path!r}, and it could not be fetched as a hub repository ({reason})"
+        ) from error
+    return Path(root)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep diffusers from printing advice; what matters is raised."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def stride_of(config: Mapping[str, Any]) -> int:
+    """Pixels along a side of one latent."""
+    if config[CLASS] == "AutoencoderKL":
+        return int(2 ** (len(config["block_out_channels"]) - 1))
+    down = int(2 ** (len(config["encoder_block_out_channels"]) - 1))
+    up = int(config.get("upsampling_scaling_factor", 2) ** (len(config["decoder_block_out_channels"]) - 1))
+    if up != down:
+        raise CheckpointError(f"autoencoder: it shrinks images by {down} and enlarges latents by {up}")
+    return down
+
+
+def own_statistics(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean and std, (z,) each, by which diffusers normalises the latents of this autoencoder."""
+    z, scale = int(config["latent_channels"]), config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") and config.get("latents_std"):
+        return list(config["latents_mean"]), [std / scale for std in config["latents_std"]]
+    return [config.get("shift_factor") or 0.0] * z, given_scale(scale, z)[1]

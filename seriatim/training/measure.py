@@ -1,0 +1,87 @@
+"""Statistics of latents, measured once over the images of a recipe and kept in a tokenizer folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from seriatim.checkpoints.tokenizer import read_provenance, save_tokenizer, writable
+from seriatim.core.errors import ConfigError, UsageError
+from seriatim.core.progress import Progress
+from seriatim.pipeline import pick_device
+from seriatim.tokenizers.latent import Latent, Measured, Statistics
+from seriatim.training.config import Recipe
+from seriatim.training.data import ImageData, StreamData
+from seriatim.training.loader import to_float
+from seriatim.training.setup import build_tokens
+
+BATCH = 32  # images at a time
+
+
+@dataclass(frozen=True)
+class Measurement:
+    folder: Path  # the tokenizer folder
+    measured: Measured
+    sha256: str  # of the statistics
+
+
+def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> Iterator[Tensor]:
+    """About `most` images from all over the data, `size` at a time, in [-1, 1], with progress and time left."""
+    total = len(range(0, data.count, max(1, data.count // most)))
+    if isinstance(data, StreamData):
+        total = min(most, data.count or most)
+    with Progress(total, "measuring tokens", "images", quiet=quiet) as bar:
+        for images in data.some(most, size):
+            yield to_float(images)
+            bar.advance(len(images))
+
+
+def measure_latents(
+    recipe: Recipe,
+    out: Path | str,
+    *,
+    images: int = 10_000,
+    statistics: Statistics = "channel",
+    device: str = "auto",
+    quiet: bool = False,
+) -> Measurement:
+    """Measure the recipe's tokenizer over about `images` of its images; write it, statistics included, to `out`.
+
+    Statistics that it had already are measured anew. A recipe takes the folder as `tokenizer: {from: OUT}`.
+    """
+    if images < 1:
+        raise UsageError(f"num: {images!r} is not allowed; it must be at least 1")
+    out = writable(out)
+    data, tokenizer = build_tokens(recipe)
+    if not isinstance(tokenizer, Latent):
+        raise ConfigError(
+            f"tokenizer.kind: {recipe.tokenizer.get('kind')!r} has no latents; it is measured when training begins"
+        )
+    tokenizer.to(pick_device(device))
+    measured = tokenizer.measure(look_over(data, images, BATCH, quiet=quiet), statistics)
+    digest = statistics_sha256(tokenizer)
+    provenance = {
+        "statistics": {
+            "kind": statistics,
+            "images": measured.images,
+            "scale": measured.scale,
+            "sha256": digest,
+            "data": {**recipe.model_dump(mode="json")["data"], "count": data.count, "fingerprint": data.fingerprint()},
+        }
+    }
+    source = recipe.tokenizer.get("from")
+    if source is not None:
+        provenance["from"] = {"folder": source, **read_provenance(Path(source).expanduser())}
+    return Measurement(save_tokenizer(tokenizer, out, provenance), measured, digest)
+
+
+def statistics_sha256(tokenizer: Latent) -> str:
+    """sha256 of mean and std, float32."""
+    digest = hashlib.sha256()
+    for values in (tokenizer.mean, tokenizer.std):
+        digest.update(values.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
