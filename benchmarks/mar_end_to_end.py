@@ -58,7 +58,9 @@ def main() -> None:
         random_weights(folder)
         photos = folder / "photos"
         photos.mkdir()
-        files = sorted(p for p in arguments.photos.resolve().rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        files = sorted(
+            p for p in arguments.photos.resolve().rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png")
+        )
         for i, path in enumerate(files[:: max(1, len(files) // arguments.images)][: arguments.images]):
             (photos / f"{i:04d}{path.suffix}").symlink_to(path)
         seriatim = [sys.executable, "-m", "seriatim"]
@@ -73,7 +75,8 @@ def main() -> None:
             "train, 3 steps of 8": ["train", "mar-imagenet256", *cached, *small, "--out", "run"],
             "convert mar": ["convert", "mar", "checkpoint-last.pth", "mar-b.model", "--vae", "kl16.ckpt"],
             f"sample, one image, {arguments.steps} steps of 100, guidance 2.9": [
-                "sample", "mar-b.model", "--label", "207", "--num-inference-steps", str(arguments.steps), "--out", "out",
+                "sample", "mar-b.model", "--label", "207", "--out", "out",
+                "--num-inference-steps", f"{arguments.steps}",
             ],
         }  # fmt: skip
         print("| what | time | peak memory |\n|---|---|---|")  # noqa: T201

@@ -64,12 +64,6 @@ def read_picture(path: Path) -> Image.Image:
         return image
 
 
-def golden(method: str) -> Path:
-    """The folder of a method's golden tensors: the project's own, or what SERIATIM_GOLDEN names."""
-    root = os.environ.get("SERIATIM_GOLDEN")
-    return (Path(root) if root else Path(__file__).parent / "golden") / method
-
-
 def cases(folder: Path, pattern: str, marker: str) -> list[tuple[str, Path]]:
     """(case, file) of each file that matches; the case is what comes before `marker` in its name."""
     return [(path.name.split(marker)[0], path) for path in sorted(folder.glob(pattern))]

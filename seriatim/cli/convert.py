@@ -127,8 +127,15 @@ def export_kl16(
     """A `kl` tokenizer, for the official MAR code."""
     from seriatim.checkpoints.kl16 import kl16_from_tokenizer
     from seriatim.checkpoints.tokenizer import load_tokenizer
+    from seriatim.core.errors import UsageError
+    from seriatim.tokenizers.kl import KL
 
-    write_official(kl16_from_tokenizer(load_tokenizer(model)), out, ("model",), overwrite)
+    tokenizer = load_tokenizer(model)
+    if not isinstance(tokenizer, KL):
+        raise UsageError(
+            f"model: {model} has the tokenizer {type(tokenizer).__name__}; only `kl` can be written as KL-16"
+        )
+    write_official(kl16_from_tokenizer(tokenizer), out, ("model",), overwrite)
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
