@@ -25,9 +25,9 @@ class Pixels(Tokenizer):
     A side that p does not divide is continued by its last row or column and cut off again by `decode`.
 
     Neighbouring pixels are so alike that nearly all of a patch's variance lies in a few directions, its mean colour
-    first, and noise hides these last of all: a diffusion head then hears of little else than fine grain. `whiten` turns
-    patches into their principal components and divides component i by its standard deviation to that power: 0 leaves
-    the patches as they are, 1 gives all components the same variance. The mean variance of a feature stays 1.
+    first; all other features are fine grain that a model must learn to draw as well. `components` keeps the first
+    principal components alone (decoding is then no longer exact). `whiten` divides component i by its standard deviation
+    to that power: 0 leaves their spread as it is, 1 makes it the same. The mean variance of a feature is 1.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Pixels(Tokenizer):
         channels: int = 3,
         *,
         levels: int = 256,
+        components: int | None = None,  # features of a token; None: all of the patch
         whiten: float = 0.0,
     ) -> None:
         super().__init__()
@@ -49,18 +50,23 @@ class Pixels(Tokenizer):
             raise UsageError(f"levels: {levels!r} is not allowed; a pixel has at least 2 values")
         if not 0 <= whiten <= 1:
             raise UsageError(f"whiten: {whiten!r} is not allowed; it must be from 0 (not at all) to 1 (wholly)")
+        features = channels * patch * patch
+        if components is not None and not 1 <= components <= features:
+            raise UsageError(f"components: {components!r} is not allowed; a patch has 1 to {features}")
         self.size, self.patch, self.channels, self.levels, self.whiten = (H, W), patch, channels, levels, whiten
         self.grid = (-(-H // patch), -(-W // patch))
-        self.dim = channels * patch * patch
+        self.dim = components or features
+        self.rotated = bool(components or whiten)
         self.config = {"size": [H, W], "patch": patch, "channels": channels, "levels": levels}
-        self.config |= {"whiten": whiten} if whiten else {}  # absent in folders written before there was a choice
+        if self.rotated:  # absent in folders written before there was a choice
+            self.config |= {"components": components, "whiten": whiten}
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.zeros(self.dim))
+        self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("std", torch.ones(self.dim))
         self.basis: Tensor
-        if whiten:
-            self.register_buffer("basis", torch.eye(self.dim))  # principal components, one a column
+        if self.rotated:
+            self.register_buffer("basis", torch.eye(features)[:, : self.dim])  # principal components, one a column
 
     def moments(self, images: Tensor) -> Tensor:
         """(B, c, H, W) -> (B, c, h p, w p): the pixels themselves; their posterior is a point."""
@@ -70,17 +76,18 @@ class Pixels(Tokenizer):
 
     def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
         features = patchify(moments, self.patch) - self.mean  # (B, L, D)
-        return (features @ self.basis if self.whiten else features) / self.std
+        return (features @ self.basis if self.rotated else features) / self.std
 
     def decode(self, tokens: Tensor) -> Tensor:
         features = tokens * self.std
-        features = (features @ self.basis.T if self.whiten else features) + self.mean
+        features = (features @ self.basis.T if self.rotated else features) + self.mean
         images = unpatchify(features, self.patch, *self.grid)  # (B, c, h p, w p)
         return images[..., : self.size[0], : self.size[1]].clamp(-1, 1)
 
     def fit(self, batches: Iterable[Tensor]) -> None:
         count = 0
-        total, products = torch.zeros(self.dim, dtype=torch.float64), torch.zeros(self.dim, self.dim).double()
+        size = len(self.mean)
+        total, products = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
         for images in batches:
             features = patchify(self.moments(images), self.patch).flatten(0, 1).double()  # (B L, D)
             count += len(features)
@@ -91,10 +98,10 @@ class Pixels(Tokenizer):
         mean = total / count
         self.mean.copy_(mean)
         covariance = products / count - mean.outer(mean)
-        if not self.whiten:
+        if not self.rotated:
             self.std.copy_(covariance.diagonal().clamp(min=0).sqrt().clamp(min=STD_FLOOR))
             return
-        variance, basis = torch.linalg.eigh(covariance)
+        variance, basis = (t.flip(-1)[..., : self.dim] for t in torch.linalg.eigh(covariance))  # largest first
         deviation = variance.clamp(min=0).sqrt().clamp(min=STD_FLOOR)
         largest = basis.abs().argmax(dim=0, keepdim=True)
         self.basis.copy_(basis * basis.gather(0, largest).sign())  # a component's sign is arbitrary: fixed here

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seriatim.core.errors import ConfigError, DataError, UsageError
+from seriatim.nn.patch import patchify
 from seriatim.tokenizers.base import to_uint8
 from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.pixels import STD_FLOOR, Pixels
@@ -125,3 +126,20 @@ def test_a_patch_of_one_colour_is_not_blown_up() -> None:
     tokenizer.fit([flat])
     assert torch.isfinite(tokenizer.tokens(flat)).all() and tokenizer.tokens(flat).abs().max() < 20
     assert torch.allclose(tokenizer.decode(tokenizer.tokens(flat)), flat, atol=1e-5)
+
+
+def test_components_keep_what_varies_most() -> None:
+    """The error of decoding is the variance of the components left out: no other choice of as many loses less."""
+    images = torch.rand(200, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.2 - 0.1
+    images = images + torch.linspace(-0.6, 0.6, 200).view(-1, 1, 1, 1) + torch.linspace(-0.2, 0.2, 16).view(1, 1, 1, -1)
+    patches = patchify(images, 4).flatten(0, 1).double()
+    variances = torch.linalg.eigvalsh(patches.T.cov(correction=0)).flip(0)
+    for count in (1, 6, 48):
+        tokenizer = Pixels(16, 4, components=count, whiten=0.5)
+        tokenizer.fit([images])
+        tokens = tokenizer.tokens(images)
+        assert tokens.shape == (200, 16, count) and tokenizer.dim == count
+        error = (tokenizer.decode(tokens) - images).square().mean().item()
+        assert error == pytest.approx(variances[count:].sum().item() / 48, rel=1e-3, abs=1e-9)
+    with pytest.raises(UsageError, match="components: 49 is not allowed"):
+        Pixels(16, 4, components=49)
