@@ -134,7 +134,7 @@ def read(path: str, subfolder: str | None) -> nn.Module:
     for name, tensor in network.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"path: {folder}: tensor {name!r} has values that are not finite")
-    return network  # type: ignore[no-any-return]
+    return network
 
 
 def download(path: str, subfolder: str | None) -> Path:
