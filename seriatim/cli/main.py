@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from seriatim import __version__
+from seriatim.cli.cache import cache
 from seriatim.cli.demo import demo
 from seriatim.cli.doctor import doctor
 from seriatim.cli.models import models
@@ -50,6 +51,7 @@ def root(
 
 app.command()(demo)
 app.command()(train)
+app.command()(cache)
 app.command()(sample)
 app.command()(models)
 app.command()(doctor)

@@ -21,6 +21,7 @@ from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import build_tokenizer
 from seriatim.training.config import Recipe, dump, read_recipe
 from seriatim.training.data import ImageData
+from seriatim.training.loader import to_float
 from seriatim.training.log import environment
 from seriatim.training.sources import build_data
 
@@ -33,13 +34,34 @@ MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the 
 LEFTOVERS = ("checkpoints", "samples", "tensorboard")
 
 
-def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
-    """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
+FIT_BATCH = 512  # images at a time when the tokenizer measures its statistics
+FIT_IMAGES = 10_000  # as many as it looks at
+
+
+def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
+    """The data and tokenizer of a recipe."""
     data = build_data(recipe.data)
     tokenizer = build_tokenizer({"size": list(data.size), "channels": data.channels, **recipe.tokenizer})
+    data.check_tokenizer(tokenizer)
     if tokenizer.size != data.size or tokenizer.channels != data.channels:
         ours, theirs = (f"{x.channels} x {x.size[0]} x {x.size[1]}" for x in (tokenizer, data))
         raise ConfigError(f"tokenizer: made for images of {ours}, the data has {theirs}")
+    return data, tokenizer
+
+
+def fit_tokenizer(tokenizer: Tokenizer, data: ImageData) -> None:
+    """Measure the statistics of tokens: the same from images and from a cache of their moments."""
+    some = data.some(FIT_IMAGES, FIT_BATCH)
+    with torch.no_grad():
+        if data.cached:
+            tokenizer.fit_moments(some)
+        else:
+            tokenizer.fit(to_float(images) for images in some)
+
+
+def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
+    """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
+    data, tokenizer = build_inputs(recipe)
     with seeded(derive_seed(recipe.seed, "weights")):
         model = build_model(recipe.model, tokens=tokenizer.count, dim=tokenizer.dim, classes=len(data.class_names))
     try:  # what every later request of this model begins with
