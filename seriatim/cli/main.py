@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from seriatim import __version__
+from seriatim.cli.cache import cache
 from seriatim.cli.convert import convert, export
 from seriatim.cli.demo import demo
 from seriatim.cli.doctor import doctor
@@ -52,6 +53,7 @@ def root(
 
 app.command()(demo)
 app.command()(train)
+app.command()(cache)
 app.command()(sample)
 app.command()(measure_latents)
 app.command()(models)

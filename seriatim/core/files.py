@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +150,39 @@ def _render(files: dict[str, dict[str, Any]]) -> str:
     return json.dumps({"format": 1, "files": files, "sha256": digest}, indent=2, sort_keys=True) + "\n"
 
 
-def write_manifest(folder: Path, names: Iterable[str]) -> Path:
-    """Write `manifest.json`: bytes and sha256 of each named file of `folder`."""
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in sorted(names)}
+def write_manifest(folder: Path, names: Iterable[str], known: Mapping[str, str] | None = None) -> Path:
+    """Write `manifest.json`: bytes and sha256 of each named file of `folder`; those in `known` are not read again."""
+    hashes = {name: (known or {}).get(name) or sha256(folder / name) for name in names}
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": hashes[name]} for name in sorted(hashes)}
     return write_text(folder / MANIFEST, _render(files))
+
+
+def read_manifest(folder: Path, remedy: str = "copy it again") -> dict[str, tuple[int, str]]:
+    """Name -> (bytes, sha256) as the manifest of `folder` lists them; raises CheckpointError where it is damaged."""
+    manifest = folder / MANIFEST
+    try:
+        text = manifest.read_text(encoding="utf-8")
+        files = json.loads(text)["files"]
+        if text != _render(files):
+            raise ValueError("its digest does not match")
+        listing = {str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{manifest} is damaged ({one_line(error)}); {remedy}") from error
+    for name in listing:
+        if Path(name).name != name:  # a listed name is never a path
+            raise CheckpointError(f"{manifest} lists {name!r}, which is not a plain file name")
+    return listing
+
+
+def verify_file(path: Path, size: int, digest: str | None, remedy: str = "copy it again") -> None:
+    """Raise CheckpointError unless `path` has this many bytes and this sha256; None looks at the bytes alone."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing though {MANIFEST} lists it; {remedy}")
+    actual = path.stat().st_size
+    if actual != size:
+        raise CheckpointError(f"{path} has {actual} bytes, {size} expected: truncated or changed; {remedy}")
+    if digest is not None and sha256(path) != digest:
+        raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; {remedy}")
 
 
 def verify_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, str]:
@@ -167,26 +196,10 @@ def verify_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, str]:
         raise CheckpointError(f"{folder}: no such folder")
     if not manifest.is_file():
         raise CheckpointError(f"{manifest} is missing: the folder is not a complete model folder; copy it again")
-    try:
-        text = manifest.read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
-        if text != _render(files):
-            raise ValueError("its digest does not match")
-        listing = {str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest} is damaged ({one_line(error)}); copy the folder again") from error
+    listing = read_manifest(folder, "copy the folder again")
     for name in needed:
         if name not in listing:
             raise CheckpointError(f"{manifest} does not list {name}: the folder is incomplete; copy it again")
     for name, (size, digest) in listing.items():
-        path = folder / name
-        if Path(name).name != name:  # a listed name is never a path
-            raise CheckpointError(f"{manifest} lists {name!r}, which is not a plain file name")
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing though {MANIFEST} lists it; copy the folder again")
-        actual = path.stat().st_size
-        if actual != size:
-            raise CheckpointError(f"{path} has {actual} bytes, {size} expected: truncated or changed; copy it again")
-        if sha256(path) != digest:
-            raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; copy it again")
+        verify_file(folder / name, size, digest)
     return {name: digest for name, (_, digest) in listing.items()}

@@ -59,6 +59,11 @@ class Progress(AbstractContextManager["Progress"]):
             self._line = now
             print(self.line(), file=sys.stderr, flush=True)  # noqa: T201
 
+    def skip(self, count: int) -> None:
+        """What was there already: it is done, and says nothing about the rate."""
+        self.first += count
+        self.advance(count)
+
     def line(self) -> str:
         """`training: 1,024 of 4,096 images, 310 images/s, 0:10 left, loss 0.31`."""
         left = f", {duration(self.eta)} left" if self.done < self.total and self.done > self.first else ""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -56,13 +56,25 @@ class Tokenizer(nn.Module):
 
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Measure, over batches of images, the statistics that normalise tokens."""
+        self.fit_moments(self.moments(images) for images in batches)
+
+    def fit_moments(self, batches: Iterable[Tensor]) -> None:
+        """The same over batches of moments, which is what a latent cache has. Nothing where nothing is measured."""
 
     def fingerprint(self) -> str:
-        """sha256 of settings and weights: what a latent cache is keyed by."""
-        digest = hashlib.sha256(json.dumps([type(self).__name__, self.config], sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """sha256 of settings, weights and statistics."""
+        return digest_of(type(self).__name__, self.config, self.state_dict())
+
+    def moments_config(self) -> dict[str, Any]:
+        """The settings that moments depend on; not those of what `tokens` does with them, such as a patch."""
+        return self.config
+
+    def moments_fingerprint(self) -> str:
+        """What a latent cache is keyed by: sha256 of `moments_config()` and of all weights that moments depend on.
+
+        One with weights or statistics that moments don't depend on says so here, or caches are refused needlessly.
+        """
+        return self.fingerprint()
 
     def check_images(self, images: Tensor) -> Tensor:
         """Refuse what is not (B, c, H, W)."""
@@ -73,6 +85,14 @@ class Tokenizer(nn.Module):
                 "resize them or choose another tokenizer size"
             )
         return images
+
+
+def digest_of(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of a name, plain data and tensors."""
+    digest = hashlib.sha256(json.dumps([name, config], sort_keys=True).encode())
+    for key, value in sorted(tensors.items()):
+        digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seriatim.core.errors import DataError, NumericsError, UsageError, nearest
 from seriatim.core.random import Noise
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.base import Tokenizer, digest_of
 
 Statistics = Literal["fixed", "scale", "channel"]
 
@@ -140,6 +140,13 @@ class Latent(Tokenizer):
             parts = [self.autoencoder.decode(part, return_dict=False)[0] for part in latents.split(self._chunk)]
         return torch.cat(parts).clamp(-1, 1)  # (B, c, H, W)
 
+    def moments_config(self) -> dict[str, Any]:
+        """The autoencoder's and the images'; scale, statistics and patch act on moments."""
+        return {k: v for k, v in self.config.items() if k not in ("patch", "scale", "shift", "statistics")}
+
+    def moments_fingerprint(self) -> str:
+        return digest_of(type(self).__name__, self.moments_config(), self.autoencoder.state_dict())
+
     @property
     def _chunk(self) -> int:
         return max(1, CHUNK // (self.size[0] * self.size[1]))
@@ -147,12 +154,20 @@ class Latent(Tokenizer):
     # --- statistics -----------------------------------------------------------------------------------------------
 
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Measure if the config says so and nobody has."""
+        """Measure if the config says so and nobody has; otherwise no image is encoded."""
         if self.config["statistics"] != "fixed" and not self.measured:
             self.measure(batches, self.config["statistics"])
 
+    def fit_moments(self, batches: Iterable[Tensor]) -> None:
+        if self.config["statistics"] != "fixed" and not self.measured:
+            self.measure_moments(batches, self.config["statistics"])
+
     def measure(self, batches: Iterable[Tensor], statistics: Statistics) -> Measured:
-        """Measure mean and variance of latents over batches of images, and normalise by them from now on.
+        """`measure_moments` of images."""
+        return self.measure_moments((self.moments(images) for images in batches), statistics)
+
+    def measure_moments(self, batches: Iterable[Tensor], statistics: Statistics) -> Measured:
+        """Measure mean and variance of latents over batches of moments, and normalise by them from now on.
 
         The variance is that of posterior samples, exactly: the variance of the means plus the mean of the variances.
         """
@@ -161,7 +176,7 @@ class Latent(Tokenizer):
         images = latents = 0
         sums = torch.zeros(3, self.latent_channels, dtype=torch.float64)  # of means, their squares, variances
         for batch in batches:
-            mean, std = (part.cpu().double() for part in self.posterior(self.moments(batch)))
+            mean, std = (part.cpu().double() for part in self.posterior(batch))
             sums += torch.stack([part.sum(dim=(0, 2, 3)) for part in (mean, mean.square(), std.square())])
             images, latents = images + len(batch), latents + mean[:, 0].numel()
         if not images:

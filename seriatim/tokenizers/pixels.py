@@ -6,6 +6,7 @@ B images, c channels, H x W pixels, p patch side, h x w = L tokens, D = c p p fe
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.random import Noise
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.base import Tokenizer, digest_of
 
 STD_FLOOR = 0.02  # a feature that hardly varies (a black border) is not blown up to unit variance
 
@@ -26,8 +27,8 @@ class Pixels(Tokenizer):
 
     Neighbouring pixels are so alike that nearly all of a patch's variance lies in a few directions, its mean colour
     first; all other features are fine grain that a model must learn to draw as well. `components` keeps the first
-    principal components alone (decoding is then no longer exact). `whiten` divides component i by its standard deviation
-    to that power: 0 leaves their spread as it is, 1 makes it the same. The mean variance of a feature is 1.
+    principal components alone (decoding is then no longer exact). `whiten` divides component i by its standard
+    deviation to that power: 0 leaves their spread as it is, 1 makes it the same. The mean variance of a feature is 1.
     """
 
     def __init__(
@@ -84,12 +85,20 @@ class Pixels(Tokenizer):
         images = unpatchify(features, self.patch, *self.grid)  # (B, c, h p, w p)
         return images[..., : self.size[0], : self.size[1]].clamp(-1, 1)
 
-    def fit(self, batches: Iterable[Tensor]) -> None:
+    def moments_config(self) -> dict[str, Any]:
+        h, w = self.grid
+        padded = f"padded to {h * self.patch} x {w * self.patch}"  # all that the patch does to the pixels
+        return {"size": list(self.size), "channels": self.channels, "patch": padded}
+
+    def moments_fingerprint(self) -> str:
+        return digest_of(type(self).__name__, self.moments_config(), {})
+
+    def fit_moments(self, batches: Iterable[Tensor]) -> None:
         count = 0
         size = len(self.mean)
         total, products = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
-        for images in batches:
-            features = patchify(self.moments(images), self.patch).flatten(0, 1).double()  # (B L, D)
+        for moments in batches:
+            features = patchify(moments, self.patch).flatten(0, 1).double()  # (B L, D)
             count += len(features)
             total += features.sum(dim=0)
             products += features.T @ features

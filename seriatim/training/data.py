@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seriatim.core.errors import UsageError
 from seriatim.core.random import derive_seed, generator
+from seriatim.tokenizers.base import Tokenizer
 
 
 class ImageData:
@@ -27,6 +28,7 @@ class ImageData:
     and, where they apply,
       flips         mirror half of the images at random
       bad           files left out, with reasons
+      cached        its "images" are a tokenizer's moments (B, m, h, w), float32, ready for `tokens`
     """
 
     count: int
@@ -35,10 +37,15 @@ class ImageData:
     class_names: list[str]
     flips = False
     bad: Mapping[str, str] = {}
+    cached = False
 
     def images(self, index: Tensor) -> Tensor:
         """index (B,) -> (B, c, H, W): uint8, or float in [-1, 1]."""
         raise NotImplementedError(f"{type(self).__name__} lacks images()")
+
+    def mirrored(self, index: Tensor, chosen: Tensor) -> Tensor:
+        """images(index), the chosen (B,) of them mirrored left to right."""
+        return mirror(self.images(index), chosen)
 
     def labels(self, index: Tensor) -> Tensor | None:
         """index (B,) -> (B,), None where there are no classes."""
@@ -49,6 +56,9 @@ class ImageData:
         index = torch.arange(self.count)[:: max(1, self.count // most)]
         return (self.images(part) for part in index.split(size))
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Refuse a tokenizer whose moments these are not; of images, `setup.build` checks the shape."""
+
     def name(self, i: int) -> str:
         """What a person calls image i."""
         return str(i)
@@ -56,6 +66,11 @@ class ImageData:
     def fingerprint(self) -> str:
         """Changes when the images or their order do: a run resumes on what it began with."""
         return f"{type(self).__name__} {self.count}"
+
+
+def mirror(images: Tensor, chosen: Tensor) -> Tensor:
+    """Images (B, c, H, W), the chosen (B,) of them mirrored left to right."""
+    return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 class Position(NamedTuple):

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from seriatim.core.errors import ConfigError, DataError
 from seriatim.core.random import derive_seed
-from seriatim.training.data import BEGINNING, ImageData, Order, Position, Row, StreamData
+from seriatim.training.data import BEGINNING, ImageData, Order, Position, Row, StreamData, mirror
 
 ENOUGH = 100  # rows of a stream before the share of unusable ones is judged
 
@@ -27,7 +27,7 @@ ENOUGH = 100  # rows of a stream before the share of unusable ones is judged
 @dataclass(frozen=True)
 class Batch:
     first: int  # the run's image that comes first
-    images: Tensor  # (B, c, H, W): uint8, or float in [-1, 1]
+    images: Tensor  # (B, c, H, W): uint8, or float in [-1, 1]; moments (B, m, h, w) of cached data
     labels: Tensor | None  # (B,)
     index: Tensor  # (B,) of the data set; of a stream, how many images of the run came before
     names: tuple[str, ...] = ()  # of a stream's images; others are asked by index
@@ -52,10 +52,23 @@ class Batches(Dataset[Batch]):
         first = self.first + n * self.batch_size
         size = min(self.batch_size, self.total - first)
         index = self.order(first, size)
-        images = self.data.images(index)
         if self.data.flips:
-            images = mirrored(images, self.seed, first)
+            images = self.data.mirrored(index, coins(self.seed, first, size))
+        else:
+            images = self.data.images(index)
         return Batch(first, images, self.data.labels(index), index)
+
+
+class InOrder(Batches):
+    """The images first, ..., total - 1 of the data, one after another, none mirrored."""
+
+    def __init__(self, data: ImageData, first: int, total: int, batch_size: int) -> None:
+        super().__init__(data, 0, first, total, batch_size)
+
+    def __getitem__(self, n: int) -> Batch:
+        first = self.first + n * self.batch_size
+        index = torch.arange(first, min(first + self.batch_size, self.total))
+        return Batch(first, self.data.images(index), self.data.labels(index), index)
 
 
 class StreamBatches(IterableDataset[Batch]):
@@ -86,17 +99,16 @@ class StreamBatches(IterableDataset[Batch]):
                     )
             images = torch.from_numpy(np.stack([row.pixels for row in good]))
             if self.data.flips:
-                images = mirrored(images, self.seed, first)
+                images = mirror(images, coins(self.seed, first, len(good)))
             labels = torch.tensor([row.label for row in good]) if self.data.class_names else None
             names = tuple(row.name for row in good)
             yield Batch(first, images, labels, torch.arange(first, first + len(good)), names, good[-1].after, left_out)
             first += len(good)
 
 
-def mirrored(images: Tensor, seed: int, first: int) -> Tensor:
-    """Half of the images (B, c, H, W) left to right; which ones depends on their number in the run."""
-    chosen = [derive_seed(seed, "flip", g) & 1 == 1 for g in range(first, first + len(images))]
-    return torch.where(torch.tensor(chosen).view(-1, 1, 1, 1), images.flip(-1), images)
+def coins(seed: int, first: int, count: int) -> Tensor:
+    """Which images of a run are mirrored, half of them: (count,); it depends on their number in the run."""
+    return torch.tensor([derive_seed(seed, "flip", g) & 1 == 1 for g in range(first, first + count)])
 
 
 def batches_of(

@@ -31,15 +31,11 @@ from seriatim.training.data import ImageData, Position
 from seriatim.training.loader import Batch, Loader, batches_of, to_float
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
-from seriatim.training.measure import look_over
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.precision import fastest, threads
-from seriatim.training.setup import begin_run, build, initialise_from
+from seriatim.training.setup import begin_run, build, fit_tokenizer, initialise_from
 from seriatim.training.state import RunState, Trainables
 from seriatim.training.stopping import StopRequest, only_trainer
-
-FIT_BATCH = 512  # images at a time when the tokenizer measures its statistics
-FIT_IMAGES = 10_000  # as many as it looks at
 
 
 @dataclass(frozen=True)
@@ -93,19 +89,21 @@ def train(
         run = restore(out, parts) if resumed else None
         if run is None and settings.init_from:
             initialise_from(settings.init_from, model, tokenizer, data.class_names)
+            data.check_tokenizer(tokenizer)  # which now has that model's weights
         elif run is None:
-            tokenizer.fit(look_over(data, FIT_IMAGES, FIT_BATCH, quiet=quiet))
+            fit_tokenizer(tokenizer, data, quiet=quiet)
 
         def loss_of(batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
             # Every draw depends on (seed, first) alone, dropout's too: a resumed run draws what it would have drawn.
             first, size = batch.first + part.start, part.stop - part.start
             noise = Noise.shared(derive_seed(recipe.seed, "noise", first), size, where)
-            images = to_float(batch.images[part].to(where))
+            images = batch.images[part].to(where)
             labels = None if batch.labels is None else batch.labels[part].to(where)
             with torch.random.fork_rng(devices=[] if where.type == "cpu" else None):
                 torch.manual_seed(derive_seed(recipe.seed, "dropout", first))
                 with torch.no_grad():
-                    tokens = tokenizer.tokens(tokenizer.moments(images), noise)  # (B, L, D)
+                    moments = images if data.cached else tokenizer.moments(to_float(images))
+                    tokens = tokenizer.tokens(moments, noise)  # (B, L, D)
                 with torch.autocast(where.type, dtype=dtype, enabled=dtype != torch.float32):
                     return model.loss(tokens, labels, noise)
 

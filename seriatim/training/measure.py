@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from seriatim.checkpoints.tokenizer import read_provenance, save_tokenizer, writable
 from seriatim.core.errors import ConfigError, UsageError
-from seriatim.core.progress import Progress
 from seriatim.pipeline import pick_device
 from seriatim.tokenizers.latent import Latent, Measured, Statistics
 from seriatim.training.config import Recipe
-from seriatim.training.data import ImageData, StreamData
-from seriatim.training.loader import to_float
-from seriatim.training.setup import build_tokens
+from seriatim.training.setup import build_inputs, look_over
 
 BATCH = 32  # images at a time
 
@@ -27,17 +21,6 @@ class Measurement:
     folder: Path  # the tokenizer folder
     measured: Measured
     sha256: str  # of the statistics
-
-
-def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> Iterator[Tensor]:
-    """About `most` images from all over the data, `size` at a time, in [-1, 1], with progress and time left."""
-    total = len(range(0, data.count, max(1, data.count // most)))
-    if isinstance(data, StreamData):
-        total = min(most, data.count or most)
-    with Progress(total, "measuring tokens", "images", quiet=quiet) as bar:
-        for images in data.some(most, size):
-            yield to_float(images)
-            bar.advance(len(images))
 
 
 def measure_latents(
@@ -56,7 +39,7 @@ def measure_latents(
     if images < 1:
         raise UsageError(f"num: {images!r} is not allowed; it must be at least 1")
     out = writable(out)
-    data, tokenizer = build_tokens(recipe)
+    data, tokenizer = build_inputs(recipe)
     if not isinstance(tokenizer, Latent):
         raise ConfigError(
             f"tokenizer.kind: {recipe.tokenizer.get('kind')!r} has no latents; it is measured when training begins"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from seriatim.checkpoints.native import Bundle, load_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
 from seriatim.core.files import write_json, write_text
+from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
 from seriatim.models.build import build_model, seeded
 from seriatim.models.masked import MaskedModel
@@ -22,7 +24,8 @@ from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import build_tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.training.config import Recipe, dump, read_recipe
-from seriatim.training.data import ImageData
+from seriatim.training.data import ImageData, StreamData
+from seriatim.training.loader import to_float
 from seriatim.training.log import environment
 from seriatim.training.sources import build_data
 
@@ -36,7 +39,11 @@ MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the 
 LEFTOVERS = ("checkpoints", "samples", "tensorboard")
 
 
-def build_tokens(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
+FIT_BATCH = 512  # images at a time when the tokenizer measures its statistics
+FIT_IMAGES = 10_000  # as many as it looks at
+
+
+def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
     """The data and the tokenizer of a recipe: `tokenizer: {from: FOLDER, ...}` is one that was saved."""
     data = build_data(recipe.data)
     given = {"size": list(data.size), "channels": data.channels, **recipe.tokenizer}
@@ -52,15 +59,35 @@ def build_tokens(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
             )
     else:
         tokenizer = load_tokenizer(Path(source).expanduser(), **given)
+    data.check_tokenizer(tokenizer)
     if tokenizer.size != data.size or tokenizer.channels != data.channels:
         ours, theirs = (f"{x.channels} x {x.size[0]} x {x.size[1]}" for x in (tokenizer, data))
         raise ConfigError(f"tokenizer: made for images of {ours}, the data has {theirs}")
     return data, tokenizer
 
 
+def fit_tokenizer(tokenizer: Tokenizer, data: ImageData, *, quiet: bool = False) -> None:
+    """Measure the statistics of tokens: the same from images and from a cache of their moments."""
+    if data.cached:
+        tokenizer.fit_moments(data.some(FIT_IMAGES, FIT_BATCH))
+    else:
+        tokenizer.fit(look_over(data, FIT_IMAGES, FIT_BATCH, quiet=quiet))
+
+
+def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> Iterator[Tensor]:
+    """About `most` images from all over the data, `size` at a time, in [-1, 1], with progress and time left."""
+    total = len(range(0, data.count, max(1, data.count // most)))
+    if isinstance(data, StreamData):
+        total = min(most, data.count or most)
+    with Progress(total, "measuring tokens", "images", quiet=quiet) as bar:
+        for images in data.some(most, size):
+            yield to_float(images)
+            bar.advance(len(images))
+
+
 def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
     """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
-    data, tokenizer = build_tokens(recipe)
+    data, tokenizer = build_inputs(recipe)
     with seeded(derive_seed(recipe.seed, "weights")):
         model = build_model(recipe.model, tokens=tokenizer.count, dim=tokenizer.dim, classes=len(data.class_names))
     try:  # what every later request of this model begins with

@@ -9,12 +9,14 @@ from seriatim.core.construct import construct, pop_kind
 from seriatim.training.data import Digits, ImageData
 from seriatim.training.folder import Folder
 from seriatim.training.hub import HuggingFace, HuggingFaceStream
+from seriatim.training.latents import Latents
 
 DATASETS: dict[str, type[ImageData]] = {
     "digits": Digits,
     "folder": Folder,
     "hf": HuggingFace,
     "hf-stream": HuggingFaceStream,
+    "latents": Latents,
 }
 
 

@@ -1,4 +1,4 @@
-"""Stopping on request: finish the step, save, leave. And one trainer to a folder."""
+"""Stopping on request: finish the step, save, leave. And one process to a folder, or to a part of its work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from seriatim.core.errors import Stopped, UsageError
+from seriatim.core.files import explained
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
@@ -66,3 +67,37 @@ def only_trainer(folder: Path) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         yield
+
+
+@contextlib.contextmanager
+def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the lock file `path`, made for this and deleted when let go; False where another process holds it.
+
+    With `wait`, until it lets go. The system lets go for a process that dies; its file stays until the next holder.
+    """
+    while True:
+        with explained(path):
+            lock = open(path, "a", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            lock.close()
+            yield False
+            return
+        if is_at(lock, path):
+            break
+        lock.close()  # deleted by the last holder between our opening and locking it: another may hold a new one
+    try:
+        yield True
+    finally:
+        path.unlink(missing_ok=True)  # while it is held, so that nobody else's goes
+        fcntl.flock(lock, fcntl.LOCK_UN)  # said, not left to closing: a worker process may have the file open too
+        lock.close()
+
+
+def is_at(file: TextIO, path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

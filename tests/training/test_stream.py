@@ -126,7 +126,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"max_bad: 2\.0 is not allowed"):
         build_data({**where, "max_bad": 2})
     with pytest.raises(DataError, match="can't be loaded"):
-        build_data({"kind": "hf-stream", "path": "nobody/nothing-at-all"})
+        build_data({"kind": "hf-stream", "path": "parquet", "data_files": str(tmp_path / "missing.parquet")})
     with pytest.raises(ConfigError, match=r"training\.workers: 2 is not allowed"):
         Loader(StreamBatches(numbered(tmp_path, 4), 0, 0, 4, 4), 2)
     few = build_data({**where, "classes": ["cat"]})

@@ -1,0 +1,290 @@
+"""Writing a latent cache: shard after shard, stopped and gone on with at will, by several processes at once.
+
+B images, c channels, H x W pixels, m x h x w moments of an image.
+
+A shard is whole when the file beside it, written after it, names its bytes and sha256. Whoever holds a shard's lock
+encodes it, unless it is whole; whoever has seen all of them whole writes the manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from seriatim import __version__
+from seriatim.checkpoints.native import write_tensors
+from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, Stopped, UsageError
+from seriatim.core.files import MANIFEST, atomic_write, sha256, writable_folder, write_json, write_manifest
+from seriatim.core.progress import Progress
+from seriatim.pipeline import pick_device
+from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.build import tokenizer_config
+from seriatim.training.data import ImageData, StreamData
+from seriatim.training.latents import (
+    CACHE,
+    DTYPES,
+    SOURCES,
+    CacheInfo,
+    check_moments,
+    moments_of,
+    read_info,
+    read_sealed,
+    shard_name,
+    write_sealed,
+)
+from seriatim.training.loader import InOrder, Loader, to_float
+from seriatim.training.stopping import StopRequest, claimed
+
+WAIT_SECONDS = 0.2  # between looks at shards that other processes hold
+LOCK = ".cache.lock"
+SETTINGS = {  # what a folder that was begun must agree on: field -> what a user calls it
+    "format": "format", "size": "data.size", "channels": "data.channels", "moments_fingerprint": "tokenizer",
+    "moments": "tokenizer (the shape of its moments)", "crop": "crop", "flip": "data.flip", "dtype": "dtype",
+    "shard_images": "shard_images", "images": "data (its count)", "class_names": "data (its classes)",
+    "data_fingerprint": "data (its images)",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CacheResult:
+    folder: Path
+    images: int  # in the cache
+    encoded: int  # of them by this call
+    shards: int
+    bytes: int
+    seconds: float
+    images_per_second: float  # of those encoded
+
+
+def write_cache(
+    data: ImageData,
+    tokenizer: Tokenizer,
+    out: Path | str,
+    *,
+    batch_size: int = 64,
+    shard_images: int = 2048,
+    dtype: str = "float32",
+    device: str = "auto",
+    workers: int = 0,
+    quiet: bool = False,
+) -> CacheResult:
+    """Encode all of `data` into the folder `out`, or go on where another call stopped or was killed.
+
+    Several processes or machines may do so at once. Raises ConfigError where `out` was begun with other settings,
+    naming the first that differs; ResourceError where the disk is full; Stopped on SIGTERM or SIGINT. Each leaves the
+    whole shards as they are.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("shard_images", shard_images, 1),
+        ("workers", workers, 0),
+    ):
+        if value < least:
+            raise UsageError(f"{name}: {value!r} is not allowed; it must be {least} or more")
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: {dtype!r} is not allowed; it must be {' or '.join(DTYPES)}")
+    if isinstance(data, StreamData):
+        raise ConfigError("data.kind: a stream has no images by number and can't be cached; use hf or folder")
+    if data.cached:
+        raise ConfigError("data.kind: latents are a cache already; name the images")
+    out, where = writable_folder(out), pick_device(device)
+    tokenizer.to(where).eval()
+    shape = encode(tokenizer, to_float(data.images(torch.tensor([0])).to(where))).shape[1:]
+    info = CacheInfo(
+        tokenizer=tokenizer_config(tokenizer),
+        moments_config=moments_of(tokenizer),
+        moments_fingerprint=tokenizer.moments_fingerprint(),
+        size=data.size,
+        channels=data.channels,
+        data_fingerprint=data.fingerprint(),
+        images=data.count,
+        class_names=data.class_names,
+        flip=data.flips,
+        dtype=cast(Any, dtype),
+        shard_images=shard_images,
+        moments=tuple(shape),
+        made_with={
+            "seriatim": __version__,
+            "torch": str(torch.__version__),
+            "device": where.type,
+            "batch_size": batch_size,
+        },
+    )
+    begin(out, info, data, tokenizer)
+    started, encoded, hashes = time.monotonic(), 0, dict[str, str]()
+    with StopRequest() as stop, Progress(info.images, "encoding", "images", quiet=quiet) as bar:
+        encoder = Encoder(data, tokenizer, info, where, batch_size, workers, stop, bar)
+        todo = list(range(info.shards))
+        while todo:
+            busy = []
+            for number in todo:
+                encoder.stop_if_asked()
+                with claimed(lock_of(out, number)) as mine:
+                    if not mine:
+                        busy.append(number)
+                        continue
+                    sweep(out, shard_name(number))  # what one that was killed left half-written
+                    found = whole(out, number, info)
+                    if found is None:
+                        found = write_shard(out, number, encoder.shard(number), info)
+                        encoded += info.count(number)
+                    else:
+                        bar.skip(info.count(number))
+                    hashes[f"{shard_name(number)}.safetensors"] = found
+                    encoder.done = len(hashes)
+            if busy == todo:  # all that is left is in other hands, which may finish it or die
+                time.sleep(WAIT_SECONDS)
+            todo = busy
+    with claimed(out / LOCK, wait=True):
+        write_manifest(out, info.files(), hashes)
+    seconds = time.monotonic() - started
+    size = sum((out / name).stat().st_size for name in info.files())
+    return CacheResult(out, info.images, encoded, info.shards, size, seconds, encoded / max(1e-9, seconds))
+
+
+# --- encoding -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoder:
+    """Images of a shard to its tensors."""
+
+    data: ImageData
+    tokenizer: Tokenizer
+    info: CacheInfo
+    where: torch.device
+    batch_size: int
+    workers: int
+    stop: StopRequest
+    bar: Progress
+    done: int = 0  # whole shards
+
+    def shard(self, number: int) -> dict[str, Tensor]:
+        """What a shard holds: its batches begin with it, so that they are the same whoever encodes it."""
+        info, first, count = self.info, number * self.info.shard_images, self.info.count(number)
+        names = ("moments", "moments_flip") if info.flip else ("moments",)
+        tensors = {name: torch.empty(count, *info.moments, dtype=DTYPES[info.dtype]) for name in names}
+        labels = []
+        for batch in Loader(InOrder(self.data, first, first + count, self.batch_size), self.workers):
+            self.stop_if_asked()
+            images = to_float(batch.images.to(self.where))  # (B, c, H, W)
+            place = slice(batch.first - first, batch.first - first + len(batch))
+            for name in names:
+                view = images if name == "moments" else images.flip(-1)
+                tensors[name][place] = encode(self.tokenizer, view).to(tensors[name].dtype)  # (B, m, h, w)
+                if not bool(torch.isfinite(tensors[name][place]).all()):
+                    raise NumericsError(
+                        f"the {name} of images {self.data.name(int(batch.index[0]))}, ... are not finite as "
+                        f"{info.dtype}; nothing of them was written; use dtype float32 or another tokenizer"
+                    )
+            if batch.labels is not None:
+                labels.append(batch.labels.long())
+            self.bar.advance(len(batch))
+        return {**tensors, "labels": torch.cat(labels)} if labels else tensors
+
+    def stop_if_asked(self) -> None:
+        if self.stop.requested:
+            raise Stopped(
+                f"{self.stop.requested}: stopped with {self.done} of {self.info.shards} shards whole; "
+                "the same command goes on with the rest"
+            )
+
+
+@torch.no_grad()
+def encode(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """Images (B, c, H, W) -> moments (B, m, h, w) float32 on the CPU."""
+    return tokenizer.moments(images).float().cpu()
+
+
+# --- the folder ---------------------------------------------------------------------------------------------------
+
+
+def lock_of(out: Path, number: int) -> Path:
+    return out / f".{shard_name(number)}.lock"
+
+
+def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> None:
+    """Write what the cache is, or check that it is this one."""
+    with claimed(out / LOCK, wait=True):
+        for name in (CACHE, SOURCES, MANIFEST):
+            sweep(out, name.removesuffix(".json"))
+        there = {path.name for path in out.iterdir() if not path.name.startswith((".", "shard-"))}
+        foreign = sorted(there - {CACHE, SOURCES, MANIFEST})
+        if foreign:
+            raise UsageError(f"out: {out} holds {foreign[0]!r}, which is no part of a cache; choose another folder")
+        if sealed(out / CACHE):
+            refuse_other(read_info(out / CACHE), info, tokenizer, out)
+        else:  # each shard there may be knows by its key whether it belongs to what is written now
+            write_sealed(out / CACHE, info.model_dump(mode="json"))
+        if not sealed(out / SOURCES):
+            names = [data.name(i) for i in range(data.count)]
+            write_sealed(out / SOURCES, {"names": names, "left_out": dict(data.bad)})
+
+
+def sealed(path: Path) -> bool:
+    """Whether the file is there and whole; says so where it is there and isn't."""
+    try:
+        read_sealed(path)
+    except CheckpointError as error:
+        if path.exists():
+            print(f"mending: {error}", file=sys.stderr)  # noqa: T201
+        return False
+    return True
+
+
+def refuse_other(before: CacheInfo, now: CacheInfo, tokenizer: Tokenizer, out: Path) -> None:
+    """Go on with the same settings only; name the first that differs."""
+    theirs, ours = before.model_dump(mode="json"), now.model_dump(mode="json")
+    for field, name in SETTINGS.items():
+        if field == "moments_fingerprint":
+            check_moments(before, tokenizer, out)
+        elif theirs[field] != ours[field]:
+            shown = f"{clip(theirs[field])}, now {clip(ours[field])}" if field != "data_fingerprint" else "others"
+            raise ConfigError(f"{name}: {out} was begun with {shown}; change it back, or choose another folder")
+
+
+def clip(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def sweep(out: Path, stem: str) -> None:
+    """Delete temporary files of `stem` that a killed process left; its lock must be held."""
+    for path in out.glob(f".{stem}.*"):
+        if path.suffix != ".lock":
+            path.unlink(missing_ok=True)
+
+
+def whole(out: Path, number: int, info: CacheInfo) -> str | None:
+    """The sha256 of a shard that is what the file beside it says; None where it has to be made, which is said."""
+    path, beside = (out / f"{shard_name(number)}{suffix}" for suffix in (".safetensors", ".json"))
+    if not beside.is_file():
+        return None
+    try:
+        stated = json.loads(beside.read_text(encoding="utf-8"))
+        if stated == sidecar(path, number, info):
+            return str(stated["sha256"])
+    except (ValueError, OSError):
+        pass
+    print(f"mending: {path} is not what {beside.name} says; encoding its images again", file=sys.stderr)  # noqa: T201
+    return None
+
+
+def sidecar(path: Path, number: int, info: CacheInfo) -> dict[str, Any]:
+    """What the file beside a shard says of it as it is on the disk."""
+    return {"images": info.count(number), "bytes": path.stat().st_size, "sha256": sha256(path), "key": info.key()}
+
+
+def write_shard(out: Path, number: int, tensors: dict[str, Tensor], info: CacheInfo) -> str:
+    """Write a shard and then the file beside it; return its sha256."""
+    path = atomic_write(out / f"{shard_name(number)}.safetensors", lambda file: write_tensors(file, tensors))
+    stated = sidecar(path, number, info)
+    write_json(out / f"{shard_name(number)}.json", stated)
+    return str(stated["sha256"])
