@@ -37,3 +37,11 @@ def test_a_resumed_run_measures_its_own_rate(monkeypatch: pytest.MonkeyPatch) ->
         now += 10.0
         bar.advance(20)
         assert bar.rate == pytest.approx(2.0) and bar.eta == pytest.approx(10.0)
+
+
+def test_what_was_there_already_says_nothing_about_the_rate() -> None:
+    with Progress(10, "encoding", "images") as bar:
+        bar.skip(4)
+        assert (bar.done, bar.rate, bar.eta) == (4, 0.0, float("inf"))
+        bar.advance(2)
+        assert bar.done == 6 and bar.rate > 0

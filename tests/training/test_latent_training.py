@@ -16,7 +16,6 @@ from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.cli.main import run
 from seriatim.models.build import seeded
 from seriatim.tokenizers.kl import KL
-from seriatim.training.images import load_pixels
 
 SMALL = [
     "data.size=16", "model.width=32", "model.depth=1", "model.heads=2", "model.buffer=2",

@@ -459,6 +459,25 @@ def test_training_with_other_weights(tmp_path: Path, pets: Path, monkeypatch: py
         setup.build(recipe)
 
 
+def test_beginning_with_a_model_of_other_tokenizer_weights(
+    tmp_path: Path, pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokenizer comes with it, and is not the one that made the cache."""
+
+    class Other(Fuzzy):
+        def __init__(self, size: list[int], channels: int = 3, gain: float = 1.5, unit: float = 1.0) -> None:
+            super().__init__(size, channels, gain, unit)
+            self.weight.data += 1.0
+
+    monkeypatch.setitem(TOKENIZERS, "fuzzy", Other)
+    train(recipe_of(pets, "training.images=8", kind="fuzzy"), tmp_path / "other", quiet=True)
+    monkeypatch.setitem(TOKENIZERS, "fuzzy", Fuzzy)
+    make(pets, tmp_path / "c", kind="fuzzy")
+    begin = f"training.init_from={tmp_path / 'other' / 'model'}"
+    with pytest.raises(ConfigError, match=r"^tokenizer: .* was made with other weights"):
+        train(recipe_of(cached(tmp_path / "c"), begin, kind="fuzzy"), tmp_path / "run", quiet=True)
+
+
 def test_training_with_a_tokenizer_that_needs_images(
     tmp_path: Path, pets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
