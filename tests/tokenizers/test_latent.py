@@ -60,9 +60,7 @@ class Fake(nn.Module):
         return (x,)
 
 
-def fake(
-    statistics: Statistics = "channel", patch: int = 1, logvar: tuple[float, float] | None = (0.0, 2.0)
-) -> Latent:
+def fake(statistics: Statistics = "channel", patch: int = 1, logvar: tuple[float, float] | None = (0.0, 2.0)) -> Latent:
     return Latent(
         Fake(logvar),
         8,
