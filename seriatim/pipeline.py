@@ -92,9 +92,12 @@ class Pipeline:
         return {k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep") if k in options}
 
     def label_index(self, label: Label) -> int:
-        """The number of a class given by number or name; -1 for None. A name goes before a number in digits."""
+        """The number of a class given by number or name; -1 for None, which "none" stands for on a command line.
+
+        A name goes before a number in digits.
+        """
         classes, names = self.model.classes, self.class_names
-        if label is None:
+        if label is None or (label == "none" and label not in names):
             return -1
         if isinstance(label, str):
             if label in names:

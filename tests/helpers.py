@@ -62,3 +62,8 @@ def read_picture(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
         return image
+
+
+def cases(folder: Path, pattern: str, marker: str) -> list[tuple[str, Path]]:
+    """(case, file) of each file that matches; the case is what comes before `marker` in its name."""
+    return [(path.name.split(marker)[0], path) for path in sorted(folder.glob(pattern))]

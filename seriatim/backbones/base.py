@@ -27,6 +27,11 @@ class Backbone(nn.Module):
     z_dim: int
     config: dict[str, Any]
 
+    @staticmethod
+    def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:
+        """Weights learned on a grid (h, w) of tokens, for another grid; by default they don't depend on it."""
+        return state
+
     def start(self, condition: Tensor, B: int) -> Any:
         """The state for sampling or scoring B images; condition (B, width). Caches live in the state."""
         raise NotImplementedError(f"{type(self).__name__} lacks start()")

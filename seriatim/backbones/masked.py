@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from seriatim.backbones.base import Backbone
 from seriatim.core.errors import UsageError
 from seriatim.nn.blocks import NORM_EPS, Block, xavier
-from seriatim.nn.position import learned_positions
+from seriatim.nn.position import learned_positions, resized_positions
 
 ROW_CAP = 1 << 16  # rows (images x positions) in one pass without gradients: bounds memory
 
@@ -94,6 +94,12 @@ class Masked(Backbone):
         self.decoder_norm = nn.LayerNorm(C, eps=NORM_EPS)
         self.output_positions = learned_positions(tokens, C)
         xavier(self)
+
+    @staticmethod
+    def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:
+        """Weights of this backbone, learned on a grid (h, w) of tokens, for another: positions are interpolated."""
+        learned = ("encoder_positions", "decoder_positions", "output_positions")
+        return {k: resized_positions(t, grid, other) if k.endswith(learned) else t for k, t in state.items()}
 
     def start(self, condition: Tensor, B: int) -> MaskedState:
         assert condition.shape == (B, self.width), f"condition {tuple(condition.shape)} is not {(B, self.width)}"

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from seriatim import __version__
+from seriatim.cli.convert import convert, export
 from seriatim.cli.demo import demo
 from seriatim.cli.doctor import doctor
 from seriatim.cli.measure import measure_latents
@@ -56,6 +57,8 @@ app.command()(measure_latents)
 app.command()(models)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
+app.add_typer(convert, name="convert")
+app.add_typer(export, name="export")
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -17,7 +17,7 @@ SMALL = 4_000_000
 def sample(
     model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
     label: Annotated[
-        list[str] | None, typer.Option(help="A class by name or number; repeat it. Default: every class.")
+        list[str] | None, typer.Option(help="A class by name or number, or none; repeat it. Default: every class.")
     ] = None,
     num_images_per_label: Annotated[int | None, typer.Option(help="Images of each class.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; higher is more typical.")] = None,

@@ -5,12 +5,26 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def learned_positions(count: int, width: int) -> nn.Parameter:
     """A learned vector for each of `count` positions: (count, width), drawn from N(0, 0.02)."""
     return nn.Parameter(torch.randn(count, width) * 0.02)
+
+
+def resized_positions(positions: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:
+    """Vectors (P, width) learned for a grid (h, w), bicubic for another: (P - h w + h' w', width).
+
+    What comes before the grid's (a buffer) stays as it is.
+    """
+    if grid == other:
+        return positions
+    (h, w), first = grid, len(positions) - grid[0] * grid[1]
+    image = positions[first:].T.reshape(1, -1, h, w)  # (1, width, h, w)
+    image = F.interpolate(image.float(), other, mode="bicubic", antialias=True)
+    return torch.cat([positions[:first], image.flatten(2)[0].T.to(positions.dtype)])
 
 
 def sinusoid(t: Tensor, width: int = 256, longest: float = 10000.0) -> Tensor:

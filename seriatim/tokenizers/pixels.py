@@ -23,9 +23,23 @@ class Pixels(Tokenizer):
     """Patches of pixels, each feature normalised to zero mean and unit variance over the training images.
 
     A side that p does not divide is continued by its last row or column and cut off again by `decode`.
+
+    Neighbouring pixels are so alike that nearly all of a patch's variance lies in a few directions, its mean colour
+    first; all other features are fine grain that a model must learn to draw as well. `components` keeps the first
+    principal components alone (decoding is then no longer exact). `whiten` divides component i by its standard deviation
+    to that power: 0 leaves their spread as it is, 1 makes it the same. The mean variance of a feature is 1.
     """
 
-    def __init__(self, size: int | Sequence[int], patch: int = 1, channels: int = 3, *, levels: int = 256) -> None:
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        patch: int = 1,
+        channels: int = 3,
+        *,
+        levels: int = 256,
+        components: int | None = None,  # features of a token; None: all of the patch
+        whiten: float = 0.0,
+    ) -> None:
         super().__init__()
         H, W = (size, size) if isinstance(size, int) else tuple(size)
         if channels not in (1, 3):
@@ -34,14 +48,25 @@ class Pixels(Tokenizer):
             raise UsageError(f"patch: {patch!r} is not allowed for {H}x{W} pixels; it must be from 1 to {min(H, W)}")
         if levels < 2:
             raise UsageError(f"levels: {levels!r} is not allowed; a pixel has at least 2 values")
-        self.size, self.patch, self.channels, self.levels = (H, W), patch, channels, levels
+        if not 0 <= whiten <= 1:
+            raise UsageError(f"whiten: {whiten!r} is not allowed; it must be from 0 (not at all) to 1 (wholly)")
+        features = channels * patch * patch
+        if components is not None and not 1 <= components <= features:
+            raise UsageError(f"components: {components!r} is not allowed; a patch has 1 to {features}")
+        self.size, self.patch, self.channels, self.levels, self.whiten = (H, W), patch, channels, levels, whiten
         self.grid = (-(-H // patch), -(-W // patch))
-        self.dim = channels * patch * patch
+        self.dim = components or features
+        self.rotated = bool(components or whiten)
         self.config = {"size": [H, W], "patch": patch, "channels": channels, "levels": levels}
+        if self.rotated:  # absent in folders written before there was a choice
+            self.config |= {"components": components, "whiten": whiten}
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.zeros(self.dim))
+        self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("std", torch.ones(self.dim))
+        self.basis: Tensor
+        if self.rotated:
+            self.register_buffer("basis", torch.eye(features)[:, : self.dim])  # principal components, one a column
 
     def moments(self, images: Tensor) -> Tensor:
         """(B, c, H, W) -> (B, c, h p, w p): the pixels themselves; their posterior is a point."""
@@ -50,22 +75,35 @@ class Pixels(Tokenizer):
         return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
 
     def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
-        return (patchify(moments, self.patch) - self.mean) / self.std  # (B, L, D)
+        features = patchify(moments, self.patch) - self.mean  # (B, L, D)
+        return (features @ self.basis if self.rotated else features) / self.std
 
     def decode(self, tokens: Tensor) -> Tensor:
-        images = unpatchify(tokens * self.std + self.mean, self.patch, *self.grid)  # (B, c, h p, w p)
+        features = tokens * self.std
+        features = (features @ self.basis.T if self.rotated else features) + self.mean
+        images = unpatchify(features, self.patch, *self.grid)  # (B, c, h p, w p)
         return images[..., : self.size[0], : self.size[1]].clamp(-1, 1)
 
     def fit(self, batches: Iterable[Tensor]) -> None:
         count = 0
-        total, squares = torch.zeros(2, self.dim, dtype=torch.float64)
+        size = len(self.mean)
+        total, products = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
         for images in batches:
             features = patchify(self.moments(images), self.patch).flatten(0, 1).double()  # (B L, D)
             count += len(features)
             total += features.sum(dim=0)
-            squares += features.square().sum(dim=0)
+            products += features.T @ features
         if not count:
             raise DataError("no images to measure: the pixel tokenizer needs at least one")
         mean = total / count
         self.mean.copy_(mean)
-        self.std.copy_((squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=STD_FLOOR))
+        covariance = products / count - mean.outer(mean)
+        if not self.rotated:
+            self.std.copy_(covariance.diagonal().clamp(min=0).sqrt().clamp(min=STD_FLOOR))
+            return
+        variance, basis = (t.flip(-1)[..., : self.dim] for t in torch.linalg.eigh(covariance))  # largest first
+        deviation = variance.clamp(min=0).sqrt().clamp(min=STD_FLOOR)
+        largest = basis.abs().argmax(dim=0, keepdim=True)
+        self.basis.copy_(basis * basis.gather(0, largest).sign())  # a component's sign is arbitrary: fixed here
+        std = deviation**self.whiten
+        self.std.copy_(std * (deviation / std).square().mean().sqrt())  # the mean variance of a feature is 1

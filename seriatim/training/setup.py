@@ -129,15 +129,18 @@ def flat(recipe: Recipe) -> dict[str, Any]:
 def initialise_from(folder: str, model: MaskedModel, tokenizer: Tokenizer, class_names: list[str]) -> None:
     """Begin with another model's weights and token statistics; a class it has under the same name keeps its vector.
 
-    Everything but the classes must have the same shapes.
+    Everything must have the same shapes but for the classes, and the grid of tokens, to which positions are
+    interpolated.
     """
     source: Bundle = load_bundle(folder)
-    if source.tokenizer.config != tokenizer.config:
+    before, now = ({k: v for k, v in t.config.items() if k != "size"} for t in (source.tokenizer, tokenizer))
+    if before != now:
         raise ConfigError(
             f"training.init_from: {folder} has the tokenizer {source.tokenizer.config}, the recipe {tokenizer.config}; "
-            "they must be equal"
+            "they may differ in their size alone"
         )
     theirs, ours = source.model.state_dict(), model.state_dict()
+    theirs = model.backbone.resized(theirs, source.tokenizer.grid, tokenizer.grid)
     for name, tensor in ours.items():
         if name == "class_embedding":
             continue

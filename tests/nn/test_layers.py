@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
 from seriatim.nn.attention import Attention, attend
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.nn.position import sinusoid
+from seriatim.nn.position import resized_positions, sinusoid
 
 
 @settings(deadline=None, max_examples=30)
@@ -83,3 +83,20 @@ def test_sinusoid() -> None:
     assert torch.equal(out[0], torch.tensor([1.0] * 4 + [0.0] * 4)), "cosines first"
     angle = 7 * math.exp(-math.log(10000) * 2 / 4)
     assert out[1, 2] == pytest.approx(math.cos(angle)) and out[1, 6] == pytest.approx(math.sin(angle))
+
+
+def test_positions_for_another_grid() -> None:
+    rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(4.0), indexing="ij")
+    grid = torch.stack([rows, columns, torch.full_like(rows, 3.0)], dim=-1).view(24, 3)
+    learned = torch.cat([torch.full((2, 3), 7.0), grid])  # a buffer of two in front
+    assert torch.equal(resized_positions(learned, (6, 4), (6, 4)), learned)
+    larger = resized_positions(learned, (6, 4), (12, 8))
+    assert larger.shape == (2 + 96, 3) and torch.equal(larger[:2], learned[:2])
+    image = larger[2:].view(12, 8, 3)
+    centres = (torch.arange(12.0) + 0.5) / 2 - 0.5  # where the larger grid's cells lie in the smaller's
+    assert torch.allclose(image[4:8, 0, 0], centres[4:8], atol=1e-5), "a ramp stays a ramp, and rows stay rows"
+    assert torch.allclose(image[0, 3:5, 1], centres[3:5], atol=0.05) and torch.allclose(
+        image[..., 2], torch.tensor(3.0)
+    )
+    other = resized_positions(learned, (6, 4), (3, 8))
+    assert other.shape == (2 + 24, 3) and other[2:].view(3, 8, 3)[1, 4, 0] == pytest.approx(2.5)

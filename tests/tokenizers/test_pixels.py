@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seriatim.core.errors import ConfigError, DataError, UsageError
+from seriatim.nn.patch import patchify
 from seriatim.tokenizers.base import to_uint8
 from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.pixels import STD_FLOOR, Pixels
@@ -90,3 +92,54 @@ def test_bad_settings_are_named(arguments: dict[str, Any], words: str) -> None:
 def test_images_of_another_size_are_refused() -> None:
     with pytest.raises(DataError, match=r"images: shape \(1, 3, 8, 8\) is not \(B, 1, 8, 8\)"):
         Pixels(8, 2, 1).moments(torch.zeros(1, 3, 8, 8))
+
+
+def test_whitening_evens_out_the_components_of_a_patch() -> None:
+    """Smooth images: wholly whitened, tokens have the unit covariance; half, the roots; and decoding undoes it."""
+    seeded = torch.Generator().manual_seed(0)
+    smooth = F.interpolate(torch.randn(400, 3, 4, 4, generator=seeded), 16, mode="bilinear").clamp(-1, 1) * 0.9
+    images = (smooth + 0.1 * torch.randn(400, 3, 16, 16, generator=seeded)).clamp(-1, 1)
+    plain = Pixels(16, 4)
+    plain.fit([images])
+    spreads = {}
+    for whiten in (0.5, 1.0):
+        tokenizer = Pixels(16, 4, whiten=whiten)
+        tokenizer.fit(images.split(150))
+        tokens = tokenizer.tokens(images)
+        assert torch.allclose(tokenizer.decode(tokens), images, atol=1e-5)
+        covariance = tokens.flatten(0, 1).T.cov(correction=0)
+        assert covariance.diagonal().mean() == pytest.approx(1.0, abs=1e-4)
+        assert (covariance - covariance.diagonal().diag()).abs().max() < 1e-4, "components don't vary together"
+        spreads[whiten] = (covariance.diagonal().max() / covariance.diagonal().min()).item()
+        again = Pixels(**tokenizer.config)
+        again.load_state_dict(tokenizer.state_dict())
+        assert torch.equal(again.tokens(images), tokens)
+    of_pixels = torch.linalg.eigvalsh(plain.tokens(images).flatten(0, 1).T.cov())
+    assert spreads[1.0] == pytest.approx(1.0, abs=1e-3) and 5 < spreads[0.5] < of_pixels.max() / of_pixels.min()
+    with pytest.raises(UsageError, match="whiten: 2 is not allowed"):
+        Pixels(16, 4, whiten=2)
+
+
+def test_a_patch_of_one_colour_is_not_blown_up() -> None:
+    tokenizer = Pixels(8, 4, whiten=1.0)
+    flat = torch.linspace(-0.5, 0.5, 20).view(20, 1, 1, 1).expand(20, 3, 8, 8)
+    tokenizer.fit([flat])
+    assert torch.isfinite(tokenizer.tokens(flat)).all() and tokenizer.tokens(flat).abs().max() < 20
+    assert torch.allclose(tokenizer.decode(tokenizer.tokens(flat)), flat, atol=1e-5)
+
+
+def test_components_keep_what_varies_most() -> None:
+    """The error of decoding is the variance of the components left out: no other choice of as many loses less."""
+    images = torch.rand(200, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 0.2 - 0.1
+    images = images + torch.linspace(-0.6, 0.6, 200).view(-1, 1, 1, 1) + torch.linspace(-0.2, 0.2, 16).view(1, 1, 1, -1)
+    patches = patchify(images, 4).flatten(0, 1).double()
+    variances = torch.linalg.eigvalsh(patches.T.cov(correction=0)).flip(0)
+    for count in (1, 6, 48):
+        tokenizer = Pixels(16, 4, components=count, whiten=0.5)
+        tokenizer.fit([images])
+        tokens = tokenizer.tokens(images)
+        assert tokens.shape == (200, 16, count) and tokenizer.dim == count
+        error = (tokenizer.decode(tokens) - images).square().mean().item()
+        assert error == pytest.approx(variances[count:].sum().item() / 48, rel=1e-3, abs=1e-9)
+    with pytest.raises(UsageError, match="components: 49 is not allowed"):
+        Pixels(16, 4, components=49)

@@ -413,6 +413,28 @@ def test_another_models_weights_with_other_classes(tmp_path: Path, folder: Path)
         )
 
 
+def test_another_models_weights_on_another_grid(tmp_path: Path, folder: Path) -> None:
+    """Fine-tuning at twice the size: positions are interpolated, the rest is taken as it is."""
+    import seriatim
+
+    common = [f"data.path={folder}", "sampling.num_inference_steps=4", "model.width=32", "training.batch_size=8"]
+    train(
+        read_recipe("mar-cifar10-tiny", [*common, "data.size=16", "training.images=64"]), tmp_path / "small", quiet=True
+    )
+    larger = [*common, "data.size=32", f"training.init_from={tmp_path / 'small'}"]
+    still = ["training.images=1", "training.learning_rate=1.0e-12"]
+    train(read_recipe("mar-cifar10-tiny", [*larger, *still]), tmp_path / "large", quiet=True)
+    one, two = (seriatim.load(tmp_path / name, device="cpu").model.backbone for name in ("small", "large"))
+    assert (one.tokens, two.tokens) == (16, 64)
+    assert torch.allclose(one.mask_token, two.mask_token, atol=1e-6)
+    buffer = one.buffer
+    assert torch.allclose(one.encoder_positions[:buffer], two.encoder_positions[:buffer], atol=1e-6)
+    near = one.output_positions.view(4, 4, -1).mean(dim=(0, 1)), two.output_positions.view(8, 8, -1).mean(dim=(0, 1))
+    assert torch.allclose(*near, atol=0.01) and two.output_positions.std() > 0.5 * one.output_positions.std()
+    with pytest.raises(ConfigError, match="may differ in their size alone"):
+        train(read_recipe("mar-cifar10-tiny", [*larger, "tokenizer.patch=8"]), tmp_path / "other", quiet=True)
+
+
 def test_samples_and_a_timeline(tmp_path: Path) -> None:
     recipe = tiny(
         "training.images=96",

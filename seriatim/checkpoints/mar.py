@@ -1,0 +1,205 @@
+"""MAR's official checkpoints (Li et al. 2024): `checkpoint-last.pth`, or one safetensors file for each size.
+
+The table says what each tensor is called there and here. Sizes follow from shapes; what shapes don't reveal (attention
+heads) comes from the preset with the same sizes, or from the caller.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.checkpoints.native import Bundle
+from seriatim.checkpoints.official import OfficialFile, complain, renamed
+from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
+from seriatim.models.build import build_model, model_config
+from seriatim.models.masked import MaskedModel
+from seriatim.tokenizers.base import Tokenizer
+from seriatim.zoo import PRESETS, Preset
+
+ENTRIES = ("model_ema", "model")  # of an official file; the average is what its authors sample from
+NAMES = {"mar-b": "mar-base", "mar-l": "mar-large", "mar-h": "mar-huge"}  # of files that hold one size each
+
+# ours -> official; {i} is a number
+TABLE = {
+    "no_class": "fake_latent",
+    "class_embedding": "class_emb.weight",
+    "backbone.token_embed.{p}": "z_proj.{p}",
+    "backbone.embed_norm.{p}": "z_proj_ln.{p}",
+    "backbone.encoder_positions": "encoder_pos_embed_learned",
+    "backbone.encoder.{i}.norm1.{p}": "encoder_blocks.{i}.norm1.{p}",
+    "backbone.encoder.{i}.attention.qkv.{p}": "encoder_blocks.{i}.attn.qkv.{p}",
+    "backbone.encoder.{i}.attention.proj.{p}": "encoder_blocks.{i}.attn.proj.{p}",
+    "backbone.encoder.{i}.norm2.{p}": "encoder_blocks.{i}.norm2.{p}",
+    "backbone.encoder.{i}.mlp.fc1.{p}": "encoder_blocks.{i}.mlp.fc1.{p}",
+    "backbone.encoder.{i}.mlp.fc2.{p}": "encoder_blocks.{i}.mlp.fc2.{p}",
+    "backbone.encoder_norm.{p}": "encoder_norm.{p}",
+    "backbone.decoder_embed.{p}": "decoder_embed.{p}",
+    "backbone.mask_token": "mask_token",
+    "backbone.decoder_positions": "decoder_pos_embed_learned",
+    "backbone.decoder.{i}.norm1.{p}": "decoder_blocks.{i}.norm1.{p}",
+    "backbone.decoder.{i}.attention.qkv.{p}": "decoder_blocks.{i}.attn.qkv.{p}",
+    "backbone.decoder.{i}.attention.proj.{p}": "decoder_blocks.{i}.attn.proj.{p}",
+    "backbone.decoder.{i}.norm2.{p}": "decoder_blocks.{i}.norm2.{p}",
+    "backbone.decoder.{i}.mlp.fc1.{p}": "decoder_blocks.{i}.mlp.fc1.{p}",
+    "backbone.decoder.{i}.mlp.fc2.{p}": "decoder_blocks.{i}.mlp.fc2.{p}",
+    "backbone.decoder_norm.{p}": "decoder_norm.{p}",
+    "backbone.output_positions": "diffusion_pos_embed_learned",
+    "head.time_embed.0.{p}": "diffloss.net.time_embed.mlp.0.{p}",
+    "head.time_embed.2.{p}": "diffloss.net.time_embed.mlp.2.{p}",
+    "head.z_embed.{p}": "diffloss.net.cond_embed.{p}",
+    "head.x_embed.{p}": "diffloss.net.input_proj.{p}",
+    "head.blocks.{i}.norm.{p}": "diffloss.net.res_blocks.{i}.in_ln.{p}",
+    "head.blocks.{i}.fc1.{p}": "diffloss.net.res_blocks.{i}.mlp.0.{p}",
+    "head.blocks.{i}.fc2.{p}": "diffloss.net.res_blocks.{i}.mlp.2.{p}",
+    "head.blocks.{i}.modulation.{p}": "diffloss.net.res_blocks.{i}.adaLN_modulation.1.{p}",
+    "head.final.modulation.{p}": "diffloss.net.final_layer.adaLN_modulation.1.{p}",
+    "head.final.linear.{p}": "diffloss.net.final_layer.linear.{p}",
+}
+# Official tensors with one more axis in front than ours
+UNSQUEEZED = {"mask_token", "encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"}
+
+
+def official_name(ours: str) -> str:
+    """What the official code calls our tensor."""
+    blocks = re.match(r"(backbone\.encoder|backbone\.decoder|head\.blocks)\.(\d+)\.", ours)
+    number = blocks[2] if blocks else ""
+    key = ours.replace(f".{number}.", ".{i}.", 1) if blocks else ours
+    if key not in TABLE:
+        stem, _, last = key.rpartition(".")
+        key = f"{stem}.{{p}}"
+        return TABLE[key].format(i=number, p=last)
+    return TABLE[key].format(i=number)
+
+
+def model_from_mar(
+    file: OfficialFile, *, heads: int | tuple[int, int] | None = None, preset: str | None = None
+) -> MaskedModel:
+    """The model of an official file, strictly: every tensor is used, none is missing, all are finite.
+
+    Raises CheckpointError, one line that names the tensor.
+    """
+    config = infer(file.tensors, str(file.path))
+    known = named_preset(config, preset, str(file.path))
+    if heads is not None:
+        config["heads"] = list(heads) if isinstance(heads, tuple) else [heads, heads]
+    elif known is not None:
+        config["heads"] = [known.model["heads"]] * 2
+    else:
+        raise UsageError(
+            f"heads: {file.path} has {config['depth'][0]}+{config['depth'][1]} blocks of width {config['width'][0]}, "
+            "which is no preset's, and weights don't tell the number of attention heads; give it"
+        )
+    config["head"]["draws"] = int(file.arguments.get("diffusion_batch_mul", 4))
+    for ours, theirs in (("dropout", "proj_dropout"), ("label_dropout", "label_drop_prob"),
+                         ("min_mask_ratio", "mask_ratio_min")):  # fmt: skip
+        if theirs in file.arguments:
+            config[ours] = float(file.arguments[theirs])
+    try:
+        with torch.device("meta"):  # no memory and no random numbers for weights that are about to come
+            model = build_model(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{file.path}: its shapes make no model ({one_line(error)})") from error
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.load_state_dict(renamed(file.tensors, wanted, official_name, str(file.path)), assign=True)
+    return model.eval()
+
+
+def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """Every size that shapes reveal, as a config of `build_model` without heads."""
+
+    def shape(name: str, axes: int) -> list[int]:
+        if name not in tensors:
+            complain(where, "lacks", [name])
+        if tensors[name].ndim != axes:
+            raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, not {axes} axes")
+        return list(tensors[name].shape)
+
+    def count(prefix: str) -> int:
+        found = {int(m[1]) for name in tensors if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))}
+        if found != set(range(len(found))) or not found:
+            missing = min(set(range(len(found) + 1)) - found)
+            raise CheckpointError(f"{where} lacks tensor '{prefix}.{missing}.*'; is it another model's?")
+        return len(found)
+
+    width, dim = shape("z_proj.weight", 2)
+    _, tokens, z_dim = shape("diffusion_pos_embed_learned", 3)
+    _, rows, _ = shape("encoder_pos_embed_learned", 3)
+    hidden, _ = shape("encoder_blocks.0.mlp.fc1.weight", 2)
+    head_width, _ = shape("diffloss.net.input_proj.weight", 2)
+    if rows <= tokens:
+        raise CheckpointError(f"{where}: 'encoder_pos_embed_learned' has {rows} rows for {tokens} tokens and a buffer")
+    return {
+        "kind": "masked",
+        "tokens": tokens,
+        "dim": dim,
+        "width": [width, z_dim],
+        "depth": [count("encoder_blocks"), count("decoder_blocks")],
+        "buffer": rows - tokens,
+        "mlp_ratio": hidden / width,
+        "classes": shape("class_emb.weight", 2)[0] if "class_emb.weight" in tensors else 0,
+        "head": {"kind": "diffusion", "width": head_width, "depth": count("diffloss.net.res_blocks")},
+    }
+
+
+def named_preset(config: Mapping[str, Any], name: str | None, where: str) -> Preset | None:
+    """The preset called `name`, or the one with the sizes of `config`; None where there is none."""
+
+    def sizes(model: Mapping[str, Any]) -> tuple[Any, ...]:
+        both = [value if isinstance(value, list) else [value] * 2 for value in (model["width"], model["depth"])]
+        return (*both, model["head"]["width"], model["head"]["depth"])
+
+    if name is not None:
+        preset = PRESETS[name]
+        if sizes(preset.model)[:2] != sizes(config)[:2]:
+            (width, _), (depth, _) = sizes(config)[:2]
+            raise CheckpointError(f"{where}: has {depth} blocks of width {width}, which is not {name}")
+        return preset
+    return next((p for p in PRESETS.values() if sizes(p.model)[:2] == sizes(config)[:2]), None)
+
+
+def bundle_from_mar(file: OfficialFile, tokenizer: Tokenizer, class_names: list[str], **options: Any) -> Bundle:
+    """A model folder's content: model, tokenizer, the authors' sampling settings where the sizes are a preset's."""
+    model = model_from_mar(file, **options)
+    if (tokenizer.count, tokenizer.dim) != (model.backbone.tokens, model.backbone.dim):
+        raise UsageError(
+            f"vae: makes {tokenizer.count} tokens of {tokenizer.dim} features from {tokenizer.size[0]}x"
+            f"{tokenizer.size[1]} pixels, the model takes {model.backbone.tokens} of {model.backbone.dim}; "
+            "it is not the autoencoder that this model was trained with"
+        )
+    if class_names and len(class_names) != model.classes:
+        raise UsageError(f"class_names: {len(class_names)} names for a model of {model.classes} classes")
+    config = model_config(model)
+    preset = named_preset(config, None, str(file.path))
+    sampling = dict(preset.sampling) if preset else {"guidance_schedule": "linear", "num_diffusion_steps": 100}
+    if "cfg" in file.arguments and not preset:
+        sampling["guidance_scale"] = float(file.arguments["cfg"])
+    provenance = {"converted_from": file.path.name, "weights": file.which, "preset": preset.name if preset else None}
+    return Bundle(model, tokenizer, class_names, sampling, provenance)
+
+
+def mar_tensors(model: MaskedModel) -> dict[str, Tensor]:
+    """The weights under their official names and shapes; raises UsageError for a model that isn't MAR's."""
+    if type(model) is not MaskedModel or model_config(model)["backbone"] != "masked":
+        raise UsageError(f"model: {type(model).__name__} can't be written as MAR; it must be a masked model")
+    result = {}
+    for ours, tensor in model.state_dict().items():
+        try:
+            theirs = official_name(ours)
+        except KeyError:
+            raise UsageError(f"model: {ours!r} has no counterpart in MAR; its head must be `diffusion`") from None
+        result[theirs] = tensor.detach()[None] if theirs in UNSQUEEZED else tensor.detach()
+    return result
+
+
+def patch_of(dim: int, channels: int) -> int:
+    """Side of the latent patch that makes tokens of `dim` features."""
+    patch = math.isqrt(dim // channels) if dim % channels == 0 else 0
+    if patch * patch * channels != dim:
+        raise UsageError(f"vae: its latents have {channels} channels; tokens of {dim} features are no patches of them")
+    return patch

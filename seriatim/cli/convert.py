@@ -1,0 +1,198 @@
+"""`seriatim convert` and `seriatim export`: official weights in, official weights out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from seriatim.cli.output import JsonFlag, print_json, print_table, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from seriatim.tokenizers.base import Tokenizer
+
+convert = typer.Typer(no_args_is_help=True, help="Turn official weights into a model folder.")
+export = typer.Typer(no_args_is_help=True, help="Write weights under their official names.")
+
+Weights = Annotated[Path, typer.Argument(help="The downloaded file (.pth, .ckpt, .safetensors).")]
+Out = Annotated[Path, typer.Argument(help="A new folder.")]
+
+
+@convert.command("mar")
+def convert_mar(
+    weights: Annotated[Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder of these.")],
+    out: Out,
+    vae: Annotated[Path, typer.Option(help="Its autoencoder: kl16.ckpt, or a folder that `convert kl16` made.")],
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--raw", help="Averaged or last weights. Default: averaged, where there are.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="mar-b, mar-l or mar-h; usually told by the sizes.")] = None,
+    heads: Annotated[
+        list[int] | None, typer.Option(help="Attention heads, of a model that is no preset; twice: encoder, decoder.")
+    ] = None,
+    class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """MAR (Li et al. 2024). Nothing in a file is run; every tensor must fit."""
+    from seriatim.checkpoints import mar
+    from seriatim.checkpoints.native import replaceable, save_bundle
+    from seriatim.checkpoints.official import one_file, read_official
+    from seriatim.core.errors import UsageError, nearest
+    from seriatim.models.build import parameter_count
+
+    if preset is not None and preset not in mar.NAMES:
+        raise UsageError(f"preset: {preset!r} is not one of MAR's{nearest(preset, mar.NAMES)}")
+    if heads and len(heads) > 2:
+        raise UsageError(
+            f"heads: {heads} is not allowed; give one number, or one for the encoder and one for the decoder"
+        )
+    replaceable(out)
+    which = None if ema is None else mar.ENTRIES[0 if ema else 1]
+    path = one_file(weights, mar.NAMES.get(preset or ""))
+    say(f"reading {path}")
+    file = read_official(path, which=which, entries=mar.ENTRIES)
+    config = mar.infer(file.tensors, str(path))
+    tokenizer = vae_of(vae, config["tokens"], config["dim"])
+    bundle = mar.bundle_from_mar(
+        file, tokenizer, read_names(class_names), heads=(heads[0], heads[-1]) if heads else None, preset=preset
+    )
+    save_bundle(bundle, out)
+    found = {
+        "model": str(out),
+        "weights": file.which,
+        "preset": bundle.provenance["preset"],
+        "parameters": parameter_count(bundle.model),
+        "tensors": len(file.tensors),
+        "tokens": bundle.model.tokens,
+        "classes": bundle.model.classes,
+        "image": list(tokenizer.size),
+    }
+    report(found, json)
+
+
+@convert.command("kl16")
+def convert_kl16(
+    weights: Weights,
+    out: Out,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 256,
+    patch: Annotated[int, typer.Option(help="Latents of a token, side by side.")] = 1,
+    scale: Annotated[float, typer.Option(help="1 / standard deviation of the latents.")] = 0.2325,
+    json: JsonFlag = False,
+) -> None:
+    """MAR's autoencoder KL-16 (and its kin of other sizes), for diffusers' AutoencoderKL."""
+    from seriatim.checkpoints.kl16 import tokenizer_from_kl16
+    from seriatim.checkpoints.native import replaceable
+    from seriatim.checkpoints.official import read_official
+    from seriatim.checkpoints.tokenizer import save_tokenizer
+
+    replaceable(out)
+    file = read_official(weights, entries=("model",))
+    tokenizer = tokenizer_from_kl16(file.tensors, str(weights), size=size, patch=patch, scale=scale)
+    save_tokenizer(tokenizer, out, {"converted_from": file.path.name})
+    found = {
+        "tokenizer": str(out),
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "image": list(tokenizer.size),
+        "tokens": tokenizer.count,
+        "features": tokenizer.dim,
+        "scale": scale,
+    }
+    report(found, json)
+
+
+@export.command("mar")
+def export_mar(
+    model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
+    out: Annotated[Path, typer.Argument(help="The file: .safetensors, or .pth as the official code reads it.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """A masked model with a diffusion head, for the official MAR code."""
+    from seriatim.checkpoints.mar import ENTRIES, mar_tensors
+    from seriatim.checkpoints.native import load_bundle
+
+    tensors = mar_tensors(load_bundle(model).model)
+    write_official(tensors, out, ENTRIES, overwrite)
+
+
+@export.command("kl16")
+def export_kl16(
+    model: Annotated[Path, typer.Argument(help="A folder with a `kl` tokenizer: a tokenizer, a model or a run.")],
+    out: Annotated[Path, typer.Argument(help="The file: .safetensors, or .ckpt as the official code reads it.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """A `kl` tokenizer, for the official MAR code."""
+    from seriatim.checkpoints.kl16 import kl16_from_tokenizer
+    from seriatim.checkpoints.tokenizer import load_tokenizer
+    from seriatim.core.errors import UsageError
+    from seriatim.tokenizers.kl import KL
+
+    tokenizer = load_tokenizer(model)
+    if not isinstance(tokenizer, KL):
+        raise UsageError(
+            f"model: {model} has the tokenizer {type(tokenizer).__name__}; only `kl` can be written as KL-16"
+        )
+    write_official(kl16_from_tokenizer(tokenizer), out, ("model",), overwrite)
+
+
+# --- parts --------------------------------------------------------------------------------------------------------
+
+
+def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
+    """The tokenizer of a model with so many tokens and features: from an official file or a folder of ours."""
+    from seriatim.checkpoints.kl16 import tokenizer_from_kl16
+    from seriatim.checkpoints.mar import patch_of
+    from seriatim.checkpoints.official import read_official
+    from seriatim.checkpoints.tokenizer import load_tokenizer
+
+    if path.is_dir():
+        return load_tokenizer(path)
+    file = read_official(path, entries=("model",))
+    kernel = file.tensors.get("post_quant_conv.weight")
+    patch = patch_of(dim, kernel.shape[1]) if kernel is not None else 1  # without: the next line says what is missing
+    levels = sum(name.endswith(".downsample.conv.weight") for name in file.tensors)
+    side = round(tokens**0.5) * patch << levels
+    return tokenizer_from_kl16(file.tensors, str(path), size=side, patch=patch)
+
+
+def read_names(path: Path | None) -> list[str]:
+    from seriatim.core.errors import UsageError, one_line
+
+    if path is None:
+        return []
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"class_names: {path} can't be read ({one_line(error)})") from error
+
+
+def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str, ...], overwrite: bool) -> None:
+    """A safetensors file, or a torch file whose every entry is these tensors."""
+    import torch
+    from safetensors.torch import save_file
+
+    from seriatim.core.errors import UsageError
+    from seriatim.core.files import atomic_write
+
+    if out.exists() and not overwrite:
+        raise UsageError(f"out: {out} exists already; choose another name or pass --overwrite")
+    if out.suffix not in (".safetensors", ".pth", ".pt", ".ckpt"):
+        raise UsageError(f"out: {out} must end in .safetensors, .pth, .pt or .ckpt")
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if out.suffix == ".safetensors":
+        atomic_write(out, lambda file: save_file(whole, file))
+    else:
+        atomic_write(out, lambda file: torch.save({entry: whole for entry in entries}, file))
+    say(f"wrote {out}: {len(whole)} tensors")
+
+
+def report(found: dict[str, object], json: bool) -> None:
+    if json:
+        print_json(found)
+    else:
+        print_table(
+            ("", ""), [(key, f"{value:,}" if isinstance(value, int) else value) for key, value in found.items()]
+        )
