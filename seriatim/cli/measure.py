@@ -49,6 +49,8 @@ def measure_latents(
             }
         )
     pairs = zip(found.mean.tolist(), found.std.tolist(), strict=True)
-    rows = [(i, f"{mean:.4f}", f"{std:.4f}") for i, (mean, std) in enumerate(pairs)]
-    print_table(("channel", "mean", "std"), rows, f"{found.images:,} images, scale {found.scale:.5g} (1 / std of all)")
+    rows = [(str(i), f"{mean:.4f}", f"{std:.4f}", f"{1 / max(std, 1e-9):.4f}") for i, (mean, std) in enumerate(pairs)]
+    rows.append(("all", f"{found.mean.mean().item():.4f}", f"{1 / found.scale:.4f}", f"{found.scale:.5g}"))
+    print_table(("channel", "mean", "std", "scale = 1 / std"), rows)
+    say(f"measured {found.images:,} images; sha256 of the statistics {result.sha256}")
     say(f"wrote {result.folder}; train on it with tokenizer.from={result.folder}")

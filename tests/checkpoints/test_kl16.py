@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ CASES = sorted(FOLDER.glob("vae_*_io.safetensors"))
 
 
 def weights_of(io: Path) -> dict[str, Tensor]:
-    (path,) = FOLDER.glob(io.name.replace("_io.safetensors", "_weights*.safetensors"))
-    return load_file(path)
+    return load_file(sorted(FOLDER.glob(io.name.replace("_io.safetensors", "_weights*.safetensors")))[0])
 
 
 def small(**settings: Any) -> KL:
@@ -42,6 +42,7 @@ def small(**settings: Any) -> KL:
 # --- golden -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif("SERIATIM_GOLDEN" in os.environ, reason="another folder holds what it holds")
 def test_there_is_a_golden_case() -> None:
     assert CASES, f"no vae_*_io.safetensors in {FOLDER}"
 
@@ -57,7 +58,7 @@ def test_golden(path: Path) -> None:
     config = tokenizer.config
     widths = [said["ch"] * m for m in said["ch_mult"]]
     for half, key in (("encoder", "attention"), ("decoder", "decoder_attention")):
-        attends = said[f"attn_resolutions_{half}"]
+        attends = said.get(f"attn_resolutions_{half}", ())
         assert config[key] == [i for i in range(len(widths)) if said["resolution"] // 2**i in attends]
     assert (config["block_out_channels"], config["layers_per_block"]) == (widths, said["num_res_blocks"])
     assert config["latent_channels"] == said["z_channels"]
@@ -75,13 +76,14 @@ def test_golden(path: Path) -> None:
         ours["dec_of_mean"] = tokenizer.autoencoder.decode(io["mean"]).sample
         clamped = tokenizer.decode(patchify(io["mean"], 1) * scale)
         assert (clamped - io["dec_of_mean"].clamp(-1, 1)).abs().max() < 2e-5
-    if "sample" in io:
+    if "sample" in io and "noise" in io:
         drawn = tokenizer.tokens(moments, ReplayNoise(normal=[io["noise"]]))
         ours["sample"] = drawn.transpose(1, 2).reshape(io["sample"].shape) / scale
     if "x_rect" in io:
         rectangle = tokenizer_from_kl16(weights, path.name, size=io["x_rect"].shape[-2:], scale=scale)
         ours["mean_rect"] = rectangle.posterior(rectangle.moments(io["x_rect"]))[0]
-        ours["dec_rect_sub"] = rectangle.autoencoder.decode(io["mean_rect"]).sample[..., ::4, ::4]
+        if "mean_rect" in io:
+            ours["dec_rect_sub"] = rectangle.autoencoder.decode(io["mean_rect"]).sample[..., ::4, ::4]
     for key in ours.keys() & io.keys():
         assert (ours[key] - io[key]).abs().max() < 2e-5, key
 
