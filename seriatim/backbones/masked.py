@@ -13,17 +13,19 @@ N tokens asked for, E and C encoder and decoder width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.backbones.base import Backbone
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import UsageError, nearest
 from seriatim.nn.blocks import NORM_EPS, Block, xavier
-from seriatim.nn.position import learned_positions, resized_positions
+from seriatim.nn.position import learned_positions, resized_positions, sincos_positions
 
 ROW_CAP = 1 << 16  # rows (images x positions) in one pass without gradients: bounds memory
 
@@ -60,6 +62,8 @@ class Masked(Backbone):
         buffer: int = 64,  # A
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,  # of attention and of both MLP layers, in training
+        positions: Literal["random", "sincos"] = "random",  # what the learned positions begin with
+        grid: Sequence[int] | None = None,  # (h, w) of the tokens, for sincos; None: a square
     ) -> None:
         super().__init__()
         E, C = pair("width", width)
@@ -79,6 +83,12 @@ class Masked(Backbone):
             "tokens": tokens, "dim": dim, "width": [E, C], "depth": list(depths), "heads": list(both_heads),
             "buffer": buffer, "mlp_ratio": mlp_ratio, "dropout": dropout,
         }  # fmt: skip
+        if positions not in ("random", "sincos"):
+            raise UsageError(f"positions: {positions!r} is not known{nearest(positions, ('random', 'sincos'))}")
+        if positions == "sincos":
+            self.config["positions"] = positions
+            if grid is not None:
+                self.config["grid"] = list(grid)
 
         # Encoder
         self.token_embed = nn.Linear(dim, E)
@@ -94,6 +104,18 @@ class Masked(Backbone):
         self.decoder_norm = nn.LayerNorm(C, eps=NORM_EPS)
         self.output_positions = learned_positions(tokens, C)
         xavier(self)
+        if positions == "sincos":
+            self._begin_with_sincos(grid)
+
+    @torch.no_grad()
+    def _begin_with_sincos(self, grid: Sequence[int] | None) -> None:
+        """Neighbours begin alike, and as loud as the tokens; at N(0, 0.02) it takes long to learn who is whose."""
+        side = math.isqrt(self.tokens)
+        h, w = (side, side) if grid is None else (int(grid[0]), int(grid[-1]))
+        if h * w != self.tokens:
+            raise UsageError(f"grid: {h}x{w} is not allowed for {self.tokens} tokens; give their rows and columns")
+        for learned in (self.encoder_positions, self.decoder_positions, self.output_positions):
+            learned[-self.tokens :].copy_(sincos_positions((h, w), learned.shape[1]))
 
     @staticmethod
     def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:

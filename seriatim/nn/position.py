@@ -14,6 +14,21 @@ def learned_positions(count: int, width: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(count, width) * 0.02)
 
 
+def sincos_positions(grid: tuple[int, int], width: int, longest: float = 100.0) -> Tensor:
+    """Sines and cosines of row and column: (h w, width), values in [-1, 1].
+
+    Half of the features tell the row, half the column, at frequencies from 1 down to 1/longest. (MAE's longest is
+    10000: over a grid of a few cells nearly all of those are constant.)
+    """
+    h, w = grid
+    quarter = -(-width // 4)
+    frequencies = longest ** -(torch.arange(quarter) / quarter)
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (rows, columns)]  # (h w, quarter) each
+    features = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
+    return torch.cat(features, dim=1)[:, :width]
+
+
 def resized_positions(positions: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:
     """Vectors (P, width) learned for a grid (h, w), bicubic for another: (P - h w + h' w', width).
 

@@ -89,7 +89,10 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
     """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
     data, tokenizer = build_inputs(recipe)
     with seeded(derive_seed(recipe.seed, "weights")):
-        model = build_model(recipe.model, tokens=tokenizer.count, dim=tokenizer.dim, classes=len(data.class_names))
+        sizes: dict[str, Any] = {"tokens": tokenizer.count, "dim": tokenizer.dim, "classes": len(data.class_names)}
+        if recipe.model.get("positions") == "sincos":
+            sizes["grid"] = list(tokenizer.grid)
+        model = build_model(recipe.model, **sizes)
     try:  # what every later request of this model begins with
         Pipeline(Bundle(model, tokenizer, data.class_names, dict(recipe.sampling)), device="cpu").request(seed=0)
     except UsageError as error:

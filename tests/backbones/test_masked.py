@@ -109,3 +109,19 @@ def test_config_rebuilds_the_same_shapes(backbone: Masked) -> None:
 def test_bad_sizes_are_named(arguments: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         Masked(4, 4, **{"width": 32, **arguments})  # type: ignore[arg-type]
+
+
+def test_positions_may_begin_with_sines() -> None:
+    plain, begun = (Masked(6, 2, width=16, depth=1, heads=2, buffer=2, positions=p, grid=g) for p, g in SINES)
+    assert plain.config.keys().isdisjoint({"positions", "grid"}) and begun.config["grid"] == [2, 3]
+    assert begun.encoder_positions[:2].std() < 0.1 < begun.encoder_positions[2:].std()
+    again = Masked(**begun.config)
+    assert torch.equal(again.output_positions, begun.output_positions) and begun.output_positions.requires_grad
+    assert plain.state_dict().keys() == begun.state_dict().keys()
+    with pytest.raises(UsageError, match="grid: 2x2 is not allowed for 6 tokens"):
+        Masked(6, 2, width=16, depth=1, heads=2, positions="sincos")
+    with pytest.raises(UsageError, match="positions: 'sine' is not known; did you mean 'sincos'"):
+        Masked(6, 2, width=16, depth=1, heads=2, positions="sine")
+
+
+SINES = (("random", (2, 3)), ("sincos", (2, 3)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
 from seriatim.nn.attention import Attention, attend
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.nn.position import resized_positions, sinusoid
+from seriatim.nn.position import resized_positions, sincos_positions, sinusoid
 
 
 @settings(deadline=None, max_examples=30)
@@ -100,3 +100,12 @@ def test_positions_for_another_grid() -> None:
     )
     other = resized_positions(learned, (6, 4), (3, 8))
     assert other.shape == (2 + 24, 3) and other[2:].view(3, 8, 3)[1, 4, 0] == pytest.approx(2.5)
+
+
+def test_sincos_positions() -> None:
+    table = sincos_positions((3, 5), 16)
+    assert table.shape == (15, 16) and table.abs().max() <= 1
+    assert len({tuple(row.tolist()) for row in table}) == 15, "every place is told from every other"
+    near, far = (table[0] - table[1]).norm(), (table[0] - table[4]).norm()
+    assert near < far and torch.equal(table[0, :8], table[4, :8]), "a row's first half is the row's alone"
+    assert sincos_positions((2, 2), 6).shape == (4, 6)
