@@ -25,7 +25,7 @@ _PUBLIC = {
     "NumericsError": "seriatim.core.errors",
     "Pipeline": "seriatim.pipeline",
     "ResourceError": "seriatim.core.errors",
-    "Result": "seriatim.pipeline",
+    "Result": "seriatim.sampling.result",
     "SampleRequest": "seriatim.sampling.request",
     "SeriatimError": "seriatim.core.errors",
     "Step": "seriatim.sampling.masked",
