@@ -16,7 +16,9 @@ from torch import Tensor
 
 from seriatim.checkpoints.native import CONFIG, Bundle, load_bundle, save_bundle
 from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
+from seriatim.core.orders import ORDERS, RANDOM
 from seriatim.core.random import Noise, generator
+from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import parse
 from seriatim.sampling.masked import Step, masked_steps
 from seriatim.sampling.request import Label, SampleRequest, clamped
@@ -71,7 +73,11 @@ class Pipeline:
 
     def request(self, **settings: Any) -> SampleRequest:
         """The request that a call with these arguments makes: defaults filled in, everything checked."""
-        merged = {**self.defaults, **{k: plain(v) for k, v in settings.items() if v is not None}}
+        defaults, settings = self.defaults, {k: plain(v) for k, v in settings.items() if v is not None}
+        if settings.get("guidance_schedule", defaults.get("guidance_schedule")) != defaults.get("guidance_schedule"):
+            for option in GUIDANCE_OPTIONS.values():  # they are of the schedule that the call replaces
+                defaults.pop(option, None)
+        merged = {**defaults, **settings}
         labels = merged.get("class_labels")
         if labels is None:
             merged["class_labels"] = tuple(range(self.model.classes)) or (None,)
@@ -84,8 +90,18 @@ class Pipeline:
         """Refuse what this model can't do; more steps than it has tokens are clamped, with a warning."""
         for label in request.class_labels:
             self.label_index(label)
+        request.check_order(self.model.tokens)
         self.model.head.check_options(**self._head_options(request))
         return clamped(request, self.model.tokens)
+
+    def _order(self, request: SampleRequest, images: slice) -> Tensor | None:
+        """The order of these images as the samplers take it: on the tokenizer's grid, the first drawn first."""
+        if request.order == RANDOM:
+            return None
+        if isinstance(request.order, str):
+            return torch.tensor(ORDERS[request.order](*self.tokenizer.grid))  # (L,)
+        given = torch.tensor(request.order)  # (L,) or (all images, L)
+        return given if given.ndim == 1 else given[images]
 
     def _head_options(self, request: SampleRequest) -> dict[str, Any]:
         options = self.model.head.sample_options
@@ -174,8 +190,12 @@ class Pipeline:
                 steps=steps,
                 guidance_scale=request.guidance_scale,
                 guidance_schedule=request.guidance_schedule,
+                guidance_interval=request.guidance_interval,
+                guidance_power=request.guidance_power,
                 temperature=request.temperature,
                 token_schedule=request.token_schedule,
+                min_tokens=request.min_tokens,
+                order=self._order(request, some),
                 dtype=self.dtype,
                 **self._head_options(request),
             ):
