@@ -17,6 +17,7 @@ _PUBLIC = {
     "BACKBONES": "seriatim.models.build",
     "HEADS": "seriatim.models.build",
     "MODELS": "seriatim.models.build",
+    "ORDERS": "seriatim.core.orders",
     "PRESETS": "seriatim.zoo",
     "TOKENIZERS": "seriatim.tokenizers.build",
     "CheckpointError": "seriatim.core.errors",

@@ -16,13 +16,15 @@ from torch import Tensor
 from seriatim.checkpoints.native import CONFIG, Bundle, load_bundle, save_bundle
 from seriatim.core.device import pick_device, pick_dtype
 from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
+from seriatim.core.orders import ORDERS, RANDOM
 from seriatim.core.random import Noise, generator
-from seriatim.core.validation import parse
+from seriatim.core.schedules import GUIDANCE_OPTIONS
+from seriatim.core.validation import parse, plain
 from seriatim.sampling.editing import as_images, broadcast, chosen_tokens, composite, pixel_mask, token_mask
 from seriatim.sampling.masked import Step, masked_steps
 from seriatim.sampling.metadata import versions
 from seriatim.sampling.request import Label, SampleRequest, clamped
-from seriatim.sampling.result import Result
+from seriatim.sampling.result import Result, as_pil
 from seriatim.tokenizers.base import to_uint8
 from seriatim.zoo import PRESETS
 
@@ -63,7 +65,11 @@ class Pipeline:
 
     def request(self, **settings: Any) -> SampleRequest:
         """The request that a call with these arguments makes: defaults filled in, everything checked."""
-        merged = {**self.defaults, **{k: plain(v) for k, v in settings.items() if v is not None}}
+        defaults, settings = self.defaults, {k: plain(v) for k, v in settings.items() if v is not None}
+        if settings.get("guidance_schedule", defaults.get("guidance_schedule")) != defaults.get("guidance_schedule"):
+            for option in GUIDANCE_OPTIONS.values():  # they are of the schedule that the call replaces
+                defaults.pop(option, None)
+        merged = {**defaults, **settings}
         labels = merged.get("class_labels")
         if labels is None:
             merged["class_labels"] = tuple(range(self.model.classes)) or (None,)
@@ -76,8 +82,18 @@ class Pipeline:
         """Refuse what this model can't do; more steps than it has tokens are clamped, with a warning."""
         for label in request.class_labels:
             self.label_index(label)
+        request.check_order(self.model.tokens)
         self.model.head.check_options(**self._head_options(request))
         return clamped(request, self.model.tokens)
+
+    def _order(self, request: SampleRequest, images: slice) -> Tensor | None:
+        """The order of these images as the samplers take it: on the tokenizer's grid, the first drawn first."""
+        if request.order == RANDOM:
+            return None
+        if isinstance(request.order, str):
+            return torch.tensor(ORDERS[request.order](*self.tokenizer.grid))  # (L,)
+        given = torch.tensor(request.order)  # (L,) or (all images, L)
+        return given if given.ndim == 1 else given[images]
 
     def _head_options(self, request: SampleRequest) -> dict[str, Any]:
         options = self.model.head.sample_options
@@ -172,8 +188,12 @@ class Pipeline:
                 steps=steps,
                 guidance_scale=request.guidance_scale,
                 guidance_schedule=request.guidance_schedule,
+                guidance_interval=request.guidance_interval,
+                guidance_power=request.guidance_power,
                 temperature=request.temperature,
                 token_schedule=request.token_schedule,
+                min_tokens=request.min_tokens,
+                order=self._order(request, some),
                 dtype=self.dtype,
                 **({} if start is None else {"tokens": start[0][some], "known": start[1][some]}),
                 **self._head_options(request),
@@ -327,20 +347,6 @@ class Pipeline:
 def check_output(output_type: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise UsageError(f"output_type: {output_type!r} is not known{nearest(output_type, OUTPUT_TYPES)}")
-
-
-def as_pil(arrays: Tensor) -> list[Image.Image]:
-    """(B, H, W, c) uint8 -> pictures."""
-    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays.numpy()]
-
-
-def plain(value: Any) -> Any:
-    """NumPy's and torch's scalars and arrays as Python's own."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return tuple(plain(item) for item in value)
-    return value
 
 
 # --- loading ------------------------------------------------------------------------------------------------------

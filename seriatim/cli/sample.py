@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,9 +30,21 @@ def sample(
     ] = None,
     num_images_per_label: Annotated[int | None, typer.Option(help="Images of each class.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; higher is more typical.")] = None,
-    guidance_schedule: Annotated[str | None, typer.Option(help="linear or constant, over the image.")] = None,
+    guidance_schedule: Annotated[
+        str | None, typer.Option(help="linear, constant, interval or power-cosine, over the image.")
+    ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(help="Known shares, low and high, of the schedule interval.")
+    ] = None,
+    guidance_power: Annotated[
+        float | None, typer.Option(help="Of the schedule power-cosine: the larger, the later.")
+    ] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
     token_schedule: Annotated[str | None, typer.Option(help="cosine or linear: tokens of each step.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="Tokens that each step draws at least.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="random, raster, halton, spiral; or positions, the first drawn first: 3,1,0,2")
+    ] = None,
     num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
     start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
@@ -71,8 +84,12 @@ def sample(
         num_images_per_label=num_images_per_label,
         guidance_scale=guidance_scale,
         guidance_schedule=guidance_schedule,
+        guidance_interval=guidance_interval,
+        guidance_power=guidance_power,
         num_inference_steps=num_inference_steps,
         token_schedule=token_schedule,
+        min_tokens=min_tokens,
+        order=order_or_positions(order),
         num_diffusion_steps=num_diffusion_steps,
         start_timestep=start_timestep,
         temperature=temperature,
@@ -134,6 +151,13 @@ def sample(
         extra = {"request": request.model_dump(mode="json"), "model_sha256": pipe.bundle.sha256, "files": shown}
         return print_json(report | extra)
     return print_table(("sampled", ""), list(report.items()))
+
+
+def order_or_positions(text: str | None) -> str | list[int] | None:
+    """A name, or positions with commas between them."""
+    if text is None or not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text):
+        return text
+    return [int(position) for position in text.split(",")]
 
 
 # --- repeating ----------------------------------------------------------------------------------------------------

@@ -52,3 +52,12 @@ def parse(cls: type[S], data: Mapping[str, Any], where: str = "", error: type[Se
         shown = f" (got {got})" if key and not isinstance(value, Mapping) else ""
         label = f"{key}: " if key else ""
         raise error(f"{prefix}{label}{message[:1].lower()}{message[1:]}{shown}{suffix}") from None
+
+
+def plain(value: Any) -> Any:
+    """NumPy's and torch's scalars and arrays as Python's own."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(item) for item in value)
+    return value

@@ -50,8 +50,8 @@ def pixel_mask(mask: Any, size: tuple[int, int], images: int) -> Tensor:
 def as_planes(mask: Any) -> list[Tensor]:
     """A picture, array or tensor -> bool planes (H, W)."""
     if isinstance(mask, Image.Image):
-        return [torch.from_numpy(np.asarray(mask.convert("L")) >= GREY)]
-    values = torch.as_tensor(np.asarray(mask) if not isinstance(mask, Tensor) else mask).cpu()
+        return [torch.from_numpy(np.array(mask.convert("L")) >= GREY)]
+    values = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     if values.ndim not in (2, 3):
         raise UsageError(f"mask: shape {tuple(values.shape)} is not (H, W) or (B, H, W)")
     if values.dtype != torch.bool:
@@ -103,6 +103,8 @@ def as_arrays(image: Any, channels: int) -> list[Any]:
 def chosen_tokens(tokens: Any, images: int, count: int) -> Tensor:
     """Tokens to redraw, (L,) or (B, L) bool, or indices for all images alike -> (B, L) bool."""
     values = torch.as_tensor(tokens).cpu()
+    if not values.numel():
+        raise UsageError("tokens: none are chosen, nothing would be redrawn")
     if values.dtype != torch.bool:
         if values.ndim != 1 or values.is_floating_point():
             raise UsageError(f"tokens: shape {tuple(values.shape)} is not a list of indices, or a bool mask (B, L)")

@@ -72,3 +72,8 @@ def save_image(image: Image.Image, path: Path | str, says: Recorded) -> Path:
 def safe_name(name: str) -> str:
     """A class name as part of a file name: letters, digits, - and _ of any script; at most 40."""
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:40] or "image"
+
+
+def as_pil(arrays: Tensor) -> list[Image.Image]:
+    """(B, H, W, c) uint8 -> pictures."""
+    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays.numpy()]
