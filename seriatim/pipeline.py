@@ -84,12 +84,12 @@ class Pipeline:
         """Refuse what this model can't do; more steps than it has tokens are clamped, with a warning."""
         for label in request.class_labels:
             self.label_index(label)
-        self.model.head.check_options(**self._head_options(request))
+        self.model.head.check_options(temperature=request.temperature, **self._head_options(request))
         return clamped(request, self.model.tokens)
 
     def _head_options(self, request: SampleRequest) -> dict[str, Any]:
         options = self.model.head.sample_options
-        return {k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep") if k in options}
+        return {k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep", "solver") if k in options}
 
     def label_index(self, label: Label) -> int:
         """The number of a class given by number or name; -1 for None, which "none" stands for on a command line.
@@ -164,6 +164,7 @@ class Pipeline:
         labels = torch.tensor([self.label_index(label) for label in request.image_labels()], device=self.device)
         batches = [range(i, min(i + size, len(labels))) for i in range(0, len(labels), size)]
         steps = request.num_inference_steps
+        anneals = "num_diffusion_steps" in self.model.head.sample_options
         for number, images in enumerate(batches):
             some = slice(images.start, images.stop)
             noise = Noise(generators[some], torch.arange(len(images)), self.device)
@@ -176,6 +177,7 @@ class Pipeline:
                 guidance_schedule=request.guidance_schedule,
                 temperature=request.temperature,
                 token_schedule=request.token_schedule,
+                num_diffusion_steps_last=request.num_diffusion_steps_last if anneals else None,
                 dtype=self.dtype,
                 **self._head_options(request),
             ):

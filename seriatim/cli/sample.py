@@ -25,6 +25,10 @@ def sample(
     num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
     token_schedule: Annotated[str | None, typer.Option(help="cosine or linear: tokens of each step.")] = None,
     num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
+    num_diffusion_steps_last: Annotated[
+        int | None, typer.Option(help="Where they end, falling as the image gets known.")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="Of a diffusion head: ddpm, ddim or dpm++.")] = None,
     start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
@@ -58,6 +62,8 @@ def sample(
         num_inference_steps=num_inference_steps,
         token_schedule=token_schedule,
         num_diffusion_steps=num_diffusion_steps,
+        num_diffusion_steps_last=num_diffusion_steps_last,
+        solver=solver,
         start_timestep=start_timestep,
         temperature=temperature,
         seed=seed,

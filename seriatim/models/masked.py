@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from seriatim.backbones.base import Backbone
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
-from seriatim.core.schedules import guidance_at, mask_ratio, unknown_after
+from seriatim.core.schedules import annealed_steps, guidance_at, mask_ratio, unknown_after
 from seriatim.heads.base import Head
 
 
@@ -120,6 +120,7 @@ class MaskedModel(nn.Module):
         guidance_schedule: str = "linear",
         temperature: float = 1.0,
         token_schedule: str = "cosine",
+        num_diffusion_steps_last: int | None = None,  # None: as many steps inside the head all over the image
         **head_steps: Any,
     ) -> Tensor:
         """Tokens (B, L, D), known set by set: a step takes tokens from the end of each image's order."""
@@ -132,6 +133,7 @@ class MaskedModel(nn.Module):
         state, null = self.backbone.start(self.condition(labels, B), B), self.backbone.start(self.condition(None, B), B)
         left = L
         for step in range(steps):
+            inside = annealed(head_steps, num_diffusion_steps_last, 1 - left / L)
             left = unknown_after(step, steps, L, left, schedule=token_schedule)
             later = torch.zeros_like(known).scatter(1, order[:, :left], True)
             ask = ~known & ~later
@@ -139,6 +141,16 @@ class MaskedModel(nn.Module):
             z = self.backbone.z(state, tokens, known, ask)  # (N, C)
             z_null = self.backbone.z(null, tokens, known, ask) if guidance_scale != 1 else None
             rows = noise.select(ask.nonzero()[:, 0])
-            tokens[ask] = self.head.sample(z, rows, z_null, scale, temperature, **head_steps)
+            tokens[ask] = self.head.sample(z, rows, z_null, scale, temperature, **inside)
             known |= ask
         return tokens
+
+
+def annealed(head_steps: dict[str, Any], last: int | None, progress: float) -> dict[str, Any]:
+    """The head's sampling options for a step that begins with a share `progress` of the tokens known."""
+    if last is None:
+        return head_steps
+    first = head_steps.get("num_diffusion_steps")
+    if first is None:
+        raise UsageError("num_diffusion_steps_last: needs num_diffusion_steps, where the annealing begins")
+    return {**head_steps, "num_diffusion_steps": annealed_steps(first, last, progress)}

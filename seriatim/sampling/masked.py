@@ -19,7 +19,7 @@ from torch import Tensor
 from seriatim.core.errors import NumericsError
 from seriatim.core.random import Noise
 from seriatim.core.schedules import guidance_at, unknown_after
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked import MaskedModel, annealed
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def masked_steps(
     guidance_schedule: str = "linear",
     temperature: float = 1.0,
     token_schedule: str = "cosine",
+    num_diffusion_steps_last: int | None = None,  # None: as many steps inside the head all over the image
     dtype: torch.dtype = torch.float32,  # of the backbone; the head is always float32
     **head_steps: Any,
 ) -> Iterator[Step]:
@@ -65,6 +66,7 @@ def masked_steps(
     alone, both = model.backbone.start(condition, B), None
     left = L
     for step in range(steps):
+        inside = annealed(head_steps, num_diffusion_steps_last, 1 - left / L)
         before, left = left, unknown_after(step, steps, L, left, schedule=token_schedule)
         ask = torch.zeros_like(known).scatter(1, order[:, left:before], True)
         scale = guidance_at(guidance_schedule, guidance_scale, left, L)
@@ -77,7 +79,7 @@ def masked_steps(
                 twice = (t.repeat(2, *[1] * (t.ndim - 1)) for t in (tokens, known_there, ask_there))
                 z, z_null = model.backbone.z(both, *twice).chunk(2)
         rows = ask.nonzero()[:, 0]  # (N,)
-        drawn = model.head.sample(z, noise.select(rows), z_null, scale, temperature, **head_steps)
+        drawn = model.head.sample(z, noise.select(rows), z_null, scale, temperature, **inside)
         tokens = tokens.masked_scatter(ask_there[..., None], drawn)  # rows are in raster order
         known = known | ask
         yield Step(step, steps, "tokens", tokens, known)

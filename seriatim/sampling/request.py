@@ -29,6 +29,8 @@ class SampleRequest(Strict):
     token_schedule: str = "cosine"
     temperature: float = Field(1.0, ge=0)
     num_diffusion_steps: StrictInt = Field(100, ge=1)  # inside a diffusion head
+    num_diffusion_steps_last: StrictInt | None = Field(None, ge=1)  # when all but the last tokens are known; None: same
+    solver: str = "ddpm"  # of a diffusion head: ddpm, ddim or dpm++
     start_timestep: StrictInt | None = Field(None, ge=0)  # None: the stable start; 999: as published
 
     @model_validator(mode="after")
@@ -37,6 +39,9 @@ class SampleRequest(Strict):
             raise ValueError("class_labels: is empty; name at least one class, or None")
         check_token_schedule(self.token_schedule)
         guidance_at(self.guidance_schedule, 1.0, 1, 1)
+        first, last = self.num_diffusion_steps, self.num_diffusion_steps_last
+        if last is not None and last > first:
+            raise ValueError(f"num_diffusion_steps_last: {last} is not allowed; at most num_diffusion_steps, {first}")
         if self.seeds is not None and len(self.seeds) != self.num_images:
             raise ValueError(f"seeds: {len(self.seeds)} given for {self.num_images} images; give one for each")
         return self

@@ -118,6 +118,8 @@ BAD = [
     (("sample", "model", "--num-inference-steps", "0"), 2, "num_inference_steps"),
     (("sample", "model", "--num-diffusion-steps", "2000"), 2, "num_diffusion_steps: 2000"),
     (("sample", "model", "--start-timestep", "5000"), 2, "start_timestep: 5000"),
+    (("sample", "model", "--solver", "dpm"), 2, "solver: 'dpm' is not known"),
+    (("sample", "model", "--num-diffusion-steps-last", "500"), 2, "num_diffusion_steps_last: 500"),
     (("sample", "model", "--seed", "x"), 2, "'--seed'"),
     (("sample", "model", "--nosuch"), 2, "--nosuch"),
     (("sample", "model", "--device", "warp"), 2, "device: 'warp'"),
