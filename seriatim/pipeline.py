@@ -83,7 +83,7 @@ class Pipeline:
         for label in request.class_labels:
             self.label_index(label)
         request.check_order(self.model.tokens)
-        self.model.head.check_options(**self._head_options(request))
+        self.model.head.check_options(temperature=request.temperature, **self._head_options(request))
         return clamped(request, self.model.tokens)
 
     def _order(self, request: SampleRequest, images: slice) -> Tensor | None:
@@ -97,7 +97,7 @@ class Pipeline:
 
     def _head_options(self, request: SampleRequest) -> dict[str, Any]:
         options = self.model.head.sample_options
-        return {k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep") if k in options}
+        return {k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep", "solver") if k in options}
 
     def label_index(self, label: Label) -> int:
         """The number of a class given by number or name; -1 for None, which "none" stands for on a command line.
@@ -178,6 +178,7 @@ class Pipeline:
         labels = torch.tensor([self.label_index(label) for label in request.image_labels()], device=self.device)
         batches = [range(i, min(i + size, len(labels))) for i in range(0, len(labels), size)]
         steps = request.num_inference_steps
+        anneals = "num_diffusion_steps" in self.model.head.sample_options
         for number, images in enumerate(batches):
             some = slice(images.start, images.stop)
             noise = Noise(generators[some], torch.arange(len(images)), self.device)
@@ -194,6 +195,7 @@ class Pipeline:
                 token_schedule=request.token_schedule,
                 min_tokens=request.min_tokens,
                 order=self._order(request, some),
+                num_diffusion_steps_last=request.num_diffusion_steps_last if anneals else None,
                 dtype=self.dtype,
                 **({} if start is None else {"tokens": start[0][some], "known": start[1][some]}),
                 **self._head_options(request),

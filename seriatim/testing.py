@@ -7,6 +7,7 @@ N tokens, C width of z, D features of a token, B images.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,11 @@ def _sampling(head: Head) -> None:
 def _says_what_it_cannot(head: Head) -> None:
     name, z = type(head).__name__, torch.randn(2, Z)
     _refuses(lambda: head.sample(z, _noise(2), temperature=-1.0), f"{name}: a negative temperature must be refused")
+    early = f"{name}.check_options must refuse a negative temperature, before any work; call super().check_options"
+    _refuses(lambda: head.check_options(temperature=-1.0), early)
+    takes = inspect.signature(head.sample).parameters
+    missing = [] if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else sorted(head.sample_options - set(takes))
+    assert not missing, f"{name}.sample_options names {missing[0]}, which is no argument of {name}.sample"
     if not head.guides:
         _refuses(lambda: head.sample(z, _noise(2), z, 2.0), f"{name}.guides is False: it must refuse guidance")
     if not head.tempers:

@@ -14,7 +14,7 @@ from PIL import Image
 import seriatim
 from seriatim.checkpoints.native import Bundle
 from seriatim.core.errors import CheckpointError, UsageError
-from seriatim.core.random import derive_seed
+from seriatim.core.random import Noise, derive_seed
 from seriatim.pipeline import Pipeline, load
 from seriatim.sampling.request import SampleRequest
 from seriatim.tokenizers.base import to_uint8
@@ -148,6 +148,10 @@ def test_generators_stand_in_for_seeds(pipe: Pipeline) -> None:
         ({"order": [0, 1, 2]}, "order: 3 positions given for 16 tokens; name each position from 0 to 15 once"),
         ({"order": [0, *range(15)]}, "order: position 0 is given twice"),
         ({"order": [[*range(16)]] * 2 + [[16, *range(15)]]}, "order[2]: position 16 is out of range"),
+        ({"solver": "dmp++"}, "solver: 'dmp++' is not known; did you mean 'dpm++'"),
+        ({"solver": "ddim", "temperature": 0.9}, "temperature: 0.9 is not allowed; the ddim solver is an ODE"),
+        ({"num_diffusion_steps_last": 7}, "num_diffusion_steps_last: 7 is not allowed; at most num_diffusion_steps, 6"),
+        ({"num_diffusion_steps_last": 0}, "num_diffusion_steps_last"),
     ],
 )
 def test_what_is_wrong_is_named(pipe: Pipeline, settings: dict[str, Any], words: str) -> None:
@@ -212,6 +216,16 @@ def test_a_request_of_ones_own_is_checked_like_a_call(pipe: Pipeline) -> None:
         pipe(request=SampleRequest(class_labels=(9,), num_inference_steps=2))
     with pytest.raises(UsageError, match="given together"):
         pipe(request=SampleRequest(), seed=1)
+
+
+def test_solver_and_annealing_reach_the_head(pipe: Pipeline, bundle: Bundle) -> None:
+    options: dict[str, Any] = {"class_labels": [0, 1], "seed": 3, "num_inference_steps": 4, "guidance_scale": 2.0}
+    for extra in ({"solver": "dpm++"}, {"solver": "ddim", "num_diffusion_steps_last": 2}):
+        result = pipe(**options, **extra)
+        noise = Noise.per_image(result.seeds)
+        naive = {"steps": 4, "guidance_scale": 2.0, "num_diffusion_steps": 6, **extra}
+        expected = bundle.model.sample(torch.tensor([0, 1]), noise, **naive)
+        assert torch.allclose(result.tokens, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_stream_refuses_before_it_starts(pipe: Pipeline) -> None:

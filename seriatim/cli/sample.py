@@ -46,6 +46,10 @@ def sample(
         str | None, typer.Option(help="random, raster, halton, spiral; or positions, the first drawn first: 3,1,0,2")
     ] = None,
     num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
+    num_diffusion_steps_last: Annotated[
+        int | None, typer.Option(help="Where they end, falling as the image gets known.")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="Of a diffusion head: ddpm, ddim or dpm++.")] = None,
     start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
@@ -91,6 +95,8 @@ def sample(
         min_tokens=min_tokens,
         order=order_or_positions(order),
         num_diffusion_steps=num_diffusion_steps,
+        num_diffusion_steps_last=num_diffusion_steps_last,
+        solver=solver,
         start_timestep=start_timestep,
         temperature=temperature,
         seed=seed,

@@ -155,6 +155,18 @@ def check_guidance(schedule: str, interval: Sequence[float] | None = None, power
         raise UsageError(f"guidance_power: {power!r} is not allowed; it must be above 0")
 
 
+# --- steps inside a head over the image --------------------------------------------------------------------------
+
+
+def annealed_steps(first: int, last: int | None, progress: float) -> int:
+    """Steps inside a head when a share `progress` in [0, 1] of the image is known: linear from `first` to `last`.
+
+    The more is known, the less is left to decide, and the fewer steps it takes (DiSA, arXiv 2505.20297). None: always
+    `first`.
+    """
+    return first if last is None else max(1, round(first + (last - first) * min(max(progress, 0.0), 1.0)))
+
+
 # --- training ---------------------------------------------------------------------------------------------------
 
 

@@ -75,18 +75,21 @@ class Head(nn.Module):
         """The normalised log density (or probability) of target (N, D) given z (N, C), in nats: (N,)."""
         raise UsageError(f"the {type(self).__name__} head has no density: log_prob is not defined for it")
 
-    def check_options(self, **options: Any) -> None:
-        """Refuse values of `sample_options` that `sample` would refuse, before any work is done."""
+    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
+        """Refuse a temperature, or values of `sample_options`, that `sample` would refuse, before any work is done."""
+        if not temperature >= 0:
+            raise UsageError(f"temperature: {temperature!r} is not allowed; it must be 0 or more (1 is the model's)")
+        if temperature != 1.0 and not self.tempers:
+            raise UsageError(
+                f"temperature: the {type(self).__name__} head can't sample at {temperature}; leave it at 1"
+            )
 
     def check_sampling(
         self, z: Tensor, z_null: Tensor | None, guidance: float | Tensor, temperature: float
     ) -> Tensor | None:
         """Check what was asked of `sample`; return the guidance scale of each row (N, 1), None where all are 1."""
         name = type(self).__name__
-        if not temperature >= 0:
-            raise UsageError(f"temperature: {temperature!r} is not allowed; it must be 0 or more (1 is the model's)")
-        if temperature != 1.0 and not self.tempers:
-            raise UsageError(f"temperature: the {name} head can't sample at {temperature}; leave it at 1")
+        Head.check_options(self, temperature)
         scale = torch.as_tensor(guidance, dtype=torch.float32, device=z.device)
         if bool((scale == 1.0).all()):
             return None

@@ -62,7 +62,7 @@ class Tables:
         return _on_device(self, name, device)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _on_device(tables: Tables, name: str, device: torch.device) -> Tensor:
     return torch.from_numpy(getattr(tables, name)).to(device, torch.float32)
 
@@ -120,15 +120,38 @@ def spread(count: int, start: int) -> list[int]:
     return steps
 
 
-@lru_cache(maxsize=64)
-def respaced(count: int, start: int | None = None, steps: int = 1000) -> Tables:
-    """The chain restricted to `count` timesteps from 0 to `start` (None: `stable_start`)."""
+def ode_spread(count: int, start: int, share: float, chain: Tables) -> list[int]:
+    """`count` timesteps up to `start`, ascending, for an ODE's solver; rounded, but never equal.
+
+    They are `share` of the way from equal steps in t to equal steps in lambda = log(alpha / sigma); the lowest is half
+    a step above 0.
+    """
+    u = (np.arange(count) + 0.5) / (count - 0.5)  # (count,), up to 1
+    minus_lambda = 0.5 * np.log(1.0 / chain.alphas_cumprod - 1.0)  # (T,), ascending
+    there = minus_lambda[0] + (minus_lambda[start] - minus_lambda[0]) * u
+    in_lambda = np.interp(there, minus_lambda, np.arange(len(chain)))
+    steps = [round(t) for t in ((1 - share) * start * u + share * in_lambda).tolist()]
+    for i in range(1, count):
+        steps[i] = max(steps[i], steps[i - 1] + 1)
+    for i in range(count - 1, -1, -1):  # pushed beyond the start, they are pushed back
+        steps[i] = min(steps[i], start - (count - 1 - i))
+    return steps
+
+
+@lru_cache(maxsize=512)  # steps that are annealed over the image visit dozens of chains
+def respaced(count: int, start: int | None = None, steps: int = 1000, ode_share: float | None = None) -> Tables:
+    """The chain restricted to `count` timesteps up to `start` (None: `stable_start`), by `spread`.
+
+    Given a share, by `ode_spread`.
+    """
     first = stable_start(count, steps) if start is None else start
     if not 0 <= first < steps:
         raise UsageError(f"start_timestep: {start!r} is not allowed; it must be from 0 to {steps - 1}")
     if not 1 <= count <= first + 1:
         raise UsageError(f"num_diffusion_steps: {count!r} is not allowed; it must be from 1 to {first + 1}")
-    return restricted(full_chain(steps), spread(count, first))
+    full = full_chain(steps)
+    chosen = spread(count, first) if ode_share is None else ode_spread(count, first, ode_share, full)
+    return restricted(full, chosen)
 
 
 def restricted(chain: Tables, timesteps: list[int]) -> Tables:
@@ -136,3 +159,15 @@ def restricted(chain: Tables, timesteps: list[int]) -> Tables:
     abar = chain.alphas_cumprod[timesteps]
     betas = 1.0 - abar / np.append(1.0, abar[:-1])
     return tables(betas, np.array(timesteps))
+
+
+def predict_x0(chain: Tables, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x_0 = x_t / sqrt(abar_t) - eps sqrt(1/abar_t - 1) (Ho et al. 2020, eq. 9 solved for x_0)."""
+    return chain.at("sqrt_recip_alphas_cumprod", t) * x_t - chain.at("sqrt_recipm1_alphas_cumprod", t) * eps
+
+
+def log_variance(chain: Tables, t: Tensor, v: Tensor) -> Tensor:
+    """log sigma^2 = f log beta_t + (1 - f) log beta~_t, f = (v + 1)/2, not clipped (Nichol & Dhariwal 2021, eq. 15)."""
+    low, high = chain.at("posterior_log_variance_clipped", t), chain.at("log_betas", t)
+    f = (v + 1) / 2
+    return f * high + (1 - f) * low

@@ -5,7 +5,7 @@ E || eps - eps_theta(x_t | t, z) ||^2 (eq. 1) plus a variational term that train
 2021). Unusual:
 - t and z are added and modulate every block (adaLN); nothing attends to anything: a row is a token;
 - guidance acts on eps only; the variance is that of the conditional row;
-- sampling starts below the last timestep (`ddpm.stable_start`) and always runs in float32.
+- sampling starts below the last timestep (`ddpm.stable_start`) and always runs in float32; `solvers.py` has the ways.
 
 Shapes: N tokens, D features, C width of z, W width of the network, d blocks, T steps, M draws of t for a token.
 """
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head, HeadLoss
-from seriatim.heads.ddpm import Tables, full_chain, respaced, restricted
+from seriatim.heads.ddpm import Tables, full_chain, log_variance, predict_x0, respaced, restricted
+from seriatim.heads.solvers import ODES, SOLVERS, check_solver
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
 from seriatim.nn.blocks import xavier
 from seriatim.nn.position import sinusoid
@@ -36,7 +37,7 @@ MODULATION_CAP = 1 << 24  # numbers held at once for the modulations of several 
 class Diffusion(Head):
     """p(x | z) by denoising: d blocks of width W, `draws` timesteps for each token and training step."""
 
-    sample_options = frozenset({"num_diffusion_steps", "start_timestep", "timesteps"})
+    sample_options = frozenset({"num_diffusion_steps", "start_timestep", "timesteps", "solver"})
 
     def __init__(
         self,
@@ -138,50 +139,54 @@ class Diffusion(Head):
         num_diffusion_steps: int = 100,
         start_timestep: int | None = None,  # None: the stable start; train_steps - 1: as published
         timesteps: Sequence[int] | None = None,  # an explicit chain, ascending; overrides both
+        solver: str = "ddpm",  # a name in `solvers.SOLVERS`
         **unknown: Any,
     ) -> Tensor:
-        """Ancestral sampling (Ho et al. 2020, algorithm 2): (N, D).
-
-        The temperature scales the noise of each step, as published, and not that of the start.
-        """
+        """From noise to tokens (N, D). A temperature scales the noise of each step, which an ODE's solver has not."""
         if unknown:
             raise UsageError(f"{sorted(unknown)[0]}: the Diffusion head has no such sampling option")
         scale = self.check_sampling(z, z_null, guidance, temperature)  # (N, 1) or None
+        check_solver(solver, temperature)
         N, D = len(z), self.output
-        chain = self.chain(num_diffusion_steps, start_timestep, timesteps)
-        T = len(chain)
-        draws = noise.normal(D, draws=T + 1)  # (T+1, N, D): the start, then one for each step
-        x = draws[0]
+        chain = self.chain(num_diffusion_steps, start_timestep, timesteps, solver)
+        # (T+1, N, D): the start, then one for each step; an ODE's solver draws the start alone: (1, N, D)
+        draws = noise.normal(D, draws=1 if solver in ODES else len(chain) + 1)
         if N == 0:
-            return x
+            return draws[0]
         with torch.autocast(z.device.type, enabled=False):
             rows = z.float() if scale is None else torch.cat([z, z_null]).float()  # type: ignore[list-item]
-            for i, modulations in self._walk(chain, self.z_embed(rows)):
-                t = torch.tensor(i, device=z.device)
+            walk = self._walk(chain, self.z_embed(rows))
+
+            def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+                at, modulations = next(walk)
+                assert at == i, f"the {solver} solver asked for timestep {i} of the chain, not for {at}"
                 eps, v = self.denoise(x if scale is None else x.repeat(2, 1), modulations)
                 if scale is not None:
                     eps_null = eps[N:]
                     eps, v = eps_null + scale * (eps[:N] - eps_null), v[:N]
-                x0 = predict_x0(chain, x, t, eps)
-                x = chain.at("posterior_mean_coef1", t) * x0 + chain.at("posterior_mean_coef2", t) * x
-                if i > 0:
-                    std = torch.exp(0.5 * log_variance(chain, t, v))
-                    x = x + temperature * std * draws[T - i]
-        return x
+                return eps, v
+
+            return SOLVERS[solver](chain, predict, draws[0], draws[1:], temperature)
 
     def chain(
-        self, num_diffusion_steps: int = 100, start_timestep: int | None = None, timesteps: Sequence[int] | None = None
+        self,
+        num_diffusion_steps: int = 100,
+        start_timestep: int | None = None,
+        timesteps: Sequence[int] | None = None,
+        solver: str = "ddpm",
     ) -> Tables:
         """The tables of the timesteps that sampling visits; refuses those that the full chain does not have."""
         if timesteps is None:
-            return respaced(num_diffusion_steps, start_timestep, self.train_steps)
+            return respaced(num_diffusion_steps, start_timestep, self.train_steps, ODES.get(solver))
         steps = list(timesteps)
         ascending = all(a < b for a, b in pairwise(steps))
         if not steps or not ascending or not 0 <= steps[0] <= steps[-1] < self.train_steps:
             raise UsageError(f"timesteps: must ascend from 0 or more to at most {self.train_steps - 1}")
         return restricted(full_chain(self.train_steps), steps)
 
-    def check_options(self, **options: Any) -> None:
+    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
+        super().check_options(temperature)
+        check_solver(options.get("solver", "ddpm"), temperature)
         self.chain(**options)
 
     def _walk(self, chain: Tables, condition: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
@@ -202,18 +207,6 @@ class Diffusion(Head):
 
 
 # --- formulas -----------------------------------------------------------------------------------------------------
-
-
-def predict_x0(chain: Tables, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """x_0 = x_t / sqrt(abar_t) - eps sqrt(1/abar_t - 1) (Ho et al. 2020, eq. 9 solved for x_0)."""
-    return chain.at("sqrt_recip_alphas_cumprod", t) * x_t - chain.at("sqrt_recipm1_alphas_cumprod", t) * eps
-
-
-def log_variance(chain: Tables, t: Tensor, v: Tensor) -> Tensor:
-    """log sigma^2 = f log beta_t + (1 - f) log beta~_t, f = (v + 1)/2, not clipped (Nichol & Dhariwal 2021, eq. 15)."""
-    low, high = chain.at("posterior_log_variance_clipped", t), chain.at("log_betas", t)
-    f = (v + 1) / 2
-    return f * high + (1 - f) * low
 
 
 def variational_bound(chain: Tables, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, v: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from seriatim.core.errors import NumericsError
 from seriatim.core.orders import order_vectors
 from seriatim.core.random import Noise
 from seriatim.core.schedules import check_guidance, check_token_schedule, guidance_at, unknown_after
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked import MaskedModel, annealed, draw
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def masked_steps(
     temperature: float = 1.0,
     token_schedule: str = "cosine",
     min_tokens: int = 1,
+    num_diffusion_steps_last: int | None = None,  # None: as many steps inside the head all over the image
     dtype: torch.dtype = torch.float32,  # of the backbone; the head is always float32
     **head_steps: Any,
 ) -> Iterator[Step]:
@@ -73,6 +74,7 @@ def masked_steps(
     begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
     passes = Passes(model, labels, B)
     for step in range(steps):
+        options = annealed(head_steps, num_diffusion_steps_last, [1 - m / L for m in left])
         left = [
             unknown_after(step, steps, L, now, first, token_schedule, min_tokens)
             for now, first in zip(left, begun, strict=True)
@@ -87,7 +89,7 @@ def masked_steps(
             ask_there = ask.to(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 z, z_null = passes.z(tokens, known.to(device), ask_there, rows, scale)  # (N, C)
-            drawn = model.head.sample(z, noise.select(rows), z_null, scale[rows], temperature, **head_steps)
+            drawn = draw(model.head, z, noise, rows, z_null, scale, temperature, options)
             tokens = tokens.masked_scatter(ask_there[..., None], drawn)  # rows are in raster order
             known = known | ask
         yield Step(step, steps, "tokens", tokens, known)

@@ -50,6 +50,8 @@ class SampleRequest(Strict):
     order: Order = "random"  # or a name in ORDERS; or positions, the first drawn first, for all images or for each
     temperature: float = Field(1.0, ge=0)
     num_diffusion_steps: StrictInt = Field(100, ge=1)  # inside a diffusion head
+    num_diffusion_steps_last: StrictInt | None = Field(None, ge=1)  # when all but the last tokens are known; None: same
+    solver: str = "ddpm"  # of a diffusion head: ddpm, ddim or dpm++
     start_timestep: StrictInt | None = Field(None, ge=0)  # None: the stable start; 999: as published
 
     @model_validator(mode="after")
@@ -59,6 +61,9 @@ class SampleRequest(Strict):
         check_token_schedule(self.token_schedule)
         check_guidance(self.guidance_schedule, self.guidance_interval, self.guidance_power)
         self.check_order()
+        first, last = self.num_diffusion_steps, self.num_diffusion_steps_last
+        if last is not None and last > first:
+            raise ValueError(f"num_diffusion_steps_last: {last} is not allowed; at most num_diffusion_steps, {first}")
         if self.seeds is not None and len(self.seeds) != self.num_images:
             raise ValueError(f"seeds: {len(self.seeds)} given for {self.num_images} images; give one for each")
         return self

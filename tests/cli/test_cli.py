@@ -122,6 +122,8 @@ BAD = [
     (("sample", "model", "--order", "2,0,1"), 2, "order: 3 positions given for 16 tokens"),
     (("sample", "model", "--guidance-interval", "0.1", "0.9"), 2, "guidance_interval: the schedule 'linear' has none"),
     (("sample", "model", "--min-tokens", "0"), 2, "min_tokens"),
+    (("sample", "model", "--solver", "dpm"), 2, "solver: 'dpm' is not known"),
+    (("sample", "model", "--num-diffusion-steps-last", "500"), 2, "num_diffusion_steps_last: 500"),
     (("sample", "model", "--seed", "x"), 2, "'--seed'"),
     (("sample", "model", "--nosuch"), 2, "--nosuch"),
     (("sample", "model", "--device", "warp"), 2, "device: 'warp'"),

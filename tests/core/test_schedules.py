@@ -172,3 +172,15 @@ def test_token_schedules_invert() -> None:
     for share, inverse in s.TOKEN_SCHEDULES.values():
         assert share(0) == pytest.approx(1) and share(1) == pytest.approx(0)
         assert all(math.isclose(inverse(share(u / 9)), u / 9, abs_tol=1e-9) for u in range(10))
+
+
+@given(first=st.integers(1, 1000), last=st.integers(1, 1000), a=st.floats(0, 1), b=st.floats(0, 1))
+def test_annealed_steps_go_from_the_first_to_the_last(first: int, last: int, a: float, b: float) -> None:
+    assert s.annealed_steps(first, last, 0.0) == first and s.annealed_steps(first, last, 1.0) == last
+    assert s.annealed_steps(first, None, a) == first == s.annealed_steps(first, first, a)
+    low, high = sorted((a, b))
+    ends = sorted((first, last))
+    between = [s.annealed_steps(first, last, u) for u in (low, high)]
+    assert ends[0] <= min(between) and max(between) <= ends[1]
+    assert (between[1] - between[0]) * (last - first) >= 0, "it never turns back"
+    assert abs(between[0] - (first + (last - first) * low)) <= 0.5, "linear"

@@ -111,6 +111,20 @@ class GuidesInSilence(Gaussian):
         return None
 
 
+class ChecksNothingEarly(Gaussian):
+    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
+        pass
+
+
+class UnknownOption(Gaussian):
+    sample_options = frozenset({"num_steps"})
+
+    def sample(  # type: ignore[override]
+        self, z: Tensor, noise: Noise, z_null: Tensor | None = None, guidance: Any = 1.0, temperature: float = 1.0
+    ) -> Tensor:
+        return super().sample(z, noise, z_null, guidance, temperature)
+
+
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
@@ -121,6 +135,8 @@ class GuidesInSilence(Gaussian):
         (KeepsState, "keeps state outside"),
         (WrongConfig, "constructor's arguments"),
         (IgnoresTemperature, "negative temperature"),
+        (ChecksNothingEarly, "check_options must refuse"),
+        (UnknownOption, "names num_steps, which is no argument"),
         (GuidesInSilence, "must refuse|negative temperature"),
     ],
 )

@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import make_bundle
 
-from seriatim.core.errors import NumericsError
+from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.random import Noise
 from seriatim.core.schedules import tokens_per_step
+from seriatim.heads.solvers import SOLVERS
 from seriatim.sampling.masked import masked_steps
 
 SETTINGS: list[dict[str, Any]] = [
@@ -31,6 +32,36 @@ def test_the_fast_loop_is_the_naive_sampler(settings: dict[str, Any], classes: i
     *_, last = masked_steps(model, labels, Noise.per_image([1, 2, 3]), num_diffusion_steps=6, **settings)
     assert torch.allclose(last.tokens, naive, atol=1e-4, rtol=1e-4)
     assert last.known.all()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_fast_loop_anneals_and_solves_as_the_naive_sampler(solver: str) -> None:
+    model = make_bundle().model
+    labels = torch.tensor([0, 2, -1])
+    options: dict[str, Any] = {"steps": 6, "guidance_scale": 2.0, "solver": solver}
+    options |= {"num_diffusion_steps": 12, "num_diffusion_steps_last": 3}
+    naive = model.sample(labels, Noise.per_image([1, 2, 3]), **options)
+    *_, last = masked_steps(model, labels, Noise.per_image([1, 2, 3]), **options)
+    assert torch.allclose(last.tokens, naive, atol=1e-4, rtol=1e-4)
+
+
+def test_steps_inside_the_head_fall_with_the_known_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = make_bundle().model, []
+    sample = model.head.sample
+
+    def counting(*arguments: Any, num_diffusion_steps: int, **options: Any) -> torch.Tensor:
+        asked.append(num_diffusion_steps)
+        return sample(*arguments, num_diffusion_steps=num_diffusion_steps, **options)
+
+    monkeypatch.setattr(model.head, "sample", counting)
+    options: dict[str, Any] = {"steps": 16, "num_diffusion_steps": 16, "token_schedule": "linear"}
+    list(masked_steps(model, torch.tensor([0]), Noise.per_image([1]), num_diffusion_steps_last=4, **options))
+    assert asked == [round(16 - 12 * known / 16) for known in range(16)], "a token a step: none known, one known, ..."
+    asked.clear()
+    list(masked_steps(model, torch.tensor([0]), Noise.per_image([1]), **options))
+    assert set(asked) == {16}
+    with pytest.raises(UsageError, match="num_diffusion_steps_last: needs num_diffusion_steps"):
+        model.sample(torch.tensor([0]), Noise.per_image([1]), steps=2, num_diffusion_steps_last=4)
 
 
 def test_an_image_is_the_same_in_any_batch() -> None:
