@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
+from seriatim.core.device import DTYPES
 from seriatim.core.random import Noise
-from seriatim.pipeline import DTYPES
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +14,25 @@ from PIL import Image
 from torch import Tensor
 
 from seriatim.checkpoints.native import CONFIG, Bundle, load_bundle, save_bundle
+from seriatim.core.device import pick_device, pick_dtype
 from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
+from seriatim.core.orders import ORDERS, RANDOM
 from seriatim.core.random import Noise, generator
-from seriatim.core.validation import parse
+from seriatim.core.schedules import GUIDANCE_OPTIONS
+from seriatim.core.validation import parse, plain
+from seriatim.sampling.editing import as_images, broadcast, chosen_tokens, composite, pixel_mask, token_mask
 from seriatim.sampling.masked import Step, masked_steps
+from seriatim.sampling.metadata import versions
 from seriatim.sampling.request import Label, SampleRequest, clamped
+from seriatim.sampling.result import Result, as_pil
 from seriatim.tokenizers.base import to_uint8
 from seriatim.zoo import PRESETS
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+Start = tuple[Tensor, Tensor]  # tokens (B, L, D), and which are known (B, L)
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a call gives: images in the order of the labels, and all that is needed to draw them again."""
-
-    images: Any  # list of PIL images; or (B, H, W, c) uint8; or (B, c, H, W) in [-1, 1]; or tokens (B, L, D)
-    labels: list[str | None]  # the class of each image, by name
-    seeds: list[int]  # of each image
-    request: SampleRequest
-    tokens: Tensor  # (B, L, D)
 
 
 class Pipeline:
@@ -71,7 +65,11 @@ class Pipeline:
 
     def request(self, **settings: Any) -> SampleRequest:
         """The request that a call with these arguments makes: defaults filled in, everything checked."""
-        merged = {**self.defaults, **{k: plain(v) for k, v in settings.items() if v is not None}}
+        defaults, settings = self.defaults, {k: plain(v) for k, v in settings.items() if v is not None}
+        if settings.get("guidance_schedule", defaults.get("guidance_schedule")) != defaults.get("guidance_schedule"):
+            for option in GUIDANCE_OPTIONS.values():  # they are of the schedule that the call replaces
+                defaults.pop(option, None)
+        merged = {**defaults, **settings}
         labels = merged.get("class_labels")
         if labels is None:
             merged["class_labels"] = tuple(range(self.model.classes)) or (None,)
@@ -84,8 +82,18 @@ class Pipeline:
         """Refuse what this model can't do; more steps than it has tokens are clamped, with a warning."""
         for label in request.class_labels:
             self.label_index(label)
+        request.check_order(self.model.tokens)
         self.model.head.check_options(temperature=request.temperature, **self._head_options(request))
         return clamped(request, self.model.tokens)
+
+    def _order(self, request: SampleRequest, images: slice) -> Tensor | None:
+        """The order of these images as the samplers take it: on the tokenizer's grid, the first drawn first."""
+        if request.order == RANDOM:
+            return None
+        if isinstance(request.order, str):
+            return torch.tensor(ORDERS[request.order](*self.tokenizer.grid))  # (L,)
+        given = torch.tensor(request.order)  # (L,) or (all images, L)
+        return given if given.ndim == 1 else given[images]
 
     def _head_options(self, request: SampleRequest) -> dict[str, Any]:
         options = self.model.head.sample_options
@@ -154,13 +162,19 @@ class Pipeline:
         return request, [generator(seed) for seed in seeds]
 
     def _steps(
-        self, request: SampleRequest, generators: list[torch.Generator], batch_size: int | None
+        self,
+        request: SampleRequest,
+        generators: list[torch.Generator],
+        batch_size: int | None,
+        start: Start | None = None,
     ) -> Iterator[Step]:
         if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
             raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be an integer of at least 1")
-        return self._batches(request, generators, batch_size or max(1, BATCH_TOKENS // self.model.tokens))
+        return self._batches(request, generators, batch_size or max(1, BATCH_TOKENS // self.model.tokens), start)
 
-    def _batches(self, request: SampleRequest, generators: list[torch.Generator], size: int) -> Iterator[Step]:
+    def _batches(
+        self, request: SampleRequest, generators: list[torch.Generator], size: int, start: Start | None
+    ) -> Iterator[Step]:
         labels = torch.tensor([self.label_index(label) for label in request.image_labels()], device=self.device)
         batches = [range(i, min(i + size, len(labels))) for i in range(0, len(labels), size)]
         steps = request.num_inference_steps
@@ -175,10 +189,15 @@ class Pipeline:
                 steps=steps,
                 guidance_scale=request.guidance_scale,
                 guidance_schedule=request.guidance_schedule,
+                guidance_interval=request.guidance_interval,
+                guidance_power=request.guidance_power,
                 temperature=request.temperature,
                 token_schedule=request.token_schedule,
                 num_diffusion_steps_last=request.num_diffusion_steps_last if anneals else None,
+                min_tokens=request.min_tokens,
+                order=self._order(request, some),
                 dtype=self.dtype,
+                **({} if start is None else {"tokens": start[0][some], "known": start[1][some]}),
                 **self._head_options(request),
             ):
                 yield Step(
@@ -207,12 +226,22 @@ class Pipeline:
         `callback_on_step_end(pipeline, index, total, {"tokens", "known"})` is called after each step; "tokens" in the
         mapping that it may return replace the known ones, and sampling goes on from those.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise UsageError(f"output_type: {output_type!r} is not known{nearest(output_type, OUTPUT_TYPES)}")
+        check_output(output_type)
         request, generators = self._resolve(generator, request, settings)
+        return self._result(request, self._steps(request, generators, batch_size), output_type, callback_on_step_end)
+
+    def _result(
+        self,
+        request: SampleRequest,
+        steps: Iterator[Step],
+        output_type: str,
+        callback_on_step_end: StepCallback | None = None,
+        keep: tuple[Tensor, Tensor] | None = None,  # pixels (B, H, W, c) uint8, and where (B, H, W) others replace them
+    ) -> Result:
+        """Run the steps, decode the last of each batch."""
         finished: list[Tensor] = []
         last: Step | None = None
-        for step in self._steps(request, generators, batch_size):
+        for step in steps:
             if callback_on_step_end is not None:
                 values = {"tokens": step.tokens, "known": step.known}
                 returned = callback_on_step_end(self, step.index, step.total, values) or {}
@@ -224,22 +253,91 @@ class Pipeline:
         assert last is not None, "a request has at least one image and one step"
         finished.append(last.tokens)
         tokens = torch.cat(finished)  # (B, L, D)
-        images: Any = tokens
-        if output_type == "pil":
-            images = [image for some in finished for image in self._pil(some)]
-        elif output_type != "latent":
-            images = torch.cat([self._decode(some) for some in finished])
-            images = to_uint8(images).numpy() if output_type == "np" else images
         names = [self.label_name(label) for label in request.image_labels()]
-        return Result(images, names, request.image_seeds(), request, tokens)
+        images = tokens if output_type == "latent" else self._images(finished, output_type, keep)
+        made = versions(self.device, self.dtype)
+        sha = self.bundle.sha256
+        return Result(images, names, request.image_seeds(), request, tokens, sha, made, edited=keep is not None)
+
+    def _images(self, finished: list[Tensor], output_type: str, keep: tuple[Tensor, Tensor] | None) -> Any:
+        pictures = torch.cat([self._decode(some) for some in finished])  # (B, c, H, W)
+        if keep is None and output_type == "pt":
+            return pictures
+        arrays = to_uint8(pictures)  # (B, H, W, c)
+        if keep is not None:
+            arrays = composite(arrays, *keep)
+        if output_type == "pt":
+            return (arrays.permute(0, 3, 1, 2).float() / 127.5 - 1).to(pictures.device)
+        return arrays.numpy() if output_type == "np" else as_pil(arrays)
+
+    # --- editing --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def edit(
+        self,
+        image: Any,
+        *,
+        mask: Any,
+        class_labels: Any = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        **settings: Any,
+    ) -> Result:
+        """Repaint where `mask` is white: inpaint, outpaint inside the frame, or change the class of a region.
+
+        `image`: one picture or several, of the model's size: PIL, arrays (B, H, W, c) uint8, tensors (B, c, H, W) in
+        [-1, 1]. `mask`: one for all or one for each: PIL, or (H, W), (B, H, W) arrays. `class_labels`: one for all or
+        one for each; None is no class. Several labels for one picture make several pictures. A token with a white pixel
+        is redrawn; all other tokens stay bitwise equal, and black pixels stay exactly as they were.
+        """
+        check_output(output_type)
+        originals = as_images(image, self.tokenizer)  # (n, H, W, c)
+        labels = tuple(class_labels) if isinstance(class_labels, (list, tuple)) else (class_labels,)
+        count = broadcast(originals, labels)
+        each = int(settings.get("num_images_per_label") or 1)
+        labels = labels * count if len(labels) == 1 else labels
+        originals = originals.repeat(count, 1, 1, 1) if len(originals) == 1 else originals
+        request, generators = self._resolve(generator, None, {**settings, "class_labels": labels})
+        white = pixel_mask(mask, self.tokenizer.size, count).repeat_interleave(each, dim=0)  # (B, H, W)
+        originals = originals.repeat_interleave(each, dim=0)  # (B, H, W, c)
+        floats = originals.permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
+        tokens = self.tokenizer.tokens(self.tokenizer.moments(floats))  # (B, L, D), the mode
+        start = (tokens, ~token_mask(white, self.tokenizer))
+        return self._result(
+            request, self._steps(request, generators, batch_size, start), output_type, keep=(originals, white)
+        )
+
+    def regenerate(
+        self,
+        result: Result,
+        tokens: Any,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        **settings: Any,
+    ) -> Result:
+        """Redraw chosen tokens of a result: indices, or a bool mask (L,) or (B, L). The others stay bitwise equal.
+
+        Settings are those of the result's request but for the seed, unless given.
+        """
+        check_output(output_type)
+        count, L, _ = result.tokens.shape
+        redraw = chosen_tokens(tokens, count, L)
+        before = result.request.model_dump(exclude={"seed", "seeds"}, exclude_defaults=True)
+        request, generators = self._resolve(generator, None, {**before, **settings})
+        if request.num_images != count:
+            raise UsageError(f"class_labels: the request is for {request.num_images} images, the result has {count}")
+        steps = self._steps(request, generators, batch_size, (result.tokens, ~redraw))
+        return self._result(request, steps, output_type)
 
     @torch.no_grad()
     def _decode(self, tokens: Tensor) -> Tensor:
         return self.tokenizer.decode(tokens.to(self.device, torch.float32))  # (B, c, H, W)
 
     def _pil(self, tokens: Tensor) -> list[Image.Image]:
-        arrays = to_uint8(self._decode(tokens)).numpy()  # (B, H, W, c)
-        return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]
+        return as_pil(to_uint8(self._decode(tokens)))
 
     # --- keeping --------------------------------------------------------------------------------------------------
 
@@ -248,13 +346,9 @@ class Pipeline:
         return save_bundle(self.bundle, Path(folder))
 
 
-def plain(value: Any) -> Any:
-    """NumPy's and torch's scalars and arrays as Python's own."""
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return tuple(plain(item) for item in value)
-    return value
+def check_output(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise UsageError(f"output_type: {output_type!r} is not known{nearest(output_type, OUTPUT_TYPES)}")
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -296,30 +390,3 @@ def download(repository: str) -> Path:
         raise CheckpointError(
             f"model: there is no folder {repository!r}, and it could not be fetched as a hub repository ({reason})"
         ) from error
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the accelerator, if there is one, else the CPU."""
-    if isinstance(device, str) and device == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
-    try:
-        picked = torch.device(device)
-        torch.empty(0, device=picked)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device: {device!r} is not there ({one_line(error)[:100]}); use 'auto' or 'cpu'") from error
-    return picked
-
-
-def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The backbone's dtype: "auto" is bfloat16 on CUDA that has it, float32 elsewhere."""
-    if dtype == "auto":
-        capable = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if capable else torch.float32
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype: {dtype!r} is not known{nearest(dtype, ['auto', *DTYPES])}")
-        return DTYPES[dtype]
-    if dtype not in DTYPES.values():
-        raise UsageError(f"dtype: {dtype} is not allowed; use float32 or bfloat16")
-    return dtype

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import make_bundle
 from PIL import Image
 
 import seriatim
@@ -17,6 +18,7 @@ from seriatim.core.random import Noise, derive_seed
 from seriatim.pipeline import Pipeline, load
 from seriatim.sampling.request import SampleRequest
 from seriatim.tokenizers.base import to_uint8
+from seriatim.tokenizers.pixels import Pixels
 
 
 @pytest.fixture
@@ -45,6 +47,48 @@ def test_the_same_request_gives_the_same_images(pipe: Pipeline) -> None:
     single = pipe(class_labels=["cat"], seeds=(one.seeds[4],))
     assert torch.allclose(single.tokens[0], one.tokens[4], atol=1e-4), "an image's seed is all it needs"
     assert pipe(class_labels=[0]).request.seed != pipe(class_labels=[0]).request.seed, "no seed: another each time"
+
+
+def test_an_order_by_name_and_by_position() -> None:
+    """On a grid of 2 x 8 tokens, which the tokenizer knows and the model does not."""
+    bundle = make_bundle()
+    pipe = Pipeline(Bundle(bundle.model, Pixels(size=(4, 16), patch=2, channels=1), [], bundle.sampling))
+    assert pipe.tokenizer.grid == (2, 8)
+    options: dict[str, Any] = {"class_labels": [0, 1, 2], "seed": 5}
+    for name, function in seriatim.ORDERS.items():
+        named = pipe(**options, order=name)
+        assert named.request.order == name and named.images[0].size == (16, 4)
+        for given in (function(2, 8), np.array(function(2, 8)), [function(2, 8)] * 3):
+            assert torch.equal(pipe(**options, order=given).tokens, named.tokens)
+        first = next(iter(pipe.stream(**options, order=name, num_inference_steps=16)))
+        assert first.known.nonzero()[:, 1].tolist() == [function(2, 8)[0]] * 3
+    assert torch.equal(pipe(**options, order="random").tokens, pipe(**options).tokens)
+    assert not torch.allclose(pipe(**options, order="raster").tokens, pipe(**options).tokens)
+
+
+def test_an_order_for_each_image_follows_it_into_its_batch(pipe: Pipeline) -> None:
+    orders = [seriatim.ORDERS[name](4, 4) for name in ("halton", "raster", "spiral")]
+    result = pipe(class_labels=[0, 1, 2], seed=5, order=orders, batch_size=2)
+    for i, name in enumerate(("halton", "raster", "spiral")):
+        alone = pipe(class_labels=[i], seeds=(result.seeds[i],), order=name)
+        assert torch.allclose(alone.tokens[0], result.tokens[i], atol=1e-4), name
+
+
+def test_an_order_of_ones_own(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(seriatim.ORDERS, "backwards", lambda h, w: list(range(h * w))[::-1])
+    given = pipe(class_labels=[0], seed=5, order=list(range(16))[::-1])
+    assert torch.equal(pipe(class_labels=[0], seed=5, order="backwards").tokens, given.tokens)
+
+
+def test_a_schedule_of_the_call_replaces_that_of_the_model_with_its_settings(bundle: Bundle) -> None:
+    own = {"guidance_schedule": "interval", "guidance_interval": [0.2, 0.9], "min_tokens": 2, "order": "spiral"}
+    pipe = Pipeline(Bundle(bundle.model, bundle.tokenizer, bundle.class_names, {**bundle.sampling, **own}))
+    request = pipe(class_labels=[0], seed=1).request
+    assert (request.guidance_interval, request.min_tokens, request.order) == ((0.2, 0.9), 2, "spiral")
+    assert pipe.request(guidance_interval=(0, 0.5)).guidance_interval == (0, 0.5)
+    assert pipe.request(guidance_schedule="interval").guidance_interval == (0.2, 0.9)
+    assert pipe.request(guidance_schedule="linear").guidance_interval is None
+    assert pipe.request(guidance_schedule="power-cosine", guidance_power=2.0).guidance_power == 2.0
 
 
 def test_output_types(pipe: Pipeline) -> None:
@@ -105,6 +149,9 @@ def test_generators_stand_in_for_seeds(pipe: Pipeline) -> None:
         ({"solver": "ddim", "temperature": 0.9}, "temperature: 0.9 is not allowed; the ddim solver is an ODE"),
         ({"num_diffusion_steps_last": 7}, "num_diffusion_steps_last: 7 is not allowed; at most num_diffusion_steps, 6"),
         ({"num_diffusion_steps_last": 0}, "num_diffusion_steps_last"),
+        ({"order": [0, 1, 2]}, "order: 3 positions given for 16 tokens; name each position from 0 to 15 once"),
+        ({"order": [0, *range(15)]}, "order: position 0 is given twice"),
+        ({"order": [[*range(16)]] * 2 + [[16, *range(15)]]}, "order[2]: position 16 is out of range"),
     ],
 )
 def test_what_is_wrong_is_named(pipe: Pipeline, settings: dict[str, Any], words: str) -> None:

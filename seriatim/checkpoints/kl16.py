@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seriatim.checkpoints.official import as_float32
 from seriatim.core.errors import CheckpointError, UsageError, one_line
 from seriatim.tokenizers.kl import KL
 
@@ -85,10 +86,8 @@ def tokenizer_from_kl16(
             raise CheckpointError(
                 f"{where}: tensor {official!r} has shape {tuple(tensor.shape)}, {tuple(shape)} beside the others"
             )
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{where}: tensor {official!r} has values that are not finite")
         ours = tokenizer.autoencoder.get_parameter(name).shape
-        weights[name] = tensor.detach().to("cpu", torch.float32, copy=True).reshape(ours).contiguous()
+        weights[name] = as_float32(tensor, official, where).clone().reshape(ours).contiguous()
     tokenizer.autoencoder.load_state_dict(weights, assign=True)
     return tokenizer
 

@@ -95,11 +95,11 @@ def model_from_mar(
             f"heads: {file.path} has {config['depth'][0]}+{config['depth'][1]} blocks of width {config['width'][0]}, "
             "which is no preset's, and weights don't tell the number of attention heads; give it"
         )
-    config["head"]["draws"] = int(file.arguments.get("diffusion_batch_mul", 4))
+    config["head"]["draws"] = int(argument(file, "diffusion_batch_mul", 4, least=1))
     for ours, theirs in (("dropout", "proj_dropout"), ("label_dropout", "label_drop_prob"),
                          ("min_mask_ratio", "mask_ratio_min")):  # fmt: skip
         if theirs in file.arguments:
-            config[ours] = float(file.arguments[theirs])
+            config[ours] = float(argument(file, theirs, 0.0, most=1))
     try:
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to come
             model = build_model(config)
@@ -110,6 +110,16 @@ def model_from_mar(
     return model.eval()
 
 
+def argument(file: OfficialFile, name: str, default: float, *, least: float = 0, most: float = math.inf) -> float:
+    """A number among the training script's arguments."""
+    value = file.arguments.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise CheckpointError(f"{file.path}: its argument {name} is {value!r}, not a number")
+    if not least <= value <= most:
+        raise CheckpointError(f"{file.path}: its argument {name} is {value!r}; it must be from {least:g} to {most:g}")
+    return value
+
+
 def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """Every size that shapes reveal, as a config of `build_model` without heads."""
 
@@ -118,6 +128,8 @@ def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
             complain(where, "lacks", [name])
         if tensors[name].ndim != axes:
             raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, not {axes} axes")
+        if not tensors[name].numel():
+            raise CheckpointError(f"{where}: tensor {name!r} is empty")
         return list(tensors[name].shape)
 
     def count(prefix: str) -> int:
@@ -178,7 +190,7 @@ def bundle_from_mar(file: OfficialFile, tokenizer: Tokenizer, class_names: list[
     preset = named_preset(config, None, str(file.path))
     sampling = dict(preset.sampling) if preset else {"guidance_schedule": "linear", "num_diffusion_steps": 100}
     if "cfg" in file.arguments and not preset:
-        sampling["guidance_scale"] = float(file.arguments["cfg"])
+        sampling["guidance_scale"] = float(argument(file, "cfg", 1.0))
     provenance = {"converted_from": file.path.name, "weights": file.which, "preset": preset.name if preset else None}
     return Bundle(model, tokenizer, class_names, sampling, provenance)
 

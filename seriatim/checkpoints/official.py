@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -49,10 +50,10 @@ def read_official(path: Path | str, *, which: str | None = None, entries: tuple[
         found = read_safetensors(path, entries)
     else:
         found, arguments = read_torch(path, entries)
-    chosen = which or next(name for name in (*entries, "") if name in found)
+    chosen = which or next(iter(found))
     if chosen not in found:
-        if list(found) == [""]:  # one nameless state dict is whatever was asked for
-            chosen = ""
+        if list(found) in ([""], ["state_dict"]):  # the only one there is, under no telling name
+            chosen = next(iter(found))
         else:
             raise UsageError(f"which: {path} holds no {chosen!r}; it holds {', '.join(map(repr, found))}")
     return OfficialFile(path, found[chosen], arguments, chosen or "model")
@@ -61,16 +62,17 @@ def read_official(path: Path | str, *, which: str | None = None, entries: tuple[
 def read_torch(path: Path, entries: tuple[str, ...]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The state dicts of a torch file by entry ("" where the file is one), and the script's arguments."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice about what is refused below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|global|class|function) `?([\w.]+)`?", str(error))
-        what = f"it asks for {name[1]!r}" if name else one_line(error)[:160]
+        what = f"it asks for {name[1]!r}" if name else "it is a pickle of another kind"
         raise CheckpointError(
             f"{path}: holds more than tensors ({what}), which could run any program; nothing of it was run; "
             "ask for a safetensors file"
         ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, OSError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its last whole byte led to
         raise CheckpointError(
             f"{path}: is not a whole torch file ({one_line(error)[:160]}); download it again"
         ) from error
@@ -150,10 +152,19 @@ def renamed(
         tensor, shape = tensors[theirs], wanted[ours]
         if squeezed(tensor.shape) != squeezed(shape):
             raise CheckpointError(f"{where}: tensor {theirs!r} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{where}: tensor {theirs!r} has values that are not finite; the file is unusable")
-        result[ours] = tensor.float().reshape(shape)
+        result[ours] = as_float32(tensor, theirs, where).reshape(shape)
     return result
+
+
+def as_float32(tensor: Tensor, name: str, where: str) -> Tensor:
+    """A tensor's values in float32, all finite; CheckpointError where it has none such."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+        kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device.type}".replace("torch.", "")
+        raise CheckpointError(f"{where}: tensor {name!r} is {kind}; only plain floating-point tensors are read")
+    values = tensor.detach().float()
+    if not bool(torch.isfinite(values).all()):
+        raise CheckpointError(f"{where}: tensor {name!r} has values that are not finite; the file is unusable")
+    return values
 
 
 def squeezed(shape: torch.Size) -> tuple[int, ...]:

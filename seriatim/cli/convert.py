@@ -20,11 +20,12 @@ export = typer.Typer(no_args_is_help=True, help="Write weights under their offic
 
 Weights = Annotated[Path, typer.Argument(help="The downloaded file (.pth, .ckpt, .safetensors).")]
 Out = Annotated[Path, typer.Argument(help="A new folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model or tokenizer that is there.")]
 
 
 @convert.command("mar")
 def convert_mar(
-    weights: Annotated[Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder of these.")],
+    weights: Annotated[Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder of such.")],
     out: Out,
     vae: Annotated[Path, typer.Option(help="Its autoencoder: kl16.ckpt, or a folder that `convert kl16` made.")],
     ema: Annotated[
@@ -35,11 +36,12 @@ def convert_mar(
         list[int] | None, typer.Option(help="Attention heads, of a model that is no preset; twice: encoder, decoder.")
     ] = None,
     class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
+    overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
     """MAR (Li et al. 2024). Nothing in a file is run; every tensor must fit."""
     from seriatim.checkpoints import mar
-    from seriatim.checkpoints.native import replaceable, save_bundle
+    from seriatim.checkpoints.native import save_bundle
     from seriatim.checkpoints.official import one_file, read_official
     from seriatim.core.errors import UsageError, nearest
     from seriatim.models.build import parameter_count
@@ -50,7 +52,9 @@ def convert_mar(
         raise UsageError(
             f"heads: {heads} is not allowed; give one number, or one for the encoder and one for the decoder"
         )
-    replaceable(out)
+    unused(out, overwrite)
+    if not vae.exists():
+        raise UsageError(f"vae: there is no {vae}; name kl16.ckpt, or a folder that `seriatim convert kl16` made")
     which = None if ema is None else mar.ENTRIES[0 if ema else 1]
     path = one_file(weights, mar.NAMES.get(preset or ""))
     say(f"reading {path}")
@@ -81,15 +85,15 @@ def convert_kl16(
     size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 256,
     patch: Annotated[int, typer.Option(help="Latents of a token, side by side.")] = 1,
     scale: Annotated[float, typer.Option(help="1 / standard deviation of the latents.")] = 0.2325,
+    overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
     """MAR's autoencoder KL-16 (and its kin of other sizes), for diffusers' AutoencoderKL."""
     from seriatim.checkpoints.kl16 import tokenizer_from_kl16
-    from seriatim.checkpoints.native import replaceable
     from seriatim.checkpoints.official import read_official
     from seriatim.checkpoints.tokenizer import save_tokenizer
 
-    replaceable(out)
+    unused(out, overwrite)
     file = read_official(weights, entries=("model",))
     tokenizer = tokenizer_from_kl16(file.tensors, str(weights), size=size, patch=patch, scale=scale)
     save_tokenizer(tokenizer, out, {"converted_from": file.path.name})
@@ -141,6 +145,16 @@ def export_kl16(
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
+def unused(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless it is a model or tokenizer that may be replaced."""
+    from seriatim.checkpoints.native import replaceable
+    from seriatim.core.errors import UsageError
+
+    folder = replaceable(out)
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"out: {out} holds a model or tokenizer already; choose another folder or pass --overwrite")
+
+
 def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
     """The tokenizer of a model with so many tokens and features: from an official file or a folder of ours."""
     from seriatim.checkpoints.kl16 import tokenizer_from_kl16
@@ -152,7 +166,8 @@ def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
         return load_tokenizer(path)
     file = read_official(path, entries=("model",))
     kernel = file.tensors.get("post_quant_conv.weight")
-    patch = patch_of(dim, kernel.shape[1]) if kernel is not None else 1  # without: the next line says what is missing
+    fits = kernel is not None and kernel.ndim == 4 and kernel.shape[1] > 0  # where not, what follows names it
+    patch = patch_of(dim, kernel.shape[1]) if kernel is not None and fits else 1
     levels = sum(name.endswith(".downsample.conv.weight") for name in file.tensors)
     side = round(tokens**0.5) * patch << levels
     return tokenizer_from_kl16(file.tensors, str(path), size=side, patch=patch)

@@ -46,9 +46,9 @@ def examine(path: Path) -> dict[str, Any]:
     import torch
 
     from seriatim import __version__
+    from seriatim.core.device import pick_device
     from seriatim.core.errors import SeriatimError
     from seriatim.core.files import writable_folder
-    from seriatim.pipeline import pick_device
 
     versions = {"seriatim": __version__, "python": platform.python_version()}
     problems: list[str] = []

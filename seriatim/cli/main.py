@@ -16,6 +16,7 @@ from seriatim.cli.cache import cache
 from seriatim.cli.convert import convert, export
 from seriatim.cli.demo import demo
 from seriatim.cli.doctor import doctor
+from seriatim.cli.edit import edit
 from seriatim.cli.measure import measure_latents
 from seriatim.cli.models import models
 from seriatim.cli.output import say
@@ -55,6 +56,7 @@ app.command()(demo)
 app.command()(train)
 app.command()(cache)
 app.command()(sample)
+app.command()(edit)
 app.command()(measure_latents)
 app.command()(models)
 app.command()(doctor)

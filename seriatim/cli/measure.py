@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from seriatim.cli.convert import unused
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table, say
 
 
@@ -18,6 +19,7 @@ def measure_latents(
     ] = None,
     num: Annotated[int, typer.Option(help="About how many images to look at.")] = 10_000,
     statistics: Annotated[str, typer.Option(help="channel: mean and std of each; scale: one std for all.")] = "channel",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer that is there.")] = False,
     device: DeviceOption = "auto",
     json: JsonFlag = False,
 ) -> None:
@@ -28,6 +30,7 @@ def measure_latents(
     if statistics not in ("channel", "scale"):
         raise UsageError(f"statistics: {statistics!r} is not known{nearest(statistics, ('channel', 'scale'))}")
     chosen = read_recipe(recipe, overrides or ())
+    unused(out, overwrite)
 
     from typing import cast
 

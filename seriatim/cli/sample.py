@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from seriatim.pipeline import Pipeline
+    from seriatim.sampling.metadata import Recorded
+    from seriatim.sampling.request import SampleRequest
+
 # Parameters below which one thread draws: nearly as fast on an idle machine, ninety times faster on a busy one where
 # threads wait for each other (docs/log.md). A rule, not a measurement: the same command gives the same bits.
 SMALL = 4_000_000
+NEARLY = 2  # levels of 255 by which rounding in another batch, thread count or version may move a pixel
 
 
 def sample(
@@ -21,9 +30,21 @@ def sample(
     ] = None,
     num_images_per_label: Annotated[int | None, typer.Option(help="Images of each class.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; higher is more typical.")] = None,
-    guidance_schedule: Annotated[str | None, typer.Option(help="linear or constant, over the image.")] = None,
+    guidance_schedule: Annotated[
+        str | None, typer.Option(help="linear, constant, interval or power-cosine, over the image.")
+    ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(help="Known shares, low and high, of the schedule interval.")
+    ] = None,
+    guidance_power: Annotated[
+        float | None, typer.Option(help="Of the schedule power-cosine: the larger, the later.")
+    ] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
     token_schedule: Annotated[str | None, typer.Option(help="cosine or linear: tokens of each step.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="Tokens that each step draws at least.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="random, raster, halton, spiral; or positions, the first drawn first: 3,1,0,2")
+    ] = None,
     num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
     num_diffusion_steps_last: Annotated[
         int | None, typer.Option(help="Where they end, falling as the image gets known.")
@@ -33,6 +54,10 @@ def sample(
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="A PNG drawn before: repeat it, and compare the pixels.")
+    ] = None,
+    animate: Annotated[bool, typer.Option("--animate", help="Also write animation.gif: tokens appearing.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png.")] = Path("samples"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,
     device: DeviceOption = "auto",
@@ -51,16 +76,24 @@ def sample(
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.models.build import parameter_count
     from seriatim.pipeline import load
+    from seriatim.sampling.animation import save_animation
+    from seriatim.sampling.metadata import versions
+    from seriatim.sampling.result import recorded, safe_name, save_image
     from seriatim.training.precision import threads as using
 
+    original = None if from_ is None else read_repeatable(from_)
     pipe = load(model, device=device, dtype=dtype)
-    request = pipe.request(
+    settings = dict(
         class_labels=label,
         num_images_per_label=num_images_per_label,
         guidance_scale=guidance_scale,
         guidance_schedule=guidance_schedule,
+        guidance_interval=guidance_interval,
+        guidance_power=guidance_power,
         num_inference_steps=num_inference_steps,
         token_schedule=token_schedule,
+        min_tokens=min_tokens,
+        order=order_or_positions(order),
         num_diffusion_steps=num_diffusion_steps,
         num_diffusion_steps_last=num_diffusion_steps_last,
         solver=solver,
@@ -68,28 +101,41 @@ def sample(
         temperature=temperature,
         seed=seed,
     )
+    if original is None:
+        request = pipe.request(**settings)
+    else:
+        request = request_of(original[1], from_, pipe, [k for k, v in settings.items() if v is not None])
     steps = pipe.stream(request=request, batch_size=batch_size)  # checks everything before a folder is made
     out = writable_folder(out)
     names = [pipe.label_name(x) or "image" for x in request.image_labels()]
     files = [out / f"{i:04d}-{safe_name(name)}.png" for i, name in enumerate(names)]
-    grid_file = out / "grid.png"
-    taken = [file for file in (*files, grid_file) if file.exists()]
+    grid_file, animation = out / "grid.png", out / "animation.gif"
+    taken = [file for file in (*files, grid_file, *[animation] * animate) if file.exists()]
     if taken and not overwrite:
         raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
 
     count = threads or (1 if parameter_count(pipe.model) < SMALL else torch.get_num_threads())
     begin = time.monotonic()
-    images = []
+    made = versions(pipe.device, pipe.dtype)
+    columns = max(request.num_images_per_label, min(8, request.num_images))
+    images: list[Image.Image] = []
+    frames: dict[int, list[Image.Image]] = {}  # of each step over the images
     with using(count), Progress(request.num_images, "sampling", "images", quiet=json) as bar:
         for step in steps:
             last_of_batch = (step.index + 1) % request.num_inference_steps == 0
             if last_of_batch:  # what is drawn is kept, whatever happens to the next batch
                 for i, image in zip(step.images, step.preview(), strict=True):
-                    save_png(image, files[i])
+                    label_name = pipe.label_name(request.image_labels()[i])
+                    save_image(image, files[i], recorded(image, request, i, label_name, pipe.bundle.sha256, made))
                     images.append(image)
+            if animate:
+                frames.setdefault(step.index % request.num_inference_steps, []).extend(step.preview())
             bar.advance(len(step.images) if last_of_batch else 0, f"step {step.index + 1} of {step.total}")
     seconds = time.monotonic() - begin
-    save_png(grid(images, columns=max(request.num_images_per_label, min(8, len(images)))), grid_file)
+    save_png(grid(images, columns), grid_file)
+    if animate:
+        side = 128 if len(images) == 1 else 64
+        save_animation([grid(frames[i], columns, side=side) for i in sorted(frames)], animation)
     report = {
         "images": len(images),
         "folder": str(out),
@@ -99,6 +145,10 @@ def sample(
         "seed": request.seed,
         "threads": count,
     }
+    if animate:
+        report["animation"] = str(animation)
+    if original is not None:
+        report["pixels"] = compared(original, images[0], made)
     if json:
         shown = [
             {"file": str(file), "label": name, "seed": s}
@@ -109,6 +159,59 @@ def sample(
     return print_table(("sampled", ""), list(report.items()))
 
 
-def safe_name(name: str) -> str:
-    """A class name as part of a file name: letters, digits, - and _ of any script; at most 40."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:40] or "image"
+def order_or_positions(text: str | None) -> str | list[int] | None:
+    """A name, or positions with commas between them."""
+    if text is None or not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text):
+        return text
+    return [int(position) for position in text.split(",")]
+
+
+# --- repeating ----------------------------------------------------------------------------------------------------
+
+
+def read_repeatable(path: Path) -> tuple[Image.Image, Recorded]:
+    """A picture and its request; refuses one that its request alone does not make."""
+    from seriatim.core.errors import DataError
+    from seriatim.sampling.metadata import read_recorded
+
+    image, says = read_recorded(path)
+    if says.edited:
+        raise DataError(f"from: {path} was made from another picture; edit that one again with the same seed")
+    return image, says
+
+
+def request_of(says: Recorded, path: Path | None, pipe: Pipeline, given: list[str]) -> SampleRequest:
+    """The request that a picture carries, for the model that drew it."""
+    from seriatim.core.errors import CheckpointError, UsageError
+
+    if given:
+        raise UsageError(f"{given[0]}: given together with --from, which repeats a picture as it was; leave it out")
+    if says.model_sha256 != pipe.bundle.sha256:
+        ours, theirs = pipe.bundle.sha256[:12], says.model_sha256[:12]
+        raise CheckpointError(
+            f"model: its weights have sha256 {ours}..., {path} was drawn by {theirs}...; name the model that drew it"
+        )
+    return pipe.checked(says.sample_request())  # not `request`: the model's own defaults have no say
+
+
+def compared(original: tuple[Image.Image, Recorded], image: Image.Image, made: dict[str, str]) -> str:
+    """How the repeated picture's pixels compare; raises NumericsError where they are another picture's."""
+    import numpy as np
+
+    from seriatim.core.errors import DataError, NumericsError
+    from seriatim.sampling.metadata import pixels_sha256
+
+    before, says = original
+    if pixels_sha256(before) != says.pixels_sha256:
+        raise DataError("from: the picture's pixels were changed after it was drawn; there is nothing to compare with")
+    if pixels_sha256(image) == says.pixels_sha256:
+        return "identical"
+    other = [f"{key} {says.versions.get(key)} then, {value} now" for key, value in made.items()
+             if says.versions.get(key) != value]  # fmt: skip
+    if before.size != image.size or before.mode != image.mode:
+        raise NumericsError(f"from: drawn again it is {image.size}, {image.mode}, not {before.size}, {before.mode}")
+    difference = np.abs(np.asarray(before).astype(int) - np.asarray(image).astype(int))
+    found = f"largest difference {difference.max()} of 255, in {(difference > 0).mean():.1%} of the values"
+    if difference.max() > NEARLY:
+        raise NumericsError(f"from: drawn again it differs: {found} ({'; '.join(other) or 'another batch or threads'})")
+    return found

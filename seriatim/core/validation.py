@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from seriatim.core.errors import ConfigError, UsageError, nearest
+from seriatim.core.errors import ConfigError, SeriatimError, nearest
 
 
 class Strict(BaseModel):
@@ -30,7 +30,7 @@ def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     return list(cls.model_fields)
 
 
-def parse(cls: type[S], data: Mapping[str, Any], where: str = "", error: type[UsageError] = ConfigError) -> S:
+def parse(cls: type[S], data: Mapping[str, Any], where: str = "", error: type[SeriatimError] = ConfigError) -> S:
     """Validate `data` as `cls`; the first thing wrong becomes one line (prefixed by `where`, a file or verb)."""
     try:
         return cls.model_validate(dict(data))
@@ -48,6 +48,16 @@ def parse(cls: type[S], data: Mapping[str, Any], where: str = "", error: type[Us
         message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if first["type"] == "missing":
             raise error(f"{prefix}{key}: is required{suffix}") from None
-        shown = f" (got {value!r})" if key and not isinstance(value, Mapping) else ""
+        got = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:97]}..."
+        shown = f" (got {got})" if key and not isinstance(value, Mapping) else ""
         label = f"{key}: " if key else ""
         raise error(f"{prefix}{label}{message[:1].lower()}{message[1:]}{shown}{suffix}") from None
+
+
+def plain(value: Any) -> Any:
+    """NumPy's and torch's scalars and arrays as Python's own."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(item) for item in value)
+    return value

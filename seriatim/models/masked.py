@@ -11,6 +11,7 @@ Shapes: B images, L tokens, D features, N tokens asked for, C width of z.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,16 @@ from torch import Tensor, nn
 
 from seriatim.backbones.base import Backbone
 from seriatim.core.errors import UsageError
+from seriatim.core.orders import order_vectors
 from seriatim.core.random import Noise
-from seriatim.core.schedules import annealed_steps, guidance_at, mask_ratio, unknown_after
+from seriatim.core.schedules import (
+    annealed_steps,
+    check_guidance,
+    check_token_schedule,
+    guidance_at,
+    mask_ratio,
+    unknown_after,
+)
 from seriatim.heads.base import Head
 
 
@@ -109,6 +118,27 @@ class MaskedModel(nn.Module):
 
     # --- sampling: the specification; `seriatim.sampling.masked` is the fast loop -----------------------------------
 
+    def begin(self, images: int, tokens: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What sampling begins from, copied: tokens (B, L, D), zero where unknown; known (B, L), by default none."""
+        B, L, D, device = images, self.backbone.tokens, self.backbone.dim, self.no_class.device
+        if tokens is None and known is None:
+            return torch.zeros(B, L, D, device=device), torch.zeros(B, L, dtype=torch.bool, device=device)
+        if tokens is None or known is None:
+            missing, given = ("tokens", "known") if tokens is None else ("known", "tokens")
+            raise UsageError(
+                f"{missing}: is missing, though {given} is given; sampling begins from both or from neither"
+            )
+        if known.shape != (B, L) or known.dtype != torch.bool:
+            raise UsageError(f"known: {known.dtype} of shape {tuple(known.shape)} is not allowed; give bool ({B}, {L})")
+        if tokens.shape != (B, L, D):
+            raise UsageError(
+                f"tokens: shape {tuple(tokens.shape)} is not ({B}, {L}, {D}); it is the tokenizer's output"
+            )
+        tokens, known = tokens.to(device, torch.float32), known.to(device, copy=True)
+        if not bool(torch.isfinite(tokens[known]).all()):
+            raise UsageError("tokens: a known one is not finite; check the images that they come from")
+        return torch.where(known[..., None], tokens, 0.0), known
+
     @torch.no_grad()
     def sample(
         self,
@@ -116,41 +146,79 @@ class MaskedModel(nn.Module):
         noise: Noise,  # one row and one generator for each image
         *,
         steps: int = 64,
+        order: Tensor | Sequence[int] | None = None,  # (L,) or (B, L), the first drawn first; None: random
+        tokens: Tensor | None = None,  # (B, L, D) to begin from, of which those not known are ignored
+        known: Tensor | None = None,  # (B, L) bool; each image may know other tokens, and another number of them
         guidance_scale: float = 1.0,
         guidance_schedule: str = "linear",
+        guidance_interval: Sequence[float] | None = None,
+        guidance_power: float | None = None,
         temperature: float = 1.0,
         token_schedule: str = "cosine",
+        min_tokens: int = 1,
         num_diffusion_steps_last: int | None = None,  # None: as many steps inside the head all over the image
         **head_steps: Any,
     ) -> Tensor:
-        """Tokens (B, L, D), known set by set: a step takes tokens from the end of each image's order."""
-        B, L, D = len(noise), self.backbone.tokens, self.backbone.dim
+        """Tokens (B, L, D), known set by set: a step takes tokens from the end of each image's order vector.
+
+        Known tokens stay as they are. Both schedules run from each image's own known share.
+        """
+        B, L = len(noise), self.backbone.tokens
         self.check_labels(labels, B)
-        device = self.no_class.device
-        tokens = torch.zeros(B, L, D, device=device)
-        known = torch.zeros(B, L, dtype=torch.bool, device=device)
-        order = noise.permutation(L)  # (B, L)
+        check_token_schedule(token_schedule, min_tokens)
+        check_guidance(guidance_schedule, guidance_interval, guidance_power)
+        tokens, known = self.begin(B, tokens, known)
+        order = order_vectors(order, noise, known)  # (B, L)
         state, null = self.backbone.start(self.condition(labels, B), B), self.backbone.start(self.condition(None, B), B)
-        left = L
+        begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
         for step in range(steps):
-            inside = annealed(head_steps, num_diffusion_steps_last, 1 - left / L)
-            left = unknown_after(step, steps, L, left, schedule=token_schedule)
-            later = torch.zeros_like(known).scatter(1, order[:, :left], True)
+            shares = [1 - now / L for now in left]  # known when the step begins
+            left = [
+                unknown_after(step, steps, L, now, first, token_schedule, min_tokens)
+                for now, first in zip(left, begun, strict=True)
+            ]
+            first_left = torch.arange(L) < torch.tensor(left)[:, None]  # (B, L)
+            later = torch.zeros_like(known).scatter(1, order, first_left.to(known.device))
             ask = ~known & ~later
-            scale = guidance_at(guidance_schedule, guidance_scale, left, L)
+            if not ask.any():
+                break  # with fewer unknown tokens than steps, all is known early
+            rows = ask.nonzero()[:, 0]  # (N,): the image of each token asked for
+            scale = tokens.new_tensor(
+                [guidance_at(guidance_schedule, guidance_scale, m, L, guidance_interval, guidance_power) for m in left]
+            )
             z = self.backbone.z(state, tokens, known, ask)  # (N, C)
             z_null = self.backbone.z(null, tokens, known, ask) if guidance_scale != 1 else None
-            rows = noise.select(ask.nonzero()[:, 0])
-            tokens[ask] = self.head.sample(z, rows, z_null, scale, temperature, **inside)
+            tokens[ask] = draw(
+                self.head, rows, z, noise, z_null, scale, temperature, shares, num_diffusion_steps_last, head_steps
+            )
             known |= ask
         return tokens
 
 
-def annealed(head_steps: dict[str, Any], last: int | None, progress: float) -> dict[str, Any]:
-    """The head's sampling options for a step that begins with a share `progress` of the tokens known."""
+def draw(
+    head: Head,
+    rows: Tensor,  # (N,): the image of each token asked for
+    z: Tensor,  # (N, C)
+    noise: Noise,  # a row for each image
+    z_null: Tensor | None,
+    scale: Tensor,  # (B,) of guidance
+    temperature: float,
+    shares: list[float],  # known of each image
+    last: int | None,
+    head_steps: dict[str, Any],
+) -> Tensor:
+    """The tokens asked for (N, D); given `last`, with the fewer steps inside the head the more an image knows."""
     if last is None:
-        return head_steps
+        return head.sample(z, noise.select(rows), z_null, scale[rows], temperature, **head_steps)
     first = head_steps.get("num_diffusion_steps")
     if first is None:
         raise UsageError("num_diffusion_steps_last: needs num_diffusion_steps, where the annealing begins")
-    return {**head_steps, "num_diffusion_steps": annealed_steps(first, last, progress)}
+    counts = torch.tensor([annealed_steps(first, last, share) for share in shares])[rows.cpu()]  # (N,)
+    drawn = z.new_empty(len(z), head.output, dtype=torch.float32)
+    for count in counts.unique().tolist():  # one, unless images of the batch know different shares
+        some = (counts == count).nonzero()[:, 0]
+        of = rows[some]
+        null = None if z_null is None else z_null[some]
+        options = head_steps | {"num_diffusion_steps": count}
+        drawn[some] = head.sample(z[some], noise.select(of), null, scale[of], temperature, **options)
+    return drawn

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, StrictInt, model_validator
+from pydantic import BeforeValidator, Field, StrictInt, model_validator
 
-from seriatim.core.errors import caller_level
+from seriatim.core.errors import UsageError, caller_level
+from seriatim.core.orders import check_order_name, check_permutation
 from seriatim.core.random import derive_seed
-from seriatim.core.schedules import check_token_schedule, guidance_at
+from seriatim.core.schedules import check_guidance, check_token_schedule
 from seriatim.core.validation import Strict
 
 Label = StrictInt | str | None
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+
+
+def order_value(value: Any) -> Any:
+    """A name as it is; positions, or a list of them for each image, as tuples."""
+    if isinstance(value, str):
+        return value
+    rows = value if isinstance(value, (list, tuple)) else ()
+    nested = all(isinstance(row, (list, tuple)) for row in rows)
+    positions = [p for row in rows for p in row] if nested else rows
+    if not positions or any(type(p) is not int for p in positions):
+        raise ValueError("must be a name, a list of positions, or such a list for each image")
+    return tuple(tuple(row) for row in rows) if nested else tuple(rows)
+
+
+Order = Annotated[str | tuple[int, ...] | tuple[tuple[int, ...], ...], BeforeValidator(order_value)]
 
 
 class SampleRequest(Strict):
@@ -25,8 +42,12 @@ class SampleRequest(Strict):
     seeds: tuple[Seed, ...] | None = None
     guidance_scale: float = Field(1.0, ge=0)
     guidance_schedule: str = "linear"
+    guidance_interval: tuple[float, float] | None = None  # known shares, of the schedule "interval"
+    guidance_power: float | None = None  # of the schedule "power-cosine"; None: 1
     num_inference_steps: StrictInt = Field(64, ge=1)  # over the image
     token_schedule: str = "cosine"
+    min_tokens: StrictInt = Field(1, ge=1)  # of a step, as long as that many are unknown
+    order: Order = "random"  # or a name in ORDERS; or positions, the first drawn first, for all images or for each
     temperature: float = Field(1.0, ge=0)
     num_diffusion_steps: StrictInt = Field(100, ge=1)  # inside a diffusion head
     num_diffusion_steps_last: StrictInt | None = Field(None, ge=1)  # when all but the last tokens are known; None: same
@@ -38,13 +59,27 @@ class SampleRequest(Strict):
         if not self.class_labels:
             raise ValueError("class_labels: is empty; name at least one class, or None")
         check_token_schedule(self.token_schedule)
-        guidance_at(self.guidance_schedule, 1.0, 1, 1)
+        check_guidance(self.guidance_schedule, self.guidance_interval, self.guidance_power)
+        self.check_order()
         first, last = self.num_diffusion_steps, self.num_diffusion_steps_last
         if last is not None and last > first:
             raise ValueError(f"num_diffusion_steps_last: {last} is not allowed; at most num_diffusion_steps, {first}")
         if self.seeds is not None and len(self.seeds) != self.num_images:
             raise ValueError(f"seeds: {len(self.seeds)} given for {self.num_images} images; give one for each")
         return self
+
+    def check_order(self, tokens: int | None = None) -> None:
+        """Refuse an order that has no such name, or is no permutation of a model's tokens, where it is known."""
+        if isinstance(self.order, str):
+            return check_order_name(self.order)
+        rows = [row for row in self.order if not isinstance(row, int)]
+        if rows and len(rows) != self.num_images:
+            raise UsageError(f"order: {len(rows)} given for {self.num_images} images; give one, or one for each")
+        if tokens is not None:
+            for i, row in enumerate(rows):
+                check_permutation(row, tokens, f"order[{i}]")
+            if not rows:
+                check_permutation([p for p in self.order if isinstance(p, int)], tokens)
 
     @property
     def num_images(self) -> int:
@@ -61,11 +96,13 @@ class SampleRequest(Strict):
 
 
 def clamped(request: SampleRequest, tokens: int) -> SampleRequest:
-    """The request for a model with this many tokens; more steps than tokens are clamped, with a warning."""
-    if request.num_inference_steps <= tokens:
+    """The request for a model with this many tokens; more steps than they need are clamped, with a warning."""
+    most = math.ceil(tokens / request.min_tokens)
+    if request.num_inference_steps <= most:
         return request
+    tokens_of = f"{tokens} tokens" if request.min_tokens == 1 else f"{tokens} tokens at {request.min_tokens} a step"
     warnings.warn(
-        f"num_inference_steps: {request.num_inference_steps} is more than the model's {tokens} tokens; using {tokens}",
+        f"num_inference_steps: {request.num_inference_steps} is more than the model's {tokens_of}; using {most}",
         stacklevel=caller_level(),
     )
-    return request.model_copy(update={"num_inference_steps": tokens})
+    return request.model_copy(update={"num_inference_steps": most})

@@ -42,6 +42,11 @@ class Tokenizer(nn.Module):
         """L, the tokens of an image."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Pixels of a token, height and width."""
+        return self.size[0] // self.grid[0], self.size[1] // self.grid[1]
+
     def moments(self, images: Tensor) -> Tensor:
         """Images (B, c, H, W) in [-1, 1] -> what a latent cache stores: the parameters of a posterior."""
         raise NotImplementedError(f"{type(self).__name__} lacks moments()")

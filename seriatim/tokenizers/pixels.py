@@ -69,6 +69,10 @@ class Pixels(Tokenizer):
         if self.rotated:
             self.register_buffer("basis", torch.eye(features)[:, : self.dim])  # principal components, one a column
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        return self.patch, self.patch
+
     def moments(self, images: Tensor) -> Tensor:
         """(B, c, H, W) -> (B, c, h p, w p): the pixels themselves; their posterior is a point."""
         H, W = self.size

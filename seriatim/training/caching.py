@@ -20,10 +20,10 @@ from torch import Tensor
 
 from seriatim import __version__
 from seriatim.checkpoints.native import write_tensors
+from seriatim.core.device import pick_device
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, Stopped, UsageError
 from seriatim.core.files import MANIFEST, atomic_write, sha256, writable_folder, write_json, write_manifest
 from seriatim.core.progress import Progress
-from seriatim.pipeline import pick_device
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import tokenizer_config
 from seriatim.training.data import ImageData, StreamData

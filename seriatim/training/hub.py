@@ -154,6 +154,8 @@ class HuggingFaceStream(StreamData):
         if self.label is None:
             return 0
         given = value[self.label]
+        if given is None or given == -1:  # how data sets say that a row has no class
+            return -1
         if isinstance(given, int) and 0 <= given < len(self.class_names):
             return given
         if str(given) in self.number:
@@ -177,6 +179,7 @@ def open_data(
         raise ConfigError('data.kind: hf needs the library datasets; pip install ".[data]"') from error
     files = data_files if data_files is None or isinstance(data_files, (str, Mapping)) else list(data_files)
     try:
+        datasets.disable_progress_bars()  # ours are one line
         loaded = datasets.load_dataset(
             path, name, split=split, data_dir=data_dir, data_files=files, streaming=streaming
         )
@@ -220,13 +223,20 @@ def file_name(value: Mapping[str, Any] | None) -> str:
 
 
 def classes_of(loaded: Any, label: str | None) -> tuple[list[str], list[int]]:
-    """Names of the classes and the class of each row, from a ClassLabel, from integers or from text."""
+    """Names of the classes and the class of each row (-1: none), from a ClassLabel, from integers or from text."""
     if label is None:
         return [], []
     values = list(loaded[label])
+    for row, value in enumerate(values):
+        if value is not None and not isinstance(value, (int, str)):
+            raise UsageError(
+                f"label: column {label!r} has {value!r} in row {row}, which is no number or name of a class"
+            )
     names = getattr(loaded.features[label], "names", None)
     if names:
-        return [str(name) for name in names], [int(value) for value in values]
-    distinct = sorted(set(values))
+        return [str(name) for name in names], [-1 if value is None else int(value) for value in values]
+    distinct = sorted(
+        {value for value in values if value is not None}, key=lambda value: (isinstance(value, str), value)
+    )
     number = {value: i for i, value in enumerate(distinct)}
-    return [str(value) for value in distinct], [number[value] for value in values]
+    return [str(value) for value in distinct], [number.get(value, -1) for value in values]

@@ -149,12 +149,12 @@ class Latents(ImageData):
         try:
             self.info = read_info(self.root / CACHE)
             if not (self.root / MANIFEST).is_file():
-                raise ConfigError(f"data.path: {self.root} is an incomplete cache; go on with `seriatim cache`")
+                raise ConfigError(f"path: {self.root} is an incomplete cache; go on with `seriatim cache`")
             self._verify(check)
         except CheckpointError as error:
             raise DataError(f"data.path: {one_line(error)}") from error
         if flip and not self.info.flip:
-            raise ConfigError(f"data.flip: {self.root} holds no mirrored images; set it to false, or make another")
+            raise ConfigError(f"flip: {self.root} holds no mirrored images; set it to false, or make another")
         self.count, self.size, self.channels = self.info.images, self.info.size, self.info.channels
         self.class_names = self.info.class_names
         self._slices: dict[tuple[int, str], Any] = {}
@@ -192,7 +192,7 @@ class Latents(ImageData):
 
     def _read_labels(self) -> Tensor:
         labels = torch.cat([self._slice(shard, "labels")[:] for shard in range(self.info.shards)])
-        if not 0 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
+        if not -1 <= int(labels.min()) <= int(labels.max()) < len(self.class_names):
             raise DataError(f"data.path: {self.root} has labels outside its {len(self.class_names)} classes; {MEND}")
         return labels
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from seriatim.checkpoints.native import Bundle, replaceable, save_bundle
+from seriatim.core.device import DTYPES, pick_device
 from seriatim.core.errors import NumericsError, Stopped
 from seriatim.core.files import writable_folder, write_text
 from seriatim.core.progress import Progress
@@ -24,7 +25,6 @@ from seriatim.core.random import Noise, derive_seed
 from seriatim.core.schedules import learning_rate
 from seriatim.models.build import parameter_count
 from seriatim.models.masked import Loss, MaskedModel
-from seriatim.pipeline import DTYPES, pick_device
 from seriatim.training import state as checkpoints
 from seriatim.training.config import Recipe, dump
 from seriatim.training.data import ImageData, Position

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seriatim.checkpoints.tokenizer import read_provenance, save_tokenizer, writable
+from seriatim.core.device import pick_device
 from seriatim.core.errors import ConfigError, UsageError
-from seriatim.pipeline import pick_device
 from seriatim.tokenizers.latent import Latent, Measured, Statistics
 from seriatim.training.config import Recipe
 from seriatim.training.setup import build_inputs, look_over

@@ -9,8 +9,8 @@ from itertools import product
 
 import torch
 
+from seriatim.core.device import DTYPES
 from seriatim.models.masked import Loss
-from seriatim.pipeline import DTYPES
 
 PASSES = 4  # forward and backward passes of each candidate; the first is warm-up
 ENOUGH = 3.0  # seconds for one candidate

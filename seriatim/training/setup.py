@@ -52,10 +52,10 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
         raise ConfigError(f"tokenizer.from: {source!r} is not allowed; name a tokenizer, model or run folder")
     if source is None:
         tokenizer = build_tokenizer(given)
-        if isinstance(tokenizer, KL) and not recipe.training.init_from:
+        if isinstance(tokenizer, KL):
             raise ConfigError(
                 "tokenizer.kind: 'kl' begins with random weights; name a tokenizer or model folder whose weights are "
-                "trained with tokenizer.from=FOLDER"
+                "trained with tokenizer.from=FOLDER; that of training.init_from will do"
             )
     else:
         tokenizer = load_tokenizer(Path(source).expanduser(), **given)
@@ -169,6 +169,11 @@ def initialise_from(folder: str, model: MaskedModel, tokenizer: Tokenizer, class
             f"training.init_from: {folder} has the tokenizer {source.tokenizer.config}, the recipe {tokenizer.config}; "
             "they may differ in their size alone"
         )
+    heads = [m.backbone.config.get("heads") for m in (source.model, model)]  # which no shape shows
+    if heads[0] != heads[1]:
+        raise ConfigError(
+            f"training.init_from: {folder} has {heads[0]} attention heads, the recipe {heads[1]}; use its"
+        )
     theirs, ours = source.model.state_dict(), model.state_dict()
     theirs = model.backbone.resized(theirs, source.tokenizer.grid, tokenizer.grid)
     for name, tensor in ours.items():
@@ -178,7 +183,7 @@ def initialise_from(folder: str, model: MaskedModel, tokenizer: Tokenizer, class
             shape = tuple(theirs[name].shape) if name in theirs else "none"
             raise ConfigError(
                 f"training.init_from: {folder} has {shape} for {name!r}, the recipe's model {tuple(tensor.shape)}; "
-                "use its width, depth and heads"
+                "use its width, depth, heads and buffer"
             )
     merged = {name: theirs.get(name, tensor).clone() for name, tensor in ours.items()}
     if "class_embedding" in ours:

@@ -27,7 +27,8 @@ CASES = sorted(FOLDER.glob("vae_*_io.safetensors"))
 
 
 def weights_of(io: Path) -> dict[str, Tensor]:
-    return load_file(sorted(FOLDER.glob(io.name.replace("_io.safetensors", "_weights*.safetensors")))[0])
+    found = sorted(FOLDER.glob(io.name.replace("_io.safetensors", "_weights*.safetensors")))
+    return load_file(found[0]) if found else pytest.skip(f"no weights of {io.name}")
 
 
 def small(**settings: Any) -> KL:

@@ -285,3 +285,63 @@ def test_patches_of_latents() -> None:
     assert patch_of(16, 16) == 1 and patch_of(16, 4) == 2 and patch_of(64, 16) == 2
     with pytest.raises(UsageError, match="tokens of 24 features are no patches"):
         patch_of(24, 4)
+
+
+def test_a_state_dict_under_its_usual_other_name(tmp_path: Path) -> None:
+    torch.save({"state_dict": mar_tensors(small_model()), "epoch": 3}, tmp_path / "last.ckpt")
+    assert equal(load(tmp_path / "last.ckpt"), small_model())
+    assert equal(load(tmp_path / "last.ckpt", "model"), small_model())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("diffusion_batch_mul", "abc", "argument diffusion_batch_mul is 'abc', not a number"),
+        ("diffusion_batch_mul", 0, "argument diffusion_batch_mul is 0; it must be from 1"),
+        ("proj_dropout", None, "argument proj_dropout is None, not a number"),
+        ("proj_dropout", 7, "argument proj_dropout is 7; it must be from 0 to 1"),
+        ("label_drop_prob", float("nan"), "argument label_drop_prob is nan, not a number"),
+    ],
+)
+def test_odd_arguments_are_named(tmp_path: Path, name: str, value: Any, words: str) -> None:
+    told = arguments()
+    setattr(told, name, value)
+    torch.save({"model": mar_tensors(small_model()), "args": told}, tmp_path / "mar.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path / "mar.pth")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex", "integer", "too large"])
+def test_only_plain_numbers_are_read(tmp_path: Path, kind: str) -> None:
+    tensors = {k: v.clone() for k, v in mar_tensors(small_model()).items()}
+    weight = tensors["decoder_embed.weight"]
+    tensors["decoder_embed.weight"] = {
+        "sparse": weight.to_sparse(), "complex": weight.to(torch.complex64), "integer": weight.long(),
+        "too large": weight.double() * 1e300,
+    }[kind]  # fmt: skip
+    torch.save(tensors, tmp_path / "mar.pth")
+    with pytest.raises(CheckpointError, match=r"tensor 'decoder_embed\.weight'"):
+        load(tmp_path / "mar.pth")
+
+
+def test_a_bare_pickle_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bare.ckpt").write_bytes(pickle.dumps({"model": Canary(tmp_path / "ran")}, protocol=4))
+    with pytest.raises(CheckpointError, match="more than tensors"):  # and no warning, which would be an error here
+        load(tmp_path / "bare.ckpt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_flipped_bits_are_told(tmp_path: Path, pth: Path) -> None:
+    """Wherever a bit flips in the part that says what the file is, it loads or it is one line."""
+    whole, random = pth.read_bytes(), torch.Generator().manual_seed(0)
+    start = whole.index(b"data.pkl")
+    for _ in range(150):
+        damaged_file = bytearray(whole)
+        place = start + int(torch.randint(2000, (), generator=random))
+        damaged_file[place] ^= 1 << int(torch.randint(8, (), generator=random))
+        (tmp_path / "flipped.pth").write_bytes(damaged_file)
+        try:
+            load(tmp_path / "flipped.pth")
+        except (CheckpointError, UsageError) as error:
+            assert "\n" not in str(error)

@@ -120,6 +120,10 @@ BAD = [
     (("sample", "model", "--start-timestep", "5000"), 2, "start_timestep: 5000"),
     (("sample", "model", "--solver", "dpm"), 2, "solver: 'dpm' is not known"),
     (("sample", "model", "--num-diffusion-steps-last", "500"), 2, "num_diffusion_steps_last: 500"),
+    (("sample", "model", "--order", "sprial"), 2, "order: 'sprial' is not known; did you mean 'spiral'"),
+    (("sample", "model", "--order", "2,0,1"), 2, "order: 3 positions given for 16 tokens"),
+    (("sample", "model", "--guidance-interval", "0.1", "0.9"), 2, "guidance_interval: the schedule 'linear' has none"),
+    (("sample", "model", "--min-tokens", "0"), 2, "min_tokens"),
     (("sample", "model", "--seed", "x"), 2, "'--seed'"),
     (("sample", "model", "--nosuch"), 2, "--nosuch"),
     (("sample", "model", "--device", "warp"), 2, "device: 'warp'"),
@@ -183,6 +187,26 @@ def test_a_read_only_folder(seriatim: Run, model_folder: Path, tmp_path: Path) -
         locked = tmp_path / "locked"
         locked.mkdir(mode=0o555)
         one_line(seriatim("sample", "model", "--out", "locked"), 6, "locked", "choose a folder")
+
+
+def test_orders_and_schedules(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sample", "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for word in ("--order", "halton", "--guidance-interval", "--guidance-power", "power-cosine", "--min-tokens"):
+        assert word in printed, word
+    common = ["sample", str(model_folder), "--label", "cat", "--seed", "1", "--num-diffusion-steps", "2", "--json"]
+    options = ["--min-tokens", "3", "--guidance-schedule", "interval", "--guidance-interval", "0.2", "0.9"]
+    assert run([*common, *options, "--order", "raster", "--out", str(tmp_path / "a")]) == 0
+    request = json.loads(capsys.readouterr().out)["request"]
+    assert (request["order"], request["min_tokens"], request["guidance_interval"]) == ("raster", 3, [0.2, 0.9])
+    positions = ", ".join(map(str, range(16)))
+    assert run([*common, *options, "--order", positions, "--out", str(tmp_path / "b")]) == 0
+    assert json.loads(capsys.readouterr().out)["request"]["order"] == list(range(16))
+    pictures = [(tmp_path / folder / "0000-cat.png").read_bytes() for folder in "ab"]
+    assert pictures[0] == pictures[1]
+    power = ["--guidance-schedule", "power-cosine", "--guidance-power", "2", "--out", str(tmp_path / "c")]
+    assert run([*common, *power]) == 0
+    assert json.loads(capsys.readouterr().out)["request"]["guidance_power"] == 2.0
 
 
 def test_more_steps_than_tokens_is_a_warning(seriatim: Run, model_folder: Path) -> None:

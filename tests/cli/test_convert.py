@@ -119,3 +119,24 @@ def test_nothing_is_overwritten(official: Path, capsys: pytest.CaptureFixture[st
     assert run(["export", "mar", folder, str(official / "model.onnx")]) == 2
     assert "must end in .safetensors, .pth" in capsys.readouterr().err
     assert run(["export", "kl16", folder, str(official / "vae.ckpt"), "--overwrite"]) == 2
+    assert convert(official, "converted", "--heads", "2") == 0
+    before = (official / "converted" / "manifest.json").read_bytes()
+    assert convert(official, "converted", "--heads", "2", "--raw") == 2
+    assert "pass --overwrite" in capsys.readouterr().err
+    assert (official / "converted" / "manifest.json").read_bytes() == before
+    assert convert(official, "converted", "--heads", "2", "--raw", "--overwrite") == 0
+    assert (official / "converted" / "manifest.json").read_bytes() != before
+
+
+@pytest.mark.parametrize("shape", [None, (2,), (2, 0), (2, 2), (2, 0, 1, 1), (4, 4, 1, 1)])
+def test_an_autoencoder_that_does_not_fit(
+    official: Path, capsys: pytest.CaptureFixture[str], shape: tuple[int, ...] | None
+) -> None:
+    tensors = kl16_from_tokenizer(vae(16))
+    if shape is None:
+        (official / "vae.ckpt").unlink()
+    else:
+        torch.save({"model": {**tensors, "post_quant_conv.weight": torch.zeros(shape)}}, official / "vae.ckpt")
+    assert convert(official, "converted", "--heads", "2") in (2, 4)
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("reading")]
+    assert len(lines) == 1 and "bug" not in lines[0] and ("vae" in lines[0]), lines

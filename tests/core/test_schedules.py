@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,30 @@ def test_the_published_counts() -> None:
     assert s.tokens_per_step(256, 256) == [1] * 256
 
 
+@given(tokens=sizes, data=st.data(), schedule=st.sampled_from(sorted(s.TOKEN_SCHEDULES)))
+def test_every_step_takes_its_least_until_none_are_left(tokens: int, data: st.DataObject, schedule: str) -> None:
+    unknown, steps = data.draw(st.integers(0, tokens)), data.draw(st.integers(1, tokens + 9))
+    least = data.draw(st.integers(1, tokens + 2))
+    counts = s.tokens_per_step(steps, tokens, unknown, schedule, least)
+    assert sum(counts) == unknown and len(counts) == steps
+    left = unknown
+    for count in counts:
+        assert count >= min(least, left)
+        left -= count
+    if steps * least <= unknown:
+        assert min(counts) >= least, "enough for all: no step is left without"
+
+
+def test_a_least_of_one_changes_nothing_and_of_four_saves_the_slow_start() -> None:
+    assert s.tokens_per_step(64, 256, min_tokens=1) == s.tokens_per_step(64, 256)
+    assert s.tokens_per_step(64, 256, min_tokens=4) == [4] * 64
+    assert s.tokens_per_step(64, 256, min_tokens=8) == [8] * 32 + [0] * 32
+    few = s.tokens_per_step(32, 256, min_tokens=4)
+    assert few[:9] == [4] * 9 and few[-4:] == s.tokens_per_step(32, 256)[-4:], "the end stays as it was"
+    with pytest.raises(UsageError, match="min_tokens: 0 is not allowed"):
+        s.tokens_per_step(4, 16, min_tokens=0)
+
+
 def test_linear_takes_equally_many() -> None:
     assert s.tokens_per_step(8, 64, schedule="linear") == [8] * 8
 
@@ -51,6 +77,64 @@ def test_guidance() -> None:
     assert s.guidance_at("constant", 4.0, 100, 256) == 4.0
     with pytest.raises(UsageError, match="did you mean 'linear'"):
         s.guidance_at("linaer", 2.0, 1, 1)
+
+
+scales = st.floats(0, 20)
+OPTIONS = {"interval": {"interval": (0.3, 0.8)}, "power-cosine": {"power": 2.5}}
+
+
+@given(scale=scales, tokens=st.integers(2, 400), schedule=st.sampled_from(sorted(s.GUIDANCE_SCHEDULES)))
+def test_guidance_lies_between_none_and_full(scale: float, tokens: int, schedule: str) -> None:
+    options = OPTIONS.get(schedule, {})
+    values = [s.guidance_at(schedule, scale, unknown, tokens, **options) for unknown in range(tokens, -1, -1)]
+    assert all(min(1, scale) - 1e-9 <= value <= max(1, scale) + 1e-9 for value in values)
+    assert values[-1] == values[-2], "the last step counts one token as unknown"
+    if schedule != "interval":
+        steps = [(b - a) * (1 if scale >= 1 else -1) for a, b in pairwise(values)]
+        assert all(step >= -1e-9 for step in steps), "monotone"
+    assert all(s.guidance_at(schedule, 1.0, unknown, tokens, **options) == 1 for unknown in range(tokens))
+
+
+@given(scale=scales, power=st.floats(0.1, 5))
+def test_guidance_ends_at_the_full_scale(scale: float, power: float) -> None:
+    """But for one token: of 4096."""
+    for schedule, options in [("linear", {}), ("constant", {}), ("power-cosine", {"power": power})]:
+        assert s.guidance_at(schedule, scale, 0, 4096, **options) == pytest.approx(scale, abs=0.01)
+
+
+@given(scale=scales, ends=st.tuples(st.floats(0, 1), st.floats(0, 1)), unknown=st.integers(1, 256))
+def test_outside_the_interval_the_scale_is_one(scale: float, ends: tuple[float, float], unknown: int) -> None:
+    low, high = sorted(ends)
+    inside = low <= (256 - unknown) / 256 <= high
+    assert s.guidance_at("interval", scale, unknown, 256, interval=(low, high)) == (scale if inside else 1.0)
+
+
+def test_a_greater_power_guides_later() -> None:
+    at_half = [s.guidance_at("power-cosine", 5.0, 128, 256, power=power) for power in (0.5, 1, 2, 4)]
+    assert at_half == sorted(at_half, reverse=True)
+    assert at_half[1] == pytest.approx(3.0), "power 1: half of the way at the half"
+    assert s.guidance_at("power-cosine", 5.0, 256, 256) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("intervall",), "guidance_schedule: 'intervall' is not known; did you mean 'interval'"),
+        (("interval",), "guidance_interval: is missing; give the known shares"),
+        (("interval", (0.5, 0.2)), "guidance_interval: (0.5, 0.2) is not allowed; it must be 0 <= low <= high <= 1"),
+        (("interval", (0, 1.5)), "guidance_interval: (0, 1.5) is not allowed"),
+        (
+            ("linear", (0, 1)),
+            "guidance_interval: the schedule 'linear' has none; leave it out, or set guidance_schedule",
+        ),
+        (("constant", None, 2.0), "guidance_power: the schedule 'constant' has none"),
+        (("power-cosine", None, 0.0), "guidance_power: 0.0 is not allowed; it must be above 0"),
+    ],
+)
+def test_guidance_that_is_wrong_is_named(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        s.check_guidance(*arguments)
+    assert words in str(caught.value)
 
 
 @given(st.floats(0, 1, exclude_max=True))

@@ -36,6 +36,20 @@ def test_more_steps_than_tokens_are_clamped_with_a_warning() -> None:
         assert make_request({"num_inference_steps": 64}, 16).num_inference_steps == 16
 
 
+def test_fewer_steps_are_enough_where_each_draws_more() -> None:
+    with pytest.warns(UserWarning, match="7 is more than the model's 16 tokens at 3 a step; using 6"):
+        assert make_request({"num_inference_steps": 7, "min_tokens": 3}, 16).num_inference_steps == 6
+    assert make_request({"num_inference_steps": 6, "min_tokens": 3}, 16).num_inference_steps == 6
+
+
+@pytest.mark.parametrize("order", ["halton", [2, 0, 1], [[2, 0, 1], [0, 1, 2]]])
+def test_orders_survive_json(order: Any) -> None:
+    request = make_request({"class_labels": [1, 2], "order": order, "num_inference_steps": 2}, 3)
+    assert SampleRequest.model_validate_json(request.model_dump_json()) == request
+    assert hash(request) == hash(request.model_copy())
+    request.check_order(3)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -52,6 +66,22 @@ def test_more_steps_than_tokens_are_clamped_with_a_warning() -> None:
         ({"seeds": (1, 2)}, "seeds: 2 given for 1 images"),
         ({"guidance_schedule": "linaer"}, "guidance_schedule: 'linaer' is not known; did you mean 'linear'"),
         ({"token_schedule": "cosin"}, "token_schedule: 'cosin' is not known; did you mean 'cosine'"),
+        ({"min_tokens": 0}, "min_tokens"),
+        ({"order": "sprial"}, "order: 'sprial' is not known; did you mean 'spiral'"),
+        ({"order": "zzz"}, "order: 'zzz' is not known; allowed: random, raster, halton, spiral; or give the positions"),
+        ({"order": 3}, "order: must be a name, a list of positions, or such a list for each image (got 3)"),
+        ({"order": []}, "order: must be a name"),
+        ({"order": [0, 1.5]}, "order: must be a name"),
+        ({"order": [[0, 1], 2]}, "order: must be a name"),
+        ({"order": [[0, 1], [1, 0]]}, "order: 2 given for 1 images; give one, or one for each"),
+        ({"guidance_schedule": "interval"}, "guidance_interval: is missing"),
+        (
+            {"guidance_schedule": "interval", "guidance_interval": (0.9, 0.1)},
+            "guidance_interval: (0.9, 0.1) is not allowed",
+        ),
+        ({"guidance_interval": (0.1, 0.9)}, "guidance_interval: the schedule 'linear' has none"),
+        ({"guidance_schedule": "power-cosine", "guidance_power": -1}, "guidance_power: -1.0 is not allowed"),
+        ({"guidance_interval": (0.1,)}, "guidance_interval"),
     ],
 )
 def test_what_is_wrong_is_named(settings: dict[str, Any], words: str) -> None:

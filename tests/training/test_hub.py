@@ -14,6 +14,8 @@ from PIL import Image
 
 from seriatim.core.errors import DataError, UsageError
 from seriatim.training.config import read_recipe
+from seriatim.training.data import Position
+from seriatim.training.hub import HuggingFaceStream
 from seriatim.training.loop import train
 from seriatim.training.sources import build_data
 
@@ -88,6 +90,29 @@ def test_a_bad_row_is_left_out(tmp_path: Path) -> None:
     assert torch.equal(data.images(torch.tensor([1]))[0], pixels(2))
     with pytest.raises(DataError, match="1 of 4 files can't be used"):
         build_data(where)
+
+
+def labelled(root: Path, labels: list[Any], feature: Any) -> dict[str, Any]:
+    features = datasets.Features({"image": datasets.Image(), "label": feature})
+    rows = {"image": [{"bytes": picture(i), "path": None} for i in range(len(labels))], "label": labels}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(root / "data.parquet"))
+    return {"path": "parquet", "data_files": str(root / "data.parquet"), "size": 8}
+
+
+def test_rows_without_a_class(tmp_path: Path) -> None:
+    """-1 and nothing at all are how data sets say it; such images train without a class, read at once or streamed."""
+    named = labelled(tmp_path, [0, -1, None, 1], datasets.ClassLabel(names=["cat", "dog"]))
+    labels = build_data({"kind": "hf", **named}).labels(torch.arange(4))
+    assert labels is not None and labels.tolist() == [0, -1, -1, 1]
+    streamed = build_data({"kind": "hf-stream", "buffer": 1, **named})
+    assert isinstance(streamed, HuggingFaceStream)
+    rows = streamed.rows(0, Position())
+    assert sorted(next(rows).label for _ in range(4)) == [-1, -1, 0, 1]
+    text = build_data({"kind": "hf", **labelled(tmp_path, ["b", None, "a"], datasets.Value("string"))})
+    labels = text.labels(torch.arange(3))
+    assert text.class_names == ["a", "b"] and labels is not None and labels.tolist() == [1, -1, 0]
+    with pytest.raises(UsageError, match=r"label: column 'label' has \[1, 2\] in row 0"):
+        build_data({"kind": "hf", **labelled(tmp_path, [[1, 2]], datasets.Sequence(datasets.Value("int64")))})
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:

@@ -405,10 +405,16 @@ def test_another_models_weights_with_other_classes(tmp_path: Path, folder: Path)
     assert torch.allclose(new[1], old.mean(dim=0), atol=1e-6), "a new one begins at the mean"
     assert torch.allclose(one.model.backbone.mask_token, two.model.backbone.mask_token, atol=1e-6)
     assert torch.equal(one.tokenizer.mean, two.tokenizer.mean), "weights belong to their token statistics"
+    with pytest.raises(ConfigError, match=r"training\.init_from: .* \[2, 2\] attention heads, the recipe \[4, 4\]"):
+        train(
+            read_recipe("mar-cifar10-tiny", [*more, "model.heads=4", f"training.init_from={source}"]),
+            tmp_path / "third",
+            quiet=True,
+        )
     with pytest.raises(ConfigError, match=r"training\.init_from"):
         train(
             read_recipe("mar-cifar10-tiny", [*more, "model.width=64", f"training.init_from={source}"]),
-            tmp_path / "third",
+            tmp_path / "fourth",
             quiet=True,
         )
 

@@ -1,0 +1,69 @@
+"""`seriatim edit`: repaint a part of a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
+
+
+def edit(
+    model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
+    image: Annotated[Path, typer.Argument(help="The picture, of the size that the model draws.")],
+    mask: Annotated[Path, typer.Option(help="A picture of the same size: white is repainted.")],
+    label: Annotated[
+        list[str] | None, typer.Option(help="The class to paint, by name or number; repeat it. Default: none.")
+    ] = None,
+    num_images_per_label: Annotated[int | None, typer.Option(help="Variations of each.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; higher is more typical.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
+    num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
+    num_diffusion_steps_last: Annotated[
+        int | None, typer.Option(help="Where they end, falling as the image gets known.")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="Of a diffusion head: ddpm, ddim or dpm++.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png.")] = Path("edited"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Inpaint, outpaint inside the frame, change the class of a region: black pixels of the mask stay as they are."""
+    from seriatim.core.errors import UsageError
+    from seriatim.core.files import writable_folder
+    from seriatim.evaluation.grid import grid, save_png
+    from seriatim.pipeline import load
+    from seriatim.training.images import BadImage, read_image
+
+    pipe = load(model, device=device, dtype=dtype)
+    try:
+        picture, white = read_image(image, pipe.tokenizer.channels), read_image(mask, 1)
+    except BadImage as error:
+        raise UsageError(f"image: {image} or mask {mask} can't be read: {error}") from error
+    taken = [file for file in (out / "grid.png", *sorted(out.glob("0*.png"))) if file.exists()]
+    if taken and not overwrite:
+        raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
+    result = pipe.edit(
+        picture,
+        mask=white,
+        class_labels=label or [None],
+        num_images_per_label=num_images_per_label,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        num_diffusion_steps=num_diffusion_steps,
+        num_diffusion_steps_last=num_diffusion_steps_last,
+        solver=solver,
+        temperature=temperature,
+        seed=seed,
+    )
+    out = writable_folder(out)
+    files = result.save(out)
+    shown = [picture, white.convert(picture.mode), *result.images]
+    save_png(grid(shown, min(8, len(shown)), side=64), out / "grid.png")
+    report = {"images": len(files), "folder": str(out), "grid": str(out / "grid.png"), "seed": result.request.seed}
+    return print_json(report) if json else print_table(("edited", ""), list(report.items()))

@@ -1,0 +1,128 @@
+"""Orders: which token of an image is drawn when. Functions of the grid alone, and what the samplers make of them.
+
+Symbols: B images, L = h w tokens on a grid of h rows and w columns; position p is row p // w, column p % w.
+
+There are two conventions, and `order_vectors` is where one becomes the other. For people, an order lists positions as
+they are drawn, the first drawn first. The samplers take tokens from the end of an order vector, as the official code
+of MAR does: its first m entries are those that stay unknown.
+
+An order of your own is a function of (h, w): `seriatim.ORDERS["mine"] = lambda h, w: [...]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
+
+import torch
+from torch import Tensor
+
+from seriatim.core.errors import UsageError, nearest
+from seriatim.core.random import Noise
+
+RANDOM = "random"  # no function of the grid: another permutation for each image, from its own generator
+
+
+def raster(h: int, w: int) -> list[int]:
+    """Row by row, each from left to right."""
+    return list(range(h * w))
+
+
+def halton(h: int, w: int) -> list[int]:
+    """Far from what is drawn already: the cells that the Halton sequence (1960) visits, each the first time.
+
+    Point i = 1, 2, ... is (column, row) = (phi_2(i) w, phi_3(i) h) rounded down, phi_b(i) the digits of i in base b
+    mirrored at the point; in whole numbers, so that no rounding decides. It ends: of any 2^a 3^b points in a row, one
+    is in each box of size 2^-a x 3^-b (Halton 1960), and every cell holds such a box.
+    """
+    seen: dict[int, None] = {}  # in the order of insertion
+    for i in count(1):
+        if len(seen) == h * w:
+            break
+        (x, of_x), (y, of_y) = radical_inverse(i, 2), radical_inverse(i, 3)
+        seen.setdefault(y * h // of_y * w + x * w // of_x)
+    return list(seen)
+
+
+def radical_inverse(i: int, base: int) -> tuple[int, int]:
+    """phi_base(i) as a fraction: numerator, denominator."""
+    numerator, denominator = 0, 1
+    while i:
+        i, digit = divmod(i, base)
+        numerator, denominator = numerator * base + digit, denominator * base
+    return numerator, denominator
+
+
+def spiral(h: int, w: int) -> list[int]:
+    """From the centre outwards: right, down, left, up, in rings; what is outside a grid that is no square is left out.
+
+    With an even number of rows or columns the centre is the upper or left one of the two in the middle.
+    """
+    cells = ((row, column) for row, column in walk((h - 1) // 2, (w - 1) // 2) if 0 <= row < h and 0 <= column < w)
+    return [row * w + column for row, column in islice(cells, h * w)]
+
+
+def walk(row: int, column: int) -> Iterator[tuple[int, int]]:
+    """An endless square spiral from here: 1 right, 1 down, 2 left, 2 up, 3 right, ..."""
+    yield row, column
+    for turn in count():
+        down, right = ((0, 1), (1, 0), (0, -1), (-1, 0))[turn % 4]
+        for _ in range(turn // 2 + 1):
+            row, column = row + down, column + right
+            yield row, column
+
+
+ORDERS: dict[str, Callable[[int, int], Sequence[int]]] = {"raster": raster, "halton": halton, "spiral": spiral}
+
+
+# --- checking ---------------------------------------------------------------------------------------------------
+
+
+def check_order_name(name: str) -> None:
+    if name != RANDOM and name not in ORDERS:
+        raise UsageError(f"order: {name!r} is not known{nearest(name, (RANDOM, *ORDERS))}; or give the positions")
+
+
+def check_permutation(positions: Sequence[int], tokens: int, name: str = "order") -> None:
+    """Refuse what does not name each of 0..tokens-1 once."""
+    what_to_do = f"name each position from 0 to {tokens - 1} once"
+    if len(positions) != tokens:
+        raise UsageError(f"{name}: {len(positions)} positions given for {tokens} tokens; {what_to_do}")
+    seen: set[int] = set()
+    for position in positions:
+        if not 0 <= position < tokens:
+            raise UsageError(f"{name}: position {position} is out of range; {what_to_do}")
+        if position in seen:
+            raise UsageError(f"{name}: position {position} is given twice; {what_to_do}")
+        seen.add(position)
+
+
+# --- for the samplers -------------------------------------------------------------------------------------------
+
+
+def order_vectors(order: Tensor | Sequence[int] | None, noise: Noise, known: Tensor) -> Tensor:
+    """The order vector of each image: (B, L), on the device of `known` (B, L). Tokens are taken from its end.
+
+    `order` lists positions, the first drawn first: (L,) for all images or (B, L); None draws a permutation for each.
+    Known tokens, which nobody draws, come last: of m unknown tokens the first m entries are those.
+    """
+    B, L = known.shape
+    if order is None:
+        vectors = noise.permutation(L).to(known.device)  # (B, L)
+    else:
+        vectors = positions_of(order, B, L).to(known.device).flip(-1).expand(B, L)
+    last = known.gather(1, vectors).to(torch.uint8).argsort(dim=1, stable=True)  # the unknown ones, then the known
+    return vectors.gather(1, last)
+
+
+def positions_of(order: Tensor | Sequence[int] | str, images: int, tokens: int) -> Tensor:
+    """A given order as a tensor (L,) or (B, L), checked."""
+    if isinstance(order, str):
+        raise UsageError(f"order: {order!r} needs a grid here; give seriatim.ORDERS[{order!r}](h, w)")
+    given = torch.as_tensor(order)
+    if given.ndim not in (1, 2) or given.is_floating_point() or (given.ndim == 2 and len(given) != images):
+        allowed = f"({tokens},) for all images or ({images}, {tokens})"
+        raise UsageError(f"order: {given.dtype} of shape {tuple(given.shape)} is not allowed; give integers {allowed}")
+    for i, row in enumerate(given.reshape(-1, given.shape[-1]).tolist()):
+        check_permutation(row, tokens, "order" if given.ndim == 1 else f"order[{i}]")
+    return given.long()

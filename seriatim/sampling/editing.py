@@ -1,0 +1,134 @@
+"""Editing is sampling with known tokens: which tokens a mask repaints, and what stays of the picture.
+
+White is repainted, as in diffusers. A token is redrawn when any of its pixels is; all other tokens stay bitwise equal,
+and in the end all other pixels do, because the old ones are put back.
+
+B images, c channels, H x W pixels, h x w = L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from seriatim.core.errors import UsageError
+from seriatim.tokenizers.base import Tokenizer, to_uint8
+
+GREY = 128  # of a mask's 256 levels: this and brighter is repainted
+
+
+def pixel_mask(mask: Any, size: tuple[int, int], images: int) -> Tensor:
+    """One mask for all images or one for each -> (B, H, W) bool.
+
+    PIL pictures (white is repainted), arrays or tensors (H, W) or (B, H, W): bool, uint8 or float in [0, 1].
+    """
+    many = list(mask) if isinstance(mask, (list, tuple)) else [mask]
+    planes = [plane for one in many for plane in as_planes(one)]
+    for plane in planes:
+        if tuple(plane.shape) != size:
+            raise UsageError(
+                f"mask: {plane.shape[0]}x{plane.shape[1]} pixels is not the image's {size[0]}x{size[1]}; resize it"
+            )
+    if len(planes) not in (1, images):
+        raise UsageError(f"mask: {len(planes)} given for {images} images; give one for all, or one for each")
+    result = torch.stack(planes * images if len(planes) == 1 else planes)
+    for i, plane in enumerate(result):
+        which = f" of image {i}" if len(planes) > 1 else ""
+        if not bool(plane.any()):
+            raise UsageError(f"mask{which}: is empty, nothing would be repainted; paint white what shall change")
+        if bool(plane.all()):
+            raise UsageError(f"mask{which}: is full, nothing would be kept; draw a new image instead")
+    return result
+
+
+def as_planes(mask: Any) -> list[Tensor]:
+    """A picture, array or tensor -> bool planes (H, W)."""
+    if isinstance(mask, Image.Image):
+        return [torch.from_numpy(np.array(mask.convert("L")) >= GREY)]
+    values = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+    if values.ndim not in (2, 3):
+        raise UsageError(f"mask: shape {tuple(values.shape)} is not (H, W) or (B, H, W)")
+    if values.dtype != torch.bool:
+        values = values >= (0.5 if values.is_floating_point() else GREY)
+    return list(values) if values.ndim == 3 else [values]
+
+
+def token_mask(mask: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Pixels (B, H, W) to repaint -> tokens (B, L) to redraw: those that hold any of them."""
+    (h, w), cell = tokenizer.grid, tokenizer.cell
+    padded = F.pad(mask.float(), (0, w * cell[1] - mask.shape[2], 0, h * cell[0] - mask.shape[1]))
+    return F.max_pool2d(padded[:, None], cell)[:, 0].flatten(1) > 0  # (B, h, w) -> (B, L)
+
+
+def as_images(images: Any, tokenizer: Tokenizer) -> Tensor:
+    """PIL pictures, arrays (B, H, W, c) uint8 or tensors (B, c, H, W) in [-1, 1] -> (B, H, W, c) uint8."""
+    many = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not many:
+        raise UsageError("image: none given")
+    arrays = [array for one in many for array in as_arrays(one, tokenizer.channels)]
+    H, W = tokenizer.size
+    for array in arrays:
+        if array.shape[:2] != (H, W):
+            raise UsageError(
+                f"image: {array.shape[0]}x{array.shape[1]} pixels (height x width), the model draws {H}x{W}; "
+                "crop or scale it first"
+            )
+    return torch.from_numpy(np.stack(arrays))
+
+
+def as_arrays(image: Any, channels: int) -> list[Any]:
+    """One picture, or a batch of them -> arrays (H, W, c) uint8."""
+    if isinstance(image, Image.Image):
+        array = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+        return [array[..., None] if channels == 1 else array]
+    if isinstance(image, Tensor):
+        tensor = image[None] if image.ndim == 3 else image
+        if tensor.ndim == 4 and tensor.shape[1] == channels and tensor.is_floating_point():
+            return list(to_uint8(tensor).numpy())
+        raise UsageError(f"image: a tensor must be (B, {channels}, H, W) in [-1, 1], not {tuple(image.shape)}")
+    array = np.asarray(image)
+    array = array[..., None] if channels == 1 and array.ndim == 2 else array
+    batch = array[None] if array.ndim == 3 else array
+    if batch.ndim != 4 or batch.shape[-1] != channels or batch.dtype != np.uint8:
+        raise UsageError(f"image: an array must be (B, H, W, {channels}) uint8, not {tuple(array.shape)} {array.dtype}")
+    return list(batch)
+
+
+def chosen_tokens(tokens: Any, images: int, count: int) -> Tensor:
+    """Tokens to redraw, (L,) or (B, L) bool, or indices for all images alike -> (B, L) bool."""
+    values = torch.as_tensor(tokens).cpu()
+    if not values.numel():
+        raise UsageError("tokens: none are chosen, nothing would be redrawn")
+    if values.dtype != torch.bool:
+        if values.ndim != 1 or values.is_floating_point():
+            raise UsageError(f"tokens: shape {tuple(values.shape)} is not a list of indices, or a bool mask (B, L)")
+        if len(values) and (int(values.min()) < 0 or int(values.max()) >= count):
+            worst = int(values.max()) if int(values.max()) >= count else int(values.min())
+            raise UsageError(f"tokens: {worst} is not allowed; they are 0 to {count - 1}")
+        values = torch.zeros(count, dtype=torch.bool).scatter(0, values.long(), True)
+    if values.shape not in ((count,), (images, count)):
+        raise UsageError(f"tokens: shape {tuple(values.shape)} is not ({count},) or ({images}, {count})")
+    result = values.expand(images, count).clone()
+    if not bool(result.any()):
+        raise UsageError("tokens: none are chosen, nothing would be redrawn")
+    return result
+
+
+def composite(drawn: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
+    """uint8 (B, H, W, c): drawn where mask (B, H, W) is set, kept elsewhere, exactly."""
+    return torch.where(mask[..., None], drawn, kept)
+
+
+def broadcast(images: Tensor, labels: Sequence[Any]) -> int:
+    """How many pictures an edit makes of so many images and labels: one side may be one."""
+    if len(images) != len(labels) and 1 not in (len(images), len(labels)):
+        raise UsageError(
+            f"class_labels: {len(labels)} given for {len(images)} images; give one for all, or one for each"
+        )
+    return max(len(images), len(labels))
