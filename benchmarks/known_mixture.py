@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class OneZ(Diffusion):
 
 
 def trained(mixture: Mixture, seed: int, file: Path, updates: int) -> OneZ:
-    """A head for the mixture, from `file` if it is there: Adam, half a cosine, the average of the last half."""
+    """A head for the mixture, from `file` if it is there: Adam, half a cosine, an average of some 500 updates."""
     with seeded(seed):
         head = OneZ(mixture.means.shape[1], WIDTH, DEPTH, z_dim=len(mixture.z))
     if file.exists():
@@ -180,6 +181,11 @@ class Ruler:
 
 def measure(folder: Path, updates: int) -> list[dict[str, object]]:
     """All rows, from `results.jsonl` as far as they are there."""
+    settings = json.dumps({"head": [WIDTH, DEPTH], "batch": BATCH, "updates": updates, "samples": SAMPLES})
+    made = folder / "settings.json"
+    if made.exists() and made.read_text() != settings:
+        sys.exit(f"error: --out: {folder} was made with {made.read_text()}, not {settings}; choose another folder")
+    made.write_text(settings)
     file = folder / "results.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {(r["mixture"], r["seed"], r["solver"], r["start"], r["steps"]) for r in rows}

@@ -145,13 +145,13 @@ def test_generators_stand_in_for_seeds(pipe: Pipeline) -> None:
         ({"class_labels": 3.5}, "class_labels"),
         ({"num_diffusion_steps": 2000}, "num_diffusion_steps: 2000"),
         ({"start_timestep": 5000}, "start_timestep: 5000"),
-        ({"order": [0, 1, 2]}, "order: 3 positions given for 16 tokens; name each position from 0 to 15 once"),
-        ({"order": [0, *range(15)]}, "order: position 0 is given twice"),
-        ({"order": [[*range(16)]] * 2 + [[16, *range(15)]]}, "order[2]: position 16 is out of range"),
         ({"solver": "dmp++"}, "solver: 'dmp++' is not known; did you mean 'dpm++'"),
         ({"solver": "ddim", "temperature": 0.9}, "temperature: 0.9 is not allowed; the ddim solver is an ODE"),
         ({"num_diffusion_steps_last": 7}, "num_diffusion_steps_last: 7 is not allowed; at most num_diffusion_steps, 6"),
         ({"num_diffusion_steps_last": 0}, "num_diffusion_steps_last"),
+        ({"order": [0, 1, 2]}, "order: 3 positions given for 16 tokens; name each position from 0 to 15 once"),
+        ({"order": [0, *range(15)]}, "order: position 0 is given twice"),
+        ({"order": [[*range(16)]] * 2 + [[16, *range(15)]]}, "order[2]: position 16 is out of range"),
     ],
 )
 def test_what_is_wrong_is_named(pipe: Pipeline, settings: dict[str, Any], words: str) -> None:

@@ -21,6 +21,10 @@ def edit(
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; higher is more typical.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
     num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
+    num_diffusion_steps_last: Annotated[
+        int | None, typer.Option(help="Where they end, falling as the image gets known.")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="Of a diffusion head: ddpm, ddim or dpm++.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png.")] = Path("edited"),
@@ -52,6 +56,8 @@ def edit(
         guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps,
         num_diffusion_steps=num_diffusion_steps,
+        num_diffusion_steps_last=num_diffusion_steps_last,
+        solver=solver,
         temperature=temperature,
         seed=seed,
     )

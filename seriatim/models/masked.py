@@ -30,7 +30,7 @@ from seriatim.core.schedules import (
     guidance_at,
     mask_ratio,
     unknown_after,
-)  # fmt: skip
+)
 from seriatim.heads.base import Head
 
 
@@ -172,7 +172,7 @@ class MaskedModel(nn.Module):
         state, null = self.backbone.start(self.condition(labels, B), B), self.backbone.start(self.condition(None, B), B)
         begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
         for step in range(steps):
-            shares = [1 - m / L for m in left]  # known before the step
+            shares = [1 - now / L for now in left]  # known when the step begins
             left = [
                 unknown_after(step, steps, L, now, first, token_schedule, min_tokens)
                 for now, first in zip(left, begun, strict=True)
@@ -188,42 +188,37 @@ class MaskedModel(nn.Module):
             )
             z = self.backbone.z(state, tokens, known, ask)  # (N, C)
             z_null = self.backbone.z(null, tokens, known, ask) if guidance_scale != 1 else None
-            options = annealed(head_steps, num_diffusion_steps_last, shares)
-            tokens[ask] = draw(self.head, z, noise, rows, z_null, scale, temperature, options)
+            tokens[ask] = draw(
+                self.head, rows, z, noise, z_null, scale, temperature, shares, num_diffusion_steps_last, head_steps
+            )
             known |= ask
         return tokens
 
 
-def annealed(head_steps: dict[str, Any], last: int | None, shares: Sequence[float]) -> list[dict[str, Any]]:
-    """The head's sampling options for each image, of which such a share is known before the step."""
+def draw(
+    head: Head,
+    rows: Tensor,  # (N,): the image of each token asked for
+    z: Tensor,  # (N, C)
+    noise: Noise,  # a row for each image
+    z_null: Tensor | None,
+    scale: Tensor,  # (B,) of guidance
+    temperature: float,
+    shares: list[float],  # known of each image
+    last: int | None,
+    head_steps: dict[str, Any],
+) -> Tensor:
+    """The tokens asked for (N, D); given `last`, with the fewer steps inside the head the more an image knows."""
     if last is None:
-        return [head_steps] * len(shares)
+        return head.sample(z, noise.select(rows), z_null, scale[rows], temperature, **head_steps)
     first = head_steps.get("num_diffusion_steps")
     if first is None:
         raise UsageError("num_diffusion_steps_last: needs num_diffusion_steps, where the annealing begins")
-    return [{**head_steps, "num_diffusion_steps": annealed_steps(first, last, share)} for share in shares]
-
-
-def draw(
-    head: Head,
-    z: Tensor,
-    noise: Noise,
-    rows: Tensor,  # (N,): the image of each row
-    z_null: Tensor | None,
-    scale: Tensor,  # (B,)
-    temperature: float,
-    options: Sequence[dict[str, Any]],  # of each image
-) -> Tensor:
-    """Tokens (N, D) for z (N, C): one call of the head for all images that take as many steps inside it."""
-    counts = [options[i].get("num_diffusion_steps", 0) for i in rows.tolist()]
-    if len(set(counts)) == 1:
-        return head.sample(z, noise.select(rows), z_null, scale[rows], temperature, **options[int(rows[0])])
-    result = z.new_empty(len(z), head.output, dtype=torch.float32)
-    for count in sorted(set(counts)):
-        some = torch.tensor([n for n, other in enumerate(counts) if other == count])
-        there, mine = some.to(z.device), rows[some.to(rows.device)]
-        null = None if z_null is None else z_null[there]
-        result[there] = head.sample(
-            z[there], noise.select(mine), null, scale[mine], temperature, **options[int(mine[0])]
-        )
-    return result
+    counts = torch.tensor([annealed_steps(first, last, share) for share in shares])[rows.cpu()]  # (N,)
+    drawn = z.new_empty(len(z), head.output, dtype=torch.float32)
+    for count in counts.unique().tolist():  # one, unless images of the batch know different shares
+        some = (counts == count).nonzero()[:, 0].to(z.device)
+        of = rows[some.to(rows.device)]
+        null = None if z_null is None else z_null[some]
+        options = head_steps | {"num_diffusion_steps": count}
+        drawn[some] = head.sample(z[some], noise.select(of), null, scale[of], temperature, **options)
+    return drawn

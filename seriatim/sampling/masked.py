@@ -21,7 +21,7 @@ from seriatim.core.errors import NumericsError
 from seriatim.core.orders import order_vectors
 from seriatim.core.random import Noise
 from seriatim.core.schedules import check_guidance, check_token_schedule, guidance_at, unknown_after
-from seriatim.models.masked import MaskedModel, annealed, draw
+from seriatim.models.masked import MaskedModel, draw
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def masked_steps(
     begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
     passes = Passes(model, labels, B)
     for step in range(steps):
-        options = annealed(head_steps, num_diffusion_steps_last, [1 - m / L for m in left])
+        shares = [1 - now / L for now in left]  # known when the step begins
         left = [
             unknown_after(step, steps, L, now, first, token_schedule, min_tokens)
             for now, first in zip(left, begun, strict=True)
@@ -89,7 +89,9 @@ def masked_steps(
             ask_there = ask.to(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 z, z_null = passes.z(tokens, known.to(device), ask_there, rows, scale)  # (N, C)
-            drawn = draw(model.head, z, noise, rows, z_null, scale, temperature, options)
+            drawn = draw(
+                model.head, rows, z, noise, z_null, scale, temperature, shares, num_diffusion_steps_last, head_steps
+            )
             tokens = tokens.masked_scatter(ask_there[..., None], drawn)  # rows are in raster order
             known = known | ask
         yield Step(step, steps, "tokens", tokens, known)

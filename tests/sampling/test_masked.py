@@ -45,6 +45,21 @@ def test_the_fast_loop_anneals_and_solves_as_the_naive_sampler(solver: str) -> N
     assert torch.allclose(last.tokens, naive, atol=1e-4, rtol=1e-4)
 
 
+def test_annealing_follows_what_each_image_of_a_batch_knows() -> None:
+    model, labels, seeds = make_bundle().model, torch.tensor([0, 1, 2]), [1, 2, 3]
+    known = torch.arange(16) < torch.tensor([0, 8, 13])[:, None]
+    tokens = torch.randn(3, 16, 4)
+    options: dict[str, Any] = {"steps": 4, "num_diffusion_steps": 12, "num_diffusion_steps_last": 3}
+    options |= {"solver": "dpm++", "guidance_scale": 2.0}
+    *_, together = masked_steps(model, labels, Noise.per_image(seeds), tokens=tokens, known=known, **options)
+    naive = model.sample(labels, Noise.per_image(seeds), tokens=tokens, known=known, **options)
+    assert torch.allclose(together.tokens, naive, atol=1e-4, rtol=1e-4)
+    for i in range(3):
+        one, begin = slice(i, i + 1), {"tokens": tokens[i : i + 1], "known": known[i : i + 1]}
+        *_, alone = masked_steps(model, labels[one], Noise.per_image(seeds[one]), **begin, **options)
+        assert torch.allclose(together.tokens[one], alone.tokens, atol=1e-4), i
+
+
 def test_steps_inside_the_head_fall_with_the_known_share(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = make_bundle().model, []
     sample = model.head.sample
