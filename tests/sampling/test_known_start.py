@@ -27,6 +27,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"steps": 6, "guidance_scale": 3.0, "guidance_schedule": "interval", "guidance_interval": (0.3, 0.8)},
     {"steps": 4, "guidance_scale": 4.0, "guidance_schedule": "power-cosine", "guidance_power": 2.0, "min_tokens": 2},
     {"steps": 6, "guidance_scale": 2.0, "guidance_schedule": "constant", "order": ORDERS["spiral"](4, 4)},
+    {"steps": 6, "guidance_scale": 2.0, "num_diffusion_steps": 9, "num_diffusion_steps_last": 3},
+    {"steps": 4, "guidance_scale": 2.0, "num_diffusion_steps_last": 2, "solver": "dpm++"},
 ]
 
 
