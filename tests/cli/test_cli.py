@@ -202,7 +202,7 @@ def test_orders_and_schedules(model_folder: Path, tmp_path: Path, capsys: pytest
     positions = ", ".join(map(str, range(16)))
     assert run([*common, *options, "--order", positions, "--out", str(tmp_path / "b")]) == 0
     assert json.loads(capsys.readouterr().out)["request"]["order"] == list(range(16))
-    pictures = [(tmp_path / folder / "0000-cat.png").read_bytes() for folder in "ab"]
+    pictures = [read_picture(tmp_path / folder / "0000-cat.png").tobytes() for folder in "ab"]
     assert pictures[0] == pictures[1]
     power = ["--guidance-schedule", "power-cosine", "--guidance-power", "2", "--out", str(tmp_path / "c")]
     assert run([*common, *power]) == 0
