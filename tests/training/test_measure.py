@@ -20,7 +20,7 @@ from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.data import Digits
 from seriatim.training.loop import train
 from seriatim.training.measure import look_over, measure_latents
-from seriatim.training.setup import build_tokens
+from seriatim.training.setup import build_inputs
 
 TINY = [
     "model.width=32", "model.depth=1", "model.heads=2", "model.head.width=32", "model.head.depth=1",
@@ -91,10 +91,10 @@ def test_recipes_that_cannot_work_are_one_line(tmp_path: Path, folder: Path) -> 
         ({"from": str(folder), "size": 16}, "the data has 1 x 8 x 8"),
     ):
         with pytest.raises(ConfigError) as caught:
-            build_tokens(recipe(tokenizer))
+            build_inputs(recipe(tokenizer))
         assert words in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="no such folder"):
-        build_tokens(recipe({"from": str(tmp_path / "nothing")}))
+        build_inputs(recipe({"from": str(tmp_path / "nothing")}))
     with pytest.raises(ConfigError, match="'pixels' has no latents"):
         measure_latents(recipe({"kind": "pixels", "patch": 2}), tmp_path / "m", device="cpu")
     with pytest.raises(UsageError, match="num: 0"):
