@@ -13,22 +13,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seriatim.checkpoints.hub import download
 from seriatim.checkpoints.native import CONFIG, Bundle, load_bundle, save_bundle
 from seriatim.core.device import pick_device, pick_dtype
-from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
+from seriatim.core.errors import CheckpointError, UsageError, nearest
 from seriatim.core.orders import ORDERS, RANDOM
 from seriatim.core.random import Noise, generator
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import parse, plain
-from seriatim.sampling.editing import as_images, broadcast, chosen_tokens, composite, pixel_mask, token_mask
+from seriatim.sampling.editing import (
+    as_images,
+    broadcast,
+    chosen_tokens,
+    composite,
+    pixel_mask,
+    token_mask,
+    token_pixels,
+)
 from seriatim.sampling.masked import Step, masked_steps
 from seriatim.sampling.metadata import versions
 from seriatim.sampling.request import Label, SampleRequest, clamped
-from seriatim.sampling.result import Result, as_pil
+from seriatim.sampling.result import Result, as_pil, check_output
 from seriatim.tokenizers.base import to_uint8
 from seriatim.zoo import PRESETS
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
 
 Start = tuple[Tensor, Tensor]  # tokens (B, L, D), and which are known (B, L)
@@ -237,6 +245,7 @@ class Pipeline:
         output_type: str,
         callback_on_step_end: StepCallback | None = None,
         keep: tuple[Tensor, Tensor] | None = None,  # pixels (B, H, W, c) uint8, and where (B, H, W) others replace them
+        edited: bool = False,  # the request alone does not make these images
     ) -> Result:
         """Run the steps, decode the last of each batch."""
         finished: list[Tensor] = []
@@ -246,6 +255,7 @@ class Pipeline:
                 values = {"tokens": step.tokens, "known": step.known}
                 returned = callback_on_step_end(self, step.index, step.total, values) or {}
                 if "tokens" in returned:
+                    edited = True
                     step.tokens.copy_(returned["tokens"])
             if last is not None and last.images != step.images:
                 finished.append(last.tokens)
@@ -257,7 +267,7 @@ class Pipeline:
         images = tokens if output_type == "latent" else self._images(finished, output_type, keep)
         made = versions(self.device, self.dtype)
         sha = self.bundle.sha256
-        return Result(images, names, request.image_seeds(), request, tokens, sha, made, edited=keep is not None)
+        return Result(images, names, request.image_seeds(), request, tokens, sha, made, edited, keep)
 
     def _images(self, finished: list[Tensor], output_type: str, keep: tuple[Tensor, Tensor] | None) -> Any:
         pictures = torch.cat([self._decode(some) for some in finished])  # (B, c, H, W)
@@ -295,17 +305,21 @@ class Pipeline:
         originals = as_images(image, self.tokenizer)  # (n, H, W, c)
         labels = tuple(class_labels) if isinstance(class_labels, (list, tuple)) else (class_labels,)
         count = broadcast(originals, labels)
-        each = int(settings.get("num_images_per_label") or 1)
         labels = labels * count if len(labels) == 1 else labels
         originals = originals.repeat(count, 1, 1, 1) if len(originals) == 1 else originals
         request, generators = self._resolve(generator, None, {**settings, "class_labels": labels})
+        each = request.num_images_per_label
         white = pixel_mask(mask, self.tokenizer.size, count).repeat_interleave(each, dim=0)  # (B, H, W)
         originals = originals.repeat_interleave(each, dim=0)  # (B, H, W, c)
         floats = originals.permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
         tokens = self.tokenizer.tokens(self.tokenizer.moments(floats))  # (B, L, D), the mode
         start = (tokens, ~token_mask(white, self.tokenizer))
         return self._result(
-            request, self._steps(request, generators, batch_size, start), output_type, keep=(originals, white)
+            request,
+            self._steps(request, generators, batch_size, start),
+            output_type,
+            keep=(originals, white),
+            edited=True,
         )
 
     def regenerate(
@@ -325,12 +339,18 @@ class Pipeline:
         check_output(output_type)
         count, L, _ = result.tokens.shape
         redraw = chosen_tokens(tokens, count, L)
-        before = result.request.model_dump(exclude={"seed", "seeds"}, exclude_defaults=True)
-        request, generators = self._resolve(generator, None, {**before, **settings})
+        given = {k: plain(v) for k, v in settings.items() if v is not None}
+        before = result.request.model_dump(exclude={"seed", "seeds"})  # all of it: the model's defaults have no say
+        request = parse(SampleRequest, {**before, "seed": secrets.randbits(32), **given}, error=UsageError)
+        request, generators = self._resolve(generator, request, {})
         if request.num_images != count:
             raise UsageError(f"class_labels: the request is for {request.num_images} images, the result has {count}")
+        keep = None
+        if result.kept is not None:  # of an edited picture: what was kept still is, but for the tokens redrawn
+            originals, white = result.kept
+            keep = (originals, white | token_pixels(redraw, self.tokenizer))
         steps = self._steps(request, generators, batch_size, (result.tokens, ~redraw))
-        return self._result(request, steps, output_type)
+        return self._result(request, steps, output_type, keep=keep, edited=True)
 
     @torch.no_grad()
     def _decode(self, tokens: Tensor) -> Tensor:
@@ -344,11 +364,6 @@ class Pipeline:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write a model folder that `load` takes back."""
         return save_bundle(self.bundle, Path(folder))
-
-
-def check_output(output_type: str) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise UsageError(f"output_type: {output_type!r} is not known{nearest(output_type, OUTPUT_TYPES)}")
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -377,16 +392,3 @@ def load(
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
         return Pipeline(load_bundle(download(text)), device=device, dtype=dtype, source=text)
     raise CheckpointError(f"model: {text!r} is no folder, preset or hub repository{nearest(text, PRESETS)}")
-
-
-def download(repository: str) -> Path:
-    """A hub repository's model folder, in the hub's own cache."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=["*.json", "*.safetensors"], etag_timeout=10))
-    except Exception as error:  # the hub's client raises a dozen kinds: offline, not found, no permission, ...
-        reason = one_line(error)[:160]
-        raise CheckpointError(
-            f"model: there is no folder {repository!r}, and it could not be fetched as a hub repository ({reason})"
-        ) from error

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
+from seriatim.cli.sample import SMALL, order_or_positions
 
 
 def edit(
@@ -26,6 +27,17 @@ def edit(
     ] = None,
     solver: Annotated[str | None, typer.Option(help="Of a diffusion head: ddpm, ddim or dpm++.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
+    guidance_schedule: Annotated[str | None, typer.Option(help="Of the known share; see docs/sampling.md.")] = None,
+    guidance_interval: Annotated[
+        tuple[float, float] | None, typer.Option(help="Known shares, of the schedule interval.")
+    ] = None,
+    guidance_power: Annotated[float | None, typer.Option(help="Of the schedule power-cosine.")] = None,
+    token_schedule: Annotated[str | None, typer.Option(help="cosine or linear: tokens of each step.")] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="What a step draws at least.")] = None,
+    order: Annotated[str | None, typer.Option(help="random, raster, halton, spiral, or positions: 3,1,0,2.")] = None,
+    start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png.")] = Path("edited"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,
@@ -34,11 +46,15 @@ def edit(
     json: JsonFlag = False,
 ) -> None:
     """Inpaint, outpaint inside the frame, change the class of a region: black pixels of the mask stay as they are."""
+    import torch
+
     from seriatim.core.errors import UsageError
     from seriatim.core.files import writable_folder
     from seriatim.evaluation.grid import grid, save_png
+    from seriatim.models.build import parameter_count
     from seriatim.pipeline import load
     from seriatim.training.images import BadImage, read_image
+    from seriatim.training.precision import threads as using
 
     pipe = load(model, device=device, dtype=dtype)
     try:
@@ -48,19 +64,28 @@ def edit(
     taken = [file for file in (out / "grid.png", *sorted(out.glob("0*.png"))) if file.exists()]
     if taken and not overwrite:
         raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
-    result = pipe.edit(
-        picture,
-        mask=white,
-        class_labels=label or [None],
-        num_images_per_label=num_images_per_label,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        num_diffusion_steps=num_diffusion_steps,
-        num_diffusion_steps_last=num_diffusion_steps_last,
-        solver=solver,
-        temperature=temperature,
-        seed=seed,
-    )
+    with using(threads or (1 if parameter_count(pipe.model) < SMALL else torch.get_num_threads())):
+        result = pipe.edit(
+            picture,
+            mask=white,
+            class_labels=label or [None],
+            batch_size=batch_size,
+            num_images_per_label=num_images_per_label,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            guidance_interval=guidance_interval,
+            guidance_power=guidance_power,
+            num_inference_steps=num_inference_steps,
+            token_schedule=token_schedule,
+            min_tokens=min_tokens,
+            order=order_or_positions(order),
+            num_diffusion_steps=num_diffusion_steps,
+            num_diffusion_steps_last=num_diffusion_steps_last,
+            solver=solver,
+            start_timestep=start_timestep,
+            temperature=temperature,
+            seed=seed,
+        )
     out = writable_folder(out)
     files = result.save(out)
     shown = [picture, white.convert(picture.mode), *result.images]

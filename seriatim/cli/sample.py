@@ -111,6 +111,8 @@ def sample(
     files = [out / f"{i:04d}-{safe_name(name)}.png" for i, name in enumerate(names)]
     grid_file, animation = out / "grid.png", out / "animation.gif"
     taken = [file for file in (*files, grid_file, *[animation] * animate) if file.exists()]
+    if from_ is not None and any(file.resolve() == from_.resolve() for file in (*files, grid_file)):
+        raise UsageError(f"out: {out} is where {from_} is, which would be replaced; choose another folder")
     if taken and not overwrite:
         raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
 
@@ -172,11 +174,13 @@ def order_or_positions(text: str | None) -> str | list[int] | None:
 def read_repeatable(path: Path) -> tuple[Image.Image, Recorded]:
     """A picture and its request; refuses one that its request alone does not make."""
     from seriatim.core.errors import DataError
-    from seriatim.sampling.metadata import read_recorded
+    from seriatim.sampling.metadata import pixels_sha256, read_recorded
 
     image, says = read_recorded(path)
     if says.edited:
         raise DataError(f"from: {path} was made from another picture; edit that one again with the same seed")
+    if pixels_sha256(image) != says.pixels_sha256:
+        raise DataError("from: the picture's pixels were changed after it was drawn; there is nothing to compare with")
     return image, says
 
 
@@ -198,12 +202,10 @@ def compared(original: tuple[Image.Image, Recorded], image: Image.Image, made: d
     """How the repeated picture's pixels compare; raises NumericsError where they are another picture's."""
     import numpy as np
 
-    from seriatim.core.errors import DataError, NumericsError
+    from seriatim.core.errors import NumericsError
     from seriatim.sampling.metadata import pixels_sha256
 
     before, says = original
-    if pixels_sha256(before) != says.pixels_sha256:
-        raise DataError("from: the picture's pixels were changed after it was drawn; there is nothing to compare with")
     if pixels_sha256(image) == says.pixels_sha256:
         return "identical"
     other = [f"{key} {says.versions.get(key)} then, {value} now" for key, value in made.items()

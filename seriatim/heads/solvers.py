@@ -94,5 +94,5 @@ def check_solver(name: str, temperature: float = 1.0) -> None:
     if temperature != 1.0 and name in ODES:
         raise UsageError(
             f"temperature: {temperature} is not allowed; the {name} solver is an ODE and has none; "
-            "use solver=ddpm, or leave it at 1"
+            "use solver=ddpm, or set temperature=1"
         )

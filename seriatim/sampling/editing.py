@@ -50,11 +50,20 @@ def pixel_mask(mask: Any, size: tuple[int, int], images: int) -> Tensor:
 def as_planes(mask: Any) -> list[Tensor]:
     """A picture, array or tensor -> bool planes (H, W)."""
     if isinstance(mask, Image.Image):
+        if mask.mode in ("F", "I", "I;16"):
+            raise UsageError(f"mask: a picture of mode {mask.mode} has no fixed white; convert it to 'L'")
         return [torch.from_numpy(np.array(mask.convert("L")) >= GREY)]
-    values = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+    try:
+        values = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
+    except TypeError:
+        raise UsageError(f"mask: {type(mask).__name__} is no picture, array or tensor") from None
+    if values.is_complex():
+        raise UsageError(f"mask: {values.dtype} is not allowed; give bool, uint8, or floats in [0, 1]")
     if values.ndim not in (2, 3):
         raise UsageError(f"mask: shape {tuple(values.shape)} is not (H, W) or (B, H, W)")
     if values.dtype != torch.bool:
+        if not values.is_floating_point() and values.numel() and int(values.max()) == 1:
+            raise UsageError("mask: holds 0 and 1 as integers, of which white is 255; make it bool")
         values = values >= (0.5 if values.is_floating_point() else GREY)
     return list(values) if values.ndim == 3 else [values]
 
@@ -64,6 +73,13 @@ def token_mask(mask: Tensor, tokenizer: Tokenizer) -> Tensor:
     (h, w), cell = tokenizer.grid, tokenizer.cell
     padded = F.pad(mask.float(), (0, w * cell[1] - mask.shape[2], 0, h * cell[0] - mask.shape[1]))
     return F.max_pool2d(padded[:, None], cell)[:, 0].flatten(1) > 0  # (B, h, w) -> (B, L)
+
+
+def token_pixels(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """Tokens (B, L) -> the pixels (B, H, W) that they cover."""
+    (h, w), cell, (H, W) = tokenizer.grid, tokenizer.cell, tokenizer.size
+    image = tokens.view(-1, h, w).repeat_interleave(cell[0], dim=1).repeat_interleave(cell[1], dim=2)
+    return image[:, :H, :W]
 
 
 def as_images(images: Any, tokenizer: Tokenizer) -> Tensor:
@@ -85,11 +101,17 @@ def as_images(images: Any, tokenizer: Tokenizer) -> Tensor:
 def as_arrays(image: Any, channels: int) -> list[Any]:
     """One picture, or a batch of them -> arrays (H, W, c) uint8."""
     if isinstance(image, Image.Image):
+        if image.mode in ("F", "I", "I;16"):
+            raise UsageError(
+                f"image: a picture of mode {image.mode} would lose levels; convert it to 'RGB' or 'L' first"
+            )
         array = np.asarray(image.convert("RGB" if channels == 3 else "L"))
         return [array[..., None] if channels == 1 else array]
     if isinstance(image, Tensor):
         tensor = image[None] if image.ndim == 3 else image
         if tensor.ndim == 4 and tensor.shape[1] == channels and tensor.is_floating_point():
+            if not bool((tensor.abs() <= 1.001).all()):  # NaN neither
+                raise UsageError("image: a tensor's values must be in [-1, 1]; scale them")
             return list(to_uint8(tensor).numpy())
         raise UsageError(f"image: a tensor must be (B, {channels}, H, W) in [-1, 1], not {tuple(image.shape)}")
     array = np.asarray(image)
@@ -102,7 +124,11 @@ def as_arrays(image: Any, channels: int) -> list[Any]:
 
 def chosen_tokens(tokens: Any, images: int, count: int) -> Tensor:
     """Tokens to redraw, (L,) or (B, L) bool, or indices for all images alike -> (B, L) bool."""
-    values = torch.as_tensor(tokens).cpu()
+    try:
+        values = torch.as_tensor(tokens).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(tokens).__name__
+        raise UsageError(f"tokens: {kind} is not a list of indices, or a bool mask (L,) or (B, L)") from None
     if not values.numel():
         raise UsageError("tokens: none are chosen, nothing would be redrawn")
     if values.dtype != torch.bool:

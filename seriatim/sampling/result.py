@@ -10,10 +10,12 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import UsageError, nearest
 from seriatim.core.files import atomic_write, writable_folder
 from seriatim.sampling.metadata import Recorded, alone, chunk, pixels_sha256
 from seriatim.sampling.request import SampleRequest
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Result:
     tokens: Tensor  # (B, L, D)
     model_sha256: str = ""  # of the weights
     versions: dict[str, str] = field(default_factory=dict)
-    edited: bool = False  # made from other pictures
+    edited: bool = False  # made from other pictures or tokens: the request alone does not repeat it
+    kept: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # of an edit: pixels, and where others replace
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write the images as PNG files that carry their request; `seriatim sample MODEL --from FILE` repeats one."""
@@ -77,3 +80,8 @@ def safe_name(name: str) -> str:
 def as_pil(arrays: Tensor) -> list[Image.Image]:
     """(B, H, W, c) uint8 -> pictures."""
     return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays.numpy()]
+
+
+def check_output(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise UsageError(f"output_type: {output_type!r} is not known{nearest(output_type, OUTPUT_TYPES)}")

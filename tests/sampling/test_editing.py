@@ -185,3 +185,56 @@ def test_tokens_that_make_no_sense(tokens: Any, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         chosen_tokens(tokens, 2, 16)
     assert words in str(caught.value)
+
+
+def test_regenerate_repeats_the_request_and_not_the_models_defaults() -> None:
+    bundle = make_bundle()
+    bundle.sampling |= {"temperature": 0.9, "guidance_scale": 3.0, "num_images_per_label": 2}
+    pipe = Pipeline(bundle, device="cpu")
+    few = {"num_inference_steps": 3, "num_diffusion_steps": 4}
+    one = pipe(class_labels=[None], seed=1, guidance_scale=1.0, temperature=1.0, solver="dpm++", **few)
+    again = pipe.regenerate(one, [3], seed=2)
+    kept = ("class_labels", "guidance_scale", "temperature", "solver", "num_images_per_label")
+    assert [getattr(again.request, k) for k in kept] == [(None,), 1.0, 1.0, "dpm++", 2]
+    assert again.edited and again.request.seed == 2
+    edited = pipe.edit(picture(), mask=box(0, 0, 3, 8), **few)  # two pictures: the model's default
+    assert len(edited.images) == 2
+
+
+def test_regenerating_an_edit_keeps_what_was_kept(pipe: Pipeline) -> None:
+    edited = pipe.edit(picture(), mask=box(0, 0, 3, 8), class_labels=["cat"], seed=1, **FEW)
+    again = pipe.regenerate(edited, [15], seed=2)  # the last 2x2 pixels
+    old, new = np.asarray(picture()), np.asarray(again.images[0])
+    assert (new[3:6] == old[3:6]).all() and (new[6:, :6] == old[6:, :6]).all()
+    assert (new[:3] == np.asarray(edited.images[0])[:3]).all() and (new[6:, 6:] != old[6:, 6:]).any()
+
+
+def test_a_callback_that_changes_tokens_is_recorded(pipe: Pipeline) -> None:
+    def shift(pipeline: Pipeline, index: int, total: int, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"tokens": values["tokens"] + 0.1}
+
+    assert pipe(class_labels=["cat"], seed=0, callback_on_step_end=shift, **FEW).edited
+    assert not pipe(class_labels=["cat"], seed=0, **FEW).edited
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (None, "mask: NoneType is no picture"),
+        (np.eye(8, dtype=np.uint8), "mask: holds 0 and 1 as integers"),
+        (np.eye(8, dtype=complex), "mask: torch.complex128 is not allowed"),
+        (Image.new("F", (8, 8), 1.0), "mask: a picture of mode F"),
+    ],
+)
+def test_masks_of_odd_kinds(mask: Any, words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        pixel_mask(mask, (8, 8), 1)
+    assert words in str(caught.value)
+
+
+def test_pictures_of_odd_kinds(pipe: Pipeline) -> None:
+    for image in (torch.full((1, 1, 8, 8), float("nan")), torch.full((1, 1, 8, 8), 3.0), Image.new("I;16", (8, 8))):
+        with pytest.raises(UsageError, match="image: "):
+            pipe.edit(image, mask=box(0, 0, 3, 8))
+    with pytest.raises(UsageError, match="tokens: str is not a list"):
+        chosen_tokens("a", 1, 16)

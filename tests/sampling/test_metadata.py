@@ -124,6 +124,9 @@ def test_what_can_not_be_repeated(drawn: Path, capsys: pytest.CaptureFixture[str
         lines = capsys.readouterr().err.strip().splitlines()
         return lines[-1]
 
+    before = path.read_bytes()
+    assert run(["sample", "model", "--from", str(path), "--out", "out", "--overwrite"]) == 2
+    assert "which would be replaced" in capsys.readouterr().err and path.read_bytes() == before
     assert "is no file" in line("model", "--from", "nothing.png", code=2)
     assert "seed: given together with --from" in line("model", "--from", str(path), "--seed", "3", code=2)
     (drawn / "text.png").write_text("no picture")
