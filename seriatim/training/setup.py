@@ -58,7 +58,12 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
                 "trained with tokenizer.from=FOLDER; that of training.init_from will do"
             )
     else:
-        tokenizer = load_tokenizer(Path(source).expanduser(), **given)
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert kl16`, or name a model's"
+            )
+        tokenizer = load_tokenizer(folder, **given)
     data.check_tokenizer(tokenizer)
     if tokenizer.size != data.size or tokenizer.channels != data.channels:
         ours, theirs = (f"{x.channels} x {x.size[0]} x {x.size[1]}" for x in (tokenizer, data))

@@ -12,7 +12,7 @@ import torch
 from seriatim.checkpoints.native import load_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance, save_tokenizer
 from seriatim.cli.main import run
-from seriatim.core.errors import CheckpointError, ConfigError, UsageError
+from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.files import sha256
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.latent import Latent
@@ -93,7 +93,7 @@ def test_recipes_that_cannot_work_are_one_line(tmp_path: Path, folder: Path) -> 
         with pytest.raises(ConfigError) as caught:
             build_inputs(recipe(tokenizer))
         assert words in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.from: there is no folder .*; make one with"):
         build_inputs(recipe({"from": str(tmp_path / "nothing")}))
     with pytest.raises(ConfigError, match="'pixels' has no latents"):
         measure_latents(recipe({"kind": "pixels", "patch": 2}), tmp_path / "m", device="cpu")
