@@ -109,7 +109,7 @@ class Masked(Backbone):
 
     @torch.no_grad()
     def _begin_with_sincos(self, grid: Sequence[int] | None) -> None:
-        """Neighbours begin alike, and as loud as the tokens; at N(0, 0.02) it takes long to learn who is whose."""
+        """Neighbours begin alike, and as loud as the tokens."""
         side = math.isqrt(self.tokens)
         h, w = (side, side) if grid is None else (int(grid[0]), int(grid[-1]))
         if h * w != self.tokens:

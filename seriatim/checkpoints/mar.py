@@ -160,19 +160,16 @@ def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
 
 
 def named_preset(config: Mapping[str, Any], name: str | None, where: str) -> Preset | None:
-    """The preset called `name`, or the one with the sizes of `config`; None where there is none."""
+    """MAR's preset called `name`, or the one with the trunk of `config`, whatever its head; None: there is none."""
 
-    def sizes(model: Mapping[str, Any]) -> tuple[Any, ...]:
-        both = [value if isinstance(value, list) else [value] * 2 for value in (model["width"], model["depth"])]
-        return (*both, model["head"]["width"], model["head"]["depth"])
+    def trunk(model: Mapping[str, Any]) -> list[list[int]]:
+        return [value if isinstance(value, list) else [value] * 2 for value in (model["width"], model["depth"])]
 
-    if name is not None:
-        preset = PRESETS[name]
-        if sizes(preset.model)[:2] != sizes(config)[:2]:
-            (width, _), (depth, _) = sizes(config)[:2]
-            raise CheckpointError(f"{where}: has {depth} blocks of width {width}, which is not {name}")
-        return preset
-    return next((p for p in PRESETS.values() if sizes(p.model)[:2] == sizes(config)[:2]), None)
+    if name is not None and trunk(PRESETS[name].model) != trunk(config):
+        (width, _), (depth, _) = trunk(config)
+        raise CheckpointError(f"{where}: has {depth} blocks of width {width}, which is not {name}")
+    names = NAMES if name is None else (name,)
+    return next((PRESETS[n] for n in names if trunk(PRESETS[n].model) == trunk(config)), None)
 
 
 def bundle_from_mar(file: OfficialFile, tokenizer: Tokenizer, class_names: list[str], **options: Any) -> Bundle:

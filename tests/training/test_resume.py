@@ -39,6 +39,11 @@ def tiny(*overrides: str) -> Recipe:
     return read_recipe("mar-digits", [*TINY, *overrides])
 
 
+def eight_pixels(folder: Path) -> list[str]:
+    """Settings of mar-cifar10-tiny for a folder of 8x8 pictures."""
+    return [f"data.path={folder}", "data.size=8", "sampling.num_inference_steps=4", "model.width=32"]
+
+
 def weights(run: Path) -> dict[str, bytes]:
     """Every file of the last checkpoint, and of the model, as bytes."""
     newest = all_checkpoints(run / "checkpoints")[-1]
@@ -357,16 +362,7 @@ with StopRequest() as stop:
 
 
 def test_other_images_are_not_resumed(tmp_path: Path, folder: Path) -> None:
-    recipe = read_recipe(
-        "mar-cifar10-tiny",
-        [
-            f"data.path={folder}",
-            "data.size=8",
-            "sampling.num_inference_steps=4",
-            "model.width=32",
-            "training.images=64",
-        ],
-    )
+    recipe = read_recipe("mar-cifar10-tiny", [*eight_pixels(folder), "training.images=64"])
     train(recipe, tmp_path / "run", quiet=True)
     (folder / "cat" / "3.png").unlink()
     with pytest.raises(DataError, match=r"its images are not those that .* began with"):
@@ -376,26 +372,10 @@ def test_other_images_are_not_resumed(tmp_path: Path, folder: Path) -> None:
 def test_another_models_weights_with_other_classes(tmp_path: Path, folder: Path) -> None:
     import seriatim
 
-    recipe = read_recipe(
-        "mar-cifar10-tiny",
-        [
-            f"data.path={folder}",
-            "data.size=8",
-            "sampling.num_inference_steps=4",
-            "model.width=32",
-            "training.images=256",
-        ],
-    )
+    recipe = read_recipe("mar-cifar10-tiny", [*eight_pixels(folder), "training.images=256"])
     train(recipe, tmp_path / "first", quiet=True)
     (folder / "cat").rename(folder / "zebra")
-    more = [
-        f"data.path={folder}",
-        "data.size=8",
-        "sampling.num_inference_steps=4",
-        "model.width=32",
-        "training.images=1",
-        "training.learning_rate=1.0e-12",
-    ]
+    more = [*eight_pixels(folder), "training.images=1", "training.learning_rate=1.0e-12"]
     source = tmp_path / "first" / "model"
     train(read_recipe("mar-cifar10-tiny", [*more, f"training.init_from={source}"]), tmp_path / "second", quiet=True)
     one, two = (seriatim.load(tmp_path / name, device="cpu") for name in ("first", "second"))
