@@ -8,6 +8,7 @@ encodes it, unless it is whole; whoever has seen all of them whole writes the ma
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -172,21 +173,23 @@ class Encoder:
         names = ("moments", "moments_flip") if info.flip else ("moments",)
         tensors = {name: torch.empty(count, *info.moments, dtype=DTYPES[info.dtype]) for name in names}
         labels = []
-        for batch in Loader(InOrder(self.data, first, first + count, self.batch_size), self.workers):
-            self.stop_if_asked()
-            images = to_float(batch.images.to(self.where))  # (B, c, H, W)
-            place = slice(batch.first - first, batch.first - first + len(batch))
-            for name in names:
-                view = images if name == "moments" else images.flip(-1)
-                tensors[name][place] = encode(self.tokenizer, view).to(tensors[name].dtype)  # (B, m, h, w)
-                if not bool(torch.isfinite(tensors[name][place]).all()):
-                    raise NumericsError(
-                        f"the {name} of images {self.data.name(int(batch.index[0]))}, ... are not finite as "
-                        f"{info.dtype}; nothing of them was written; use dtype float32 or another tokenizer"
-                    )
-            if batch.labels is not None:
-                labels.append(batch.labels.long())
-            self.bar.advance(len(batch))
+        loader = Loader(InOrder(self.data, first, first + count, self.batch_size), self.workers)
+        with contextlib.closing(iter(loader)) as batches:
+            for batch in batches:
+                self.stop_if_asked()
+                images = to_float(batch.images.to(self.where))  # (B, c, H, W)
+                place = slice(batch.first - first, batch.first - first + len(batch))
+                for name in names:
+                    view = images if name == "moments" else images.flip(-1)
+                    tensors[name][place] = encode(self.tokenizer, view).to(tensors[name].dtype)  # (B, m, h, w)
+                    if not bool(torch.isfinite(tensors[name][place]).all()):
+                        raise NumericsError(
+                            f"the {name} of images {self.data.name(int(batch.index[0]))}, ... are not finite as "
+                            f"{info.dtype}; nothing of them was written; use dtype float32 or another tokenizer"
+                        )
+                if batch.labels is not None:
+                    labels.append(batch.labels.long())
+                self.bar.advance(len(batch))
         return {**tensors, "labels": torch.cat(labels)} if labels else tensors
 
     def stop_if_asked(self) -> None:

@@ -5,10 +5,12 @@ B images, c channels, H x W pixels.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +24,7 @@ from seriatim.core.random import derive_seed
 from seriatim.training.data import BEGINNING, ImageData, Order, Position, Row, StreamData, mirror
 
 ENOUGH = 100  # rows of a stream before the share of unusable ones is judged
+GRACE = 60.0  # seconds that a worker lives after SIGTERM, while the trainer finishes its step and saves
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class Loader:
         self.batches, self.workers = batches, workers
         self.waited = 0.0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         source: Any = DataLoader(
             self.batches,
             batch_size=None,  # the data set makes whole batches
@@ -141,28 +144,39 @@ class Loader:
             worker_init_fn=leave_signals_to_the_trainer,
             generator=torch.Generator(),  # so that torch's own is left alone
         )
-        ready = iter(source)
-        while True:
-            begin = time.perf_counter()
-            try:
-                batch = next(ready, None)
-            except DataError as error:  # from a worker it comes with the worker's traceback around it
-                last = str(error).strip().splitlines()[-1]
-                raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
+        ready: Any = iter(source)
+        try:
+            while (batch := self._next(ready)) is not None:
+                if isinstance(self.batches, StreamBatches):
+                    for name, why in batch.left_out.items():
+                        print(f"left out: {name}: {why}", file=sys.stderr)  # noqa: T201
+                        self.batches.data.bad[name] = why
+                yield batch
+        finally:
+            if self.workers:  # now: an exception may hold on to them, and at exit Python would wait for their end
+                ready._shutdown_workers()
+
+    def _next(self, ready: Iterator[Batch]) -> Batch | None:
+        begin = time.perf_counter()
+        try:
+            return next(ready, None)
+        except DataError as error:  # from a worker it comes with the worker's traceback around it
+            last = str(error).strip().splitlines()[-1]
+            raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
+        finally:
             self.waited += time.perf_counter() - begin
-            if batch is None:
-                return
-            if isinstance(self.batches, StreamBatches):
-                for name, why in batch.left_out.items():
-                    print(f"left out: {name}: {why}", file=sys.stderr)  # noqa: T201
-                    self.batches.data.bad[name] = why
-            yield batch
 
 
 def leave_signals_to_the_trainer(_: int) -> None:
-    """Ctrl-C reaches the whole process group: a worker must live until the trainer has saved."""
+    """Ctrl-C and SIGTERM reach the whole process group: a worker must live until the trainer has saved, no longer."""
+
+    def end(*_: object) -> None:
+        timer = threading.Timer(GRACE, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end)  # Python sends it at exit and waits, so it must not go unheard
     torch.set_num_threads(1)
 
 

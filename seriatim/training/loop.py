@@ -136,7 +136,7 @@ def train(
         batches = batches_of(data, recipe.seed, run.seen, settings.images, settings.batch_size, position)
         loader = Loader(batches, settings.workers)
         with Progress(settings.images, "training", "images", done=run.seen, quiet=quiet) as bar:
-            for batch in loader:
+            for batch in stack.enter_context(contextlib.closing(iter(loader))):
                 # --- one step
                 size = len(batch)
                 factor = learning_rate(run.seen + size, settings.images, settings.warmup_images, settings.schedule)
