@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from seriatim import __version__
+from seriatim.cli.bench import bench
 from seriatim.cli.cache import cache
 from seriatim.cli.convert import convert, export
 from seriatim.cli.demo import demo
@@ -58,6 +59,7 @@ app.command()(cache)
 app.command()(sample)
 app.command()(edit)
 app.command()(measure_latents)
+app.command()(bench)
 app.command()(models)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")
