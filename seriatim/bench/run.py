@@ -49,7 +49,7 @@ class Subject:
     weights: str  # where they are from
 
 
-def subject(name: str) -> Subject:
+def subject(name: str, decodes: bool = True) -> Subject:
     """A model folder, or a preset with random weights."""
     if Path(name).is_dir():
         bundle = load_bundle(name)
@@ -63,7 +63,7 @@ def subject(name: str) -> Subject:
             for weight in model.parameters():
                 if weight.ndim > 1 and not bool(weight.any()):  # else a fresh head does nothing, whatever z is
                     weight.normal_(std=0.02)
-        tokenizer = KL() if preset.image.endswith(LATENTS) else None
+        tokenizer = KL() if decodes and preset.image.endswith(LATENTS) else None
     return Subject(model, tokenizer, dict(preset.sampling), "random")
 
 
@@ -126,7 +126,7 @@ def bench(
     }  # fmt: skip
     where = torch.device(ask["device"])
     with with_threads(ask["threads"]):
-        of = subject(model)
+        of = subject(model, decode)
         work = workload(of, ask)
         theirs = None if official is None else OfficialMAR(Path(official), of.model, where, work.head_steps)
         half = best_dtype(where) if dtype == "best" else pick_dtype(dtype, where)
@@ -189,6 +189,7 @@ def timed_runs(
     result: dict[str, Any] = {}
     if theirs is not None:
         result["official_dtype"] = theirs.fastest(work)
+        result["official_tried"] = theirs.tried
     seconds: list[float] = []
     official: list[float] = []
     for _ in range(repetitions):
@@ -284,7 +285,7 @@ def child(ask: Ask) -> int | None:
         of = sizes(ask["model"])
         opponent = OfficialMAR(Path(ask["official"]), of.model, device, workload(of, ask).head_steps)
     else:
-        of, half = subject(ask["model"]), DTYPES[ask["dtype"]]
+        of, half = subject(ask["model"], decodes=False), DTYPES[ask["dtype"]]
         opponent = Ours(prepare_model(of.model.to(device), half), half, device)
     work = workload(of, ask)
     opponent.sample(replace(work, every=max(1, work.steps // 4), last=True), Draws())

@@ -162,7 +162,7 @@ class Diffusion(Head):
             def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
                 at, modulations = next(walk)
                 assert at == i, f"the {solver} solver asked for timestep {i} of the chain, not for {at}"
-                eps, v = self.denoise(x if scale is None else x.repeat(2, 1), modulations)
+                eps, v = self.denoise(x if scale is None else torch.cat([x, x]), modulations)
                 if scale is not None:
                     eps_null = eps[N:]
                     eps, v = eps_null + scale * (eps[:N] - eps_null), v[:N]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.nn.blocks import NORM_EPS
+from seriatim.nn.packed import PackedLinear
 
 
 class AdaLNBlock(nn.Module):
@@ -19,7 +20,7 @@ class AdaLNBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.fc1 = nn.Linear(width, width)
+        self.fc1: nn.Module = nn.Linear(width, width)
         self.fc2 = nn.Linear(width, width)
         self.modulation = nn.Linear(width, 3 * width)  # of SiLU(condition): shift, scale, gate
 
@@ -31,7 +32,8 @@ class AdaLNBlock(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """x (N, W) and what `modulate` gave."""
         h = torch.addcmul(shift, self.norm(x), scale)
-        return torch.addcmul(x, gate, self.fc2(F.silu(self.fc1(h))))
+        h = self.fc1(h, then="swish") if isinstance(self.fc1, PackedLinear) else F.silu(self.fc1(h))
+        return torch.addcmul(x, gate, self.fc2(h))
 
 
 class AdaLNOutput(nn.Module):

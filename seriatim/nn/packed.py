@@ -41,7 +41,7 @@ class PackedLinear(nn.Module):
         return self.offset
 
     def forward(self, x: Tensor, then: str = "none") -> Tensor:
-        """`then` is "none" or "gelu" (the exact one), in the same pass over the memory."""
+        """`then` is "none", "gelu" (the exact one) or "swish" (SiLU), in the same pass over the memory."""
         assert not (torch.is_grad_enabled() and x.requires_grad), "packed weights have no gradients: for sampling only"
         form = "none" if then == "gelu" else ""  # of the GELU: not tanh's
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.offset, then, [], form)

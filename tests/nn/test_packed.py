@@ -37,6 +37,7 @@ def test_the_same_product(rows: tuple[int, ...], bias: bool) -> None:
     assert torch.allclose(ours(x), layer(x), atol=1e-5)
     assert torch.equal(ours.weight, layer.weight), "unpacked exactly"
     assert torch.allclose(ours(x, then="gelu"), nn.functional.gelu(layer(x)), atol=1e-5)
+    assert torch.allclose(ours(x, then="swish"), nn.functional.silu(layer(x)), atol=1e-5)
     half = PackedLinear(layer, torch.bfloat16)(x)
     assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), layer(x), atol=0.05)
 
