@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from seriatim.backbones.base import Backbone
 from seriatim.core.errors import UsageError, nearest
 from seriatim.nn.blocks import NORM_EPS, Block, gather, xavier
+from seriatim.nn.linear import Linear
 from seriatim.nn.position import learned_positions, resized_positions, sincos_positions
 
 ROW_CAP = 1 << 16  # rows (images x positions) in one pass without gradients: bounds memory
@@ -91,13 +92,13 @@ class Masked(Backbone):
                 self.config["grid"] = list(grid)
 
         # Encoder
-        self.token_embed = nn.Linear(dim, E)
+        self.token_embed = Linear(dim, E)
         self.encoder_positions = learned_positions(buffer + tokens, E)  # buffer first
         self.embed_norm = nn.LayerNorm(E, eps=NORM_EPS)
         self.encoder = nn.ModuleList(Block(E, both_heads[0], mlp_ratio, dropout) for _ in range(depths[0]))
         self.encoder_norm = nn.LayerNorm(E, eps=NORM_EPS)
         # Decoder
-        self.decoder_embed = nn.Linear(E, C)
+        self.decoder_embed = Linear(E, C)
         self.mask_token = nn.Parameter(torch.randn(1, C) * 0.02)
         self.decoder_positions = learned_positions(buffer + tokens, C)
         self.decoder = nn.ModuleList(Block(C, both_heads[1], mlp_ratio, dropout) for _ in range(depths[1]))

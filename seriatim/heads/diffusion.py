@@ -28,6 +28,7 @@ from seriatim.heads.ddpm import Tables, full_chain, log_variance, predict_x0, re
 from seriatim.heads.solvers import ODES, SOLVERS, check_solver
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
 from seriatim.nn.blocks import xavier
+from seriatim.nn.linear import Linear
 from seriatim.nn.packed import version
 from seriatim.nn.position import sinusoid
 
@@ -58,8 +59,8 @@ class Diffusion(Head):
             raise UsageError(f"train_steps: {train_steps!r} is not allowed; it must be at least 2")
         self.output, self.width, self.draws, self.train_steps = dim, width, draws, train_steps
         self.config = {"dim": dim, "width": width, "depth": depth, "draws": draws, "train_steps": train_steps}
-        self.time_embed = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.x_embed = nn.Linear(dim, width)
+        self.time_embed = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
+        self.x_embed = Linear(dim, width)
         self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(AdaLNBlock(width) for _ in range(depth))  # type: ignore[assignment]
         self.final = AdaLNOutput(width, 2 * dim)  # eps, and where between its bounds the variance is
         self._times: tuple[Any, Tensor] | None = None
@@ -79,7 +80,7 @@ class Diffusion(Head):
 
     def bind(self, z_dim: int) -> None:
         if self.z_dim is None:
-            self.z_embed = nn.Linear(z_dim, self.width)
+            self.z_embed = Linear(z_dim, self.width)
             xavier(self.z_embed)
         super().bind(z_dim)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.nn.blocks import NORM_EPS
+from seriatim.nn.linear import Linear
 from seriatim.nn.packed import PackedLinear
 
 
@@ -20,9 +21,9 @@ class AdaLNBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.fc1: nn.Module = nn.Linear(width, width)
-        self.fc2 = nn.Linear(width, width)
-        self.modulation = nn.Linear(width, 3 * width)  # of SiLU(condition): shift, scale, gate
+        self.fc1: nn.Module = Linear(width, width)
+        self.fc2 = Linear(width, width)
+        self.modulation = Linear(width, 3 * width)  # of SiLU(condition): shift, scale, gate
 
     def modulate(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """SiLU(condition) (..., W) -> shift, 1 + scale, gate: each (..., W)."""
@@ -42,8 +43,8 @@ class AdaLNOutput(nn.Module):
     def __init__(self, width: int, output: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 2 * width)  # of SiLU(condition): shift, scale
-        self.linear = nn.Linear(width, output)
+        self.modulation = Linear(width, 2 * width)  # of SiLU(condition): shift, scale
+        self.linear = Linear(width, output)
 
     def modulate(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """SiLU(condition) (..., W) -> shift, 1 + scale: each (..., W)."""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seriatim.nn.linear import Linear
+
 SHORT = 128  # positions up to which explicit products beat the fused kernel on a CPU in float32
 
 
@@ -19,8 +21,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout  # on the attention probabilities and on the output
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
         """x (B, S, C); mask (B, 1, 1 or S, S), True where a key may be attended to -> (B, S, C).

@@ -87,7 +87,7 @@ def prepare(module: nn.Module, dtype: torch.dtype = torch.float32, keep: tuple[s
     """
     for name, child in module.named_modules():
         for key, layer in list(child.named_children()):
-            if type(layer) is not nn.Linear or layer.weight.numel() < SMALLEST:
+            if not isinstance(layer, nn.Linear) or layer.weight.numel() < SMALLEST:
                 continue
             wanted = torch.float32 if f"{name}.{key}".lstrip(".") in keep else dtype
             if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and packs(wanted):

@@ -99,7 +99,7 @@ def test_without_the_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(packed, "packs", lambda dtype: False)
     mlp = MLP(32)
     prepare(mlp, torch.bfloat16)
-    assert type(mlp.fc1) is nn.Linear and mlp.fc1.weight.dtype == torch.float32
+    assert isinstance(mlp.fc1, nn.Linear) and mlp.fc1.weight.dtype == torch.float32
 
 
 def test_the_version_changes_with_a_weight() -> None:
