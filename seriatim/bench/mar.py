@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from seriatim.bench.timing import Stages, synchronise
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.core.errors import ConfigError, UsageError, one_line
 from seriatim.heads.diffusion import Diffusion
-from seriatim.models.build import model_config
+from seriatim.models.build import model_config, seeded
 from seriatim.models.masked import MaskedModel
 
 SOURCE = "git clone https://github.com/LTH14/mar"
@@ -53,23 +54,32 @@ class OfficialMAR(Opponent):
         side = round(config["tokens"] ** 0.5)
         if not isinstance(model.head, Diffusion) or side * side != config["tokens"]:
             raise UsageError("official: its MAR has a diffusion head and a square of tokens, and this model has not")
+        chain = model.head.chain(head_steps)  # refused before anything is built
         (encoder, decoder), (blocks, more) = config["width"], config["depth"]
         heads, head = config["heads"], config["head"]
         with torch.random.fork_rng(devices=[]):
-            official = self.code["models.mar"].MAR(
-                img_size=side, vae_stride=1, patch_size=1, vae_embed_dim=config["dim"],
-                encoder_embed_dim=encoder, encoder_depth=blocks, encoder_num_heads=heads[0],
-                decoder_embed_dim=decoder, decoder_depth=more, decoder_num_heads=heads[1],
-                mlp_ratio=config["mlp_ratio"], norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                class_num=max(1, config["classes"]), buffer_size=config["buffer"],
-                diffloss_d=head["depth"], diffloss_w=head["width"], num_sampling_steps=str(head_steps),
-            )  # fmt: skip
+            try:
+                official = self.code["models.mar"].MAR(
+                    img_size=side, vae_stride=1, patch_size=1, vae_embed_dim=config["dim"],
+                    encoder_embed_dim=encoder, encoder_depth=blocks, encoder_num_heads=heads[0],
+                    decoder_embed_dim=decoder, decoder_depth=more, decoder_num_heads=heads[1],
+                    mlp_ratio=config["mlp_ratio"], norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                    class_num=max(1, config["classes"]), buffer_size=config["buffer"],
+                    diffloss_d=head["depth"], diffloss_w=head["width"], num_sampling_steps=str(head_steps),
+                )  # fmt: skip
+            except TypeError as error:
+                raise ConfigError(
+                    f"official: its MAR takes other arguments ({one_line(error)}); use {SOURCE}"
+                ) from error
         if not model.no_class.is_meta:
-            official.load_state_dict(mar_tensors(model))
+            tensors = mar_tensors(model)
+            if not config["classes"]:  # it has a table of classes all the same, and doesn't look into it
+                tensors["class_emb.weight"] = torch.zeros(1, encoder)
+            official.load_state_dict(tensors)
         # The stable start, for both: the official chain through our timesteps
         respace, gaussian = self.code["diffusion.respace"], self.code["diffusion.gaussian_diffusion"]
         official.diffloss.gen_diffusion = respace.SpacedDiffusion(
-            use_timesteps=model.head.chain(head_steps).timesteps.tolist(),
+            use_timesteps=chain.timesteps.tolist(),
             betas=gaussian.get_named_beta_schedule("cosine", head["train_steps"]),
             model_mean_type=gaussian.ModelMeanType.EPSILON,
             model_var_type=gaussian.ModelVarType.LEARNED_RANGE,
@@ -102,12 +112,12 @@ class OfficialMAR(Opponent):
         gate = Gate(self.model, workload, draws, stages, self.device)
         whole = workload.every == 1 and stages is None
         with (
-            torch.random.fork_rng(devices=[]),
+            seeded(0),
+            numpy_left_alone(),
             self.here(),
             replaced(*gate.changes()),
             torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32),
         ):
-            torch.manual_seed(0)
             synchronise(self.device)
             begin = time.perf_counter()
             tokens = self.model.sample_tokens(
@@ -198,6 +208,16 @@ class Gate:
         return replaced((torch, "randn", start), (torch, "randn_like", like))
 
 
+@contextlib.contextmanager
+def numpy_left_alone() -> Iterator[None]:
+    """NumPy's own generator, which draws the original's orders, is afterwards as it was."""
+    before = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(before)
+
+
 # --- a checkout -----------------------------------------------------------------------------------------------------
 
 
@@ -205,19 +225,38 @@ def load_checkout(path: Path) -> dict[str, types.ModuleType]:
     """The modules of a checkout, under no name of Python's own: nothing of it stays on the path."""
     if not (path / "models" / "mar.py").is_file():
         raise UsageError(f"official: {path} holds no models/mar.py; give a checkout of the original ({SOURCE})")
-    before = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in MODULES}
-    sys.path.insert(0, str(path.resolve()))
+    names = ("models.mar", "models.diffloss", "diffusion.respace", "diffusion.gaussian_diffusion")
+    with set_aside(*MODULES):
+        sys.path.insert(0, str(path.resolve()))
+        for name in MODULES:  # folders without __init__.py: one of that name elsewhere on the path would be preferred
+            if (path / name).is_dir() and not (path / name / "__init__.py").exists():
+                sys.modules[name] = types.ModuleType(name)
+                sys.modules[name].__path__ = [str(path.resolve() / name)]
+        try:
+            with stand_ins():
+                code = {name: importlib.import_module(name) for name in names}
+        except Exception as error:  # whatever importing a stranger's code may raise
+            hint = '; pip install --no-deps "timm==0.9.12"' if "timm" in str(error) else ""
+            raise ConfigError(f"official: {path} can't be imported ({one_line(error)}){hint}") from error
+        finally:
+            sys.path.remove(str(path.resolve()))
+    if not hasattr(code["models.mar"], "MAR"):
+        raise UsageError(f"official: {path}/models/mar.py has no MAR; give a checkout of the original ({SOURCE})")
+    return code
+
+
+@contextlib.contextmanager
+def set_aside(*names: str) -> Iterator[None]:
+    """Inside, these modules and all in them are not imported yet; outside, they are what they were."""
+
+    def take() -> dict[str, types.ModuleType]:
+        return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] in names}
+
+    before = take()
     try:
-        with stand_ins():
-            names = ("models.mar", "models.diffloss", "diffusion.respace", "diffusion.gaussian_diffusion")
-            return {name: importlib.import_module(name) for name in names}
-    except ImportError as error:
-        hint = '; pip install --no-deps "timm==0.9.12"' if "timm" in str(error) else ""
-        raise ConfigError(f"official: {path} can't be imported ({one_line(error)}){hint}") from error
+        yield
     finally:
-        sys.path.remove(str(path.resolve()))
-        for name in [name for name in sys.modules if name.split(".")[0] in MODULES]:
-            del sys.modules[name]
+        take()
         sys.modules.update(before)
 
 
@@ -263,14 +302,11 @@ def stand_ins() -> Iterator[None]:
         importlib.import_module("torchvision")
     except Exception:  # a broken one raises anything
         finder = HollowFinder()
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        sys.meta_path.insert(0, finder)
-        try:
-            yield
-        finally:
-            sys.meta_path.remove(finder)
-            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-                del sys.modules[name]
+        with set_aside("torchvision"):
+            sys.meta_path.insert(0, finder)
+            try:
+                yield
+            finally:
+                sys.meta_path.remove(finder)
     else:
         yield

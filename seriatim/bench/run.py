@@ -35,6 +35,7 @@ from seriatim.zoo import PRESETS
 
 LOOKS = 8  # steps of a run that is taken apart: stages, FLOPs
 LATENTS = "latents of a KL autoencoder"  # of a preset: decoded by MAR's
+SCHEDULES = ("linear", "constant")  # of guidance: those that the original has
 
 Ask = dict[str, Any]  # what `bench` was asked, as plain data: a process of its own measures memory from it
 
@@ -79,16 +80,18 @@ def sizes(name: str) -> Subject:
 def workload(of: Subject, ask: Ask) -> Workload:
     """The settings asked for, else the model's own; 64 steps where a preset's authors publish figures with 256."""
     wanted = {k: ask[k] for k in ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "guidance_schedule")}
-    given = {"num_inference_steps": min(64, of.defaults.get("num_inference_steps", 64)), "seed": 0}
-    options = {**of.defaults, **given, **{k: v for k, v in wanted.items() if v is not None}}
+    own = {k: of.defaults[k] for k in (*wanted, "temperature") if k in of.defaults}
+    own["num_inference_steps"] = min(64, of.model.tokens, own.get("num_inference_steps", 64))
+    options = {**own, **{k: v for k, v in wanted.items() if v is not None}}
+    schedule = options.get("guidance_schedule", "linear")
+    if schedule not in SCHEDULES:
+        raise UsageError(f"guidance_schedule: {schedule!r} is not benched; use {' or '.join(SCHEDULES)}")
     request = clamped(parse(SampleRequest, options, error=UsageError), of.model.tokens)
-    if request.guidance_schedule not in ("linear", "constant"):
-        raise UsageError(f"guidance_schedule: {request.guidance_schedule!r} is not benched; use linear or constant")
     classes = of.model.classes
     labels = tuple(i * classes // ask["batch"] for i in range(ask["batch"])) if classes else (-1,) * ask["batch"]
     return Workload(
         labels, request.num_inference_steps, request.num_diffusion_steps, request.guidance_scale,
-        request.guidance_schedule, every=min(ask["every"], request.num_inference_steps),
+        request.guidance_schedule, request.temperature, every=min(ask["every"], request.num_inference_steps),
     )  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def bench(
         "threads": threads or torch.get_num_threads(),
     }  # fmt: skip
     where = torch.device(ask["device"])
-    with with_threads(ask["threads"]):
+    with with_threads(ask["threads"]), seeded(0):  # so that torch's own generator is left as it was
         of = subject(model, decode)
         work = workload(of, ask)
         theirs = None if official is None else OfficialMAR(Path(official), of.model, where, work.head_steps)
@@ -135,8 +138,8 @@ def bench(
         result = {
             "model": model, "weights": of.weights, "device": processor(where), "threads": ask["threads"],
             "batch": batch, "num_inference_steps": work.steps, "num_diffusion_steps": work.head_steps,
-            "guidance_scale": work.guidance, "guidance_schedule": work.schedule, "every": work.every,
-            "repetitions": repetitions, "dtype": ours.dtype, "head_dtype": "float32",
+            "guidance_scale": work.guidance, "guidance_schedule": work.schedule, "temperature": work.temperature,
+            "every": work.every, "repetitions": repetitions, "dtype": ours.dtype, "head_dtype": "float32",
             "start_timestep": start_of(of.model, work.head_steps),
             "versions": {"seriatim": __version__, "torch": torch.__version__},
         }  # fmt: skip
@@ -272,7 +275,8 @@ def memory_of(ask: Ask) -> int | None:
         [sys.executable, "-m", "seriatim.bench.run", json.dumps(ask)], capture_output=True, text=True, env=os.environ
     )
     if done.returncode:
-        raise ResourceError(f"bench: the process that measures memory failed ({done.stderr.strip()[-300:]})")
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}; out of memory?"])[-1]
+        raise ResourceError(f"bench: the process that measures memory failed ({last[-300:]})")
     found = json.loads(done.stdout.splitlines()[-1])
     return None if found is None else int(found)
 

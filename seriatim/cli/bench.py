@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -32,11 +34,12 @@ def bench(
     """Time a model: seconds, memory, stages, share of the machine's peak; and the original beside it."""
     from seriatim.bench.run import bench as run
 
-    result = run(
-        model, official=official, batch=batch, dtype=dtype, num_inference_steps=num_inference_steps,
-        num_diffusion_steps=num_diffusion_steps, guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
-        device=device, threads=threads, repetitions=repetitions, every=every, decode=decode, quiet=json,
-    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):  # what the original's code may print
+        result = run(
+            model, official=official, batch=batch, dtype=dtype, num_inference_steps=num_inference_steps,
+            num_diffusion_steps=num_diffusion_steps, guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
+            device=device, threads=threads, repetitions=repetitions, every=every, decode=decode, quiet=json,
+        )  # fmt: skip
     if json:
         return print_json(result)
     steps = f"{result['num_inference_steps']} steps x {result['num_diffusion_steps']} inside the head"
