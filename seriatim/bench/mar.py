@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from seriatim.bench.opponent import Draws, Opponent, Workload, replaced, timed
 from seriatim.bench.timing import Stages, synchronise
 from seriatim.checkpoints.mar import mar_tensors
-from seriatim.core.errors import ConfigError, UsageError, one_line
+from seriatim.core.errors import ConfigError, UsageError, nearest, one_line
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import model_config
 from seriatim.models.masked import MaskedModel
@@ -43,6 +43,7 @@ class OfficialMAR(Opponent):
 
     def __init__(self, path: Path, model: MaskedModel, device: torch.device, head_steps: int) -> None:
         self.device, self.dtype = device, "float32"
+        self.tried: dict[str, float] = {}  # seconds by dtype, from a few steps
         self.code = load_checkout(path)
         with self.here():
             self.model: Any = self.build(model, head_steps).to(device).eval()
@@ -84,13 +85,14 @@ class OfficialMAR(Opponent):
         stay = lambda tensor, *_, **__: tensor  # noqa: E731
         return replaced((torch.Tensor, "cuda", stay), (nn.Module, "cuda", stay))
 
-    def fastest(self, workload: Workload) -> str:
-        """The dtype in which it is fastest, from a few steps of each."""
+    def choose(self, dtype: str | None, workload: Workload) -> str:
+        """The dtype to be timed in: the one named, or that in which it is fastest, from a few steps of each."""
+        candidates = DTYPES.get(self.device.type, ("float32",))
+        if dtype is not None and dtype not in candidates:
+            raise UsageError(f"official_dtype: {dtype!r} is not known{nearest(dtype, candidates)}")
         few = replace(workload, every=max(workload.every, -(-workload.steps // 3)))
-        self.tried: dict[str, float] = {}  # seconds of each, scaled from those steps
-        for dtype in DTYPES.get(self.device.type, ("float32",)):
-            self.dtype = dtype
-            self.tried[dtype] = min(self.sample(few, Draws())[1] for _ in range(2))
+        for self.dtype in candidates if dtype is None else (dtype,):  # noqa: B020
+            self.tried[self.dtype] = min(self.sample(few, Draws())[1] for _ in range(2))
         self.dtype = min(self.tried, key=lambda name: self.tried[name])
         return self.dtype
 

@@ -103,6 +103,7 @@ def bench(
     guidance_schedule: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    official_dtype: str | None = None,
     threads: int | None = None,
     repetitions: int = 3,
     every: int = 1,
@@ -112,7 +113,8 @@ def bench(
 ) -> dict[str, Any]:
     """Time `model` (a folder, or a preset with random weights); with `official`, a checkout of the original, both.
 
-    `dtype` is that of our backbone: as in `load`, or "best", the fastest. The original has its own best, measured.
+    `dtype` is that of our backbone: as in `load`, or "best", the fastest. The original has its own best, measured unless
+    `official_dtype` names one.
     Seconds are of one batch, without decoding, which is timed apart. Raises UsageError for what can't be benched.
     """
     for name, value in (("batch", batch), ("repetitions", repetitions), ("every", every), ("threads", threads)):
@@ -143,6 +145,8 @@ def bench(
         runs = (1 + repetitions) * (1 if theirs is None else 2)
         with Progress(runs, "bench", "runs", quiet=quiet) as bar:
             result |= compared(ours, theirs, work, bar)
+            if theirs is not None:
+                result |= {"official_dtype": theirs.choose(official_dtype, work), "official_tried": theirs.tried}
             result |= timed_runs(ours, theirs, work, repetitions, bar)
         result |= apart(ours, theirs, work, where, half)
         if decode and of.tokenizer is not None:
@@ -187,9 +191,6 @@ def timed_runs(
 ) -> dict[str, Any]:
     """Both in turn, several times; the median of each."""
     result: dict[str, Any] = {}
-    if theirs is not None:
-        result["official_dtype"] = theirs.fastest(work)
-        result["official_tried"] = theirs.tried
     seconds: list[float] = []
     official: list[float] = []
     for _ in range(repetitions):
