@@ -91,7 +91,7 @@ class OfficialMAR(Opponent):
         if dtype is not None and dtype not in candidates:
             raise UsageError(f"official_dtype: {dtype!r} is not known{nearest(dtype, candidates)}")
         few = replace(workload, every=max(workload.every, -(-workload.steps // 3)))
-        for self.dtype in candidates if dtype is None else (dtype,):  # noqa: B020
+        for self.dtype in candidates if dtype is None else (dtype,):
             self.tried[self.dtype] = min(self.sample(few, Draws())[1] for _ in range(2))
         self.dtype = min(self.tried, key=lambda name: self.tried[name])
         return self.dtype

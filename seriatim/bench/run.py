@@ -146,7 +146,8 @@ def bench(
         with Progress(runs, "bench", "runs", quiet=quiet) as bar:
             result |= compared(ours, theirs, work, bar)
             if theirs is not None:
-                result |= {"official_dtype": theirs.choose(official_dtype, work), "official_tried": theirs.tried}
+                result["official_dtype"] = theirs.choose(official_dtype, work)
+                result["official_tried"] = theirs.tried
             result |= timed_runs(ours, theirs, work, repetitions, bar)
         result |= apart(ours, theirs, work, where, half)
         if decode and of.tokenizer is not None:
@@ -172,17 +173,19 @@ def start_of(model: MaskedModel, head_steps: int) -> int | None:
 def compared(ours: Ours, theirs: Opponent | None, work: Workload, bar: Progress) -> dict[str, Any]:
     """The same orders and noise through both, the original in float32: how far apart the tokens are."""
     draws = Draws()
-    tokens, _ = ours.sample(work, draws)
+    tokens, seconds = ours.sample(work, draws)
     bar.advance(1, "first run")
     if theirs is None:
         return {}
-    expected, _ = theirs.sample(work, draws)
+    expected, official = theirs.sample(work, draws)
     bar.advance(1, "the original on the same draws")
     largest, difference = float(expected.abs().max()), float((tokens - expected).abs().max())
     return {
         "max_abs_difference": difference,
         "max_rel_difference": difference / largest,
         "largest_value": largest,
+        "replay_seconds": seconds,
+        "official_float32_seconds": official,  # of that one run
     }
 
 

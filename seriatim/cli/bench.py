@@ -36,9 +36,10 @@ def bench(
     from seriatim.bench.run import bench as run
 
     result = run(
-        model, official=official, batch=batch, dtype=dtype, official_dtype=official_dtype, num_inference_steps=num_inference_steps,
-        num_diffusion_steps=num_diffusion_steps, guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
-        device=device, threads=threads, repetitions=repetitions, every=every, decode=decode, quiet=json,
+        model, official=official, batch=batch, dtype=dtype, official_dtype=official_dtype,
+        num_inference_steps=num_inference_steps, num_diffusion_steps=num_diffusion_steps,
+        guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, device=device, threads=threads,
+        repetitions=repetitions, every=every, decode=decode, quiet=json,
     )  # fmt: skip
     if json:
         return print_json(result)
