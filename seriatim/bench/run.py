@@ -113,8 +113,8 @@ def bench(
 ) -> dict[str, Any]:
     """Time `model` (a folder, or a preset with random weights); with `official`, a checkout of the original, both.
 
-    `dtype` is that of our backbone: as in `load`, or "best", the fastest. The original has its own best, measured unless
-    `official_dtype` names one.
+    `dtype` is that of our backbone: as in `load`, or "best", the fastest. The original has its own best, measured, or
+    `official_dtype`.
     Seconds are of one batch, without decoding, which is timed apart. Raises UsageError for what can't be benched.
     """
     for name, value in (("batch", batch), ("repetitions", repetitions), ("every", every), ("threads", threads)):
