@@ -65,7 +65,7 @@ def kernel_distance(
 
 
 def discrepancy(x: Array, y: Array) -> float:
-    """Of all of x (n, F) and y (m, F): mean of k(x, x') and of k(y, y') over pairs of two, less twice that of k(x, y)."""
+    """Mean k(x, x') plus mean k(y, y') over pairs of two, less twice the mean k(x, y); x (n, F), y (m, F)."""
 
     def kernel(first: Array, second: Array) -> Array:
         k = first @ second.T / first.shape[1] + 1

@@ -101,10 +101,21 @@ def test_kernel_distance_of_shifted_gaussians() -> None:
         return 1 + sum(w * m * n for w, m, n in zip((3, 3, 1), p, q, strict=True))
 
     expected = mean(a, a) + mean(b, b) - 2 * mean(a, b)
-    x, y = random.normal(size=(4000, 1)), random.normal(size=(4000, 1)) + mu
-    assert kernel_distance(x, y) == pytest.approx(expected, rel=0.1)
-    draws = [discrepancy(random.normal(size=(20, 1)), random.normal(size=(20, 1))) for _ in range(2000)]
-    assert np.mean(draws) == pytest.approx(0, abs=4 * np.std(draws) / 2000**0.5), "unbiased, whatever the number"
+
+    def mean_of(shift: float) -> tuple[float, float]:
+        draws = [discrepancy(random.normal(size=(20, 1)), random.normal(size=(20, 1)) + shift) for _ in range(2000)]
+        return float(np.mean(draws)), float(4 * np.std(draws) / 2000**0.5)
+
+    found, error = mean_of(mu)
+    assert found == pytest.approx(expected, abs=error)
+    found, error = mean_of(0)
+    assert found == pytest.approx(0, abs=error), "unbiased, whatever the number"
+
+
+def test_kernel_distance_of_large_sets_is_that_of_their_subsets() -> None:
+    x, y = random.normal(size=(1500, 8)), random.normal(size=(1400, 8)) + 0.5
+    assert kernel_distance(x, y, subsets=30, subset_size=500) == pytest.approx(discrepancy(x, y), rel=0.05)
+    assert kernel_distance(x, y, subsets=3) == kernel_distance(x, y, subsets=3), "the seed decides"
 
 
 def test_kernel_distance_agrees_with_torchmetrics() -> None:
