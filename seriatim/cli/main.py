@@ -17,6 +17,7 @@ from seriatim.cli.convert import convert, export
 from seriatim.cli.demo import demo
 from seriatim.cli.doctor import doctor
 from seriatim.cli.edit import edit
+from seriatim.cli.evaluate import evaluate
 from seriatim.cli.measure import measure_latents
 from seriatim.cli.models import models
 from seriatim.cli.output import say
@@ -57,6 +58,7 @@ app.command()(train)
 app.command()(cache)
 app.command()(sample)
 app.command()(edit)
+app.command()(evaluate)
 app.command()(measure_latents)
 app.command()(models)
 app.command()(doctor)

@@ -30,14 +30,19 @@ def frechet_distance(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     return gaussian_frechet(x.mean(axis=0), covariance(x), y.mean(axis=0), covariance(y))
 
 
-def gaussian_frechet(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
-    """The Frechet distance of two Gaussians."""
+def gaussian_frechet(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array, root: Array | None = None) -> float:
+    """The Frechet distance of two Gaussians; `root` is that of cov_a, for who compares many with one."""
     # tr (A B)^(1/2) = sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric.
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    root = matrix_root(cov_a) if root is None else root
     cross = np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)
     distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross).sum()
     return float(max(distance, 0.0))
+
+
+def matrix_root(matrix: Array) -> Array:
+    """The symmetric root of a symmetric positive semi-definite matrix (F, F)."""
+    values, vectors = np.linalg.eigh(matrix)
+    return np.asarray((vectors * np.sqrt(values.clip(min=0))) @ vectors.T)
 
 
 def covariance(x: Array) -> Array:

@@ -31,12 +31,16 @@ def precision_recall(real: npt.ArrayLike, samples: npt.ArrayLike, k: int = 3) ->
     same_width(x, y)
     if min(len(x), len(y)) <= k:
         raise DataError(f"k: {k} neighbours of {len(x)} real vectors and {len(y)} samples; each needs more than k")
-    return PrecisionRecall(covered(x, y, k), covered(y, x, k))
+    return PrecisionRecall(covered(y, x, radii(x, k)), covered(x, y, radii(y, k)))
 
 
-def covered(manifold: Array, points: Array, k: int) -> float:
-    """Share of `points` within the k-nearest-neighbour ball of at least one vector of `manifold`."""
-    radius = neighbours(manifold, manifold, k, itself=False)[0][:, -1]  # (n,)
+def radii(manifold: Array, k: int) -> Array:
+    """The way of each vector (n, F) to its k-th nearest neighbour: (n,)."""
+    return np.asarray(neighbours(manifold, manifold, k, itself=False)[0][:, -1])
+
+
+def covered(points: Array, manifold: Array, radius: Array) -> float:
+    """Share of `points` in at least one of the balls around the vectors of `manifold`."""
     inside = [(distances <= radius).any(axis=1) for _, distances in chunks(points, manifold)]
     return float(np.concatenate(inside).mean())
 
@@ -83,8 +87,12 @@ def copying(samples: npt.ArrayLike, train: npt.ArrayLike, held_out: npt.ArrayLik
 
     About 1: samples are as near to the training images as any new image is. Far below 1: they were copied.
     """
-    ours = np.median(neighbours(samples, train, 1)[0])
-    theirs = np.median(neighbours(held_out, train, 1)[0])
-    if theirs == 0:
+    return float(np.median(neighbours(samples, train, 1)[0]) / usual_way(train, held_out))
+
+
+def usual_way(train: npt.ArrayLike, held_out: npt.ArrayLike) -> float:
+    """Median way of held-out images to their nearest training image."""
+    way = float(np.median(neighbours(held_out, train, 1)[0]))
+    if way == 0:
         raise DataError("held_out: more than half of its images are training images; hold out others")
-    return float(ours / theirs)
+    return way
