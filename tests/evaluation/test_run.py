@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import make_bundle, one_line
+from helpers import make_bundle
 from torch import Tensor
 
 import seriatim.evaluation.blocks as blocks
 from seriatim.checkpoints.native import save_bundle
+from seriatim.cli import main
 from seriatim.core.errors import DataError, NumericsError, UsageError
 from seriatim.core.random import derive_seed
 from seriatim.evaluation.base import FeatureExtractor, Features
@@ -326,26 +325,36 @@ def test_reference_files_that_are_refused(tmp_path: Path) -> None:
 # --- the verb -----------------------------------------------------------------------------------------------------
 
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = main.run(["evaluate", *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
 
 
-def test_command(seriatim: Run, tmp_path: Path) -> None:
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     bundle = make_bundle(classes=10)
     bundle.class_names = [str(i) for i in range(10)]
     save_bundle(bundle, tmp_path / "model")
-    held_out = "{kind: digits, held_out: true}"
-    common = ("evaluate", "model", "--data", "digits", "--real-data", held_out, "--num", "100", "--features", "pixels")
-    common += ("--figures", "frechet", "--num-diffusion-steps", "2", "--set", "solver=ddim", "--batch-size", "128")
-    done = seriatim(*common, "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    common = ["model", "--data", "digits", "--real-data", "{kind: digits, held_out: true}", "--num", "100"]
+    common += ["--features", "pixels", "--figures", "frechet", "--batch-size", "128"]
+    common += ["--num-diffusion-steps", "1", "--num-inference-steps", "1", "--set", "solver=ddim"]
+    code, out, err = command(capsys, *common, "--json")
+    assert code == 0, err
+    report = json.loads(out)
     assert report == json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert report["settings"]["request"]["solver"] == "ddim" and list(report["figures"]) == ["FD[pixels]"]
-    again = seriatim(*common)
-    assert again.returncode == 0 and "FD[pixels]" in again.stdout and "| FD[pixels] |" in again.stdout
-    one_line(seriatim(*common, "--temperature", "0.9"), 2, "request.temperature: 1.0", "settings.json")
-    one_line(seriatim(*common, "--shard", "2/2"), 2, "shard: '2/2'")
-    one_line(seriatim(*common, "--set", "guidance_scal=2"), 2, "guidance_scal", "did you mean 'guidance_scale'?")
+    code, out, _ = command(capsys, *common)
+    assert code == 0 and out.splitlines()[1].startswith("FD[pixels]") and "| FD[pixels] |" in out
+    for arguments, exit_code, words in (
+        (["--guidance-scale", "3"], 2, ["request.guidance_scale: 1.5", "settings.json"]),
+        (["--shard", "2/2"], 2, ["shard: '2/2'"]),
+        (["--set", "guidance_scal=2"], 2, ["guidance_scal", "did you mean 'guidance_scale'?"]),
+        (["--features", "no.pth"], 2, ["features: 'no.pth'"]),
+        (["--real-data", "x.npz"], 2, ["x.npz is no file"]),
+    ):
+        code, _, err = command(capsys, *common, *arguments)
+        assert code == exit_code and err.count("\n") == 1 and all(word in err for word in words), err
 
 
 def test_every_figure_can_be_asked_for() -> None:
