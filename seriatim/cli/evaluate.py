@@ -30,7 +30,7 @@ FeaturesOption = Annotated[
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
     data: DataOption,
-    num: Annotated[int, typer.Option(help="Samples to draw, class after class.")],
+    num: Annotated[int, typer.Option(help="Samples to draw, class after class; of a tokenizer, images to encode.")],
     real_data: RealOption = None,
     features: FeaturesOption = "inception",
     figures: Annotated[
@@ -56,13 +56,24 @@ def evaluate(
     neighbours: Annotated[
         int, typer.Option(min=0, help="Also draw the samples nearest to training images, so many of them.")
     ] = 0,
+    tokenizer: Annotated[
+        bool, typer.Option("--tokenizer", help="Measure a model's tokenizer; a tokenizer folder needs no such word.")
+    ] = False,
+    noise: Annotated[
+        list[float] | None, typer.Option(help="Of a tokenizer's tokens, in standard deviations; repeat it.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Measure samples against real images, beside as many real ones; resumable, and shared between processes."""
+    """Measure samples against real images, beside as many real ones; resumable, and shared between processes.
+
+    Of a tokenizer folder: what it loses, and what its tokens are like.
+    """
     share = share_of(shard)
+    if tokenizer or is_tokenizer(Path(model)):
+        return evaluate_tokenizer(model, data, num, real_data, features, noise, seed, out, device, json)
 
     import torch
 
@@ -99,6 +110,7 @@ def evaluate(
             batch_size=batch_size,
             share=share,
             cache=cache,
+            neighbours=neighbours,
             quiet=json,
             **settings,
         )
@@ -109,6 +121,58 @@ def evaluate(
         return print_json(done.report)
     print_figures(done.report, f"{num:,} samples")
     say(f"markdown and settings: {out / 'results.json'} ({duration(done.seconds)})")
+    return None
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """A folder with a tokenizer's weights and no model's."""
+    return (folder / "tokenizer.safetensors").is_file() and not (folder / "model.safetensors").exists()
+
+
+def evaluate_tokenizer(
+    folder: str,
+    data: str,
+    num: int,
+    real_data: str | None,
+    features: str,
+    noise: list[float] | None,
+    seed: int,
+    out: Path,
+    device: str,
+    json: bool,
+) -> None:
+    from seriatim.checkpoints.tokenizer import load_tokenizer
+    from seriatim.core.device import pick_device
+    from seriatim.evaluation.features import open_features
+    from seriatim.evaluation.tokenizers import NOISE
+    from seriatim.evaluation.tokenizers import evaluate_tokenizer as run
+
+    made = load_tokenizer(folder)
+    size, channels = made.size, made.channels
+    done = run(
+        made,
+        only_images(open_data(data, size, channels, "data"), data),
+        out,
+        num=num,
+        features=None if features == "none" else open_features(features, size=size, channels=channels),
+        real=None if real_data is None else only_images(open_data(real_data, size, channels, "real-data"), real_data),
+        noise=noise or NOISE,
+        source=folder,
+        seed=seed,
+        device=pick_device(device),
+        quiet=json,
+    )
+    if json:
+        return print_json(done.report)
+    rows = [
+        (name, f"{x.value:.4g} ± {x.error:.2g}", f"{done.real[name].value:.4g}" if name in done.real else "")
+        for name, x in done.figures.items()
+    ]
+    rows += [(f"PSNR, noise {level:g}", f"{x.value:.4g} ± {x.error:.2g}", "") for level, x in done.noise.items()]
+    rows += [(f"tokens: {name}", f"{value:.4g}", "") for name, value in done.latents.items()]
+    print_table(("figure", f"{done.report['num']:,} reconstructions", "the images themselves"), rows)
+    typer.echo(done.report["markdown"])
+    say(f"markdown and settings: {out / 'results.json'}")
     return None
 
 
@@ -212,5 +276,5 @@ def only_images(found: Images | Statistics, text: str) -> Images:
     from seriatim.evaluation.reference import Statistics
 
     if isinstance(found, Statistics):
-        raise UsageError(f"real-data: {text} is a reference file; name images that stand beside the samples")
+        raise UsageError(f"{text} is a reference file; name a folder of images here")
     return found

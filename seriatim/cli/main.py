@@ -23,6 +23,7 @@ from seriatim.cli.models import models
 from seriatim.cli.output import say
 from seriatim.cli.recipes import recipes
 from seriatim.cli.sample import sample
+from seriatim.cli.sweep import sweep
 from seriatim.cli.train import train
 from seriatim.core.errors import ResourceError, SeriatimError, Stopped, one_line
 
@@ -59,6 +60,7 @@ app.command()(cache)
 app.command()(sample)
 app.command()(edit)
 app.command()(evaluate)
+app.command()(sweep)
 app.command()(measure_latents)
 app.command()(models)
 app.command()(doctor)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,3 +192,14 @@ def gaussian(path: Path, found: dict[str, Any], mean: str, covariance: str) -> t
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise DataError(f"{path}: {mean} or {covariance} has values that are not finite")
     return mu.astype(np.float64), sigma.astype(np.float64)
+
+
+def described(source: Images | Statistics, part: Part | None) -> dict[str, Any]:
+    """What results.json says of real images."""
+    says: dict[str, Any] = {"images": 0 if part is None else len(part)}
+    if part is not None:
+        says["sha256"] = part.fingerprint()
+    if isinstance(source, Statistics):
+        says |= {"file": source.path.name, "file_sha256": source.sha256}
+    root = getattr(source, "root", None)
+    return says | ({"path": os.fspath(root)} if root is not None else {})

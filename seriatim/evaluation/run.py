@@ -4,6 +4,7 @@
     OUT/samples/        features of the samples, block by block
     OUT/real/KEY/       features of real images, by extractor and images
     OUT/results.json    figures, settings, hashes, versions
+    OUT/neighbours.png  samples beside the training images they are nearest to, where asked for
 
 n images, F features, K classes.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,14 +29,15 @@ from seriatim.core.random import derive_seed
 from seriatim.evaluation.base import FeatureExtractor
 from seriatim.evaluation.blocks import ALL, SIZE, Blocks, Share, eight_bits
 from seriatim.evaluation.figures import FIGURES, Reference, Set, check_count, check_figures, class_map, figures_of
+from seriatim.evaluation.memory import nearest_picture
 from seriatim.evaluation.metrics import Figure
-from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, halves, whole
+from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, described, halves, whole
 from seriatim.pipeline import BATCH_TOKENS, Pipeline
 from seriatim.sampling.metadata import versions
 from seriatim.sampling.request import SampleRequest
 
 FORMAT = 1
-SETTINGS, RESULTS = "settings.json", "results.json"
+SETTINGS, RESULTS, NEIGHBOURS = "settings.json", "results.json", "neighbours.json"
 OURS = ("class_labels", "num_images_per_label", "seeds", "generator")  # evaluation chooses these itself
 READ_AT_ONCE = 64  # real images
 
@@ -69,6 +70,7 @@ def evaluate(
     batch_size: int | None = None,
     share: Share = ALL,
     cache: Path | str | None = None,
+    neighbours: int = 0,
     quiet: bool = False,
     **settings: Any,
 ) -> Evaluation:
@@ -77,7 +79,8 @@ def evaluate(
     `data` is the reference, as a rule the training images: all of them. `real` are others, such as a test set; without
     it each class of `data` is halved, and one half is the reference. Image i has the seed hash(seed, i) in whatever
     batch or process; `settings` are those of a request. The same call goes on where another was stopped; features of
-    real images are kept in `cache` (default: `out`), which several evaluations may share.
+    real images are kept in `cache` (default: `out`), which several evaluations may share. `neighbours` is how many
+    samples neighbours.png shows beside the images of `data` that they are nearest to.
     Raises UsageError for another evaluation's folder, DataError for too few images or classes that don't match.
     """
     begin = time.monotonic()
@@ -142,9 +145,18 @@ def evaluate(
         class_map(extractor, classes, pipe.class_names),
         beside,
     )
+    drawn_vectors = samples.read()
+    if neighbours and reference is not None:
+
+        def again(images: Sequence[int]) -> Tensor:
+            return eight_bits(pipe(request=request_for(pipe, request, images), output_type="pt").images)
+
+        path = folder / NEIGHBOURS
+        rows = nearest_picture(path.with_suffix(".png"), drawn_vectors, reference, vectors[0], again, neighbours)
+        write_json(path, [{**row, "seed": derive_seed(request.seed, row["sample"])} for row in rows])
     return judged(
         Evaluation(folder, chosen),
-        Set(samples.read(), balanced(num, classes)),
+        Set(drawn_vectors, balanced(num, classes)),
         Set(beside, comparison.labels),
         against,
         extractor,
@@ -259,17 +271,6 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{name}"] = json.loads(json.dumps(value))
     return found
-
-
-def described(source: Images | Statistics, part: Part | None) -> dict[str, Any]:
-    """What results.json says of real images."""
-    says: dict[str, Any] = {"images": 0 if part is None else len(part)}
-    if part is not None:
-        says["sha256"] = part.fingerprint()
-    if isinstance(source, Statistics):
-        says |= {"file": source.path.name, "file_sha256": source.sha256}
-    root = getattr(source, "root", None)
-    return says | ({"path": os.fspath(root)} if root is not None else {})
 
 
 def balanced_names(pipe: Pipeline) -> list[str]:
