@@ -6,13 +6,14 @@ n samples, m reference images, F features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from seriatim.core.errors import DataError, UsageError, nearest
+from seriatim.core.progress import Progress
 from seriatim.evaluation.base import FeatureExtractor
 from seriatim.evaluation.blocks import Vectors
 from seriatim.evaluation.metrics import (
@@ -24,6 +25,7 @@ from seriatim.evaluation.metrics import (
     inception_score,
     kernel_distance,
     matrix_root,
+    subset_discrepancies,
     with_error,
     within_class_variance,
 )
@@ -31,6 +33,7 @@ from seriatim.evaluation.neighbours import covered, neighbours, radii, usual_way
 from seriatim.evaluation.reference import Labels
 
 K_NEAREST = 3  # of precision and recall
+SUBSET = 1000  # images of a subset of the kernel distance
 MANIFOLD = 10_000  # images of each side in precision and recall, as many as ADM's reference batches hold
 
 Index = npt.NDArray[np.int64]
@@ -92,11 +95,17 @@ def between(x: Array, given: tuple[Array, Array] | None, reference: Reference, w
     return lambda i: gaussian_frechet(mean, cov, x[i].mean(axis=0), covariance(x[i]), root)
 
 
-def kernel(samples: Set, reference: Reference) -> dict[str, Measure]:
+def kernel(samples: Set, reference: Reference) -> dict[str, Measure | Figure]:
     if reference.vectors is None:
         return {}
     x, real = samples.vectors.features, reference.vectors.features
-    return {"KD": lambda i: kernel_distance(x[i], real)}
+    if max(len(x), len(real)) <= SUBSET:
+        return {"KD": lambda i: kernel_distance(x[i], real)}
+    # The mean over random subsets varies by itself, which a jackknife would take for the images' spread. That of
+    # subsets is known: as many as fit side by side are independent.
+    each = subset_discrepancies(x, real, subset_size=SUBSET)
+    apart = max(1.0, min(len(x), len(real)) / SUBSET)
+    return {"KD": Figure(float(each.mean()), float(each.std(ddof=1) / apart**0.5))}
 
 
 def manifold(samples: Set, reference: Reference) -> dict[str, Measure]:
@@ -145,7 +154,7 @@ def copying(samples: Set, reference: Reference) -> dict[str, Measure]:
     return {"nearest": lambda i: float(np.median(ways[i])) / usual}
 
 
-FIGURES: dict[str, Callable[[Set, Reference], dict[str, Measure]]] = {
+FIGURES: dict[str, Callable[[Set, Reference], Mapping[str, Measure | Figure]]] = {
     "frechet": frechet,
     "kernel": kernel,
     "manifold": manifold,
@@ -157,13 +166,21 @@ FIGURES: dict[str, Callable[[Set, Reference], dict[str, Measure]]] = {
 
 
 def figures_of(
-    samples: Set, reference: Reference, extractor: FeatureExtractor, which: Sequence[str] = tuple(FIGURES)
+    samples: Set,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    which: Sequence[str] = tuple(FIGURES),
+    *,
+    quiet: bool = True,
 ) -> dict[str, Figure]:
     """Every figure of `which` that these sets allow, by its name."""
     found = {}
-    for kind in which:
-        for short, measure in FIGURES[kind](samples, reference).items():
-            found[named(short, extractor)] = with_error(measure, len(samples.vectors))
+    with Progress(len(which), "measuring", "figures", quiet=quiet) as bar:
+        for kind in which:
+            for short, measure in FIGURES[kind](samples, reference).items():
+                figure = measure if isinstance(measure, Figure) else with_error(measure, len(samples.vectors))
+                found[named(short, extractor)] = figure
+            bar.advance(1, kind)
     return found
 
 

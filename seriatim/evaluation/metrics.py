@@ -62,11 +62,17 @@ def kernel_distance(
     same_width(x, y)
     if len(x) <= subset_size and len(y) <= subset_size:
         return discrepancy(x, y)
+    return float(subset_discrepancies(x, y, subsets, subset_size, seed).mean())
+
+
+def subset_discrepancies(x: Array, y: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Array:
+    """Of random subsets of x (n, F) and y (m, F): (subsets,)."""
     random = np.random.default_rng(seed)
-    drawn = (
-        [z[random.choice(len(z), min(subset_size, len(z)), replace=False)] for z in (x, y)] for _ in range(subsets)
-    )
-    return float(np.mean([discrepancy(first, second) for first, second in drawn]))
+
+    def drawn(z: Array) -> Array:
+        return z[random.choice(len(z), min(subset_size, len(z)), replace=False)]
+
+    return np.array([discrepancy(drawn(x), drawn(y)) for _ in range(subsets)])
 
 
 def discrepancy(x: Array, y: Array) -> float:
