@@ -23,8 +23,9 @@ from seriatim.evaluation.metrics import (
     covariance,
     gaussian_frechet,
     inception_score,
-    kernel_distance,
     matrix_root,
+    mean_of_pairs,
+    polynomial,
     subset_discrepancies,
     with_error,
     within_class_variance,
@@ -33,8 +34,8 @@ from seriatim.evaluation.neighbours import covered, neighbours, radii, usual_way
 from seriatim.evaluation.reference import Labels
 
 K_NEAREST = 3  # of precision and recall
-SUBSET = 1000  # images of a subset of the kernel distance
-MANIFOLD = 10_000  # images of each side in precision and recall, as many as ADM's reference batches hold
+WHOLE, SUBSET = 5000, 1000  # up to so many samples the kernel distance is of all; then of subsets, as in its paper
+MANIFOLD = 10_000  # images of each side whose neighbours are sought; as many as ADM's reference batches hold
 
 Index = npt.NDArray[np.int64]
 Measure = Callable[[Index], float]  # the figure of some of the samples
@@ -98,14 +99,18 @@ def between(x: Array, given: tuple[Array, Array] | None, reference: Reference, w
 def kernel(samples: Set, reference: Reference) -> dict[str, Measure | Figure]:
     if reference.vectors is None:
         return {}
-    x, real = samples.vectors.features, reference.vectors.features
-    if max(len(x), len(real)) <= SUBSET:
-        return {"KD": lambda i: kernel_distance(x[i], real)}
-    # The mean over random subsets varies by itself, which a jackknife would take for the images' spread. That of
-    # subsets is known: as many as fit side by side are independent.
-    each = subset_discrepancies(x, real, subset_size=SUBSET)
-    apart = max(1.0, min(len(x), len(real)) / SUBSET)
-    return {"KD": Figure(float(each.mean()), float(each.std(ddof=1) / apart**0.5))}
+    x, real = samples.vectors.features, spaced(reference.vectors.features, WHOLE)
+    if len(x) > WHOLE:
+        # The mean over random subsets varies by itself, which a jackknife would take for the images' spread. That of
+        # subsets is known, and as many as fit side by side into the samples are independent.
+        each = subset_discrepancies(x, real, subset_size=SUBSET)
+        return {"KD": Figure(float(each.mean()), float(each.std(ddof=1) / (len(x) / SUBSET) ** 0.5))}
+    # All pairs, each kernel computed once: leaving images out is leaving rows and columns out.
+    pairs, across = polynomial(x, x), polynomial(x, real).mean(axis=1)  # (n, n), (n,)
+    if "kernel" not in reference.roots:
+        reference.roots["kernel"] = np.array(mean_of_pairs(polynomial(real, real)))
+    constant = float(reference.roots["kernel"])
+    return {"KD": lambda i: mean_of_pairs(pairs[np.ix_(i, i)]) + constant - 2 * float(across[i].mean())}
 
 
 def manifold(samples: Set, reference: Reference) -> dict[str, Measure]:

@@ -77,15 +77,18 @@ def subset_discrepancies(x: Array, y: Array, subsets: int = 100, subset_size: in
 
 def discrepancy(x: Array, y: Array) -> float:
     """Mean k(x, x') plus mean k(y, y') over pairs of two, less twice the mean k(x, y); x (n, F), y (m, F)."""
+    return mean_of_pairs(polynomial(x, x)) + mean_of_pairs(polynomial(y, y)) - 2 * float(polynomial(x, y).mean())
 
-    def kernel(first: Array, second: Array) -> Array:
-        k = first @ second.T / first.shape[1] + 1
-        return np.asarray(k * k * k)  # a power is ten times slower
 
-    def pairs(k: Array) -> float:
-        return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))
+def polynomial(x: Array, y: Array) -> Array:
+    """k(x, y) = (x y / F + 1)^3: (n, m)."""
+    k = x @ y.T / x.shape[1] + 1
+    return np.asarray(k * k * k)  # a power is ten times slower
 
-    return pairs(kernel(x, x)) + pairs(kernel(y, y)) - 2 * float(kernel(x, y).mean())
+
+def mean_of_pairs(k: Array) -> float:
+    """Of a kernel (n, n), over pairs of two."""
+    return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))
 
 
 def inception_score(logits: npt.ArrayLike) -> float:

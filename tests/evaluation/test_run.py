@@ -21,6 +21,7 @@ from seriatim.evaluation.base import FeatureExtractor, Features
 from seriatim.evaluation.blocks import Blocks, Share, Vectors, eight_bits
 from seriatim.evaluation.features import FEATURES, PixelFeatures, open_features
 from seriatim.evaluation.figures import FIGURES, Reference, Set, figures_of
+from seriatim.evaluation.metrics import discrepancy
 from seriatim.evaluation.reference import ArrayImages, as_many, balanced, halves, read_statistics, whole
 from seriatim.evaluation.run import Evaluation, evaluate
 from seriatim.pipeline import Pipeline
@@ -358,18 +359,19 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
         assert code == exit_code and err.count("\n") == 1 and all(word in err for word in words), err
 
 
-def test_error_of_a_kernel_distance_over_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of large sets: the spread over sets drawn anew."""
+@pytest.mark.parametrize("most", [5000, 100])
+def test_error_of_a_kernel_distance(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """The spread over sets drawn anew, whether of all pairs or of subsets."""
+    monkeypatch.setattr(figures, "WHOLE", most)
+    monkeypatch.setattr(figures, "SUBSET", 60)
     random = np.random.default_rng(0)
-    x = [Set(Vectors(random.normal(size=(600, 3)) + 0.3)) for _ in range(20)]
-    against = Reference(Vectors(random.normal(size=(1500, 3))))
-    monkeypatch.setattr(figures, "SUBSET", 150)
-    found = [figures_of(some, against, Mean(), ["kernel"])["KD[mean]"] for some in x]
-    monkeypatch.setattr(figures, "SUBSET", 2000)
-    alone = figures_of(x[0], against, Mean(), ["kernel"])["KD[mean]"]
+    x = [random.normal(size=(240, 3)) + 0.3 for _ in range(16)]
+    real = random.normal(size=(500, 3))
+    found = [figures_of(Set(Vectors(some)), Reference(Vectors(real)), Mean(), ["kernel"])["KD[mean]"] for some in x]
+    for some, figure in zip(x, found, strict=True):
+        assert figure.value == pytest.approx(discrepancy(some, real), rel=1e-9 if most == 5000 else 0.6)
     anew = np.std([figure.value for figure in found])
     assert np.mean([figure.error for figure in found]) == pytest.approx(anew, rel=0.6)
-    assert alone.error == pytest.approx(anew, rel=0.5), "of small sets by the jackknife: about the same"
 
 
 def test_every_figure_can_be_asked_for() -> None:
