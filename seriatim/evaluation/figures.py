@@ -21,7 +21,7 @@ from seriatim.evaluation.metrics import (
     Figure,
     accuracy,
     covariance,
-    gaussian_frechet,
+    frechet_with_error,
     inception_score,
     matrix_root,
     mean_of_pairs,
@@ -71,14 +71,14 @@ def named(short: str, extractor: FeatureExtractor) -> str:
 # --- the figures: samples and reference -> a measure of each name, or nothing where they lack what it needs ----------
 
 
-def frechet(samples: Set, reference: Reference) -> dict[str, Measure]:
+def frechet(samples: Set, reference: Reference) -> dict[str, Figure]:
     found = {"FD": between(samples.vectors.features, reference.pool, reference, "features")}
     if samples.vectors.spatial is not None:
         found["sFD"] = between(samples.vectors.spatial, reference.spatial, reference, "spatial")
-    return {name: measure for name, measure in found.items() if measure is not None}
+    return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def between(x: Array, given: tuple[Array, Array] | None, reference: Reference, which: str) -> Measure | None:
+def between(x: Array, given: tuple[Array, Array] | None, reference: Reference, which: str) -> Figure | None:
     if given is None:
         real = getattr(reference.vectors, which, None)
         if real is None:
@@ -92,8 +92,7 @@ def between(x: Array, given: tuple[Array, Array] | None, reference: Reference, w
         raise DataError(f"features: the reference has {len(mean)}, the samples {x.shape[1]}; use its extractor")
     if which not in reference.roots:
         reference.roots[which] = matrix_root(cov)
-    root = reference.roots[which]
-    return lambda i: gaussian_frechet(mean, cov, x[i].mean(axis=0), covariance(x[i]), root)
+    return frechet_with_error(x, mean, cov, reference.roots[which])
 
 
 def kernel(samples: Set, reference: Reference) -> dict[str, Measure | Figure]:
