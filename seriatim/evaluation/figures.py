@@ -35,6 +35,7 @@ from seriatim.evaluation.reference import Labels
 
 K_NEAREST = 3  # of precision and recall
 WHOLE, SUBSET = 5000, 1000  # up to so many samples the kernel distance is of all; then of subsets, as in its paper
+SOME = 4  # images that one class at least must have for its variance to be seen with a tenth left out
 MANIFOLD = 10_000  # images of each side whose neighbours are sought; as many as ADM's reference batches hold
 
 Index = npt.NDArray[np.int64]
@@ -142,6 +143,8 @@ def diversity(samples: Set, reference: Reference) -> dict[str, Measure]:
     """The variance within a class, over that of the reference's."""
     labels, real = samples.labels, reference.vectors
     if labels is None or real is None or reference.labels is None:
+        return {}
+    if min(np.bincount(labels).max(), np.bincount(reference.labels).max()) < SOME:
         return {}
     x, usual = samples.vectors.features, within_class_variance(real.features, reference.labels)
     return {"diversity": lambda i: within_class_variance(x[i], labels[i]) / usual}

@@ -177,6 +177,15 @@ def test_fewer_real_images_than_samples(pipe: Pipeline, tmp_path: Path) -> None:
     assert "as_many" in done.report["figures"]["FD[mean]"]
 
 
+def test_few_images_of_many_classes(tmp_path: Path) -> None:
+    """What can't be seen is left out, not an error after all the work."""
+    bundle = make_bundle(classes=10)
+    bundle.class_names = names = [str(c) for c in range(10)]
+    settings = {"num": 20, "features": Mean(), "quiet": True, "figures": ["diversity", "kernel"]}
+    done = evaluate(Pipeline(bundle), Memory(50, names), tmp_path, real=Memory(30, names), **settings)  # type: ignore[arg-type]
+    assert done.figures is not None and list(done.figures) == ["KD[mean]"]
+
+
 def test_without_other_images_the_data_is_halved(pipe: Pipeline, tmp_path: Path) -> None:
     done = run(pipe, tmp_path, real=None)
     assert done.settings["reference"]["images"] == 45 and done.settings["real"]["images"] == 40
@@ -352,6 +361,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
         (["--guidance-scale", "3"], 2, ["request.guidance_scale: 1.5", "settings.json"]),
         (["--shard", "2/2"], 2, ["shard: '2/2'"]),
         (["--set", "guidance_scal=2"], 2, ["guidance_scal", "did you mean 'guidance_scale'?"]),
+        (["--noise", "0.1"], 2, ["noise: is not for the evaluation of a model"]),
         (["--features", "no.pth"], 2, ["features: 'no.pth'"]),
         (["--real-data", "x.npz"], 2, ["x.npz is no file"]),
     ):

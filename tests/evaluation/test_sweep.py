@@ -203,6 +203,10 @@ def test_tokenizer_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     assert main.run([*common, "--noise", "-1"]) == 2 and "noise:" in capsys.readouterr().err
     assert main.run(["evaluate", "tokenizer", "--data", "digits", "--num", "40", "--features", "pixels"]) == 3
     assert "num: 40 images are too few for the 64 features" in capsys.readouterr().err
+    for option in (["--guidance-scale", "2"], ["--shard", "0/2"], ["--neighbours", "2"]):
+        assert (
+            main.run([*common, *option]) == 2 and "is not for the evaluation of a tokenizer" in capsys.readouterr().err
+        )
 
 
 def test_tokens_that_are_not_finite_are_refused(tmp_path: Path) -> None:
