@@ -25,7 +25,7 @@ from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head, HeadLoss
 from seriatim.heads.ddpm import Tables, full_chain, log_variance, predict_x0, respaced, restricted
-from seriatim.heads.solvers import ODES, SOLVERS, check_solver
+from seriatim.heads.solvers import ODES, SOLVERS, Predict, check_solver, from_noise
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
 from seriatim.nn.blocks import xavier
 from seriatim.nn.position import sinusoid
@@ -166,7 +166,11 @@ class Diffusion(Head):
                     eps, v = eps_null + scale * (eps[:N] - eps_null), v[:N]
                 return eps, v
 
-            return SOLVERS[solver](chain, predict, draws[0], draws[1:], temperature)
+            begin: tuple[Predict, Tensor] = (predict, draws[0])
+            # The published start and a chain given whole are taken as they are.
+            if solver in ODES and timesteps is None and start_timestep != self.train_steps - 1:
+                begin = from_noise(chain, predict, draws[0])
+            return SOLVERS[solver](chain, *begin, draws[1:], temperature)
 
     def chain(
         self,

@@ -17,7 +17,7 @@ from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise, ReplayNoise
 from seriatim.heads.ddpm import Tables, full_chain, ode_spread, respaced, restricted, spread
 from seriatim.heads.diffusion import Diffusion
-from seriatim.heads.solvers import ODES, SOLVERS, Predict
+from seriatim.heads.solvers import ODES, SOLVERS, Predict, from_noise
 
 # --- diffusers ----------------------------------------------------------------------------------------------------
 
@@ -130,7 +130,10 @@ def distance(a: Tensor, b: Tensor) -> float:
 def draw(solver: str, steps: int, start: int | None = None, count: int = 6000) -> Tensor:
     chain = respaced(steps, start, ode_share=ODES.get(solver))
     draws = torch.randn(steps + 1, count, 2, generator=torch.Generator().manual_seed(1))
-    return SOLVERS[solver](chain, mixture(chain), draws[0], draws[1:], 1.0)
+    begin = (mixture(chain), draws[0])
+    if solver in ODES and start != 999:
+        begin = from_noise(chain, *begin)
+    return SOLVERS[solver](chain, *begin, draws[1:], 1.0)
 
 
 FLOOR = 0.025  # 6000 samples of the truth are up to this far from 30,000 others
@@ -158,6 +161,28 @@ def test_the_standard_deviation_is_that_of_the_data(steps: int) -> None:
             assert bool((ratio > 0.9).all()) and bool((ratio < 0.96).all()), "docs/sampling.md says narrower"
         else:
             assert bool(((ratio - 1).abs() < 0.05).all()), (solver, ratio)
+
+
+@pytest.mark.parametrize(("solver", "count"), [("ddim", 100), ("dpm++", 10), ("dpm++", 15), ("dpm++", 100)])
+def test_an_ode_that_begins_as_pure_noise_keeps_the_mean(solver: str, count: int) -> None:
+    """One Gaussian N(m, s^2): a sample is mean + std x its noise. N(0, 1) at the last timestep misses the mean."""
+    m, s, noise = 2.0, 0.5, torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    chain, asked = respaced(count, ode_share=ODES[solver]), []
+
+    def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(i)
+        abar = float(chain.alphas_cumprod[i])
+        eps = math.sqrt(1 - abar) * (x - math.sqrt(abar) * m) / (abar * s**2 + 1 - abar)
+        return eps, eps
+
+    def moments(predict: Predict, start: Tensor) -> tuple[float, float]:
+        low, high = SOLVERS[solver](chain, predict, start, noise[:0], 1.0).flatten().tolist()
+        return low, high - low
+
+    mean, std = moments(*from_noise(chain, predict, noise))
+    assert asked == list(range(count))[::-1], "nothing is predicted twice"
+    assert mean == pytest.approx(m, abs=0.01) and std == pytest.approx(s, rel=0.02)
+    assert moments(predict, noise)[0] < m - 0.045, "about alpha m s is missing"
 
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++", 2)])
@@ -209,7 +234,8 @@ def test_guidance_is_on_eps_and_leaves_the_variance(head: Diffusion, solver: str
 
     noise, steps = ReplayNoise(normal=[draws]), {"num_diffusion_steps": 12, "start_timestep": start}
     x = head.sample(z, noise, z_null, scale, solver=solver, **steps)
-    expected = SOLVERS[solver](chain, predict, draws[0], draws[1:], 1.0)
+    begin = (predict, draws[0]) if solver == "ddpm" or start == 999 else from_noise(chain, predict, draws[0])
+    expected = SOLVERS[solver](chain, *begin, draws[1:], 1.0)
     assert noise.exhausted() and x.dtype == torch.float32
     assert float((x - expected).abs().max()) < 1e-4 * float(expected.abs().max() + 1)
 
@@ -249,11 +275,20 @@ def test_what_is_refused_is_refused_before_any_work(head: Diffusion, options: di
     assert words in str(caught.value)
 
 
+@torch.no_grad()
 def test_a_solver_of_ones_own(head: Diffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SOLVERS, "start", lambda chain, predict, start, noise, temperature: start)
-    monkeypatch.setitem(ODES, "start", 1.0)
-    draws = torch.randn(1, 2, 4)
-    assert torch.equal(head.sample(torch.zeros(2, 8), ReplayNoise(normal=[draws]), solver="start"), draws[0])
+    draws, z = torch.randn(11, 2, 4), torch.zeros(2, 8)
+    options: dict[str, Any] = {"num_diffusion_steps": 10, "solver": "start"}
+    assert torch.equal(head.sample(z, ReplayNoise(normal=[draws]), **options), draws[0])
+    monkeypatch.setitem(ODES, "start", 1.0)  # as an ODE's it draws its start alone, and begins as pure noise
+    noise, chain = draws[:1], head.chain(10, solver="start")
+    x = head.sample(z, ReplayNoise(normal=[noise]), **options)
+    eps, _ = head(noise[0], torch.full((2,), int(chain.timesteps[-1])), z)
+    sigma = float(chain.sqrt_one_minus_alphas_cumprod[-1])
+    assert torch.allclose(x, noise[0] - sigma * eps + sigma * noise[0], atol=1e-5)
+    for as_it_is in ({"start_timestep": 999}, {"timesteps": chain.timesteps.tolist()}):
+        assert torch.equal(head.sample(z, ReplayNoise(normal=[noise]), **options, **as_it_is), noise[0])
 
 
 @given(count=st.integers(1, 60), start=st.integers(0, 999), share=st.floats(0, 1))
