@@ -101,7 +101,8 @@ def stable_start(count: int, steps: int = 1000, ode: bool = False) -> int:
 
     At t = 999 the first reverse step multiplies an error of the network by 316 (100 steps) to 3493 (10 steps); a
     start from N(0, 1) at 980 costs nothing, since alpha_bar there is below 1e-3. An ODE is led there from pure noise
-    (`solvers.from_noise`), so it may start lower, at 965, where an error of x_0 is half as large.
+    (`solvers.from_noise`), so it may start lower, at 965, where an error of x_0 is half as large; `sde-dpm++` does as
+    well from either.
     """
     start = STABLE_START_FEW if count <= FEW_STEPS else STABLE_START_ODE if ode else STABLE_START
     return max(0, round(start * steps / 1000)) if steps != 1000 else start
@@ -123,7 +124,7 @@ def spread(count: int, start: int) -> list[int]:
 
 
 def ode_spread(count: int, start: int, share: float, chain: Tables) -> list[int]:
-    """`count` timesteps up to `start`, ascending, for an ODE's solver; rounded, but never equal.
+    """`count` timesteps up to `start`, ascending, for all but `ddpm`; rounded, but never equal.
 
     They are `share` of the way from equal steps in t to equal steps in lambda = log(alpha / sigma); the lowest is half
     a step above 0.

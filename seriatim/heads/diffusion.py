@@ -25,7 +25,7 @@ from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head, HeadLoss
 from seriatim.heads.ddpm import Tables, full_chain, log_variance, predict_x0, respaced, restricted
-from seriatim.heads.solvers import ODES, SOLVERS, Predict, check_solver, from_noise
+from seriatim.heads.solvers import ODES, SDES, SOLVERS, Predict, check_solver, from_noise
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
 from seriatim.nn.blocks import xavier
 from seriatim.nn.position import sinusoid
@@ -181,7 +181,7 @@ class Diffusion(Head):
     ) -> Tables:
         """The tables of the timesteps that sampling visits; refuses those that the full chain does not have."""
         if timesteps is None:
-            return respaced(num_diffusion_steps, start_timestep, self.train_steps, ODES.get(solver))
+            return respaced(num_diffusion_steps, start_timestep, self.train_steps, (ODES | SDES).get(solver))
         steps = list(timesteps)
         ascending = all(a < b for a, b in pairwise(steps))
         if not steps or not ascending or not 0 <= steps[0] <= steps[-1] < self.train_steps:

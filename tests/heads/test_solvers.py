@@ -17,7 +17,7 @@ from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise, ReplayNoise
 from seriatim.heads.ddpm import Tables, full_chain, ode_spread, respaced, restricted, spread
 from seriatim.heads.diffusion import Diffusion
-from seriatim.heads.solvers import ODES, SOLVERS, Predict, from_noise
+from seriatim.heads.solvers import ODES, SDES, SOLVERS, Predict, from_noise
 
 # --- diffusers ----------------------------------------------------------------------------------------------------
 
@@ -87,6 +87,31 @@ def test_dpm_plus_plus_is_diffusers(count: int, start: int) -> None:
     assert close(SOLVERS["dpm++"](chain, of(chain), begin, begin[:0], 1.0), x)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize(("count", "start"), [(1, 950), (2, 950), (10, 950), (15, 965), (25, 999)])
+def test_sde_dpm_plus_plus_is_diffusers(count: int, start: int) -> None:
+    timesteps = ode_spread(count, start, SDES["sde-dpm++"], full_chain())
+    options = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
+    theirs = scheduler("DPMSolverMultistepScheduler", timesteps, **options)
+    begin, noise, chain = torch.randn(32, 4), torch.randn(count, 32, 4), restricted(full_chain(), timesteps)
+    x = begin
+    for t, of_step in zip(theirs.timesteps, noise, strict=True):
+        x = theirs.step(smooth(x, int(t))[0], t, x, variance_noise=of_step).prev_sample
+    assert close(SOLVERS["sde-dpm++"](chain, of(chain), begin, noise, 1.0), x)
+
+
+def test_the_first_order_of_the_sde_is_ddpm() -> None:
+    """Two timesteps: the first step has none before it. The variance is the lower bound, v = -1."""
+    chain = restricted(full_chain(), [300, 700])
+    start, noise = torch.randn(32, 4), torch.randn(2, 32, 4)
+    for temperature in (1.0, 0.5, 0.0):
+        mine = SOLVERS["sde-dpm++"](chain, of(chain), start, noise, temperature)
+        lowest = SOLVERS["ddpm"](
+            chain, lambda i, x: (of(chain)(i, x)[0], -torch.ones(32, 4)), start, noise, temperature
+        )
+        assert torch.allclose(mine, lowest, atol=1e-4, rtol=1e-4)
+
+
 # --- the truth ----------------------------------------------------------------------------------------------------
 
 RING = 1.2 * torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1], [0.3, 0.3]])  # (K, D)
@@ -128,7 +153,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def draw(solver: str, steps: int, start: int | None = None, count: int = 6000) -> Tensor:
-    chain = respaced(steps, start, ode_share=ODES.get(solver))
+    chain = respaced(steps, start, ode_share=(ODES | SDES).get(solver))
     draws = torch.randn(steps + 1, count, 2, generator=torch.Generator().manual_seed(1))
     begin = (mixture(chain), draws[0])
     if solver in ODES and start != 999:
@@ -144,7 +169,9 @@ def test_the_truth_is_at_the_floor() -> None:
 
 
 @pytest.mark.parametrize("start", [None, 999])
-@pytest.mark.parametrize(("solver", "few", "many"), [("ddpm", 10, 100), ("ddim", 10, 100), ("dpm++", 5, 15)])
+@pytest.mark.parametrize(
+    ("solver", "few", "many"), [("ddpm", 10, 100), ("sde-dpm++", 5, 25), ("ddim", 10, 100), ("dpm++", 5, 15)]
+)
 def test_each_solver_converges_to_the_truth(solver: str, few: int, many: int, start: int | None) -> None:
     """A perfect eps: even the published start is harmless. dpm++ needs a seventh of the steps."""
     far, near = (distance(draw(solver, steps, start), truth(30_000, 99)) for steps in (few, many))
@@ -225,7 +252,7 @@ def head() -> Diffusion:
 def test_guidance_is_on_eps_and_leaves_the_variance(head: Diffusion, solver: str, start: int | None) -> None:
     z, z_null, scale = torch.randn(6, 8), torch.randn(6, 8), torch.tensor([1.0, 2, 3, 0, 1.5, 2.5])
     chain = head.chain(12, start, solver=solver)
-    draws = torch.randn(13 if solver == "ddpm" else 1, 6, 4)  # an ODE's solver draws its start, and nothing else
+    draws = torch.randn(1 if solver in ODES else 13, 6, 4)  # an ODE's solver draws its start, and nothing else
 
     def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.full((6,), int(chain.timesteps[i]))
@@ -234,7 +261,7 @@ def test_guidance_is_on_eps_and_leaves_the_variance(head: Diffusion, solver: str
 
     noise, steps = ReplayNoise(normal=[draws]), {"num_diffusion_steps": 12, "start_timestep": start}
     x = head.sample(z, noise, z_null, scale, solver=solver, **steps)
-    begin = (predict, draws[0]) if solver == "ddpm" or start == 999 else from_noise(chain, predict, draws[0])
+    begin = (predict, draws[0]) if solver not in ODES or start == 999 else from_noise(chain, predict, draws[0])
     expected = SOLVERS[solver](chain, *begin, draws[1:], 1.0)
     assert noise.exhausted() and x.dtype == torch.float32
     assert float((x - expected).abs().max()) < 1e-4 * float(expected.abs().max() + 1)
@@ -255,7 +282,7 @@ def test_solvers_are_float32_under_autocast(head: Diffusion, solver: str) -> Non
     ("options", "words"),
     [
         ({"solver": "dpm+"}, "solver: 'dpm+' is not known; did you mean 'dpm++'?"),
-        ({"solver": "euler"}, "solver: 'euler' is not known; allowed: ddpm, ddim, dpm++"),
+        ({"solver": "euler"}, "solver: 'euler' is not known; allowed: ddpm, sde-dpm++, ddim, dpm++"),
         (
             {"solver": "dpm++", "temperature": 0.9},
             "temperature: 0.9 is not allowed; the dpm++ solver is an ODE and has none; use solver=ddpm, or set "
