@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -54,8 +55,22 @@ class Tables:
     def __len__(self) -> int:
         return len(self.betas)
 
-    def at(self, name: str, t: Tensor) -> Tensor:
-        """Table `name` at t, in float32, on t's device, with a last axis to broadcast over features: (*t, 1)."""
+    @overload
+    def at(self, name: str, t: Tensor) -> Tensor: ...
+
+    @overload
+    def at(self, name: str, t: int) -> float: ...
+
+    @overload
+    def at(self, name: str, t: Tensor | int) -> Tensor | float: ...
+
+    def at(self, name: str, t: Tensor | int) -> Tensor | float:
+        """Table `name` at t, in float32, on t's device, with a last axis to broadcast over features: (*t, 1).
+
+        At one t for all rows, a number: a loop over steps looks nothing up on the device.
+        """
+        if isinstance(t, int):
+            return float(getattr(self, name)[t])
         return self.tensor(name, t.device)[t][..., None]
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
@@ -164,12 +179,12 @@ def restricted(chain: Tables, timesteps: list[int]) -> Tables:
     return tables(betas, np.array(timesteps))
 
 
-def predict_x0(chain: Tables, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+def predict_x0(chain: Tables, x_t: Tensor, t: Tensor | int, eps: Tensor) -> Tensor:
     """x_0 = x_t / sqrt(abar_t) - eps sqrt(1/abar_t - 1) (Ho et al. 2020, eq. 9 solved for x_0)."""
     return chain.at("sqrt_recip_alphas_cumprod", t) * x_t - chain.at("sqrt_recipm1_alphas_cumprod", t) * eps
 
 
-def log_variance(chain: Tables, t: Tensor, v: Tensor) -> Tensor:
+def log_variance(chain: Tables, t: Tensor | int, v: Tensor) -> Tensor:
     """log sigma^2 = f log beta_t + (1 - f) log beta~_t, f = (v + 1)/2, not clipped (Nichol & Dhariwal 2021, eq. 15)."""
     low, high = chain.at("posterior_log_variance_clipped", t), chain.at("log_betas", t)
     f = (v + 1) / 2

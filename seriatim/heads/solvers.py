@@ -38,12 +38,11 @@ def ddpm(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperat
     """
     T, x = len(chain), start
     for i in range(T - 1, -1, -1):
-        t = torch.tensor(i, device=x.device)
         eps, v = predict(i, x)
-        x0 = predict_x0(chain, x, t, eps)
-        x = chain.at("posterior_mean_coef1", t) * x0 + chain.at("posterior_mean_coef2", t) * x
+        x0 = predict_x0(chain, x, i, eps)
+        x = chain.at("posterior_mean_coef1", i) * x0 + chain.at("posterior_mean_coef2", i) * x
         if i > 0:
-            x = x + temperature * torch.exp(0.5 * log_variance(chain, t, v)) * noise[T - 1 - i]
+            x = x + temperature * torch.exp(0.5 * log_variance(chain, i, v)) * noise[T - 1 - i]
     return x
 
 
@@ -53,7 +52,7 @@ def ddim(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperat
     x = start
     for i in range(len(chain) - 1, -1, -1):
         eps, _ = predict(i, x)
-        x0 = predict_x0(chain, x, torch.tensor(i, device=x.device), eps)
+        x0 = predict_x0(chain, x, i, eps)
         x = float(alpha[i - 1]) * x0 + float(sigma[i - 1]) * eps if i > 0 else x0
     return x
 
@@ -87,7 +86,7 @@ def _multistep(
     x, before = start, None
     for i in range(len(chain) - 1, -1, -1):
         eps, _ = predict(i, x)
-        x0 = predict_x0(chain, x, torch.tensor(i, device=x.device), eps)
+        x0 = predict_x0(chain, x, i, eps)
         if i == 0:
             return x0
         h, D = steps[i - 1], x0
