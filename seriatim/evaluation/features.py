@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seriatim.core.errors import UsageError, nearest
 from seriatim.evaluation.base import FeatureExtractor, Features
+from seriatim.evaluation.classifier import Classifier
 
 CLASSIFIER = "classifier"  # opens a folder given without a name
 WEIGHTS = "inception"  # opens a file given without a name
@@ -34,7 +35,7 @@ class PixelFeatures(FeatureExtractor):
         return Features((images.flatten(1).float() + 1) / 2)
 
 
-FEATURES: dict[str, type[FeatureExtractor]] = {"pixels": PixelFeatures}
+FEATURES: dict[str, type[FeatureExtractor]] = {"pixels": PixelFeatures, CLASSIFIER: Classifier}
 
 
 def open_features(which: str, *, size: tuple[int, int], channels: int) -> FeatureExtractor:
