@@ -121,7 +121,13 @@ def build_classifier(config: Mapping[str, Any], **known: Any) -> ResNet:
     for name, value in known.items():
         if rest.setdefault(name, value) != value:
             raise ConfigError(f"model.{name}: {rest[name]!r} does not fit the data ({value})")
-    return construct(CLASSIFIERS[kind], rest, "model").to(memory_format=torch.channels_last)
+    return channels_last(construct(CLASSIFIERS[kind], rest, "model"))
+
+
+def channels_last(net: ResNet) -> ResNet:
+    """Its weights laid out as convolutions on a CPU and in half precision are fastest."""
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
 
 
 def classifier_config(net: ResNet) -> dict[str, Any]:
@@ -205,7 +211,7 @@ def load_classifier(folder: Path | str) -> TrainedClassifier:
         hint = "; register your class before loading" if isinstance(error, ConfigError) else ""
         raise CheckpointError(f"{path} cannot be used: {what}{hint}") from error
     fill(net, folder / CLASSIFIER)
-    net.eval().to(memory_format=torch.channels_last)
+    channels_last(net.eval())
     return trained
 
 

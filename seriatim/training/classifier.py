@@ -215,7 +215,7 @@ def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, I
         net = build_classifier(recipe.model, classes=len(data.class_names), channels=data.channels)
     if side < net.least:
         raise ConfigError(
-            f"model.widths: {len(net.config['depth'])} stages halve images of side {side} away; use fewer, or "
+            f"model.widths: {len(net.stages)} stages halve images of side {side} away; use fewer, or "
             f"data.size of at least {net.least}"
         )
     look = torch.arange(data.count)[:: max(1, data.count // LOOK_IMAGES)]
