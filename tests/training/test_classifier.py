@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Run
-from helpers import one_line, read_picture
+from helpers import read_picture
 from PIL import Image
 
+from seriatim.cli.main import run
 from seriatim.core.errors import ConfigError, DataError, NumericsError, SeriatimError, Stopped, UsageError
 from seriatim.evaluation.classifier import ResNet, load_classifier
 from seriatim.training import classifier, labelled
@@ -83,28 +83,28 @@ def test_a_run_folder_and_that_it_learns(tmp_path: Path) -> None:
         "training.save_images=4000",
     )  # fmt: skip
     result = train_classifier(recipe, tmp_path / "run", quiet=True)
-    run = tmp_path / "run"
-    assert {p.name for p in run.iterdir()} == {
+    out = tmp_path / "run"
+    assert {p.name for p in out.iterdir()} == {
         "recipe.yaml", "data.json", "environment.json", "metrics.jsonl", "training.png", "accuracy.png",
         "results.json", "checkpoints", "model", ".lock",
     }  # fmt: skip
-    assert read_any(str(run / "recipe.yaml")) == recipe
-    rows = lines(run)
+    assert read_any(str(out / "recipe.yaml")) == recipe
+    rows = lines(out)
     assert [row["images"] for row in rows] == [1600, 3200, 4800, 6400, 8000]
     assert ["test_accuracy" in row for row in rows] == [False, True, False, True, True]
     assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["accuracy"] > rows[0]["accuracy"]
     assert result.accuracy.plain > 0.9 and result.test_images == 287 and result.images == 8000
-    report = json.loads((run / "results.json").read_text())
+    report = json.loads((out / "results.json").read_text())
     assert report["test"] == result.accuracy.plain == rows[-1]["test_accuracy"]
     assert report["test_with_mirror_images"] == result.accuracy.mirrored
     assert list(report["classes"]) == [str(d) for d in range(10)]
     for name in ("training.png", "accuracy.png"):
-        assert read_picture(run / name).size[0] > 300
-    trained = load_classifier(run)
+        assert read_picture(out / name).size[0] > 300
+    trained = load_classifier(out)
     assert trained.name == "classifier-cifar10-tiny" and trained.accuracy["test"] == result.accuracy.plain
     assert trained.class_names == [str(d) for d in range(10)] and trained.size == (8, 8)
     assert trained.provenance["images"] == 8000
-    assert f"{result.accuracy.plain:.2%}" in (run / "model" / "README.md").read_text()
+    assert f"{result.accuracy.plain:.2%}" in (out / "model" / "README.md").read_text()
     test = build(recipe, quiet=True)[1]
     logits = trained.net(test.images(torch.arange(test.count)))
     right = (logits.argmax(dim=1) == test.labels(torch.arange(test.count))).double().mean().item()
@@ -341,20 +341,33 @@ def test_other_verbs_refuse_a_classifiers_recipe() -> None:
         read_recipe("classifier-cifar10")
 
 
-def test_the_command_line(seriatim: Run, tmp_path: Path) -> None:
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
     folder = pictures(tmp_path / "data", "abc", count=10)
     settings = ("data.path=data", "data.size=8", *TINY[1:])
     train = ("train", "classifier-cifar10-tiny", *settings, "--out", "run")
-    plan = json.loads(seriatim(*train, "--dry-run", "--json").stdout)
+
+    def succeeded(*arguments: str) -> Any:
+        assert run(arguments) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def refused(code: int, words: str, *arguments: str) -> None:
+        capsys.readouterr()
+        assert run(arguments) == code
+        printed = capsys.readouterr().err
+        assert printed.startswith("error: ") and printed.count("\n") == 1 and words in printed
+
+    plan = succeeded(*train, "--dry-run", "--json")
     assert plan["training_images"] == 27 and plan["test_images"] == 3 and plan["classes"] == 3
     assert not (tmp_path / "run").exists()
-    report = json.loads(seriatim(*train, "--json").stdout)
+    report = succeeded(*train, "--json")
     assert report["images"] == 320 and report["test_images"] == 3 and 0 <= report["test_accuracy"] <= 1
     assert load_classifier(tmp_path / "run").class_names == ["a", "b", "c"]
-    one_line(seriatim(*train), 2, "run holds a run already")
-    one_line(seriatim("sample", "run"), 4, "holds a classifier, which draws nothing")
-    for path in (folder / "a").iterdir():
+    assert run([*train, "--resume"]) == 0 and "test_accuracy" in capsys.readouterr().out
+    assert succeeded("recipes", "show", "run/recipe.yaml", "--json")["kind"] == "classifier"
+    refused(2, "run holds a run already", *train)
+    refused(4, "holds a classifier, which draws nothing", "sample", "run")
+    refused(2, "trains a classifier, which `seriatim train` alone takes", "cache", "classifier-cifar10", "--out", "c")
+    for path in (*(folder / "a").iterdir(), *(folder / "b").iterdir()):
         path.unlink()
-    for path in (folder / "b").iterdir():
-        path.unlink()
-    one_line(seriatim(*train[:-1], "other"), 3, "has the one class 'c'; a classifier needs two or more")
+    refused(3, "has the one class 'c'; a classifier needs two or more", *train[:-1], "other")
