@@ -40,7 +40,7 @@ from seriatim.training.state import RunState, Trainables
 from seriatim.training.stopping import StopRequest, only_trainer
 
 TEST_BATCH = 500
-LOOK_IMAGES = 10_000  # at which mean and standard deviation of the pixels are measured
+LOOK_PIXELS = 2_000_000  # at which the stem's filters are measured
 
 
 @dataclass(frozen=True)
@@ -218,10 +218,9 @@ def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, I
             f"model.widths: {len(net.stages)} stages halve images of side {side} away; use fewer, or "
             f"data.size of at least {net.least}"
         )
-    look = torch.arange(data.count)[:: max(1, data.count // LOOK_IMAGES)]
-    pixels = to_float(data.images(look)).movedim(1, 0).flatten(1)  # (c, pixels)
-    net.mean.copy_(pixels.mean(dim=1).view(-1, 1, 1))
-    net.std.copy_(pixels.std(dim=1).clamp_min(1e-3).view(-1, 1, 1))
+    wanted = max(1, LOOK_PIXELS // (data.size[0] * data.size[1]))
+    look = torch.arange(data.count)[:: max(1, data.count // wanted)]
+    net.whiten(to_float(data.images(look)))
     return data, test, net
 
 
