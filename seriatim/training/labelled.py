@@ -5,7 +5,9 @@ B images, c channels, H x W pixels.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from seriatim.training.loader import to_float
 from seriatim.training.sources import build_data
 
 MOST_BYTES = 4 << 30  # of images in memory
-AT_ONCE = 512  # images read between two looks at the clock
+AT_ONCE = 256  # images read by a thread
 
 
 class InMemory(ImageData):
@@ -29,14 +31,17 @@ class InMemory(ImageData):
         self.source, self.index = source, torch.arange(source.count) if index is None else index
         self.count, self.size, self.channels = len(self.index), source.size, source.channels
         self.class_names, self.flips, self.bad = source.class_names, source.flips, source.bad
-        parts: list[Tensor] = []
-        with Progress(self.count, "reading images", "images", quiet=quiet) as bar:
-            for part in self.index.split(AT_ONCE):
-                parts.append(source.images(part))
-                if len(parts) == 1:
-                    check_room(self.count, parts[0])
-                bar.advance(len(part))
-        self._images = torch.cat(parts)
+        first = source.images(self.index[:1])
+        check_room(self.count, first)
+        self._images = first.new_empty(self.count, *first.shape[1:])
+        places = torch.arange(self.count).split(AT_ONCE)
+        with (
+            ThreadPoolExecutor(os.cpu_count() or 1) as pool,  # Pillow decodes without holding the interpreter
+            Progress(self.count, "reading images", "images", quiet=quiet) as bar,
+        ):
+            for place, images in zip(places, pool.map(lambda p: source.images(self.index[p]), places), strict=True):
+                self._images[place] = images
+                bar.advance(len(place))
         labels = source.labels(self.index)
         assert labels is not None, "build_labelled has refused data without classes"
         self._labels = labels
@@ -56,7 +61,7 @@ class InMemory(ImageData):
 
 
 def check_room(count: int, images: Tensor) -> None:
-    """Refuse what would take too much memory, once the first images are read."""
+    """Refuse what would take too much memory, once the first image is read."""
     size = count * images[0].numel() * images.element_size()
     if size > MOST_BYTES:
         shape = " x ".join(str(side) for side in images.shape[1:])
