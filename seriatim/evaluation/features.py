@@ -11,12 +11,8 @@ from torch import Tensor
 
 from seriatim.core.errors import UsageError, nearest
 from seriatim.evaluation.base import FeatureExtractor, Features
-FEATURES: dict[str, type[FeatureExtractor]] = {
-    CLASSIFIER: Classifier,
-    "inception": Inception,
-    "inception-pytorch-fid": InceptionPytorchFid,
-    "pixels": PixelFeatures,
-}
+from seriatim.evaluation.classifier import Classifier
+from seriatim.evaluation.inception import Inception, InceptionPytorchFid
 
 CLASSIFIER = "classifier"  # opens a folder given without a name
 WEIGHTS = "inception"  # opens a file given without a name
@@ -40,15 +36,12 @@ class PixelFeatures(FeatureExtractor):
         return Features((images.flatten(1).float() + 1) / 2)
 
 
-<<<<<<< HEAD
-FEATURES: dict[str, type[FeatureExtractor]] = {"pixels": PixelFeatures, CLASSIFIER: Classifier}
-=======
 FEATURES: dict[str, type[FeatureExtractor]] = {
+    CLASSIFIER: Classifier,
     "inception": Inception,
     "inception-pytorch-fid": InceptionPytorchFid,
     "pixels": PixelFeatures,
 }
->>>>>>> e843b1f25b00c80699cb621032befa4d80a05e66
 
 
 def open_features(which: str, *, size: tuple[int, int], channels: int) -> FeatureExtractor:
