@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_bundle
@@ -21,7 +22,10 @@ from seriatim.evaluation.classifier import (
     save_classifier,
 )
 from seriatim.evaluation.features import open_features
+from seriatim.evaluation.reference import ArrayImages
+from seriatim.evaluation.run import evaluate
 from seriatim.models.build import seeded
+from seriatim.pipeline import Pipeline
 
 SMALL = {"kind": "resnet", "widths": [8, 8], "depth": [1, 0]}
 
@@ -208,6 +212,29 @@ def test_the_fingerprint_is_that_of_weights_and_names(tmp_path: Path) -> None:
     renamed.class_names[0] = "lion"
     assert fingerprint(first, "a") == fingerprint(trained(), "b")
     assert len({fingerprint(x, "c") for x in (first, other, renamed)}) == 3
+
+
+def test_evaluate_takes_it(tmp_path: Path) -> None:
+    """Its features are compared, and its logits tell whether samples are of their class, matched by name."""
+
+    class Grey(ArrayImages):
+        def __init__(self, count: int) -> None:
+            chance = np.random.default_rng(count)
+            super().__init__(chance.integers(0, 256, (count, 8, 8, 1), dtype=np.uint8), f"grey {count}")
+            self.class_names = ["cat", "dog", "horse"]
+
+        def labels(self, index: torch.Tensor) -> torch.Tensor:
+            return index % 3
+
+    judge = trained(channels=1)
+    judge.class_names = ["horse", "cat", "dog"]
+    with torch.no_grad():
+        judge.net.classify.bias.copy_(torch.tensor([0.0, 100.0, 0.0]))  # everything is a cat
+    extractor = open_features(str(save_classifier(judge, tmp_path / "model")), size=(8, 8), channels=1)
+    pipe = Pipeline(make_bundle(), source="x")
+    done = evaluate(pipe, Grey(60), tmp_path / "out", num=12, features=extractor, real=Grey(30), quiet=True)
+    assert done.figures is not None and "FD[small]" in done.figures
+    assert done.figures["accuracy[small]"].value == pytest.approx(1 / 3), "the third of the samples that shall be cats"
 
 
 @pytest.mark.parametrize(
