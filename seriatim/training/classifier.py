@@ -162,7 +162,8 @@ def train_classifier(
                     means = {name: value / run.steps_since for name, value in run.sums.items()}
                     tested = {}
                     if last or crossed(run.since, run.seen, settings.test_images):
-                        tested["test_accuracy"] = accuracy(average.module, test, where, dtype).plain
+                        logits = judged(average.module, test, where, dtype)
+                        tested["test_accuracy"] = recognised(logits, test).mean().item()
                     log.write(
                         images=run.seen,
                         **means,
@@ -186,7 +187,7 @@ def train_classifier(
                     )
         seconds = time.monotonic() - started
         log.close()
-        final = accuracy(average.module, test, where, torch.float32)
+        final = accuracy(average.module, test, where)
         summary = {"test": final.plain, "test_with_mirror_images": final.mirrored}
         loss_value = run.loss if run.loss is not None else math.nan
         report = {**summary, "classes": final.classes, "test_images": test.count, "images": run.seen}
@@ -225,22 +226,30 @@ def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, I
 
 
 @torch.no_grad()
-def accuracy(net: nn.Module, test: InMemory, where: torch.device, dtype: torch.dtype) -> Accuracy:
-    """On the test images, the network's batch norms at rest meanwhile."""
+def judged(net: nn.Module, test: InMemory, where: torch.device, dtype: torch.dtype, *, mirror: bool = False) -> Tensor:
+    """Logits (n, K) of all test images, or of their mirror images; batch norms are at rest meanwhile."""
     training = net.training
     net.eval()
-    right, both, labels = [], [], []
+    logits = []
     with torch.autocast(where.type, dtype=dtype, enabled=dtype != torch.float32):
         for index in torch.arange(test.count).split(TEST_BATCH):
-            images, truth = to_float(test.images(index)).to(where), test.labels(index)
-            logits, mirror = net(images).float(), net(images.flip(-1)).float()  # (B, K)
-            right.append(logits.argmax(dim=1).cpu() == truth)
-            both.append((logits + mirror).argmax(dim=1).cpu() == truth)
-            labels.append(truth)
+            images = to_float(test.images(index)).to(where)
+            logits.append(net(images.flip(-1) if mirror else images).float().cpu())
     net.train(training)
-    hit, label = torch.cat(right).double(), torch.cat(labels)
-    classes = {name: hit[label == k].mean().item() for k, name in enumerate(test.class_names) if (label == k).any()}
-    return Accuracy(hit.mean().item(), torch.cat(both).double().mean().item(), classes)
+    return torch.cat(logits)
+
+
+def recognised(logits: Tensor, test: InMemory) -> Tensor:
+    """(n,) 1 where the largest of logits (n, K) is that of the image's class, else 0."""
+    return (logits.argmax(dim=1) == test.labels(torch.arange(test.count))).double()
+
+
+def accuracy(net: nn.Module, test: InMemory, where: torch.device) -> Accuracy:
+    """On the test images, in float32."""
+    logits, mirror = (judged(net, test, where, torch.float32, mirror=m) for m in (False, True))
+    hit, labels = recognised(logits, test), test.labels(torch.arange(test.count))
+    classes = {name: hit[labels == k].mean().item() for k, name in enumerate(test.class_names) if (labels == k).any()}
+    return Accuracy(hit.mean().item(), recognised(logits + mirror, test).mean().item(), classes)
 
 
 def draw_curves(log: MetricsLog, out: Path, title: str) -> None:

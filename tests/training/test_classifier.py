@@ -97,7 +97,7 @@ def test_a_run_folder_and_that_it_learns(tmp_path: Path) -> None:
     assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["accuracy"] > rows[0]["accuracy"]
     assert result.accuracy.plain > 0.9 and result.test_images == 287 and result.images == 8000
     report = json.loads((out / "results.json").read_text())
-    assert report["test"] == result.accuracy.plain == rows[-1]["test_accuracy"]
+    assert report["test"] == result.accuracy.plain == rows[-1]["test_accuracy"], "float32 was asked for"
     assert report["test_with_mirror_images"] == result.accuracy.mirrored
     assert list(report["classes"]) == [str(d) for d in range(10)]
     for name in ("training.png", "accuracy.png"):
