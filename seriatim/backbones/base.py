@@ -39,7 +39,7 @@ class Backbone(nn.Module):
     def z(self, state: Any, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
         """z of every token asked for: (N, C), image by image, in raster order inside an image.
 
-        tokens (B, L, D), of which those not known are ignored; known, ask (B, L) bool. Images of a batch may have
-        different numbers of known and of asked tokens.
+        tokens (B, L, D), of which those not known are ignored; known, ask (B, L) bool, with the tokens or on the CPU,
+        where samplers keep them. Images of a batch may have different numbers of known and of asked tokens.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks z()")

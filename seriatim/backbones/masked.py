@@ -8,7 +8,7 @@ Unusual:
 - a third set of positions is added after the decoder's last norm: it tells the head which token it draws.
 
 Shapes: B images, L tokens, D features of a token, A buffer tokens, K known tokens (the most of the batch),
-N tokens asked for, E and C encoder and decoder width.
+K' asked for (likewise), N asked for in all, E and C encoder and decoder width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from seriatim.backbones.base import Backbone
 from seriatim.core.errors import UsageError, nearest
-from seriatim.nn.blocks import NORM_EPS, Block, xavier
+from seriatim.nn.blocks import NORM_EPS, Block, gather, xavier
+from seriatim.nn.linear import Linear
 from seriatim.nn.position import learned_positions, resized_positions, sincos_positions
 
 ROW_CAP = 1 << 16  # rows (images x positions) in one pass without gradients: bounds memory
@@ -91,13 +92,13 @@ class Masked(Backbone):
                 self.config["grid"] = list(grid)
 
         # Encoder
-        self.token_embed = nn.Linear(dim, E)
+        self.token_embed = Linear(dim, E)
         self.encoder_positions = learned_positions(buffer + tokens, E)  # buffer first
         self.embed_norm = nn.LayerNorm(E, eps=NORM_EPS)
         self.encoder = nn.ModuleList(Block(E, both_heads[0], mlp_ratio, dropout) for _ in range(depths[0]))
         self.encoder_norm = nn.LayerNorm(E, eps=NORM_EPS)
         # Decoder
-        self.decoder_embed = nn.Linear(E, C)
+        self.decoder_embed = Linear(E, C)
         self.mask_token = nn.Parameter(torch.randn(1, C) * 0.02)
         self.decoder_positions = learned_positions(buffer + tokens, C)
         self.decoder = nn.ModuleList(Block(C, both_heads[1], mlp_ratio, dropout) for _ in range(depths[1]))
@@ -135,11 +136,17 @@ class Masked(Backbone):
         return torch.cat([self._z(*piece) for piece in pieces])
 
     def _z(self, condition: Tensor, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
-        index, valid = known_first(known)
+        # Counting and sorting happens where the masks are: of masks on the CPU, an accelerator is not waited for.
+        index, valid = (None if t is None else t.to(tokens.device, non_blocking=True) for t in first(known))
+        at, wanted = first(ask)  # (B, K'), (B, K') or None
+        assert index is not None
         x = self.encode(condition, tokens, index, valid)  # (B, A+K, E)
-        x = self.decode(x, index, valid)  # (B, L, C)
+        x = self.decode(x, index, valid, at.to(tokens.device, non_blocking=True))  # (B, K', C)
+        x = x.flatten(0, 1)
+        if wanted is None:
+            return x  # (N, C)
         # index_select and embedding, not x[...]: the backward of the latter adds in an order that threads decide
-        return x.flatten(0, 1).index_select(0, ask.flatten().nonzero()[:, 0])  # (N, C)
+        return x.index_select(0, wanted.flatten().nonzero()[:, 0].to(x.device, non_blocking=True))  # (N, C)
 
     def encode(self, condition: Tensor, tokens: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
         """Known tokens, at positions index (B, K), behind the buffer -> (B, A+K, E)."""
@@ -157,8 +164,8 @@ class Masked(Backbone):
         assert x.shape[-1] == E
         return self.encoder_norm(x)
 
-    def decode(self, x: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
-        """Encoded buffer and known tokens (B, A+K, E) -> z of all positions (B, L, C)."""
+    def decode(self, x: Tensor, index: Tensor, valid: Tensor | None, at: Tensor) -> Tensor:
+        """Encoded buffer and known tokens (B, A+K, E) -> z of the positions at (B, K'): (B, K', C)."""
         A, L = self.buffer, self.tokens
         x = self.decoder_embed(x)  # (B, A+K, C)
         B, _, C = x.shape
@@ -167,24 +174,20 @@ class Masked(Backbone):
         full = self.mask_token.to(x.dtype).expand(B, L + 1, C)
         full = full.scatter(1, slots[..., None].expand(-1, -1, C), x[:, A:])[:, :L]  # (B, L, C)
         x = torch.cat([x[:, :A], full], dim=1) + self.decoder_positions  # (B, A+L, C)
-        for block in self.decoder:
+        for block in self.decoder[:-1]:
             x = block(x)
-        return self.decoder_norm(x)[:, A:] + self.output_positions  # (B, L, C)
+        x = self.decoder[-1](x, at=at + A)  # (B, K', C): nothing looks at the others any more
+        return self.decoder_norm(x) + F.embedding(at, self.output_positions)
 
 
-def known_first(known: Tensor) -> tuple[Tensor, Tensor | None]:
-    """known (B, L) -> positions of the known tokens in raster order (B, K), and which of these are not padding.
+def first(chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+    """chosen (B, L) -> the positions chosen, in raster order (B, K), and which of these are not padding.
 
-    The second is None where all images know equally many: nothing is padding then.
+    The second is None where as many are chosen in every image: nothing is padding then.
     """
-    counts = known.sum(dim=1)  # (B,)
+    counts = chosen.sum(dim=1)  # (B,)
     most, least = int(counts.max()), int(counts.min())
-    index = known.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, K)
+    index = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, K)
     if most == least:
         return index, None
-    return index, torch.arange(most, device=known.device) < counts[:, None]
-
-
-def gather(tokens: Tensor, index: Tensor) -> Tensor:
-    """tokens (B, L, D), index (B, K) -> (B, K, D)."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
+    return index, torch.arange(most, device=chosen.device) < counts[:, None]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from seriatim.evaluation.blocks import Share
     from seriatim.evaluation.reference import Images, Statistics
 
+NUM = ("--num", "--num-images")  # torchrun takes the short one for an abbreviation of its own --numa-binding
 DataOption = Annotated[
     str, typer.Option(help="The reference: a folder of images, a reference .npz, or a data section in YAML.")
 ]
@@ -30,7 +31,9 @@ FeaturesOption = Annotated[
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
     data: DataOption,
-    num: Annotated[int, typer.Option(help="Samples to draw, class after class; of a tokenizer, images to encode.")],
+    num: Annotated[
+        int, typer.Option(*NUM, help="Samples to draw, class after class; of a tokenizer, images to encode.")
+    ],
     real_data: RealOption = None,
     features: FeaturesOption = "inception",
     figures: Annotated[
@@ -72,7 +75,21 @@ def evaluate(
     Of a tokenizer folder: what it loses, and what its tokens are like.
     """
     share = share_of(shard)
-    if tokenizer or is_tokenizer(Path(model)):
+    of_model = {
+        "figures": figures,
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": num_inference_steps,
+        "num_diffusion_steps": num_diffusion_steps,
+        "temperature": temperature,
+        "set": set_,
+        "batch_size": batch_size,
+        "cache": cache,
+        "shard": share.processes > 1 or None,
+        "neighbours": neighbours or None,
+    }
+    is_one = tokenizer or is_tokenizer(Path(model))
+    refuse_given(of_model if is_one else {"noise": noise}, "a tokenizer" if is_one else "a model")
+    if is_one:
         return evaluate_tokenizer(model, data, num, real_data, features, noise, seed, out, device, json)
 
     import torch
@@ -122,6 +139,15 @@ def evaluate(
     print_figures(done.report, f"{num:,} samples")
     say(f"markdown and settings: {out / 'results.json'} ({duration(done.seconds)})")
     return None
+
+
+def refuse_given(options: dict[str, Any], what: str) -> None:
+    """Refuse options that mean nothing here, rather than leave them out in silence."""
+    from seriatim.core.errors import UsageError
+
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name}: is not for the evaluation of {what}; leave it out")
 
 
 def is_tokenizer(folder: Path) -> bool:
@@ -210,7 +236,9 @@ def device_of(device: str) -> str:
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return f"{accelerator.type}:{os.environ['LOCAL_RANK']}" if accelerator is not None else "cpu"
+    if accelerator is None:
+        return "cpu"
+    return f"{accelerator.type}:{int(os.environ['LOCAL_RANK']) % torch.accelerator.device_count()}"
 
 
 def fields(given: list[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from seriatim import __version__
+from seriatim.cli.bench import bench
 from seriatim.cli.cache import cache
 from seriatim.cli.convert import convert, export
 from seriatim.cli.demo import demo
@@ -62,6 +63,7 @@ app.command()(edit)
 app.command()(evaluate)
 app.command()(sweep)
 app.command()(measure_latents)
+app.command()(bench)
 app.command()(models)
 app.command()(doctor)
 app.add_typer(recipes, name="recipes")

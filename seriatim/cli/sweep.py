@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from seriatim.cli.evaluate import (
+    NUM,
     DataOption,
     FeaturesOption,
     RealOption,
@@ -28,7 +29,7 @@ def sweep(
         list[str], typer.Argument(help="A field of a request and its values: guidance_scale=1,1.5,2,3. Or several.")
     ],
     data: DataOption,
-    num: Annotated[int, typer.Option(help="Samples to draw at each point, class after class.")],
+    num: Annotated[int, typer.Option(*NUM, help="Samples to draw at each point, class after class.")],
     real_data: RealOption = None,
     features: FeaturesOption = "inception",
     figures: Annotated[

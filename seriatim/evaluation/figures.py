@@ -6,13 +6,14 @@ n samples, m reference images, F features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from seriatim.core.errors import DataError, UsageError, nearest
+from seriatim.core.progress import Progress
 from seriatim.evaluation.base import FeatureExtractor
 from seriatim.evaluation.blocks import Vectors
 from seriatim.evaluation.metrics import (
@@ -20,10 +21,12 @@ from seriatim.evaluation.metrics import (
     Figure,
     accuracy,
     covariance,
-    gaussian_frechet,
+    frechet_with_error,
     inception_score,
-    kernel_distance,
     matrix_root,
+    mean_of_pairs,
+    polynomial,
+    subset_discrepancies,
     with_error,
     within_class_variance,
 )
@@ -31,7 +34,9 @@ from seriatim.evaluation.neighbours import covered, neighbours, radii, usual_way
 from seriatim.evaluation.reference import Labels
 
 K_NEAREST = 3  # of precision and recall
-MANIFOLD = 10_000  # images of each side in precision and recall, as many as ADM's reference batches hold
+WHOLE, SUBSET = 5000, 1000  # up to so many samples the kernel distance is of all; then of subsets, as in its paper
+SOME = 4  # images that one class at least must have for its variance to be seen with a tenth left out
+MANIFOLD = 10_000  # images of each side whose neighbours are sought; as many as ADM's reference batches hold
 
 Index = npt.NDArray[np.int64]
 Measure = Callable[[Index], float]  # the figure of some of the samples
@@ -67,14 +72,14 @@ def named(short: str, extractor: FeatureExtractor) -> str:
 # --- the figures: samples and reference -> a measure of each name, or nothing where they lack what it needs ----------
 
 
-def frechet(samples: Set, reference: Reference) -> dict[str, Measure]:
+def frechet(samples: Set, reference: Reference) -> dict[str, Figure]:
     found = {"FD": between(samples.vectors.features, reference.pool, reference, "features")}
     if samples.vectors.spatial is not None:
         found["sFD"] = between(samples.vectors.spatial, reference.spatial, reference, "spatial")
-    return {name: measure for name, measure in found.items() if measure is not None}
+    return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def between(x: Array, given: tuple[Array, Array] | None, reference: Reference, which: str) -> Measure | None:
+def between(x: Array, given: tuple[Array, Array] | None, reference: Reference, which: str) -> Figure | None:
     if given is None:
         real = getattr(reference.vectors, which, None)
         if real is None:
@@ -88,15 +93,24 @@ def between(x: Array, given: tuple[Array, Array] | None, reference: Reference, w
         raise DataError(f"features: the reference has {len(mean)}, the samples {x.shape[1]}; use its extractor")
     if which not in reference.roots:
         reference.roots[which] = matrix_root(cov)
-    root = reference.roots[which]
-    return lambda i: gaussian_frechet(mean, cov, x[i].mean(axis=0), covariance(x[i]), root)
+    return frechet_with_error(x, mean, cov, reference.roots[which])
 
 
-def kernel(samples: Set, reference: Reference) -> dict[str, Measure]:
+def kernel(samples: Set, reference: Reference) -> dict[str, Measure | Figure]:
     if reference.vectors is None:
         return {}
-    x, real = samples.vectors.features, reference.vectors.features
-    return {"KD": lambda i: kernel_distance(x[i], real)}
+    x, real = samples.vectors.features, spaced(reference.vectors.features, WHOLE)
+    if len(x) > WHOLE:
+        # The mean over random subsets varies by itself, which a jackknife would take for the images' spread. That of
+        # subsets is known, and as many as fit side by side into the samples are independent.
+        each = subset_discrepancies(x, real, subset_size=SUBSET)
+        return {"KD": Figure(float(each.mean()), float(each.std(ddof=1) / (len(x) / SUBSET) ** 0.5))}
+    # All pairs, each kernel computed once: leaving images out is leaving rows and columns out.
+    pairs, across = polynomial(x, x), polynomial(x, real).mean(axis=1)  # (n, n), (n,)
+    if "kernel" not in reference.roots:
+        reference.roots["kernel"] = np.array(mean_of_pairs(polynomial(real, real)))
+    constant = float(reference.roots["kernel"])
+    return {"KD": lambda i: mean_of_pairs(pairs[np.ix_(i, i)]) + constant - 2 * float(across[i].mean())}
 
 
 def manifold(samples: Set, reference: Reference) -> dict[str, Measure]:
@@ -130,6 +144,8 @@ def diversity(samples: Set, reference: Reference) -> dict[str, Measure]:
     labels, real = samples.labels, reference.vectors
     if labels is None or real is None or reference.labels is None:
         return {}
+    if min(np.bincount(labels).max(), np.bincount(reference.labels).max()) < SOME:
+        return {}
     x, usual = samples.vectors.features, within_class_variance(real.features, reference.labels)
     return {"diversity": lambda i: within_class_variance(x[i], labels[i]) / usual}
 
@@ -145,7 +161,7 @@ def copying(samples: Set, reference: Reference) -> dict[str, Measure]:
     return {"nearest": lambda i: float(np.median(ways[i])) / usual}
 
 
-FIGURES: dict[str, Callable[[Set, Reference], dict[str, Measure]]] = {
+FIGURES: dict[str, Callable[[Set, Reference], Mapping[str, Measure | Figure]]] = {
     "frechet": frechet,
     "kernel": kernel,
     "manifold": manifold,
@@ -157,13 +173,21 @@ FIGURES: dict[str, Callable[[Set, Reference], dict[str, Measure]]] = {
 
 
 def figures_of(
-    samples: Set, reference: Reference, extractor: FeatureExtractor, which: Sequence[str] = tuple(FIGURES)
+    samples: Set,
+    reference: Reference,
+    extractor: FeatureExtractor,
+    which: Sequence[str] = tuple(FIGURES),
+    *,
+    quiet: bool = True,
 ) -> dict[str, Figure]:
     """Every figure of `which` that these sets allow, by its name."""
     found = {}
-    for kind in which:
-        for short, measure in FIGURES[kind](samples, reference).items():
-            found[named(short, extractor)] = with_error(measure, len(samples.vectors))
+    with Progress(len(which), "measuring", "figures", quiet=quiet) as bar:
+        for kind in which:
+            for short, measure in FIGURES[kind](samples, reference).items():
+                figure = measure if isinstance(measure, Figure) else with_error(measure, len(samples.vectors))
+                found[named(short, extractor)] = figure
+            bar.advance(1, kind)
     return found
 
 

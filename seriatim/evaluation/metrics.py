@@ -8,7 +8,7 @@ and keep float32 features; its `poly_mmd` wants equally many of both. A test com
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,24 +62,33 @@ def kernel_distance(
     same_width(x, y)
     if len(x) <= subset_size and len(y) <= subset_size:
         return discrepancy(x, y)
+    return float(subset_discrepancies(x, y, subsets, subset_size, seed).mean())
+
+
+def subset_discrepancies(x: Array, y: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Array:
+    """Of random subsets of x (n, F) and y (m, F): (subsets,)."""
     random = np.random.default_rng(seed)
-    drawn = (
-        [z[random.choice(len(z), min(subset_size, len(z)), replace=False)] for z in (x, y)] for _ in range(subsets)
-    )
-    return float(np.mean([discrepancy(first, second) for first, second in drawn]))
+
+    def drawn(z: Array) -> Array:
+        return z[random.choice(len(z), min(subset_size, len(z)), replace=False)]
+
+    return np.array([discrepancy(drawn(x), drawn(y)) for _ in range(subsets)])
 
 
 def discrepancy(x: Array, y: Array) -> float:
     """Mean k(x, x') plus mean k(y, y') over pairs of two, less twice the mean k(x, y); x (n, F), y (m, F)."""
+    return mean_of_pairs(polynomial(x, x)) + mean_of_pairs(polynomial(y, y)) - 2 * float(polynomial(x, y).mean())
 
-    def kernel(first: Array, second: Array) -> Array:
-        k = first @ second.T / first.shape[1] + 1
-        return np.asarray(k * k * k)  # a power is ten times slower
 
-    def pairs(k: Array) -> float:
-        return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))
+def polynomial(x: Array, y: Array) -> Array:
+    """k(x, y) = (x y / F + 1)^3: (n, m)."""
+    k = x @ y.T / x.shape[1] + 1
+    return np.asarray(k * k * k)  # a power is ten times slower
 
-    return pairs(kernel(x, x)) + pairs(kernel(y, y)) - 2 * float(kernel(x, y).mean())
+
+def mean_of_pairs(k: Array) -> float:
+    """Of a kernel (n, n), over pairs of two."""
+    return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))
 
 
 def inception_score(logits: npt.ArrayLike) -> float:
@@ -115,11 +124,38 @@ def with_error(figure: Callable[[Any], float], count: int, groups: int = 10, see
     would draw images twice, which nearest neighbours and covariances take for something else.
     """
     everything = np.arange(count)
-    groups = min(groups, count)
+    values = [figure(np.setdiff1d(everything, group)) for group in random_groups(count, groups, seed)]
+    return Figure(figure(everything), jackknife(values))
+
+
+def random_groups(count: int, groups: int = 10, seed: int = 0) -> list[npt.NDArray[np.int64]]:
+    """The numbers 0, ..., count - 1 in groups of about the same size."""
     order = np.random.default_rng(seed).permutation(count)
-    values = np.array([figure(np.sort(np.delete(order, slice(g, None, groups)))) for g in range(groups)])
-    error = np.sqrt((groups - 1) / groups * ((values - values.mean()) ** 2).sum())
-    return Figure(figure(everything), float(error))
+    return [order[g :: min(groups, count)] for g in range(min(groups, count))]
+
+
+def jackknife(values: Sequence[float]) -> float:
+    """The standard error of a figure, from its values without each group in turn."""
+    x = np.asarray(values)
+    return float(np.sqrt((len(x) - 1) / len(x) * ((x - x.mean()) ** 2).sum()))
+
+
+def frechet_with_error(x: Array, mean: Array, cov: Array, root: Array) -> Figure:
+    """`with_error` of the distance of x (n, F) to a Gaussian, `root` that of its covariance.
+
+    The same as computing every covariance anew, at the price of one: of ten groups, moments are sums.
+    """
+    centre = x.mean(axis=0)
+    parts = [x[group] - centre for group in random_groups(len(x))]  # centred, or the differences below would cancel
+    products = [part.T @ part for part in parts]  # (F, F)
+    whole = np.sum(products, axis=0)
+    values = []
+    for part, product in zip(parts, products, strict=True):
+        left = len(x) - len(part)
+        shift = -part.sum(axis=0) / left  # of the mean of those left, from the centre
+        without = (whole - product - left * np.outer(shift, shift)) / (left - 1)
+        values.append(gaussian_frechet(mean, cov, centre + shift, without, root))
+    return Figure(gaussian_frechet(mean, cov, centre, whole / (len(x) - 1), root), jackknife(values))
 
 
 def within_class_variance(x: npt.ArrayLike, labels: npt.ArrayLike) -> float:

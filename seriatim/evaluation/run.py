@@ -163,6 +163,7 @@ def evaluate(
         which,
         versions(pipe.device, pipe.dtype) | {"threads": str(torch.get_num_threads())},
         begin,
+        quiet,
     )
 
 
@@ -175,15 +176,16 @@ def judged(
     which: Sequence[str],
     machine: Mapping[str, str],
     begin: float,
+    quiet: bool,
 ) -> Evaluation:
     """The figures of both sides, written to results.json."""
-    ours = figures_of(samples, against, extractor, which)
-    theirs = figures_of(beside, against, extractor, which)
+    ours = figures_of(samples, against, extractor, which, quiet=quiet)
+    theirs = figures_of(beside, against, extractor, which, quiet=quiet)
     fewer = None
     count = len(beside.vectors)
     if count < len(samples.vectors):
         labels = None if samples.labels is None else samples.labels[:count]
-        fewer = figures_of(Set(samples.vectors.first(count), labels), against, extractor, which)
+        fewer = figures_of(Set(samples.vectors.first(count), labels), against, extractor, which, quiet=quiet)
     seconds = round(time.monotonic() - begin, 2)
     report: dict[str, Any] = {
         "figures": {
@@ -194,7 +196,8 @@ def judged(
         },
         "num": len(samples.vectors),
         "num_real": count,
-        "error": "jackknife over 10 groups of the images measured; the reference is taken as given",
+        "error": "standard error: jackknife over 10 groups of the images measured, the reference taken as given; of a "
+        "kernel distance over subsets, their spread",
         "settings": made.settings,
         "versions": dict(machine),
         "seconds": seconds,

@@ -204,7 +204,8 @@ def similarity() -> tuple[Any, Any]:
         return each.clamp(max=MOST_PSNR)
 
     def ssim(decoded: Tensor, images: Tensor) -> Tensor:
-        each = structural_similarity_index_measure(decoded.double(), images.double(), data_range=2.0, reduction="none")
+        x, y = ((side.double() + 1) / 2 for side in (decoded, images))  # its luminance term knows no negative values
+        each = structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
         assert isinstance(each, Tensor)
         return each.view(-1)
 

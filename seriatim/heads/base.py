@@ -90,7 +90,7 @@ class Head(nn.Module):
         """Check what was asked of `sample`; return the guidance scale of each row (N, 1), None where all are 1."""
         name = type(self).__name__
         Head.check_options(self, temperature)
-        scale = torch.as_tensor(guidance, dtype=torch.float32, device=z.device)
+        scale = torch.as_tensor(guidance, dtype=torch.float32)  # looked at where it is: an accelerator isn't waited for
         if bool((scale == 1.0).all()):
             return None
         if not self.guides:
@@ -99,4 +99,4 @@ class Head(nn.Module):
             raise UsageError("guidance: a scale other than 1 needs z_null, z without the condition")
         if not bool(torch.isfinite(scale).all()):
             raise UsageError("guidance: the scale must be finite")
-        return scale.expand(len(z))[:, None]
+        return scale.expand(len(z))[:, None].to(z.device, non_blocking=True)

@@ -28,10 +28,12 @@ from seriatim.heads.ddpm import Tables, full_chain, log_variance, predict_x0, re
 from seriatim.heads.solvers import ODES, SOLVERS, check_solver
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
 from seriatim.nn.blocks import xavier
+from seriatim.nn.linear import Linear
+from seriatim.nn.packed import version
 from seriatim.nn.position import sinusoid
 
 FREQUENCIES = 256
-MODULATION_CAP = 1 << 24  # numbers held at once for the modulations of several steps: 64 MiB
+MODULATION_CAP = 1 << 22  # numbers held at once for the modulations of several steps: 16 MiB
 
 
 class Diffusion(Head):
@@ -57,10 +59,11 @@ class Diffusion(Head):
             raise UsageError(f"train_steps: {train_steps!r} is not allowed; it must be at least 2")
         self.output, self.width, self.draws, self.train_steps = dim, width, draws, train_steps
         self.config = {"dim": dim, "width": width, "depth": depth, "draws": draws, "train_steps": train_steps}
-        self.time_embed = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.x_embed = nn.Linear(dim, width)
+        self.time_embed = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
+        self.x_embed = Linear(dim, width)
         self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(AdaLNBlock(width) for _ in range(depth))  # type: ignore[assignment]
         self.final = AdaLNOutput(width, 2 * dim)  # eps, and where between its bounds the variance is
+        self._times: tuple[Any, Tensor] | None = None
         self.initialise()
         if z_dim is not None:
             self.bind(z_dim)
@@ -77,7 +80,7 @@ class Diffusion(Head):
 
     def bind(self, z_dim: int) -> None:
         if self.z_dim is None:
-            self.z_embed = nn.Linear(z_dim, self.width)
+            self.z_embed = Linear(z_dim, self.width)
             xavier(self.z_embed)
         super().bind(z_dim)
 
@@ -95,17 +98,17 @@ class Diffusion(Head):
         every = torch.arange(self.train_steps, device=t.device)
         return F.embedding(t, self.time_embed(sinusoid(every, FREQUENCIES)))
 
-    def modulations(self, y: Tensor) -> list[Tensor]:
-        """y (..., W), time plus condition -> the modulation of each block (..., 3 W) and of the output (..., 2 W)."""
+    def modulations(self, y: Tensor) -> list[tuple[Tensor, ...]]:
+        """y (..., W), time plus condition -> shift, 1 + scale (and gate) of each block and the output, (..., W)."""
         y = F.silu(y)
-        return [*(block.modulation(y) for block in self.blocks), self.final.modulation(y)]
+        return [*(block.modulate(y) for block in self.blocks), self.final.modulate(y)]
 
-    def denoise(self, x: Tensor, modulations: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def denoise(self, x: Tensor, modulations: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
         """x (N, D) -> eps (N, D), v (N, D)."""
         h = self.x_embed(x)  # (N, W)
         for block, modulation in zip(self.blocks, modulations, strict=False):
-            h = block(h, modulation)
-        eps, v = self.final(h, modulations[-1]).chunk(2, dim=-1)
+            h = block(h, *modulation)
+        eps, v = self.final(h, *modulations[-1]).chunk(2, dim=-1)
         return eps, v
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -160,7 +163,7 @@ class Diffusion(Head):
             def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
                 at, modulations = next(walk)
                 assert at == i, f"the {solver} solver asked for timestep {i} of the chain, not for {at}"
-                eps, v = self.denoise(x if scale is None else x.repeat(2, 1), modulations)
+                eps, v = self.denoise(x if scale is None else torch.cat([x, x]), modulations)
                 if scale is not None:
                     eps_null = eps[N:]
                     eps, v = eps_null + scale * (eps[:N] - eps_null), v[:N]
@@ -189,21 +192,28 @@ class Diffusion(Head):
         check_solver(options.get("solver", "ddpm"), temperature)
         self.chain(**options)
 
-    def _walk(self, chain: Tables, condition: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
-        """From the last step of `chain` to the first: its index, and the modulations of all blocks at it.
+    def _walk(self, chain: Tables, condition: Tensor) -> Iterator[tuple[int, list[list[Tensor]]]]:
+        """From the last step of `chain` to the first: its index, and shift, 1 + scale (and gate) of each block.
 
         A modulation depends on t and z only: those of many steps are made in one product, as many as fit in memory.
         """
-        t = torch.from_numpy(chain.timesteps).to(condition.device)
-        times = self.time_embed(sinusoid(t, FREQUENCIES))  # (T, W)
+        times = self._times_of(chain, condition.device)  # (T, W)
         per_step = len(condition) * self.width * (3 * len(self.blocks) + 2)
         chunk = max(1, MODULATION_CAP // per_step)
-        steps = list(range(len(chain) - 1, -1, -1))
-        for begin in range(0, len(steps), chunk):
-            some = steps[begin : begin + chunk]
-            y = times[some][:, None] + condition  # (chunk, N, W)
-            for i, *modulations in zip(some, *self.modulations(y), strict=True):
-                yield i, modulations
+        for end in range(len(chain), 0, -chunk):
+            begin = max(0, end - chunk)
+            y = times[begin:end][:, None] + condition  # (chunk, N, W)
+            steps = [[part.unbind() for part in parts] for parts in self.modulations(y)]  # chunk times (N, W)
+            for i in range(end - 1, begin - 1, -1):
+                yield i, [[part[i - begin] for part in parts] for parts in steps]
+
+    def _times_of(self, chain: Tables, device: torch.device) -> Tensor:
+        """The embedded timesteps of a chain (T, W), kept for the next call, until the weights change."""
+        key = (device, chain.timesteps.tobytes(), version(self.time_embed))
+        if self._times is None or self._times[0] != key:
+            t = torch.from_numpy(chain.timesteps).to(device)
+            self._times = (key, self.time_embed(sinusoid(t, FREQUENCIES)))
+        return self._times[1]
 
 
 # --- formulas -----------------------------------------------------------------------------------------------------

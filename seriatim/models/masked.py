@@ -216,8 +216,9 @@ def draw(
     counts = torch.tensor([annealed_steps(first, last, share) for share in shares])[rows.cpu()]  # (N,)
     drawn = z.new_empty(len(z), head.output, dtype=torch.float32)
     for count in counts.unique().tolist():  # one, unless images of the batch know different shares
-        some = (counts == count).nonzero()[:, 0].to(z.device)
+        some = (counts == count).nonzero()[:, 0]
         of = rows[some.to(rows.device)]
+        some = some.to(z.device)
         null = None if z_null is None else z_null[some]
         options = head_steps | {"num_diffusion_steps": count}
         drawn[some] = head.sample(z[some], noise.select(of), null, scale[of], temperature, **options)

@@ -6,14 +6,13 @@ one large product before its loop.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.nn.blocks import NORM_EPS
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+from seriatim.nn.linear import Linear
+from seriatim.nn.packed import PackedLinear
 
 
 class AdaLNBlock(nn.Module):
@@ -22,15 +21,20 @@ class AdaLNBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.fc1 = nn.Linear(width, width)
-        self.fc2 = nn.Linear(width, width)
-        self.modulation = nn.Linear(width, 3 * width)  # of SiLU(condition): shift, scale, gate
+        self.fc1: nn.Module = Linear(width, width)
+        self.fc2 = Linear(width, width)
+        self.modulation = Linear(width, 3 * width)  # of SiLU(condition): shift, scale, gate
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x (N, W); modulation (N, 3 W), what `self.modulation` made of SiLU(condition)."""
-        shift, scale, gate = modulation.chunk(3, dim=-1)
-        h = modulate(self.norm(x), shift, scale)
-        return x + gate * self.fc2(F.silu(self.fc1(h)))
+    def modulate(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """SiLU(condition) (..., W) -> shift, 1 + scale, gate: each (..., W)."""
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        return shift, 1 + scale, gate
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """x (N, W) and what `modulate` gave."""
+        h = torch.addcmul(shift, self.norm(x), scale)
+        h = self.fc1(h, then="swish") if isinstance(self.fc1, PackedLinear) else F.silu(self.fc1(h))
+        return torch.addcmul(x, gate, self.fc2(h))
 
 
 class AdaLNOutput(nn.Module):
@@ -39,10 +43,14 @@ class AdaLNOutput(nn.Module):
     def __init__(self, width: int, output: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-        self.modulation = nn.Linear(width, 2 * width)  # of SiLU(condition): shift, scale
-        self.linear = nn.Linear(width, output)
+        self.modulation = Linear(width, 2 * width)  # of SiLU(condition): shift, scale
+        self.linear = Linear(width, output)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x (N, W); modulation (N, 2 W) -> (N, output)."""
-        shift, scale = modulation.chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+    def modulate(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """SiLU(condition) (..., W) -> shift, 1 + scale: each (..., W)."""
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        return shift, 1 + scale
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """x (N, W) and what `modulate` gave -> (N, output)."""
+        return self.linear(torch.addcmul(shift, self.norm(x), scale))

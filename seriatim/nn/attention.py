@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seriatim.nn.linear import Linear
+
 SHORT = 128  # positions up to which explicit products beat the fused kernel on a CPU in float32
 
 
@@ -19,17 +21,22 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dropout = dropout  # on the attention probabilities and on the output
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, S, C); mask (B, 1, 1 or S, S), True where a key may be attended to."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """x (B, S, C); mask (B, 1, 1 or S, S), True where a key may be attended to -> (B, S, C).
+
+        With `at` (B, K), only what these positions see: (B, K, C).
+        """
         B, S, C = x.shape
         qkv = self.qkv(x).view(B, S, 3, self.heads, C // self.heads)  # (B, S, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, h, S, d)
+        if at is not None:
+            q = q.gather(2, at[:, None, :, None].expand(-1, self.heads, -1, C // self.heads))  # (B, h, K, d)
         dropout = self.dropout if self.training else 0.0
-        x = attend(q, k, v, mask, dropout)  # (B, h, S, d)
-        x = x.transpose(1, 2).reshape(B, S, C)
+        x = attend(q, k, v, mask, dropout)  # (B, h, S or K, d)
+        x = x.transpose(1, 2).flatten(2)  # (B, S or K, C)
         return F.dropout(self.proj(x), self.dropout, self.training)
 
 

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.nn.attention import Attention
+from seriatim.nn.linear import Linear
+from seriatim.nn.packed import PackedLinear
 
 NORM_EPS = 1e-6
 
@@ -16,11 +18,12 @@ class MLP(nn.Module):
     def __init__(self, width: int, ratio: float = 4.0, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.fc1 = nn.Linear(width, int(width * ratio))
-        self.fc2 = nn.Linear(int(width * ratio), width)
+        self.fc1: nn.Module = Linear(width, int(width * ratio))
+        self.fc2 = Linear(int(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        x = self.fc1(x, then="gelu") if isinstance(self.fc1, PackedLinear) else F.gelu(self.fc1(x))
+        x = F.dropout(x, self.dropout, self.training)
         return F.dropout(self.fc2(x), self.dropout, self.training)
 
 
@@ -34,9 +37,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = MLP(width, mlp_ratio, dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x + self.attention(self.norm1(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+        """x (B, S, C) -> (B, S, C), or with `at` (B, K) what comes out at these positions: (B, K, C)."""
+        seen = self.attention(self.norm1(x), mask, at)
+        x = seen + (x if at is None else gather(x, at))
         return x + self.mlp(self.norm2(x))
+
+
+def gather(x: Tensor, at: Tensor) -> Tensor:
+    """x (B, S, C), at (B, K) -> (B, K, C)."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def xavier(module: nn.Module) -> None:

@@ -1,15 +1,16 @@
 """The fast loop of masked models: the same draws and the same tokens as `MaskedModel.sample`, step by step.
 
 What it does better: one pass for conditional and unconditional rows; none for the latter where the scale is 1, and
-none for images that are finished; rows known on the CPU, where the noise is drawn; the backbone in half precision if
-asked; a stream of steps.
+none for images that are finished; the first step of a class once; masks and rows on the CPU, where the noise is drawn,
+so that an accelerator is not waited for; the backbone in half precision if asked; a stream of steps.
 
 Shapes: B images, L tokens, D features, N tokens asked for, C width of z.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from seriatim.core.orders import order_vectors
 from seriatim.core.random import Noise
 from seriatim.core.schedules import check_guidance, check_token_schedule, guidance_at, unknown_after
 from seriatim.models.masked import MaskedModel, draw
+from seriatim.nn.packed import prepare, version
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def masked_steps(
     min_tokens: int = 1,
     num_diffusion_steps_last: int | None = None,  # None: as many steps inside the head all over the image
     dtype: torch.dtype = torch.float32,  # of the backbone; the head is always float32
+    first: FirstStep | None = None,  # of this model, to keep it from one call to the next
     **head_steps: Any,
 ) -> Iterator[Step]:
     """Yield a `Step` after each of `steps` steps over the images; the last holds all tokens."""
@@ -69,30 +72,30 @@ def masked_steps(
     check_token_schedule(token_schedule, min_tokens)
     check_guidance(guidance_schedule, guidance_interval, guidance_power)
     tokens, known_there = model.begin(B, tokens, known)
-    device, known = tokens.device, known_there.cpu()  # on the CPU, as are orders and rows
+    device, known = tokens.device, known_there.cpu()
     order = order_vectors(order, noise, known)  # (B, L)
     begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
-    passes = Passes(model, labels, B)
+    passes = Passes(model, labels, B, first or FirstStep(model))
     for step in range(steps):
         shares = [1 - now / L for now in left]  # known when the step begins
         left = [
-            unknown_after(step, steps, L, now, first, token_schedule, min_tokens)
-            for now, first in zip(left, begun, strict=True)
+            unknown_after(step, steps, L, now, at_first, token_schedule, min_tokens)
+            for now, at_first in zip(left, begun, strict=True)
         ]
         later = torch.zeros_like(known).scatter(1, order, torch.arange(L) < torch.tensor(left)[:, None])
         ask = ~known & ~later
-        rows = ask.nonzero()[:, 0]  # (N,): the image of each token asked for
+        rows, places = ask.nonzero().unbind(1)  # (N,): the image of each token asked for, and where in it
         if len(rows):  # with fewer unknown tokens than steps, all is known early
             scale = torch.tensor(
                 [guidance_at(guidance_schedule, guidance_scale, m, L, guidance_interval, guidance_power) for m in left]
             )
-            ask_there = ask.to(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                z, z_null = passes.z(tokens, known.to(device), ask_there, rows, scale)  # (N, C)
+                z, z_null = passes.z(tokens, known, ask, rows, places, scale)  # (N, C)
             drawn = draw(
                 model.head, rows, z, noise, z_null, scale, temperature, shares, num_diffusion_steps_last, head_steps
             )
-            tokens = tokens.masked_scatter(ask_there[..., None], drawn)  # rows are in raster order
+            flat = (rows * L + places).to(device, non_blocking=True)
+            tokens = tokens.flatten(0, 1).index_copy(0, flat, drawn).view_as(tokens)
             known = known | ask
         yield Step(step, steps, "tokens", tokens, known)
     if not bool(torch.isfinite(tokens).all()):
@@ -102,6 +105,43 @@ def masked_steps(
         )
 
 
+def prepare_model(model: MaskedModel, dtype: torch.dtype = torch.float32) -> MaskedModel:
+    """Lay a model's weights out for sampling alone, in place: packed on a CPU, the backbone's products in `dtype`.
+
+    What meets tokens stays in float32: its input layer and the head.
+    """
+    prepare(model.backbone, dtype, keep=("token_embed",))
+    prepare(model.head)
+    return model
+
+
+class FirstStep:
+    """z of images of which nothing is known: it depends on the class alone, and is kept for the classes seen last."""
+
+    def __init__(self, model: MaskedModel, most: int = 32) -> None:
+        self.model, self.most = model, most
+        self.kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self.made_with: object = None
+
+    def z(self, label: int) -> Tensor:
+        """Class, or -1 for none -> (L, C). Made class by class, so that it doesn't depend on what is asked with it."""
+        if self.made_with != (now := version(self.model)):
+            self.kept.clear()
+            self.made_with = now
+        device = self.model.no_class.device
+        half = torch.is_autocast_enabled(device.type)
+        key = (label, torch.get_autocast_dtype(device.type) if half else None)
+        if key not in self.kept:
+            backbone, L = self.model.backbone, self.model.tokens
+            state = backbone.start(self.model.condition(torch.tensor([label], device=device), 1), 1)
+            nothing = torch.zeros(1, L, dtype=torch.bool)
+            self.kept[key] = backbone.z(state, torch.zeros(1, L, backbone.dim, device=device), nothing, ~nothing)
+        self.kept.move_to_end(key)
+        while len(self.kept) > self.most:
+            self.kept.popitem(last=False)
+        return self.kept[key]
+
+
 class Passes:
     """Conditional and unconditional rows in one pass of the backbone, of the images that need them.
 
@@ -109,27 +149,38 @@ class Passes:
     the backbone's state is made anew.
     """
 
-    def __init__(self, model: MaskedModel, labels: Tensor | None, images: int) -> None:
-        self.backbone = model.backbone
+    def __init__(self, model: MaskedModel, labels: Tensor | None, images: int, first: FirstStep) -> None:
+        self.backbone, self.first = model.backbone, first
+        self.labels = [-1] * images if labels is None else labels.tolist()
         self.conditions = torch.cat([model.condition(labels, images), model.condition(None, images)])  # (2 B, width)
         self.images, self.chosen = images, torch.empty(0, dtype=torch.long)
 
     def z(
-        self, tokens: Tensor, known: Tensor, ask: Tensor, rows: Tensor, scale: Tensor
+        self, tokens: Tensor, known: Tensor, ask: Tensor, rows: Tensor, places: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """z and z_null (N, C) of rows (N,); scale (B,); these two on the CPU, the rest on the device."""
+        """z and z_null (N, C) of rows and places (N,); scale (B,). All on the CPU but the tokens."""
         asking = torch.zeros(self.images, dtype=torch.bool).scatter(0, rows, True)  # (B,)
         guided = asking & (scale != 1.0)
+        if not bool(known.any()):
+            return self.of_nothing(rows, places, bool(guided.any()))
         chosen = torch.cat([asking, guided]).nonzero()[:, 0]  # of 2 B
         if not torch.equal(chosen, self.chosen):
             self.chosen, there = chosen, chosen.to(tokens.device)
             self.state = self.backbone.start(self.conditions[there], len(chosen))
-            self.index = there % self.images
-        z = self.backbone.z(self.state, tokens[self.index], known[self.index], ask[self.index])
+            self.index, self.index_there = chosen % self.images, there % self.images
+        z = self.backbone.z(self.state, tokens[self.index_there], known[self.index], ask[self.index])
         z, z_guided = z[: len(rows)], z[len(rows) :]
         if not bool(guided.any()):
             return z, None
         if bool(guided[rows].all()):
             return z, z_guided
         # where the scale is 1, z itself stands for z_null: z + 1 (z - z)
-        return z, z.masked_scatter(guided[rows].to(z.device)[:, None], z_guided)
+        return z, z.index_copy(0, guided[rows].nonzero()[:, 0].to(z.device), z_guided)
+
+    def of_nothing(self, rows: Tensor, places: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+        """The same where nothing is known."""
+        labels, which = torch.tensor(self.labels).unique(return_inverse=True)
+        every = torch.cat([self.first.z(label) for label in labels.tolist()])  # (classes L, C)
+        L = len(every) // len(labels)
+        z = every.index_select(0, (which[rows] * L + places).to(every.device))
+        return z, self.first.z(-1).index_select(0, places.to(every.device)) if guided else None

@@ -14,9 +14,12 @@ from seriatim.evaluation.metrics import (
     covariance,
     discrepancy,
     frechet_distance,
+    frechet_with_error,
     gaussian_frechet,
     inception_score,
     kernel_distance,
+    matrix_root,
+    random_groups,
     with_error,
     within_class_variance,
 )
@@ -221,6 +224,14 @@ def test_error_is_that_of_another_draw() -> None:
         y = random.normal(size=(300, 4))
         errors.append(with_error(lambda i, y=y: distance(y[i]), 300).error)
     assert np.mean(errors) == pytest.approx(anew, rel=0.3)
+
+
+def test_error_of_a_frechet_distance_from_sums_over_groups() -> None:
+    x, y = random.normal(size=(57, 4)) * 0.1 + 50, random.normal(size=(80, 4)) * 0.1 + 50
+    slow = with_error(lambda i: frechet_distance(x[i], y), len(x))
+    fast = frechet_with_error(x, y.mean(axis=0), covariance(y), matrix_root(covariance(y)))
+    assert fast.value == pytest.approx(slow.value, rel=1e-9) and fast.error == pytest.approx(slow.error, rel=1e-6)
+    assert sorted(np.concatenate(random_groups(23)).tolist()) == list(range(23)) and len(random_groups(3)) == 3
 
 
 def test_everything_is_float64() -> None:

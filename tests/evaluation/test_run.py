@@ -12,14 +12,16 @@ from helpers import make_bundle
 from torch import Tensor
 
 import seriatim.evaluation.blocks as blocks
+import seriatim.evaluation.figures as figures
 from seriatim.checkpoints.native import save_bundle
 from seriatim.cli import main
 from seriatim.core.errors import DataError, NumericsError, UsageError
 from seriatim.core.random import derive_seed
 from seriatim.evaluation.base import FeatureExtractor, Features
-from seriatim.evaluation.blocks import Blocks, Share, eight_bits
+from seriatim.evaluation.blocks import Blocks, Share, Vectors, eight_bits
 from seriatim.evaluation.features import FEATURES, PixelFeatures, open_features
-from seriatim.evaluation.figures import FIGURES
+from seriatim.evaluation.figures import FIGURES, Reference, Set, figures_of
+from seriatim.evaluation.metrics import discrepancy
 from seriatim.evaluation.reference import ArrayImages, as_many, balanced, halves, read_statistics, whole
 from seriatim.evaluation.run import Evaluation, evaluate
 from seriatim.pipeline import Pipeline
@@ -173,6 +175,15 @@ def test_fewer_real_images_than_samples(pipe: Pipeline, tmp_path: Path) -> None:
     done = run(pipe, tmp_path, real=Memory(30, seed=1))
     assert done.num_real == 30 and done.as_many is not None
     assert "as_many" in done.report["figures"]["FD[mean]"]
+
+
+def test_few_images_of_many_classes(tmp_path: Path) -> None:
+    """What can't be seen is left out, not an error after all the work."""
+    bundle = make_bundle(classes=10)
+    bundle.class_names = names = [str(c) for c in range(10)]
+    settings = {"num": 20, "features": Mean(), "quiet": True, "figures": ["diversity", "kernel"]}
+    done = evaluate(Pipeline(bundle), Memory(50, names), tmp_path, real=Memory(30, names), **settings)  # type: ignore[arg-type]
+    assert done.figures is not None and list(done.figures) == ["KD[mean]"]
 
 
 def test_without_other_images_the_data_is_halved(pipe: Pipeline, tmp_path: Path) -> None:
@@ -350,11 +361,27 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
         (["--guidance-scale", "3"], 2, ["request.guidance_scale: 1.5", "settings.json"]),
         (["--shard", "2/2"], 2, ["shard: '2/2'"]),
         (["--set", "guidance_scal=2"], 2, ["guidance_scal", "did you mean 'guidance_scale'?"]),
+        (["--noise", "0.1"], 2, ["noise: is not for the evaluation of a model"]),
         (["--features", "no.pth"], 2, ["features: 'no.pth'"]),
         (["--real-data", "x.npz"], 2, ["x.npz is no file"]),
     ):
         code, _, err = command(capsys, *common, *arguments)
         assert code == exit_code and err.count("\n") == 1 and all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("most", [5000, 100])
+def test_error_of_a_kernel_distance(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """The spread over sets drawn anew, whether of all pairs or of subsets."""
+    monkeypatch.setattr(figures, "WHOLE", most)
+    monkeypatch.setattr(figures, "SUBSET", 60)
+    random = np.random.default_rng(0)
+    x = [random.normal(size=(240, 3)) + 0.3 for _ in range(16)]
+    real = random.normal(size=(500, 3))
+    found = [figures_of(Set(Vectors(some)), Reference(Vectors(real)), Mean(), ["kernel"])["KD[mean]"] for some in x]
+    for some, figure in zip(x, found, strict=True):
+        assert figure.value == pytest.approx(discrepancy(some, real), rel=1e-9 if most == 5000 else 0.6)
+    anew = np.std([figure.value for figure in found])
+    assert np.mean([figure.error for figure in found]) == pytest.approx(anew, rel=0.6)
 
 
 def test_every_figure_can_be_asked_for() -> None:

@@ -144,8 +144,10 @@ def test_outside_the_interval_there_is_no_unconditional_pass(model: MaskedModel)
     shares = torch.tensor(tokens_per_step(8, L)).cumsum(0) / L
     inside = ((shares >= 0.25) & (shares <= 0.6)).tolist()
     assert 0 < sum(inside) < 8
-    assert count_rows(model, **options, guidance_interval=(0.25, 0.6)) == [8 if x else 4 for x in inside]
-    assert count_rows(model, **options, guidance_interval=(0, 1)) == [8] * 8
+    once = [1] * len(set(LABELS.tolist()))  # the first step is made class by class
+    expected = once + [8 if x else 4 for x in inside[1:]]
+    assert not inside[0] and count_rows(model, **options, guidance_interval=(0.25, 0.6)) == expected
+    assert sum(count_rows(model, **options, guidance_interval=(0, 1))) == len({*LABELS.tolist(), -1}) + 8 * 7
 
 
 def test_a_ragged_batch_computes_only_what_is_needed(model: MaskedModel) -> None:

@@ -12,7 +12,7 @@ from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.random import Noise
 from seriatim.core.schedules import tokens_per_step
 from seriatim.heads.solvers import SOLVERS
-from seriatim.sampling.masked import masked_steps
+from seriatim.sampling.masked import FirstStep, masked_steps
 
 SETTINGS: list[dict[str, Any]] = [
     {"steps": 5},
@@ -111,11 +111,11 @@ def test_the_null_pass_is_skipped_where_the_scale_is_one() -> None:
     rows: list[int] = []
     model.backbone.decoder[0].register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))  # type: ignore[index]
     list(masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), steps=3, num_diffusion_steps=3))
-    assert rows == [2, 2, 2]
+    assert rows == [1, 1, 2, 2], "the first step is made class by class"
     rows.clear()
     options: dict[str, Any] = {"steps": 3, "num_diffusion_steps": 3, "guidance_scale": 2.0}
     list(masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), **options))
-    assert rows == [4, 4, 4]
+    assert rows == [1, 1, 1, 4, 4]
 
 
 def test_bf16_is_near_float32() -> None:
@@ -135,3 +135,28 @@ def test_tokens_that_are_not_finite_stop_with_a_reason() -> None:
         model.head.final.linear.bias.fill_(float("nan"))  # type: ignore[union-attr]
     with pytest.raises(NumericsError, match="not finite"):
         list(masked_steps(model, torch.tensor([0]), Noise.per_image([1]), steps=2, num_diffusion_steps=3))
+
+
+def test_the_first_step_is_kept_until_the_weights_change() -> None:
+    model = make_bundle().model
+    kept = FirstStep(model, most=2)
+    passes: list[int] = []
+    model.backbone.decoder[0].register_forward_pre_hook(lambda _, a: passes.append(len(a[0])))  # type: ignore[index]
+
+    def draw() -> tuple[torch.Tensor, int]:
+        passes.clear()
+        options: dict[str, Any] = {"steps": 2, "num_diffusion_steps": 3, "first": kept}
+        *_, last = masked_steps(model, torch.tensor([1, 1, 0]), Noise.per_image([1, 2, 3]), **options)
+        return last.tokens, len(passes)
+
+    made, again = draw(), draw()
+    assert (made[1], again[1]) == (3, 1) and torch.equal(made[0], again[0]), "two classes, then none"
+    with torch.no_grad():
+        model.backbone.decoder_positions.mul_(1.5)  # type: ignore[operator]
+    changed, fresh = (
+        draw(),
+        model.sample(torch.tensor([1, 1, 0]), Noise.per_image([1, 2, 3]), steps=2, num_diffusion_steps=3),
+    )
+    assert changed[1] == 3 and torch.allclose(changed[0], fresh, atol=1e-4, rtol=1e-4)
+    kept.z(2)
+    assert len(kept.kept) == 2, "the class seen longest ago is dropped"

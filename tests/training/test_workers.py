@@ -1,4 +1,4 @@
-"""Worker processes end with whoever asked for them: no exception, no early stop, no exit leaves one or waits for one."""
+"""Worker processes end with whoever asked for them: no exception, early stop or exit leaves one or waits for one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Grey(ImageData):
 
 
 def test_an_error_ends_them_even_while_it_is_held() -> None:
-    with pytest.raises(DataError, match="^data: an image can't be read any more$") as caught:
+    with pytest.raises(DataError, match=r"^data: an image can't be read any more$") as caught:
         list(Loader(Batches(Grey(whole=20), 0, 0, 64, 8), 1))
     assert caught.value.__traceback__ is not None and not multiprocessing.active_children()
 

@@ -1,0 +1,76 @@
+"""Our sampler, as the bench times it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.bench.opponent import Draws, Opponent, RecordedNoise, Workload, replaced, timed
+from seriatim.bench.timing import Stages, synchronise
+from seriatim.core.random import Noise, generator
+from seriatim.models.masked import MaskedModel
+from seriatim.sampling.masked import masked_steps
+
+
+class Ours(Opponent):
+    """`seriatim.sampling.masked`, as a pipeline calls it; nothing is kept from one run to the next."""
+
+    name = "seriatim"
+
+    def __init__(self, model: MaskedModel, dtype: torch.dtype, device: torch.device) -> None:
+        self.model: MaskedModel = model
+        self.device, self.half, self.dtype = device, dtype, str(dtype).removeprefix("torch.")
+
+    @torch.no_grad()
+    def sample(self, workload: Workload, draws: Draws, stages: Stages | None = None) -> tuple[Tensor, float]:
+        B = len(workload.labels)
+        noise = RecordedNoise([generator(i) for i in range(B)], torch.arange(B), self.device, draws)
+        labels = torch.tensor(workload.labels, device=self.device) if self.model.classes else None
+        options: dict[str, Any] = {name: value for name, value in (("num_diffusion_steps", workload.head_steps),)
+                   if name in self.model.head.sample_options}  # fmt: skip
+        gate = Gate(self.model, stages)
+        seconds, computed = 0.0, set(workload.computed())
+        with replaced(*(gate.changes() if stages or workload.every > 1 else ())):
+            steps = masked_steps(
+                self.model, labels, noise, steps=workload.steps, guidance_scale=workload.guidance,
+                guidance_schedule=workload.schedule, temperature=workload.temperature, dtype=self.half, **options,
+            )  # fmt: skip
+            synchronise(self.device)
+            for step in range(workload.steps):
+                gate.open = step in computed
+                begin = time.perf_counter()
+                now = next(steps)
+                synchronise(self.device)
+                seconds += (time.perf_counter() - begin) * gate.open
+            steps.close()  # type: ignore[attr-defined]
+        return now.tokens.float().cpu(), seconds * workload.factor
+
+
+class Gate:
+    """Closed, the model does nothing: z is zero, and a head's tokens are its first draw. Open, its stages are timed."""
+
+    def __init__(self, model: MaskedModel, stages: Stages | None) -> None:
+        self.open, self.model, self.stages = True, model, stages
+
+    def changes(self) -> list[tuple[Any, str, Any]]:
+        backbone: Any = self.model.backbone
+        head = self.model.head
+        z, sample = backbone.z, timed(self.stages, "head", head.sample)
+
+        def gated_z(state: Any, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
+            return z(state, tokens, known, ask) if self.open else tokens.new_zeros(int(ask.sum()), backbone.z_dim)
+
+        def gated_sample(z: Tensor, noise: Noise, *arguments: Any, **options: Any) -> Tensor:
+            if self.open:
+                return sample(z, noise, *arguments, **options)
+            draws = options["num_diffusion_steps"] + 1 if "num_diffusion_steps" in options else None
+            drawn = noise.normal(head.output, draws=draws)
+            return drawn if draws is None else drawn[0]
+
+        parts = [(name, stage) for name, stage in (("encode", "encoder"), ("decode", "decoder"))
+                 if hasattr(backbone, name)]  # fmt: skip
+        inside = [(backbone, name, timed(self.stages, stage, getattr(backbone, name))) for name, stage in parts]
+        return [(backbone, "z", gated_z), (head, "sample", gated_sample), *(inside if self.stages else ())]

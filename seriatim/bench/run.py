@@ -1,0 +1,302 @@
+"""`bench`: one model's latency, throughput, memory and stages; beside an official code, on the same draws first."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seriatim import __version__
+from seriatim.bench.mar import OfficialMAR
+from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
+from seriatim.bench.ours import Ours
+from seriatim.bench.timing import Stages, counting, matrix_peak, median, peak_resident_bytes, processor
+from seriatim.checkpoints.native import CONFIG, find_bundle, load_bundle
+from seriatim.core.device import DTYPES, pick_device, pick_dtype
+from seriatim.core.errors import ResourceError, UsageError, nearest
+from seriatim.core.progress import Progress
+from seriatim.core.validation import parse
+from seriatim.models.build import build_model, seeded
+from seriatim.models.masked import MaskedModel
+from seriatim.sampling.masked import prepare_model
+from seriatim.sampling.request import SampleRequest, clamped
+from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.kl import KL
+from seriatim.training.precision import threads as with_threads
+from seriatim.zoo import PRESETS
+
+LOOKS = 8  # steps of a run that is taken apart: stages, FLOPs
+LATENTS = "latents of a KL autoencoder"  # of a preset: decoded by MAR's
+
+Ask = dict[str, Any]  # what `bench` was asked, as plain data: a process of its own measures memory from it
+
+
+@dataclass
+class Subject:
+    """What is timed."""
+
+    model: MaskedModel
+    tokenizer: Tokenizer | None
+    defaults: dict[str, Any]
+    weights: str  # where they are from
+
+
+def subject(name: str, decodes: bool = True) -> Subject:
+    """A model folder, or a preset with random weights."""
+    if Path(name).is_dir():
+        bundle = load_bundle(name)
+        return Subject(bundle.model, bundle.tokenizer, dict(bundle.sampling), "the folder's")
+    if name not in PRESETS:
+        raise UsageError(f"model: {name!r} is no folder or preset{nearest(name, PRESETS)}")
+    preset = PRESETS[name]
+    with seeded(0):
+        model = build_model(preset.model).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.ndim > 1 and not bool(weight.any()):  # else a fresh head does nothing, whatever z is
+                    weight.normal_(std=0.02)
+        tokenizer = KL() if decodes and preset.image.endswith(LATENTS) else None
+    return Subject(model, tokenizer, dict(preset.sampling), "random")
+
+
+def sizes(name: str) -> Subject:
+    """The same without weights."""
+    with torch.device("meta"):
+        if name in PRESETS and not Path(name).is_dir():
+            return Subject(build_model(PRESETS[name].model), None, dict(PRESETS[name].sampling), "none")
+        config = json.loads((find_bundle(Path(name)) / CONFIG).read_text(encoding="utf-8"))
+        return Subject(build_model(config["model"]), None, dict(config["sampling"]), "none")
+
+
+def workload(of: Subject, ask: Ask) -> Workload:
+    """The settings asked for, else the model's own; 64 steps where a preset's authors publish figures with 256."""
+    wanted = {k: ask[k] for k in ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "guidance_schedule")}
+    given = {"num_inference_steps": min(64, of.defaults.get("num_inference_steps", 64)), "seed": 0}
+    options = {**of.defaults, **given, **{k: v for k, v in wanted.items() if v is not None}}
+    request = clamped(parse(SampleRequest, options, error=UsageError), of.model.tokens)
+    if request.guidance_schedule not in ("linear", "constant"):
+        raise UsageError(f"guidance_schedule: {request.guidance_schedule!r} is not benched; use linear or constant")
+    classes = of.model.classes
+    labels = tuple(i * classes // ask["batch"] for i in range(ask["batch"])) if classes else (-1,) * ask["batch"]
+    return Workload(
+        labels, request.num_inference_steps, request.num_diffusion_steps, request.guidance_scale,
+        request.guidance_schedule, every=min(ask["every"], request.num_inference_steps),
+    )  # fmt: skip
+
+
+def bench(
+    model: str,
+    *,
+    official: str | None = None,
+    batch: int = 1,
+    num_inference_steps: int | None = None,
+    num_diffusion_steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_schedule: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    official_dtype: str | None = None,
+    threads: int | None = None,
+    repetitions: int = 3,
+    every: int = 1,
+    decode: bool = True,
+    memory: bool = True,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Time `model` (a folder, or a preset with random weights); with `official`, a checkout of the original, both.
+
+    `dtype` is that of our backbone: as in `load`, or "best", the fastest. The original has its own best, measured, or
+    `official_dtype`.
+    Seconds are of one batch, without decoding, which is timed apart. Raises UsageError for what can't be benched.
+    """
+    for name, value in (("batch", batch), ("repetitions", repetitions), ("every", every), ("threads", threads)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}: {value!r} is not allowed; it must be 1 or more")
+    ask: Ask = {
+        "model": model, "official": official, "batch": batch, "num_inference_steps": num_inference_steps,
+        "num_diffusion_steps": num_diffusion_steps, "guidance_scale": guidance_scale,
+        "guidance_schedule": guidance_schedule, "every": every, "device": str(pick_device(device)),
+        "threads": threads or torch.get_num_threads(),
+    }  # fmt: skip
+    where = torch.device(ask["device"])
+    with with_threads(ask["threads"]):
+        of = subject(model, decode)
+        work = workload(of, ask)
+        theirs = None if official is None else OfficialMAR(Path(official), of.model, where, work.head_steps)
+        half = best_dtype(where) if dtype == "best" else pick_dtype(dtype, where)
+        ask["dtype"] = str(half).removeprefix("torch.")
+        ours = Ours(prepare_model(of.model.to(where), half), half, where)
+        result = {
+            "model": model, "weights": of.weights, "device": processor(where), "threads": ask["threads"],
+            "batch": batch, "num_inference_steps": work.steps, "num_diffusion_steps": work.head_steps,
+            "guidance_scale": work.guidance, "guidance_schedule": work.schedule, "every": work.every,
+            "repetitions": repetitions, "dtype": ours.dtype, "head_dtype": "float32",
+            "start_timestep": start_of(of.model, work.head_steps),
+            "versions": {"seriatim": __version__, "torch": torch.__version__},
+        }  # fmt: skip
+        runs = (1 + repetitions) * (1 if theirs is None else 2)
+        with Progress(runs, "bench", "runs", quiet=quiet) as bar:
+            result |= compared(ours, theirs, work, bar)
+            if theirs is not None:
+                result["official_dtype"] = theirs.choose(official_dtype, work)
+                result["official_tried"] = theirs.tried
+            result |= timed_runs(ours, theirs, work, repetitions, bar)
+        result |= apart(ours, theirs, work, where, half)
+        if decode and of.tokenizer is not None:
+            result["stages"]["decoding"] = decoding(of.tokenizer.eval().to(where), batch, where)
+        result |= measured_memory(ask, theirs is not None) if memory else {}
+        if theirs is None and batch > 1:
+            alone = replace(work, labels=work.labels[:1])
+            result["latency_seconds"] = statistics.median(ours.sample(alone, Draws())[1] for _ in range(repetitions))
+        elif batch == 1:
+            result["latency_seconds"] = result["seconds"]
+    return result
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    return max(DTYPES.values(), key=lambda dtype: matrix_peak(dtype, device))
+
+
+def start_of(model: MaskedModel, head_steps: int) -> int | None:
+    chain: Callable[[int], Any] | None = getattr(model.head, "chain", None)
+    return None if chain is None else int(chain(head_steps).timesteps[-1])
+
+
+def compared(ours: Ours, theirs: Opponent | None, work: Workload, bar: Progress) -> dict[str, Any]:
+    """The same orders and noise through both, the original in float32: how far apart the tokens are."""
+    draws = Draws()
+    tokens, seconds = ours.sample(work, draws)
+    bar.advance(1, "first run")
+    if theirs is None:
+        return {}
+    expected, official = theirs.sample(work, draws)
+    bar.advance(1, "the original on the same draws")
+    largest, difference = float(expected.abs().max()), float((tokens - expected).abs().max())
+    return {
+        "max_abs_difference": difference,
+        "max_rel_difference": difference / largest,
+        "largest_value": largest,
+        "replay_seconds": seconds,
+        "official_float32_seconds": official,  # of that one run
+    }
+
+
+def timed_runs(
+    ours: Ours, theirs: OfficialMAR | None, work: Workload, repetitions: int, bar: Progress
+) -> dict[str, Any]:
+    """Both in turn, several times; the median of each."""
+    result: dict[str, Any] = {}
+    seconds: list[float] = []
+    official: list[float] = []
+    for _ in range(repetitions):
+        seconds.append(ours.sample(work, Draws())[1])
+        bar.advance(1, f"{seconds[-1]:.2f} s")
+        if theirs is not None:
+            official.append(theirs.sample(work, Draws())[1])
+            bar.advance(1, f"{seconds[-1]:.2f} s, the original {official[-1]:.2f} s")
+    B = len(work.labels)
+    result |= {"seconds": statistics.median(seconds), "seconds_of_each": seconds}
+    result["images_per_second"] = B / result["seconds"]
+    if theirs is not None:
+        result |= {"official_seconds": statistics.median(official), "official_seconds_of_each": official}
+        result["official_images_per_second"] = B / result["official_seconds"]
+        result["ratio"] = result["official_seconds"] / result["seconds"]
+    return result
+
+
+def apart(
+    ours: Ours, theirs: Opponent | None, work: Workload, device: torch.device, half: torch.dtype
+) -> dict[str, Any]:
+    """Stages and FLOPs, from a few steps scaled to all."""
+    few = replace(work, every=max(work.every, work.steps // LOOKS))
+    result: dict[str, Any] = {"stages": split(ours, few, device)}
+    if theirs is not None:
+        result["official_stages"] = split(theirs, few, device)
+    peaks = {dtype: matrix_peak(dtype, device) for dtype in {half, torch.float32}}
+    total, head = flops(ours, few)
+    ideal = (total - head) / peaks[half] + head / peaks[torch.float32]
+    return {
+        **result,
+        "flops": total,
+        "peak_flops": {str(dtype).removeprefix("torch."): peak for dtype, peak in peaks.items()},
+        "ideal_seconds": ideal,
+    }
+
+
+def flops(ours: Ours, few: Workload) -> tuple[float, float]:
+    """FLOPs of a run's matrix products: all of them, and the head's."""
+    sample, of_head = ours.model.head.sample, 0.0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal of_head
+        with counting() as counter:
+            tokens = sample(*arguments, **options)
+        of_head += counter.get_total_flops()
+        return tokens
+
+    with replaced((ours.model.head, "sample", counted)), counting() as counter:
+        ours.sample(few, Draws())
+    return counter.get_total_flops() * few.factor, of_head * few.factor
+
+
+def split(opponent: Opponent, few: Workload, device: torch.device) -> dict[str, float]:
+    stages = Stages(device)
+    _, total = opponent.sample(few, Draws(), stages)
+    seconds = {name: value * few.factor for name, value in stages.seconds.items()}
+    return {**seconds, "other": max(0.0, total - sum(seconds.values()))}
+
+
+@torch.no_grad()
+def decoding(tokenizer: Tokenizer, batch: int, device: torch.device) -> float:
+    tokens = torch.randn(batch, tokenizer.count, tokenizer.dim, device=device)
+    return median(lambda: tokenizer.decode(tokens), device)
+
+
+# --- memory: a process for each, so that neither holds what the other needs -------------------------------------------
+
+
+def measured_memory(ask: Ask, both: bool) -> dict[str, int | None]:
+    result = {"peak_bytes": memory_of({**ask, "who": "ours"})}
+    if both:
+        result["official_peak_bytes"] = memory_of({**ask, "who": "official"})
+    return result
+
+
+def memory_of(ask: Ask) -> int | None:
+    """The peak of a process that draws some steps, the last ones among them: those that hold most."""
+    done = subprocess.run(
+        [sys.executable, "-m", "seriatim.bench.run", json.dumps(ask)], capture_output=True, text=True, env=os.environ
+    )
+    if done.returncode:
+        raise ResourceError(f"bench: the process that measures memory failed ({done.stderr.strip()[-300:]})")
+    found = json.loads(done.stdout.splitlines()[-1])
+    return None if found is None else int(found)
+
+
+def child(ask: Ask) -> int | None:
+    device = torch.device(ask["device"])
+    torch.set_num_threads(ask["threads"])
+    opponent: Opponent
+    if ask["who"] == "official":
+        of = sizes(ask["model"])
+        opponent = OfficialMAR(Path(ask["official"]), of.model, device, workload(of, ask).head_steps)
+    else:
+        of, half = subject(ask["model"], decodes=False), DTYPES[ask["dtype"]]
+        opponent = Ours(prepare_model(of.model.to(device), half), half, device)
+    work = workload(of, ask)
+    opponent.sample(replace(work, every=max(1, work.steps // 4), last=True), Draws())
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_bytes()
+
+
+if __name__ == "__main__":
+    print(json.dumps(child(json.loads(sys.argv[1]))))  # noqa: T201

@@ -1,0 +1,111 @@
+"""Weights packed for sampling: the same products, saved unpacked, refused where they can't be right."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_bundle
+from torch import nn
+
+from seriatim.checkpoints.native import load_bundle, save_bundle
+from seriatim.core.errors import UsageError
+from seriatim.core.random import Noise
+from seriatim.nn import packed
+from seriatim.nn.blocks import MLP
+from seriatim.nn.packed import PackedLinear, packs, prepare, version
+from seriatim.sampling.masked import masked_steps, prepare_model
+
+pytestmark = pytest.mark.skipif(not packs(torch.float32), reason="this build of torch has no oneDNN products")
+
+
+@pytest.fixture(autouse=True)
+def pack_small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "SMALLEST", 1)
+
+
+@pytest.mark.parametrize("rows", [(1,), (2,), (7,), (2, 33), (640,)])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_the_same_product(rows: tuple[int, ...], bias: bool) -> None:
+    layer = nn.Linear(96, 130, bias=bias)
+    x = torch.randn(*rows, 96)
+    ours = PackedLinear(layer)
+    assert torch.allclose(ours(x), layer(x), atol=1e-5)
+    assert torch.equal(ours.weight, layer.weight), "unpacked exactly"
+    assert torch.allclose(ours(x, then="gelu"), nn.functional.gelu(layer(x)), atol=1e-5)
+    assert torch.allclose(ours(x, then="swish"), nn.functional.silu(layer(x)), atol=1e-5)
+    half = PackedLinear(layer, torch.bfloat16)(x)
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), layer(x), atol=0.05)
+
+
+@torch.no_grad()
+def test_an_mlp_is_packed_in_place() -> None:
+    mlp, x = MLP(32), torch.randn(5, 32)
+    expected, plain = mlp(x), copy.deepcopy(mlp.state_dict())
+    prepare(mlp)
+    assert isinstance(mlp.fc1, PackedLinear) and isinstance(mlp.fc2, PackedLinear)
+    assert torch.allclose(mlp(x), expected, atol=1e-5)
+    assert all(torch.equal(value, plain[name]) for name, value in mlp.state_dict().items())
+    assert mlp.state_dict().keys() == plain.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_model_draws_the_same(dtype: torch.dtype) -> None:
+    bundle = make_bundle()
+    options: dict[str, Any] = {"steps": 6, "num_diffusion_steps": 8, "guidance_scale": 2.0, "dtype": dtype}
+
+    def draw() -> torch.Tensor:
+        *_, last = masked_steps(bundle.model, torch.tensor([0, 2, -1]), Noise.per_image([1, 2, 3]), **options)
+        return last.tokens
+
+    plain = draw()
+    prepare_model(bundle.model, dtype)
+    assert isinstance(bundle.model.backbone.decoder[0].mlp.fc1, PackedLinear)  # type: ignore[index]
+    embed, head = bundle.model.backbone.token_embed, bundle.model.head.x_embed
+    assert isinstance(embed, PackedLinear) and embed.dtype == torch.float32, "what meets tokens is not rounded"
+    assert isinstance(head, PackedLinear) and head.dtype == torch.float32
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
+    assert torch.allclose(draw(), plain, atol=tolerance * float(plain.abs().max()))
+
+
+def test_what_was_rounded_is_not_saved(tmp_path: Path) -> None:
+    bundle = make_bundle()
+    weights = {name: value.clone() for name, value in bundle.model.state_dict().items()}
+    prepare_model(bundle.model)
+    again = load_bundle(save_bundle(bundle, tmp_path / "exact")).model.state_dict()
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+    rounded = make_bundle()
+    prepare_model(rounded.model, torch.bfloat16)
+    with pytest.raises(UsageError, match=r"was rounded to bfloat16 .* dtype=float32 to save it"):
+        save_bundle(rounded, tmp_path / "rounded")
+    assert not (tmp_path / "rounded").exists()
+
+
+def test_it_is_for_sampling_on_this_cpu_only() -> None:
+    layer = PackedLinear(nn.Linear(8, 8))
+    with pytest.raises(AssertionError, match="no gradients"):
+        layer(torch.randn(2, 8, requires_grad=True))
+    for move in (lambda: layer.to("meta"), lambda: layer.double()):
+        with pytest.raises(UsageError, match="can't be moved or cast; load the model anew"):
+            move()
+    assert layer.to("cpu") is layer and layer.float() is layer
+
+
+def test_without_the_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "packs", lambda dtype: False)
+    mlp = MLP(32)
+    prepare(mlp, torch.bfloat16)
+    assert isinstance(mlp.fc1, nn.Linear) and mlp.fc1.weight.dtype == torch.float32
+
+
+def test_the_version_changes_with_a_weight() -> None:
+    layer = nn.Linear(4, 4)
+    before = version(layer)
+    assert before == version(layer)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    assert version(layer) != before
