@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seriatim.core.errors import UsageError, nearest
 from seriatim.evaluation.base import FeatureExtractor, Features
+from seriatim.evaluation.classifier import Classifier
 from seriatim.evaluation.inception import Inception, InceptionPytorchFid
 
 CLASSIFIER = "classifier"  # opens a folder given without a name
@@ -36,6 +37,7 @@ class PixelFeatures(FeatureExtractor):
 
 
 FEATURES: dict[str, type[FeatureExtractor]] = {
+    CLASSIFIER: Classifier,
     "inception": Inception,
     "inception-pytorch-fid": InceptionPytorchFid,
     "pixels": PixelFeatures,

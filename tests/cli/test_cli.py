@@ -246,7 +246,7 @@ def test_ctrl_c_says_so(seriatim: Run, monkeypatch: pytest.MonkeyPatch, capsys: 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("seriatim.training.config.read_recipe", interrupted)
+    monkeypatch.setattr("seriatim.training.config.read_any", interrupted)
     assert run(["recipes", "show", "mar-digits"]) == 130
     assert capsys.readouterr().err.strip() == "stopped"
 
