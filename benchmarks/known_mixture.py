@@ -254,7 +254,7 @@ def plot(rows: list[dict[str, object]], file: Path) -> None:
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for panel, name in zip(panels, MIXTURES, strict=True):
-        for colour, solver in zip(("tab:blue", "tab:orange", "tab:green"), SOLVERS, strict=False):
+        for colour, solver in zip(("tab:blue", "tab:red", "tab:orange", "tab:green"), SOLVERS, strict=False):
             for start, line in zip(STARTS, ("-", ":"), strict=True):
                 cells = [column(rows, "distance", mixture=name, solver=solver, start=start, steps=n) for n in STEPS]
                 means, spreads = zip(*cells, strict=True)

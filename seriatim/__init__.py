@@ -15,6 +15,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "BACKBONES": "seriatim.models.build",
+    "FEATURES": "seriatim.evaluation.features",
+    "FeatureExtractor": "seriatim.evaluation.base",
+    "Features": "seriatim.evaluation.base",
     "HEADS": "seriatim.models.build",
     "MODELS": "seriatim.models.build",
     "ORDERS": "seriatim.core.orders",
@@ -31,7 +34,10 @@ _PUBLIC = {
     "SeriatimError": "seriatim.core.errors",
     "Step": "seriatim.sampling.masked",
     "UsageError": "seriatim.core.errors",
+    "evaluate": "seriatim.evaluation.run",
     "load": "seriatim.pipeline",
+    "open_features": "seriatim.evaluation.features",
+    "sweep": "seriatim.evaluation.sweep",
     "train": "seriatim.training.loop",
 }
 

@@ -121,16 +121,20 @@ def test_readme_recipe_keys_are_all_there() -> None:
     """docs/recipes.md lists every key of a recipe and none that doesn't exist."""
     from seriatim.backbones.masked import Masked
     from seriatim.core.construct import arguments
+    from seriatim.evaluation.classifier import ResNet
     from seriatim.heads.diffusion import Diffusion
     from seriatim.models.masked import MaskedModel
     from seriatim.tokenizers.build import TOKENIZERS
-    from seriatim.training.config import Training
+    from seriatim.training.config import ClassifierTraining, Training
 
     text = (ROOT / "docs" / "recipes.md").read_text()
     listed = set(re.findall(r"`((?:training|model)\.[a-z_.]+)`", text)) - {"training.png"}
-    derived = {"tokens", "dim", "classes", "backbone", "head", "z_dim"}
-    expected = {f"training.{key}" for key in Training.model_fields} | {"model.kind", "model.head.kind"}
-    expected |= {f"model.{key}" for cls in (Masked, MaskedModel) for key in arguments(cls) if key not in derived}
+    derived = {"tokens", "dim", "classes", "channels", "backbone", "head", "z_dim"}
+    expected = {f"training.{key}" for cls in (Training, ClassifierTraining) for key in cls.model_fields}
+    expected |= {"model.kind", "model.head.kind"}
+    expected |= {
+        f"model.{key}" for cls in (Masked, MaskedModel, ResNet) for key in arguments(cls) if key not in derived
+    }
     expected |= {f"model.head.{key}" for key in arguments(Diffusion) if key not in derived}
     assert listed == expected
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from seriatim.bench.opponent import Draws, Opponent, Workload, replaced, timed
 from seriatim.bench.timing import Stages, synchronise
 from seriatim.checkpoints.mar import mar_tensors
-from seriatim.core.errors import ConfigError, UsageError, one_line
+from seriatim.core.errors import ConfigError, UsageError, nearest, one_line
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import model_config, seeded
 from seriatim.models.masked import MaskedModel
@@ -44,6 +44,7 @@ class OfficialMAR(Opponent):
 
     def __init__(self, path: Path, model: MaskedModel, device: torch.device, head_steps: int) -> None:
         self.device, self.dtype = device, "float32"
+        self.tried: dict[str, float] = {}  # seconds by dtype, from a few steps
         self.code = load_checkout(path)
         with self.here():
             self.model: Any = self.build(model, head_steps).to(device).eval()
@@ -94,13 +95,12 @@ class OfficialMAR(Opponent):
         stay = lambda tensor, *_, **__: tensor  # noqa: E731
         return replaced((torch.Tensor, "cuda", stay), (nn.Module, "cuda", stay))
 
-    def fastest(self, workload: Workload) -> str:
-        """The dtype in which it is fastest, from a few steps of each."""
+    def choose(self, dtype: str | None, workload: Workload) -> str:
+        """The dtype to be timed in: the one named, or that in which it is fastest, from a few steps of each."""
         few = replace(workload, every=max(workload.every, -(-workload.steps // 3)))
-        self.tried: dict[str, float] = {}  # seconds of each, scaled from those steps
-        for dtype in DTYPES.get(self.device.type, ("float32",)):
-            self.dtype = dtype
-            self.tried[dtype] = min(self.sample(few, Draws())[1] for _ in range(2))
+        candidates = dtypes(self.device) if dtype is None else (dtype,)
+        for self.dtype in candidates:
+            self.tried[self.dtype] = min(self.sample(few, Draws())[1] for _ in range(2))
         self.dtype = min(self.tried, key=lambda name: self.tried[name])
         return self.dtype
 
@@ -216,6 +216,15 @@ def numpy_left_alone() -> Iterator[None]:
         yield
     finally:
         np.random.set_state(before)
+
+
+def dtypes(device: torch.device) -> tuple[str, ...]:
+    return DTYPES.get(device.type, ("float32",))
+
+
+def check_dtype(dtype: str, device: torch.device) -> None:
+    if dtype not in dtypes(device):
+        raise UsageError(f"official_dtype: {dtype!r} is not known{nearest(dtype, dtypes(device))}")
 
 
 # --- a checkout -----------------------------------------------------------------------------------------------------

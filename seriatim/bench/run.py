@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from seriatim import __version__
-from seriatim.bench.mar import OfficialMAR
+from seriatim.bench.mar import OfficialMAR, check_dtype
 from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
 from seriatim.bench.ours import Ours
 from seriatim.bench.timing import Stages, counting, matrix_peak, median, peak_resident_bytes, processor
@@ -106,6 +106,7 @@ def bench(
     guidance_schedule: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    official_dtype: str | None = None,
     threads: int | None = None,
     repetitions: int = 3,
     every: int = 1,
@@ -115,7 +116,8 @@ def bench(
 ) -> dict[str, Any]:
     """Time `model` (a folder, or a preset with random weights); with `official`, a checkout of the original, both.
 
-    `dtype` is that of our backbone: as in `load`, or "best", the fastest. The original has its own best, measured.
+    `dtype` is that of our backbone: as in `load`, or "best", the fastest. The original has its own best, measured, or
+    `official_dtype`.
     Seconds are of one batch, without decoding, which is timed apart. Raises UsageError for what can't be benched.
     """
     for name, value in (("batch", batch), ("repetitions", repetitions), ("every", every), ("threads", threads)):
@@ -128,6 +130,10 @@ def bench(
         "threads": threads or torch.get_num_threads(),
     }  # fmt: skip
     where = torch.device(ask["device"])
+    if official_dtype is not None:
+        if official is None:
+            raise UsageError("official_dtype: needs official, a checkout of the original")
+        check_dtype(official_dtype, where)
     with with_threads(ask["threads"]), seeded(0):  # so that torch's own generator is left as it was
         of = subject(model, decode)
         work = workload(of, ask)
@@ -146,6 +152,9 @@ def bench(
         runs = (1 + repetitions) * (1 if theirs is None else 2)
         with Progress(runs, "bench", "runs", quiet=quiet) as bar:
             result |= compared(ours, theirs, work, bar)
+            if theirs is not None:
+                result["official_dtype"] = theirs.choose(official_dtype, work)
+                result["official_tried"] = theirs.tried
             result |= timed_runs(ours, theirs, work, repetitions, bar)
         result |= apart(ours, theirs, work, where, half)
         if decode and of.tokenizer is not None:
@@ -171,17 +180,19 @@ def start_of(model: MaskedModel, head_steps: int) -> int | None:
 def compared(ours: Ours, theirs: Opponent | None, work: Workload, bar: Progress) -> dict[str, Any]:
     """The same orders and noise through both, the original in float32: how far apart the tokens are."""
     draws = Draws()
-    tokens, _ = ours.sample(work, draws)
+    tokens, seconds = ours.sample(work, draws)
     bar.advance(1, "first run")
     if theirs is None:
         return {}
-    expected, _ = theirs.sample(work, draws)
+    expected, official = theirs.sample(work, draws)
     bar.advance(1, "the original on the same draws")
     largest, difference = float(expected.abs().max()), float((tokens - expected).abs().max())
     return {
         "max_abs_difference": difference,
         "max_rel_difference": difference / largest,
         "largest_value": largest,
+        "replay_seconds": seconds,
+        "official_float32_seconds": official,  # of that one run
     }
 
 
@@ -190,9 +201,6 @@ def timed_runs(
 ) -> dict[str, Any]:
     """Both in turn, several times; the median of each."""
     result: dict[str, Any] = {}
-    if theirs is not None:
-        result["official_dtype"] = theirs.fastest(work)
-        result["official_tried"] = theirs.tried
     seconds: list[float] = []
     official: list[float] = []
     for _ in range(repetitions):

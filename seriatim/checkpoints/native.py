@@ -32,6 +32,8 @@ from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
 
 FORMAT = 1
 CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.safetensors", "README.md"
+CLASSIFIER = "classifier.safetensors"  # of a classifier's folder, which is no model folder
+PARTS = (CONFIG, MODEL, TOKENIZER, CARD, MANIFEST)
 
 
 @dataclass
@@ -73,17 +75,16 @@ def save_bundle(bundle: Bundle, folder: Path | str, *, card: str | None = None) 
     return folder
 
 
-def replaceable(folder: Path | str) -> Path:
-    """Refuse to write a model over anything but a model folder or an empty one."""
+def replaceable(folder: Path | str, parts: Sequence[str] = PARTS, what: str = "a model") -> Path:
+    """Refuse to write a model, or `what` has these `parts`, over anything but such a folder or an empty one."""
     folder = Path(folder).resolve()
     if folder.exists():
         empty = folder.is_dir() and not any(folder.iterdir())
         if not empty and not ((folder / CONFIG).is_file() and (folder / MANIFEST).is_file()):
-            raise UsageError(f"folder: {folder} exists and is not a model folder; choose a new or empty one")
-        known = {CONFIG, MODEL, TOKENIZER, CARD, MANIFEST}
-        foreign = sorted(path.name for path in folder.iterdir() if path.name not in known)
+            raise UsageError(f"folder: {folder} exists and is not {what} folder; choose a new or empty one")
+        foreign = sorted(path.name for path in folder.iterdir() if path.name not in parts)
         if foreign:
-            raise UsageError(f"folder: {folder} holds {foreign[0]!r}, which is no part of a model; choose another")
+            raise UsageError(f"folder: {folder} holds {foreign[0]!r}, which is no part of {what}; choose another")
     return folder
 
 
@@ -116,6 +117,8 @@ def load_bundle(folder: Path | str) -> Bundle:
     Raises CheckpointError, one line that names the file, when anything is missing, damaged or does not fit.
     """
     folder = find_bundle(Path(folder))
+    if (folder / CLASSIFIER).exists():
+        raise CheckpointError(f"{folder} holds a classifier, which draws nothing; name a model folder")
     hashes = verify_manifest(folder, needed=(CONFIG, MODEL, TOKENIZER))
     path = folder / CONFIG
     try:

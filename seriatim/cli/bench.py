@@ -18,6 +18,9 @@ def bench(
     ] = None,
     batch: Annotated[int, typer.Option(help="Images drawn at once.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of our backbone: auto, float32, bfloat16, or best.")] = "auto",
+    official_dtype: Annotated[
+        str | None, typer.Option(help="Of the original, under autocast. Default: its fastest, measured.")
+    ] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
     num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
@@ -36,9 +39,10 @@ def bench(
 
     with contextlib.redirect_stdout(sys.stderr):  # what the original's code may print
         result = run(
-            model, official=official, batch=batch, dtype=dtype, num_inference_steps=num_inference_steps,
-            num_diffusion_steps=num_diffusion_steps, guidance_scale=guidance_scale, guidance_schedule=guidance_schedule,
-            device=device, threads=threads, repetitions=repetitions, every=every, decode=decode, quiet=json,
+            model, official=official, batch=batch, dtype=dtype, official_dtype=official_dtype,
+            num_inference_steps=num_inference_steps, num_diffusion_steps=num_diffusion_steps,
+            guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, device=device, threads=threads,
+            repetitions=repetitions, every=every, decode=decode, quiet=json,
         )  # fmt: skip
     if json:
         return print_json(result)

@@ -18,11 +18,13 @@ from seriatim.cli.convert import convert, export
 from seriatim.cli.demo import demo
 from seriatim.cli.doctor import doctor
 from seriatim.cli.edit import edit
+from seriatim.cli.evaluate import evaluate
 from seriatim.cli.measure import measure_latents
 from seriatim.cli.models import models
 from seriatim.cli.output import say
 from seriatim.cli.recipes import recipes
 from seriatim.cli.sample import sample
+from seriatim.cli.sweep import sweep
 from seriatim.cli.train import train
 from seriatim.core.errors import ResourceError, SeriatimError, Stopped, one_line
 
@@ -58,6 +60,8 @@ app.command()(train)
 app.command()(cache)
 app.command()(sample)
 app.command()(edit)
+app.command()(evaluate)
+app.command()(sweep)
 app.command()(measure_latents)
 app.command()(bench)
 app.command()(models)

@@ -24,7 +24,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(highlight=False).print(table)
+    Console(highlight=False, markup=False).print(table)  # a figure is called FD[pixels]
 
 
 def say(text: str) -> None:

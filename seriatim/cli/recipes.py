@@ -17,9 +17,9 @@ Name = Annotated[str, typer.Argument(help="A packaged recipe or a YAML file.")]
 @recipes.command("list")
 def list_recipes(json: JsonFlag = False) -> None:
     """Name and description of each packaged recipe."""
-    from seriatim.training.config import packaged, read_recipe
+    from seriatim.training.config import packaged, read_any
 
-    rows = [{"name": name, "description": read_recipe(name).description} for name in packaged()]
+    rows = [{"name": name, "description": read_any(name).description} for name in packaged()]
     if json:
         print_json(rows)
     else:
@@ -29,9 +29,9 @@ def list_recipes(json: JsonFlag = False) -> None:
 @recipes.command("show")
 def show(name: Name, json: JsonFlag = False) -> None:
     """A recipe with every default filled in."""
-    from seriatim.training.config import dump, read_recipe
+    from seriatim.training.config import dump, read_any
 
-    recipe = read_recipe(name)
+    recipe = read_any(name)
     if json:
         print_json(recipe.model_dump(mode="json"))
     else:

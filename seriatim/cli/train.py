@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
+
+if TYPE_CHECKING:
+    from seriatim.training.classifier import ClassifierResult
+    from seriatim.training.config import ClassifierRecipe, Recipe
+    from seriatim.training.loop import TrainingResult
 
 
 def train(
@@ -21,31 +26,62 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, build the model, stop.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train a recipe into a run folder; `seriatim sample` takes that folder."""
-    from seriatim.training.config import read_recipe
+    """Train a recipe into a run folder; `seriatim sample` takes it, or `--features` that of a classifier."""
+    from seriatim.training.config import Recipe, read_any
 
-    chosen = read_recipe(recipe, overrides or ())
+    chosen = read_any(recipe, overrides or ())
     out = out or Path("runs") / chosen.name
+    if dry_run:
+        plan = generator_plan(chosen) if isinstance(chosen, Recipe) else classifier_plan(chosen, quiet=json)
+        plan = {"recipe": chosen.name, **plan, "images": chosen.training.images, "out": str(out)}
+        return print_json(plan) if json else print_table(("plan", ""), list(plan.items()))
+    if isinstance(chosen, Recipe):
+        from seriatim.training.loop import train as run
 
+        report = reported(run(chosen, out, device=device, resume=resume, quiet=json))
+    else:
+        from seriatim.training.classifier import train_classifier
+
+        trained = train_classifier(chosen, out, device=device, resume=resume, quiet=json)
+        report = {
+            **reported(trained),
+            "test_accuracy": trained.accuracy.plain,
+            "test_accuracy_with_mirror_images": trained.accuracy.mirrored,
+            "test_images": trained.test_images,
+        }
+    return print_json(report) if json else print_table(("trained", ""), list(report.items()))
+
+
+def generator_plan(recipe: Recipe) -> dict[str, Any]:
     from seriatim.models.build import parameter_count
-    from seriatim.training.loop import train as run
     from seriatim.training.setup import build
 
-    if dry_run:
-        data, tokenizer, model = build(chosen)
-        plan = {
-            "recipe": chosen.name,
-            "parameters": parameter_count(model),
-            "tokens": tokenizer.count,
-            "features": tokenizer.dim,
-            "classes": len(data.class_names),
-            "training_images": data.count,
-            "images": chosen.training.images,
-            "out": str(out),
-        }
-        return print_json(plan) if json else print_table(("plan", ""), list(plan.items()))
-    result = run(chosen, out, device=device, resume=resume, quiet=json)
-    report = {
+    data, tokenizer, model = build(recipe)
+    return {
+        "parameters": parameter_count(model),
+        "tokens": tokenizer.count,
+        "features": tokenizer.dim,
+        "classes": len(data.class_names),
+        "training_images": data.count,
+    }
+
+
+def classifier_plan(recipe: ClassifierRecipe, quiet: bool) -> dict[str, Any]:
+    from seriatim.models.build import parameter_count
+    from seriatim.training.classifier import build
+
+    data, test, net = build(recipe, quiet=quiet)
+    return {
+        "parameters": parameter_count(net),
+        "features": net.dim,
+        "classes": len(data.class_names),
+        "training_images": data.count,
+        "test_images": test.count,
+    }
+
+
+def reported(result: TrainingResult | ClassifierResult) -> dict[str, Any]:
+    return {
         "folder": str(result.folder),
         "model": str(result.folder / "model"),
         "parameters": result.parameters,
@@ -55,4 +91,3 @@ def train(
         "loss": result.loss,
         "dtype": result.dtype,
     }
-    return print_json(report) if json else print_table(("trained", ""), list(report.items()))

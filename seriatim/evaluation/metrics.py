@@ -1,9 +1,15 @@
-"""Distances between two sets of feature vectors, in float64.
+"""Figures of one or two sets of feature vectors, in float64.
 
-n, m vectors of F features.
+n, m vectors of F features; K classes.
+
+Ours, though torchmetrics has some: its FID, KID and inception score take images, of its own Inception unless wrapped,
+and keep float32 features; its `poly_mmd` wants equally many of both. A test compares with it where it can be.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +26,136 @@ def frechet_distance(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
     upward, so compare it only with that of equally many real ones.
     """
     x, y = checked(a, "a"), checked(b, "b")
-    if x.shape[1] != y.shape[1]:
-        raise DataError(f"features: {x.shape[1]} in one set, {y.shape[1]} in the other; use one extractor for both")
+    same_width(x, y)
     return gaussian_frechet(x.mean(axis=0), covariance(x), y.mean(axis=0), covariance(y))
 
 
-def gaussian_frechet(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
-    """The Frechet distance of two Gaussians."""
+def gaussian_frechet(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array, root: Array | None = None) -> float:
+    """The Frechet distance of two Gaussians; `root` is that of cov_a, for who compares many with one."""
     # tr (A B)^(1/2) = sum of the roots of the eigenvalues of A^(1/2) B A^(1/2), which is symmetric.
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    root = matrix_root(cov_a) if root is None else root
     cross = np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)
     distance = np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross).sum()
     return float(max(distance, 0.0))
 
 
+def matrix_root(matrix: Array) -> Array:
+    """The symmetric root of a symmetric positive semi-definite matrix (F, F)."""
+    values, vectors = np.linalg.eigh(matrix)
+    return np.asarray((vectors * np.sqrt(values.clip(min=0))) @ vectors.T)
+
+
 def covariance(x: Array) -> Array:
     centred = x - x.mean(axis=0)
     return np.asarray(centred.T @ centred / (len(x) - 1))
+
+
+def kernel_distance(
+    a: npt.ArrayLike, b: npt.ArrayLike, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> float:
+    """Unbiased squared maximum mean discrepancy of a (n, F) and b (m, F): Binkowski et al. 2018, eq. 4.
+
+    The kernel is (x y / F + 1)^3. Larger sets than `subset_size` are compared by the mean over random subsets, as the
+    paper does. It may be negative: it is unbiased.
+    """
+    x, y = checked(a, "a"), checked(b, "b")
+    same_width(x, y)
+    if len(x) <= subset_size and len(y) <= subset_size:
+        return discrepancy(x, y)
+    return float(subset_discrepancies(x, y, subsets, subset_size, seed).mean())
+
+
+def subset_discrepancies(x: Array, y: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Array:
+    """Of random subsets of x (n, F) and y (m, F): (subsets,)."""
+    random = np.random.default_rng(seed)
+
+    def drawn(z: Array) -> Array:
+        return z[random.choice(len(z), min(subset_size, len(z)), replace=False)]
+
+    return np.array([discrepancy(drawn(x), drawn(y)) for _ in range(subsets)])
+
+
+def discrepancy(x: Array, y: Array) -> float:
+    """Mean k(x, x') plus mean k(y, y') over pairs of two, less twice the mean k(x, y); x (n, F), y (m, F)."""
+    return mean_of_pairs(polynomial(x, x)) + mean_of_pairs(polynomial(y, y)) - 2 * float(polynomial(x, y).mean())
+
+
+def polynomial(x: Array, y: Array) -> Array:
+    """k(x, y) = (x y / F + 1)^3: (n, m)."""
+    k = x @ y.T / x.shape[1] + 1
+    return np.asarray(k * k * k)  # a power is ten times slower
+
+
+def mean_of_pairs(k: Array) -> float:
+    """Of a kernel (n, n), over pairs of two."""
+    return float((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)))
+
+
+def inception_score(logits: npt.ArrayLike) -> float:
+    """exp of the mean KL divergence of p(class | image) from p(class): from 1 to K. Salimans et al. 2016."""
+    x = checked(logits, "logits")
+    log_p = x - x.max(axis=1, keepdims=True)
+    log_p = log_p - np.log(np.exp(log_p).sum(axis=1, keepdims=True))  # (n, K)
+    p = np.exp(log_p)
+    marginal = p.mean(axis=0)
+    terms = np.where(p > 0, p * (log_p - np.log(np.maximum(marginal, np.finfo(np.float64).tiny))), 0.0)
+    return float(np.exp(terms.sum(axis=1).mean()))
+
+
+def accuracy(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Share of images (n, K) that are taken for the class asked for (n,)."""
+    x, wanted = checked(logits, "logits"), np.asarray(labels)
+    if wanted.shape != (len(x),) or wanted.min() < 0 or wanted.max() >= x.shape[1]:
+        raise DataError(f"labels: {wanted.shape} of them do not fit logits of shape {x.shape}; classes begin at 0")
+    return float((x.argmax(axis=1) == wanted).mean())
+
+
+class Figure(NamedTuple):
+    """A figure with its standard error."""
+
+    value: float
+    error: float
+
+
+def with_error(figure: Callable[[Any], float], count: int, groups: int = 10, seed: int = 0) -> Figure:
+    """figure(indices) of all `count` images, and how far another such set of images would be from it.
+
+    The error is the jackknife's: each of `groups` random groups left out in turn (Efron & Stein 1981). A bootstrap
+    would draw images twice, which nearest neighbours and covariances take for something else.
+    """
+    everything = np.arange(count)
+    values = [figure(np.setdiff1d(everything, group)) for group in random_groups(count, groups, seed)]
+    return Figure(figure(everything), jackknife(values))
+
+
+def random_groups(count: int, groups: int = 10, seed: int = 0) -> list[npt.NDArray[np.int64]]:
+    """The numbers 0, ..., count - 1 in groups of about the same size."""
+    order = np.random.default_rng(seed).permutation(count)
+    return [order[g :: min(groups, count)] for g in range(min(groups, count))]
+
+
+def jackknife(values: Sequence[float]) -> float:
+    """The standard error of a figure, from its values without each group in turn."""
+    x = np.asarray(values)
+    return float(np.sqrt((len(x) - 1) / len(x) * ((x - x.mean()) ** 2).sum()))
+
+
+def frechet_with_error(x: Array, mean: Array, cov: Array, root: Array) -> Figure:
+    """`with_error` of the distance of x (n, F) to a Gaussian, `root` that of its covariance.
+
+    The same as computing every covariance anew, at the price of one: of ten groups, moments are sums.
+    """
+    centre = x.mean(axis=0)
+    parts = [x[group] - centre for group in random_groups(len(x))]  # centred, or the differences below would cancel
+    products = [part.T @ part for part in parts]  # (F, F)
+    whole = np.sum(products, axis=0)
+    values = []
+    for part, product in zip(parts, products, strict=True):
+        left = len(x) - len(part)
+        shift = -part.sum(axis=0) / left  # of the mean of those left, from the centre
+        without = (whole - product - left * np.outer(shift, shift)) / (left - 1)
+        values.append(gaussian_frechet(mean, cov, centre + shift, without, root))
+    return Figure(gaussian_frechet(mean, cov, centre, whole / (len(x) - 1), root), jackknife(values))
 
 
 def within_class_variance(x: npt.ArrayLike, labels: npt.ArrayLike) -> float:
@@ -56,3 +174,8 @@ def checked(x: npt.ArrayLike, name: str) -> Array:
     if not np.isfinite(array).all():
         raise DataError(f"{name}: has features that are not finite")
     return array
+
+
+def same_width(x: Array, y: Array) -> None:
+    if x.shape[1] != y.shape[1]:
+        raise DataError(f"features: {x.shape[1]} in one set, {y.shape[1]} in the other; use one extractor for both")

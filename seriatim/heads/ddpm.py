@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from seriatim.core.errors import UsageError
 Array = npt.NDArray[np.float64]
 
 STABLE_START = 980  # see `stable_start`
+STABLE_START_ODE = 965
 STABLE_START_FEW = 950
 FEW_STEPS = 10
 
@@ -53,8 +55,22 @@ class Tables:
     def __len__(self) -> int:
         return len(self.betas)
 
-    def at(self, name: str, t: Tensor) -> Tensor:
-        """Table `name` at t, in float32, on t's device, with a last axis to broadcast over features: (*t, 1)."""
+    @overload
+    def at(self, name: str, t: Tensor) -> Tensor: ...
+
+    @overload
+    def at(self, name: str, t: int) -> float: ...
+
+    @overload
+    def at(self, name: str, t: Tensor | int) -> Tensor | float: ...
+
+    def at(self, name: str, t: Tensor | int) -> Tensor | float:
+        """Table `name` at t, in float32, on t's device, with a last axis to broadcast over features: (*t, 1).
+
+        At one t for all rows, a number: a loop over steps looks nothing up on the device.
+        """
+        if isinstance(t, int):
+            return float(getattr(self, name)[t])
         return self.tensor(name, t.device)[t][..., None]
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
@@ -95,13 +111,15 @@ def full_chain(steps: int = 1000) -> Tables:
     return tables(cosine_betas(steps))
 
 
-def stable_start(count: int, steps: int = 1000) -> int:
+def stable_start(count: int, steps: int = 1000, ode: bool = False) -> int:
     """The timestep at which sampling starts unless told otherwise: 980, or 950 from 10 steps down (of 1000).
 
     At t = 999 the first reverse step multiplies an error of the network by 316 (100 steps) to 3493 (10 steps); a
-    start from N(0, 1) at 980 costs nothing, since alpha_bar there is below 1e-3.
+    start from N(0, 1) at 980 costs nothing, since alpha_bar there is below 1e-3. An ODE is led there from pure noise
+    (`solvers.from_noise`), so it may start lower, at 965, where an error of x_0 is half as large; `sde-dpm++` does as
+    well from either.
     """
-    start = STABLE_START_FEW if count <= FEW_STEPS else STABLE_START
+    start = STABLE_START_FEW if count <= FEW_STEPS else STABLE_START_ODE if ode else STABLE_START
     return max(0, round(start * steps / 1000)) if steps != 1000 else start
 
 
@@ -121,7 +139,7 @@ def spread(count: int, start: int) -> list[int]:
 
 
 def ode_spread(count: int, start: int, share: float, chain: Tables) -> list[int]:
-    """`count` timesteps up to `start`, ascending, for an ODE's solver; rounded, but never equal.
+    """`count` timesteps up to `start`, ascending, for all but `ddpm`; rounded, but never equal.
 
     They are `share` of the way from equal steps in t to equal steps in lambda = log(alpha / sigma); the lowest is half
     a step above 0.
@@ -144,7 +162,7 @@ def respaced(count: int, start: int | None = None, steps: int = 1000, ode_share:
 
     Given a share, by `ode_spread`.
     """
-    first = stable_start(count, steps) if start is None else start
+    first = stable_start(count, steps, ode_share is not None) if start is None else start
     if not 0 <= first < steps:
         raise UsageError(f"start_timestep: {start!r} is not allowed; it must be from 0 to {steps - 1}")
     if not 1 <= count <= first + 1:
@@ -161,12 +179,12 @@ def restricted(chain: Tables, timesteps: list[int]) -> Tables:
     return tables(betas, np.array(timesteps))
 
 
-def predict_x0(chain: Tables, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+def predict_x0(chain: Tables, x_t: Tensor, t: Tensor | int, eps: Tensor) -> Tensor:
     """x_0 = x_t / sqrt(abar_t) - eps sqrt(1/abar_t - 1) (Ho et al. 2020, eq. 9 solved for x_0)."""
     return chain.at("sqrt_recip_alphas_cumprod", t) * x_t - chain.at("sqrt_recipm1_alphas_cumprod", t) * eps
 
 
-def log_variance(chain: Tables, t: Tensor, v: Tensor) -> Tensor:
+def log_variance(chain: Tables, t: Tensor | int, v: Tensor) -> Tensor:
     """log sigma^2 = f log beta_t + (1 - f) log beta~_t, f = (v + 1)/2, not clipped (Nichol & Dhariwal 2021, eq. 15)."""
     low, high = chain.at("posterior_log_variance_clipped", t), chain.at("log_betas", t)
     f = (v + 1) / 2

@@ -25,7 +25,7 @@ from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head, HeadLoss
 from seriatim.heads.ddpm import Tables, full_chain, log_variance, predict_x0, respaced, restricted
-from seriatim.heads.solvers import ODES, SOLVERS, check_solver
+from seriatim.heads.solvers import ODES, SDES, SOLVERS, Predict, check_solver, from_noise
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
 from seriatim.nn.blocks import xavier
 from seriatim.nn.linear import Linear
@@ -169,7 +169,11 @@ class Diffusion(Head):
                     eps, v = eps_null + scale * (eps[:N] - eps_null), v[:N]
                 return eps, v
 
-            return SOLVERS[solver](chain, predict, draws[0], draws[1:], temperature)
+            begin: tuple[Predict, Tensor] = (predict, draws[0])
+            # The published start and a chain given whole are taken as they are.
+            if solver in ODES and timesteps is None and start_timestep != self.train_steps - 1:
+                begin = from_noise(chain, predict, draws[0])
+            return SOLVERS[solver](chain, *begin, draws[1:], temperature)
 
     def chain(
         self,
@@ -180,7 +184,7 @@ class Diffusion(Head):
     ) -> Tables:
         """The tables of the timesteps that sampling visits; refuses those that the full chain does not have."""
         if timesteps is None:
-            return respaced(num_diffusion_steps, start_timestep, self.train_steps, ODES.get(solver))
+            return respaced(num_diffusion_steps, start_timestep, self.train_steps, (ODES | SDES).get(solver))
         steps = list(timesteps)
         ascending = all(a < b for a, b in pairwise(steps))
         if not steps or not ascending or not 0 <= steps[0] <= steps[-1] < self.train_steps:

@@ -1,6 +1,7 @@
 """Recipes: YAML, validated; dotted overrides; the ones that come with the package.
 
-A recipe names its data, tokenizer, model, training and sampling settings; `docs/recipes.md` lists the keys.
+A recipe names its data, tokenizer, model, training and sampling settings, or those of a classifier; `docs/recipes.md`
+lists the keys.
 """
 
 from __future__ import annotations
@@ -19,41 +20,80 @@ from seriatim.core.validation import Strict, parse
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Training(Strict):
-    """How to train. Amounts are in images, so that another batch size means the same run."""
+class Common(Strict):
+    """What every training has. Amounts are in images, so that another batch size means the same run."""
 
     images: StrictInt = Field(ge=1)  # images seen in all
     batch_size: StrictInt = Field(64, ge=1)
-    accumulate: StrictInt = Field(1, ge=1)  # parts in which a batch is computed, to save memory
     learning_rate: float = Field(1e-3, gt=0, lt=1e35)
     warmup_images: StrictInt = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.02, ge=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
     clip: float = Field(3.0, gt=0)  # norm of the gradient
     ema: float = Field(0.9999, ge=0, lt=1)  # decay of the weight average that is saved
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: whichever is faster here
     threads: Literal["auto"] | StrictInt = "auto"  # of the CPU; auto: all, or one where that is faster
-    workers: StrictInt = Field(0, ge=0)  # processes that read images ahead
     log_images: StrictInt = Field(2048, ge=1)  # a line of metrics this often
     save_images: StrictInt = Field(20_000, ge=0)  # a checkpoint this often; 0: only when stopped
     keep: StrictInt = Field(2, ge=1)  # newest checkpoints that stay, besides the best
-    sample_images: StrictInt = Field(0, ge=0)  # a grid of samples at fixed seeds this often; 0: never
     tensorboard: bool = False  # also write metrics for TensorBoard
+
+
+class Training(Common):
+    """How to train a generator."""
+
+    accumulate: StrictInt = Field(1, ge=1)  # parts in which a batch is computed, to save memory
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    workers: StrictInt = Field(0, ge=0)  # processes that read images ahead
+    sample_images: StrictInt = Field(0, ge=0)  # a grid of samples at fixed seeds this often; 0: never
     init_from: str | None = None  # a model folder whose weights to begin with; its classes may differ
 
 
-class Recipe(Strict):
-    """Everything that decides a training run."""
+class ClassifierTraining(Common):
+    """How to train a classifier: SGD with Nesterov's momentum on cross-entropy."""
+
+    batch_size: StrictInt = Field(512, ge=2)
+    learning_rate: float = Field(0.3, gt=0, lt=1e35)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    momentum: float = Field(0.9, gt=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    crop: StrictInt = Field(4, ge=0)  # pixels by which images are moved at random, mirrored at the border
+    cutout: StrictInt = Field(0, ge=0)  # side of a square that is greyed at random; 0: none
+    ema: float = Field(0.99, ge=0, lt=1)
+    log_images: StrictInt = Field(25_000, ge=1)
+    save_images: StrictInt = Field(200_000, ge=0)
+    test_images: StrictInt = Field(0, ge=0)  # accuracy on the test images this often; 0: at the end
+
+
+class Described(Strict):
+    """What every recipe begins with."""
 
     name: str
     description: str = ""
     seed: StrictInt = Field(0, ge=0, lt=2**63)
     data: dict[str, Any]
+
+
+class Recipe(Described):
+    """Everything that decides the training of a generator."""
+
     tokenizer: dict[str, Any]
     model: dict[str, Any]
     training: Training
     sampling: dict[str, Any] = Field(default_factory=dict)  # defaults of the trained model's requests
+
+
+class ClassifierRecipe(Described):
+    """Everything that decides the training of a classifier: `kind: classifier`."""
+
+    kind: Literal["classifier"]
+    model: dict[str, Any]
+    training: ClassifierTraining
+
+
+AnyRecipe = Recipe | ClassifierRecipe
+RECIPES: dict[str, type[Recipe] | type[ClassifierRecipe]] = {"generator": Recipe, "classifier": ClassifierRecipe}
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
@@ -85,6 +125,16 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
+    """`read_any` of a generator's recipe; a classifier's is refused."""
+    recipe = read_any(name, overrides)
+    if not isinstance(recipe, Recipe):
+        raise UsageError(
+            f"recipe: {name!r} trains a classifier, which `seriatim train` alone takes; name a generator's"
+        )
+    return recipe
+
+
+def read_any(name: str, overrides: Iterable[str] = ()) -> AnyRecipe:
     """Read, override and validate a recipe; anything wrong is one line that names the key."""
     path = find_recipe(name)
     try:
@@ -93,19 +143,28 @@ def read_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: is not readable as YAML ({one_line(error)})") from error
     if not isinstance(data, Mapping):
         raise ConfigError(f"{path}: is not a mapping of keys; see `seriatim recipes show mar-digits` for one")
-    return parse(Recipe, override(data, overrides), where=path.name)
+    kind = data.get("kind", "generator")
+    if not isinstance(kind, str) or kind not in RECIPES:
+        raise ConfigError(f"{path.name}: kind: {kind!r} is not known{nearest(str(kind), RECIPES)}")
+    cls = RECIPES[kind]
+    if cls is Recipe:
+        data = {key: value for key, value in data.items() if key != "kind"}
+    return parse(cls, override(data, overrides, cls.model_fields), where=path.name)
 
 
-def override(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def override(
+    data: Mapping[str, Any], overrides: Iterable[str], sections: Iterable[str] = Recipe.model_fields
+) -> dict[str, Any]:
     """Apply `section.key=value` settings; values are YAML."""
+    sections = list(sections)
     result: dict[str, Any] = copy.deepcopy(dict(data))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"{text!r} is no override; write section.key=value, such as training.images=5000")
         parts = key.strip().split(".")
-        if parts[0] not in Recipe.model_fields:
-            raise ConfigError(f"unknown key {key.strip()!r}{nearest(parts[0], Recipe.model_fields)}")
+        if parts[0] not in sections:
+            raise ConfigError(f"unknown key {key.strip()!r}{nearest(parts[0], sections)}")
         place = result
         for part in parts[:-1]:
             inner = place.setdefault(part, {})
@@ -119,6 +178,6 @@ def override(data: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any
     return result
 
 
-def dump(recipe: Recipe) -> str:
-    """The recipe as YAML that `read_recipe` takes back, every default filled in."""
+def dump(recipe: AnyRecipe) -> str:
+    """The recipe as YAML that `read_any` takes back, every default filled in."""
     return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

@@ -6,7 +6,7 @@ import contextlib
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from seriatim import __version__
 from seriatim.core.errors import ConfigError
 from seriatim.core.files import atomic_write, write_text
-from seriatim.training.config import Recipe, dump
+from seriatim.training.config import ClassifierRecipe, Recipe, dump
 from seriatim.training.data import ImageData
 
 
@@ -60,12 +60,7 @@ def board(folder: Path) -> Any:
 
 def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
     """Draw the loss over images seen, and its terms, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, axes = empty_figure()
     images = [row["images"] for row in rows]
     terms = [key for key in rows[0] if key == "loss" or key.startswith("loss_")] if rows else []
     for key in terms:
@@ -79,6 +74,30 @@ def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> P
     if terms:
         axes.legend()
     return atomic_write(path, lambda file: figure.savefig(file, format="png"))
+
+
+def accuracy_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
+    """Draw accuracy over images seen, on training and on test images, as a PNG."""
+    figure, axes = empty_figure()
+    for key, label, style in (("accuracy", "training, augmented", "-"), ("test_accuracy", "test", "o-")):
+        points = [(row["images"], 100 * row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="images seen", ylabel="recognised, %", title=title)
+    axes.grid(alpha=0.3)
+    if rows:
+        axes.legend()
+    return atomic_write(path, lambda file: figure.savefig(file, format="png"))
+
+
+def empty_figure() -> tuple[Any, Any]:
+    """A figure and its axes, with no window and no global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
 
 
 def environment() -> dict[str, Any]:
@@ -122,6 +141,36 @@ seriatim.load("path/to/this/folder")(class_labels=[{example}], seed=0).images[0]
 ```
 
     seriatim sample path/to/this/folder{label} --out samples
+
+## Recipe
+
+```yaml
+{dump(recipe).rstrip()}
+```
+"""
+
+
+def classifier_card(
+    recipe: ClassifierRecipe, seen: int, parameters: int, data: ImageData, tested: int, accuracy: Mapping[str, float]
+) -> str:
+    """README.md of a classifier's folder: what it is, what it recognises, how to use it."""
+    classes = ", ".join(data.class_names[:20]) + (", ..." if len(data.class_names) > 20 else "")
+    mirrored = accuracy["test_with_mirror_images"]
+    return f"""---
+library_name: seriatim
+pipeline_tag: image-classification
+---
+
+# {recipe.name}
+
+{recipe.description or "An image classifier."} {parameters:,} parameters, trained with Seriatim {__version__}.
+
+- images: {data.count:,}, {data.size[0]}x{data.size[1]} pixels, channels: {data.channels}
+- classes: {classes}
+- seen in training: {seen:,} images
+- recognised of {tested:,} test images: {accuracy["test"]:.2%}; with their mirror images {mirrored:.2%}
+
+It judges samples: `seriatim evaluate MODEL --features path/to/this/folder`.
 
 ## Recipe
 

@@ -1,4 +1,4 @@
-"""AdamW with MAR's parameter groups, and the weight average that warms up."""
+"""AdamW with MAR's parameter groups, SGD for classifiers, and the weight average that warms up."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas)
+
+
+def sgd(model: nn.Module, learning_rate: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """With Nesterov's momentum; vectors (norms and biases) are not decayed."""
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=True)
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:

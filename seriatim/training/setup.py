@@ -23,7 +23,7 @@ from seriatim.pipeline import Pipeline
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import build_tokenizer
 from seriatim.tokenizers.kl import KL
-from seriatim.training.config import Recipe, dump, read_recipe
+from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
 from seriatim.training.data import ImageData, StreamData
 from seriatim.training.loader import to_float
 from seriatim.training.log import environment
@@ -32,8 +32,8 @@ from seriatim.training.sources import build_data
 # A resumed run may change these and nothing else: they don't affect a weight, or only how long it goes on.
 FREE = {
     "description", "sampling", "training.images", "training.log_images", "training.save_images", "training.keep",
-    "training.sample_images", "training.tensorboard", "training.workers", "data.path", "data.check", "data.max_bad",
-    "tokenizer.from", "tokenizer.path",
+    "training.sample_images", "training.test_images", "training.tensorboard", "training.workers", "data.path",
+    "data.check", "data.max_bad", "data.test_path", "tokenizer.from", "tokenizer.path",
 }  # fmt: skip
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
 LEFTOVERS = ("checkpoints", "samples", "tensorboard")
@@ -105,7 +105,7 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
     return data, tokenizer, model
 
 
-def begin_run(out: Path, recipe: Recipe, data: ImageData, *, resume: bool, overwrite: bool) -> bool:
+def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool, overwrite: bool) -> bool:
     """Write what the run is made of, or check that it is the same run; True where there is one to resume."""
     exists = (out / "recipe.yaml").exists()
     if exists and resume:
@@ -129,9 +129,13 @@ def begin_run(out: Path, recipe: Recipe, data: ImageData, *, resume: bool, overw
     return False
 
 
-def check_same_run(out: Path, recipe: Recipe, data: ImageData) -> None:
+def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
     """Refuse to resume with other settings or other images, naming what differs."""
-    before, now = flat(read_recipe(str(out / "recipe.yaml"))), flat(recipe)
+    first = read_any(str(out / "recipe.yaml"))
+    if type(first) is not type(recipe):
+        kinds = ["generator" if isinstance(r, Recipe) else "classifier" for r in (first, recipe)]
+        raise ConfigError(f"kind: {out} holds the run of a {kinds[0]}, not of a {kinds[1]}; begin another run")
+    before, now = flat(first), flat(recipe)
     for key in sorted(before.keys() | now.keys()):
         free = any(key == name or key.startswith(f"{name}.") for name in FREE)
         measured = key in MEASURED and now.get(key) == "auto"
@@ -148,7 +152,7 @@ def check_same_run(out: Path, recipe: Recipe, data: ImageData) -> None:
         )
 
 
-def flat(recipe: Recipe) -> dict[str, Any]:
+def flat(recipe: AnyRecipe) -> dict[str, Any]:
     """`{"training.images": 5000, ...}`."""
 
     def walk(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

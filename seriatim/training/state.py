@@ -54,7 +54,7 @@ class Trainables:
     model: nn.Module
     average: AveragedModel
     optimiser: torch.optim.Optimizer
-    tokenizer: nn.Module
+    tokenizer: nn.Module = field(default_factory=nn.Identity)  # a classifier has none
 
 
 def save(folder: Path, parts: Trainables, state: RunState) -> Path:

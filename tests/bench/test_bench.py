@@ -86,6 +86,7 @@ def test_the_same_draws_give_the_same_tokens(
     assert found["max_abs_difference"] == pytest.approx(found["max_rel_difference"] * found["largest_value"])
     assert 0.1 < found["largest_value"] < 1e3, "nothing is compared where all is zero"
     assert (found["guidance_scale"], found["guidance_schedule"]) == guidance
+    assert found["official_seconds"] > 0 and found["official_float32_seconds"] > 0 < found["replay_seconds"]
     assert found["ratio"] == found["official_seconds"] / found["seconds"] > 0
     assert found["official_stages"].keys() == {"encoder", "decoder", "head", "other"} <= found["stages"].keys()
 
@@ -179,10 +180,11 @@ def test_the_table(model_folder: Path, checkout: Path, capsys: pytest.CaptureFix
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(bench_run, "memory_of", lambda ask: (1 if ask["who"] == "ours" else 2) << 30)
     common = ["bench", str(model_folder), "--repetitions", "1", "--threads", "1", "--every", "2"]
-    assert command([*common, "--official", str(checkout)]) == 0
+    assert command([*common, "--official", str(checkout), "--official-dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     rows = {line[:25].strip(): line[25:].split() for line in out.splitlines()}
     assert "5 steps x 6 inside the head, guidance 1.5 linear, batch 1" in out and "each 2th step" in out
+    assert rows["dtype"][-1] == "bfloat16", "that which was asked for"
     assert rows["peak memory, GiB"] == ["1.00", "2.00", "0.50"] and "original" in out
     assert float(rows["largest difference"][-1]) < SAME
     assert command([*common, "--batch", "2"]) == 0
@@ -422,6 +424,8 @@ BAD = [
     (("model", "--repetitions", "0"), 2, "repetitions: 0 is not allowed"),
     (("model", "--threads", "0"), 2, "threads: 0 is not allowed"),
     (("model", "--dtype", "float61"), 2, "dtype: 'float61' is not known"),
+    (("model", "--official", "nosuch", "--official-dtype", "float61"), 2, "official_dtype: 'float61' is not known"),
+    (("model", "--official-dtype", "float32"), 2, "official_dtype: needs official"),
     (("model", "--device", "warp"), 2, "device: 'warp'"),
     (("model", "--guidance-schedule", "interval"), 2, "guidance_schedule: 'interval' is not benched; use linear"),
     (("model", "--guidance-schedule", "lienar"), 2, "guidance_schedule: 'lienar'"),

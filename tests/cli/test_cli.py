@@ -27,7 +27,7 @@ def test_help_is_quick_and_lists_every_verb(seriatim: Run) -> None:
     # The promise is 0.5 s on an idle machine; a loaded one may take longer, torch alone takes more than twice that.
     assert time.perf_counter() - begin < 2.0
     assert done.returncode == 0
-    for verb in ("demo", "train", "sample", "measure-latents", "models", "doctor", "recipes"):
+    for verb in ("demo", "train", "sample", "evaluate", "sweep", "measure-latents", "models", "doctor", "recipes"):
         assert verb in done.stdout
         assert seriatim(verb, "--help").returncode == 0
     assert seriatim("--version").stdout.startswith("seriatim 0.")
@@ -246,7 +246,7 @@ def test_ctrl_c_says_so(seriatim: Run, monkeypatch: pytest.MonkeyPatch, capsys: 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("seriatim.training.config.read_recipe", interrupted)
+    monkeypatch.setattr("seriatim.training.config.read_any", interrupted)
     assert run(["recipes", "show", "mar-digits"]) == 130
     assert capsys.readouterr().err.strip() == "stopped"
 

@@ -17,7 +17,7 @@ from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise, ReplayNoise
 from seriatim.heads.ddpm import Tables, full_chain, ode_spread, respaced, restricted, spread
 from seriatim.heads.diffusion import Diffusion
-from seriatim.heads.solvers import ODES, SOLVERS, Predict
+from seriatim.heads.solvers import ODES, SDES, SOLVERS, Predict, from_noise
 
 # --- diffusers ----------------------------------------------------------------------------------------------------
 
@@ -87,6 +87,31 @@ def test_dpm_plus_plus_is_diffusers(count: int, start: int) -> None:
     assert close(SOLVERS["dpm++"](chain, of(chain), begin, begin[:0], 1.0), x)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize(("count", "start"), [(1, 950), (2, 950), (10, 950), (15, 965), (25, 999)])
+def test_sde_dpm_plus_plus_is_diffusers(count: int, start: int) -> None:
+    timesteps = ode_spread(count, start, SDES["sde-dpm++"], full_chain())
+    options = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
+    theirs = scheduler("DPMSolverMultistepScheduler", timesteps, **options)
+    begin, noise, chain = torch.randn(32, 4), torch.randn(count, 32, 4), restricted(full_chain(), timesteps)
+    x = begin
+    for t, of_step in zip(theirs.timesteps, noise, strict=True):
+        x = theirs.step(smooth(x, int(t))[0], t, x, variance_noise=of_step).prev_sample
+    assert close(SOLVERS["sde-dpm++"](chain, of(chain), begin, noise, 1.0), x)
+
+
+def test_the_first_order_of_the_sde_is_ddpm() -> None:
+    """Two timesteps: the first step has none before it. The variance is the lower bound, v = -1."""
+    chain = restricted(full_chain(), [300, 700])
+    start, noise = torch.randn(32, 4), torch.randn(2, 32, 4)
+    for temperature in (1.0, 0.5, 0.0):
+        mine = SOLVERS["sde-dpm++"](chain, of(chain), start, noise, temperature)
+        lowest = SOLVERS["ddpm"](
+            chain, lambda i, x: (of(chain)(i, x)[0], -torch.ones(32, 4)), start, noise, temperature
+        )
+        assert torch.allclose(mine, lowest, atol=1e-4, rtol=1e-4)
+
+
 # --- the truth ----------------------------------------------------------------------------------------------------
 
 RING = 1.2 * torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1], [0.3, 0.3]])  # (K, D)
@@ -128,9 +153,12 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def draw(solver: str, steps: int, start: int | None = None, count: int = 6000) -> Tensor:
-    chain = respaced(steps, start, ode_share=ODES.get(solver))
+    chain = respaced(steps, start, ode_share=(ODES | SDES).get(solver))
     draws = torch.randn(steps + 1, count, 2, generator=torch.Generator().manual_seed(1))
-    return SOLVERS[solver](chain, mixture(chain), draws[0], draws[1:], 1.0)
+    begin = (mixture(chain), draws[0])
+    if solver in ODES and start != 999:
+        begin = from_noise(chain, *begin)
+    return SOLVERS[solver](chain, *begin, draws[1:], 1.0)
 
 
 FLOOR = 0.025  # 6000 samples of the truth are up to this far from 30,000 others
@@ -141,7 +169,9 @@ def test_the_truth_is_at_the_floor() -> None:
 
 
 @pytest.mark.parametrize("start", [None, 999])
-@pytest.mark.parametrize(("solver", "few", "many"), [("ddpm", 10, 100), ("ddim", 10, 100), ("dpm++", 5, 15)])
+@pytest.mark.parametrize(
+    ("solver", "few", "many"), [("ddpm", 10, 100), ("sde-dpm++", 5, 25), ("ddim", 10, 100), ("dpm++", 5, 15)]
+)
 def test_each_solver_converges_to_the_truth(solver: str, few: int, many: int, start: int | None) -> None:
     """A perfect eps: even the published start is harmless. dpm++ needs a seventh of the steps."""
     far, near = (distance(draw(solver, steps, start), truth(30_000, 99)) for steps in (few, many))
@@ -158,6 +188,28 @@ def test_the_standard_deviation_is_that_of_the_data(steps: int) -> None:
             assert bool((ratio > 0.9).all()) and bool((ratio < 0.96).all()), "docs/sampling.md says narrower"
         else:
             assert bool(((ratio - 1).abs() < 0.05).all()), (solver, ratio)
+
+
+@pytest.mark.parametrize(("solver", "count"), [("ddim", 100), ("dpm++", 10), ("dpm++", 15), ("dpm++", 100)])
+def test_an_ode_that_begins_as_pure_noise_keeps_the_mean(solver: str, count: int) -> None:
+    """One Gaussian N(m, s^2): a sample is mean + std x its noise. N(0, 1) at the last timestep misses the mean."""
+    m, s, noise = 2.0, 0.5, torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    chain, asked = respaced(count, ode_share=ODES[solver]), []
+
+    def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        asked.append(i)
+        abar = float(chain.alphas_cumprod[i])
+        eps = math.sqrt(1 - abar) * (x - math.sqrt(abar) * m) / (abar * s**2 + 1 - abar)
+        return eps, eps
+
+    def moments(predict: Predict, start: Tensor) -> tuple[float, float]:
+        low, high = SOLVERS[solver](chain, predict, start, noise[:0], 1.0).flatten().tolist()
+        return low, high - low
+
+    mean, std = moments(*from_noise(chain, predict, noise))
+    assert asked == list(range(count))[::-1], "nothing is predicted twice"
+    assert mean == pytest.approx(m, abs=0.01) and std == pytest.approx(s, rel=0.02)
+    assert moments(predict, noise)[0] < m - 0.045, "about alpha m s is missing"
 
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++", 2)])
@@ -200,7 +252,7 @@ def head() -> Diffusion:
 def test_guidance_is_on_eps_and_leaves_the_variance(head: Diffusion, solver: str, start: int | None) -> None:
     z, z_null, scale = torch.randn(6, 8), torch.randn(6, 8), torch.tensor([1.0, 2, 3, 0, 1.5, 2.5])
     chain = head.chain(12, start, solver=solver)
-    draws = torch.randn(13 if solver == "ddpm" else 1, 6, 4)  # an ODE's solver draws its start, and nothing else
+    draws = torch.randn(1 if solver in ODES else 13, 6, 4)  # an ODE's solver draws its start, and nothing else
 
     def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.full((6,), int(chain.timesteps[i]))
@@ -209,7 +261,8 @@ def test_guidance_is_on_eps_and_leaves_the_variance(head: Diffusion, solver: str
 
     noise, steps = ReplayNoise(normal=[draws]), {"num_diffusion_steps": 12, "start_timestep": start}
     x = head.sample(z, noise, z_null, scale, solver=solver, **steps)
-    expected = SOLVERS[solver](chain, predict, draws[0], draws[1:], 1.0)
+    begin = (predict, draws[0]) if solver not in ODES or start == 999 else from_noise(chain, predict, draws[0])
+    expected = SOLVERS[solver](chain, *begin, draws[1:], 1.0)
     assert noise.exhausted() and x.dtype == torch.float32
     assert float((x - expected).abs().max()) < 1e-4 * float(expected.abs().max() + 1)
 
@@ -229,7 +282,7 @@ def test_solvers_are_float32_under_autocast(head: Diffusion, solver: str) -> Non
     ("options", "words"),
     [
         ({"solver": "dpm+"}, "solver: 'dpm+' is not known; did you mean 'dpm++'?"),
-        ({"solver": "euler"}, "solver: 'euler' is not known; allowed: ddpm, ddim, dpm++"),
+        ({"solver": "euler"}, "solver: 'euler' is not known; allowed: ddpm, sde-dpm++, ddim, dpm++"),
         (
             {"solver": "dpm++", "temperature": 0.9},
             "temperature: 0.9 is not allowed; the dpm++ solver is an ODE and has none; use solver=ddpm, or set "
@@ -249,11 +302,20 @@ def test_what_is_refused_is_refused_before_any_work(head: Diffusion, options: di
     assert words in str(caught.value)
 
 
+@torch.no_grad()
 def test_a_solver_of_ones_own(head: Diffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SOLVERS, "start", lambda chain, predict, start, noise, temperature: start)
-    monkeypatch.setitem(ODES, "start", 1.0)
-    draws = torch.randn(1, 2, 4)
-    assert torch.equal(head.sample(torch.zeros(2, 8), ReplayNoise(normal=[draws]), solver="start"), draws[0])
+    draws, z = torch.randn(11, 2, 4), torch.zeros(2, 8)
+    options: dict[str, Any] = {"num_diffusion_steps": 10, "solver": "start"}
+    assert torch.equal(head.sample(z, ReplayNoise(normal=[draws]), **options), draws[0])
+    monkeypatch.setitem(ODES, "start", 1.0)  # as an ODE's it draws its start alone, and begins as pure noise
+    noise, chain = draws[:1], head.chain(10, solver="start")
+    x = head.sample(z, ReplayNoise(normal=[noise]), **options)
+    eps, _ = head(noise[0], torch.full((2,), int(chain.timesteps[-1])), z)
+    sigma = float(chain.sqrt_one_minus_alphas_cumprod[-1])
+    assert torch.allclose(x, noise[0] - sigma * eps + sigma * noise[0], atol=1e-5)
+    for as_it_is in ({"start_timestep": 999}, {"timesteps": chain.timesteps.tolist()}):
+        assert torch.equal(head.sample(z, ReplayNoise(normal=[noise]), **options, **as_it_is), noise[0])
 
 
 @given(count=st.integers(1, 60), start=st.integers(0, 999), share=st.floats(0, 1))

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from seriatim.core.errors import ConfigError, UsageError
-from seriatim.training.config import dump, packaged, read_recipe
+from seriatim.training.config import dump, packaged, read_any, read_recipe
 from seriatim.training.setup import build
 
 
 def test_packaged_recipes_are_valid() -> None:
     assert "mar-digits" in packaged()
     for name in packaged():
-        recipe = read_recipe(name)
+        recipe = read_any(name)
         assert recipe.name == name and recipe.description
 
 
@@ -104,6 +104,9 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         (tmp_path / "bad.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=words):
             read_recipe(str(tmp_path / "bad.yaml"))
+    (tmp_path / "kind.yaml").write_text("kind: clasifier\nname: x")
+    with pytest.raises(ConfigError, match=r"kind.yaml: kind: 'clasifier' is not known; did you mean 'classifier'"):
+        read_recipe(str(tmp_path / "kind.yaml"))
     (tmp_path / "tag.yaml").write_text("a: !!python/object/apply:os.system ['touch canary']")
     with pytest.raises(ConfigError, match="not readable"):
         read_recipe(str(tmp_path / "tag.yaml"))

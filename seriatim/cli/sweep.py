@@ -1,0 +1,126 @@
+"""`seriatim sweep`: evaluations over the values of a request's fields, as curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from seriatim.cli.evaluate import (
+    NUM,
+    DataOption,
+    FeaturesOption,
+    RealOption,
+    device_of,
+    field_value,
+    fields,
+    only_images,
+    open_data,
+    share_of,
+)
+from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table, say
+from seriatim.cli.sample import SMALL
+
+
+def sweep(
+    model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
+    values: Annotated[
+        list[str], typer.Argument(help="A field of a request and its values: guidance_scale=1,1.5,2,3. Or several.")
+    ],
+    data: DataOption,
+    num: Annotated[int, typer.Option(*NUM, help="Samples to draw at each point, class after class.")],
+    real_data: RealOption = None,
+    features: FeaturesOption = "inception",
+    figures: Annotated[
+        list[str] | None,
+        typer.Option(help="frechet, kernel, manifold, score, accuracy, diversity, nearest; repeat it. Default: all."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the request that is the same everywhere; repeat it.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Image i has the seed hash(seed, i) at every point.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the points, sweep.json and curves.png.")] = Path("sweep"),
+    cache: Annotated[Path | None, typer.Option(help="Folder for features of real images. Default: --out.")] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="This process's share, such as 0/2. Default: torchrun's, or all.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Evaluate a model at every value of a field, with the same seeds; resumable, and shared between processes."""
+    share = share_of(shard)
+    swept = {name: several(name, text) for name, text in map(parted, values)}
+
+    import torch
+
+    from seriatim.evaluation.features import open_features
+    from seriatim.evaluation.figures import FIGURES
+    from seriatim.evaluation.sweep import CURVES, JSON, TABLE
+    from seriatim.evaluation.sweep import sweep as run
+    from seriatim.models.build import parameter_count
+    from seriatim.pipeline import load
+    from seriatim.training.precision import threads as using
+
+    pipe = load(model, device=device_of(device), dtype=dtype)
+    size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
+    others = None if real_data is None else only_images(open_data(real_data, size, channels, "real-data"), real_data)
+    count = threads or (1 if parameter_count(pipe.model) < SMALL else torch.get_num_threads())
+    with using(count):
+        done = run(
+            pipe,
+            open_data(data, size, channels, "data"),
+            out,
+            swept,
+            num=num,
+            features=open_features(features, size=size, channels=channels),
+            real=others,
+            figures=figures or tuple(FIGURES),
+            seed=seed,
+            batch_size=batch_size,
+            share=share,
+            cache=cache,
+            quiet=json,
+            **fields(set_ or []),
+        )
+    if done.missing:
+        say(f"this share is done; {done.missing:,} images are left to the others: who ends last writes {JSON}")
+        return print_json({"folder": str(out), "missing": done.missing}) if json else None
+    if json:
+        return typer.echo((out / JSON).read_text(encoding="utf-8"), nl=False)
+    names = list(done.points[0][1].figures or {})
+    rows = []
+    for point, made in done.points:
+        shown = [(made.figures or {})[name] for name in names]
+        rows.append((*point.values(), *(f"{x.value:.4g} ± {x.error:.2g}" for x in shown)))
+    real = done.points[0][1].real or {}
+    beside = [f"{real[name].value:.4g}" if name in real else "" for name in names]
+    rows.append(("real images", *[""] * (len(done.values) - 1), *beside))
+    print_table((*done.values, *names), rows)
+    say(f"look at {out / CURVES}; the table for a page is {out / TABLE}")
+    return None
+
+
+def parted(text: str) -> tuple[str, str]:
+    from seriatim.core.errors import UsageError
+
+    name, equals, rest = text.partition("=")
+    if not equals or not rest:
+        raise UsageError(f"values: {text!r} is not allowed; write field=value,value, such as guidance_scale=1,1.5,2,3")
+    return name, rest
+
+
+def several(name: str, text: str) -> list[Any]:
+    """Values with commas between them; commas in brackets belong to a value: guidance_interval=[0.1,0.8],[0.2,1]."""
+    import re
+
+    from seriatim.core.errors import UsageError
+    from seriatim.sampling.request import SampleRequest
+
+    if name == "order" and re.search(r"\d", text):
+        raise UsageError(f"order: {text!r} can't be swept; orders are swept by name")
+    parts = re.split(r",(?![^\[]*\])", text)
+    return [field_value(name, part, SampleRequest.model_fields) for part in parts]

@@ -1,0 +1,349 @@
+"""`evaluate`: samples of a model against real images, resumable, over several processes, with everything written down.
+
+    OUT/settings.json   what this evaluation is; another setting is refused
+    OUT/samples/        features of the samples, block by block
+    OUT/real/KEY/       features of real images, by extractor and images
+    OUT/results.json    figures, settings, hashes, versions
+    OUT/neighbours.png  samples beside the training images they are nearest to, where asked for
+
+n images, F features, K classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.core.errors import UsageError, one_line
+from seriatim.core.files import writable_folder, write_json
+from seriatim.core.random import derive_seed
+from seriatim.evaluation.base import FeatureExtractor
+from seriatim.evaluation.blocks import ALL, SIZE, Blocks, Share, eight_bits
+from seriatim.evaluation.figures import FIGURES, Reference, Set, check_count, check_figures, class_map, figures_of
+from seriatim.evaluation.memory import nearest_picture
+from seriatim.evaluation.metrics import Figure
+from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, described, halves, whole
+from seriatim.pipeline import BATCH_TOKENS, Pipeline
+from seriatim.sampling.metadata import versions
+from seriatim.sampling.request import SampleRequest
+
+FORMAT = 1
+SETTINGS, RESULTS, NEIGHBOURS = "settings.json", "results.json", "neighbours.json"
+OURS = ("class_labels", "num_images_per_label", "seeds", "generator")  # evaluation chooses these itself
+READ_AT_ONCE = 64  # real images
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` gives. `figures` is None as long as other processes have not done their share."""
+
+    folder: Path
+    settings: dict[str, Any]
+    figures: dict[str, Figure] | None = None  # of the samples
+    real: dict[str, Figure] | None = None  # the same figures of as many real images
+    num_real: int = 0  # how many those are; fewer than the samples where there were no more
+    as_many: dict[str, Figure] | None = None  # then: of as many samples
+    missing: int = 0  # images that other processes still owe
+    seconds: float = 0.0
+    report: dict[str, Any] = field(default_factory=dict)  # what results.json holds
+
+
+def evaluate(
+    pipe: Pipeline,
+    data: Images | Statistics,
+    out: Path | str,
+    *,
+    num: int,
+    features: FeatureExtractor,
+    real: Images | None = None,
+    figures: Sequence[str] = tuple(FIGURES),
+    seed: int = 0,
+    batch_size: int | None = None,
+    share: Share = ALL,
+    cache: Path | str | None = None,
+    neighbours: int = 0,
+    quiet: bool = False,
+    **settings: Any,
+) -> Evaluation:
+    """Draw `num` images, class after class, and measure them against `data`, and other real images beside them.
+
+    `data` is the reference, as a rule the training images: all of them. `real` are others, such as a test set; without
+    it each class of `data` is halved, and one half is the reference. Image i has the seed hash(seed, i) in whatever
+    batch or process; `settings` are those of a request. The same call goes on where another was stopped; features of
+    real images are kept in `cache` (default: `out`), which several evaluations may share. `neighbours` is how many
+    samples neighbours.png shows beside the images of `data` that they are nearest to.
+    Raises UsageError for another evaluation's folder, DataError for too few images or classes that don't match.
+    """
+    begin = time.monotonic()
+    request = asked(pipe, num, seed, settings)
+    which = check_figures(figures)
+    classes = pipe.model.classes
+    reference, comparison = sides(pipe, data, real, num)
+    check_count("num", num, features, which)
+    if not (isinstance(data, Statistics) and data.pool is not None and features.standard):
+        if reference is None:
+            raise UsageError(
+                f"data: {getattr(data, 'path', data)} holds statistics of Inception's features and no images; "
+                "evaluate with features inception"
+            )
+        check_count("data", len(reference), features, which)
+    check_count("real_data", len(comparison), features, which)
+
+    folder = writable_folder(out)
+    cached = Path(cache) if cache is not None else folder
+    extractor = features.to(pipe.device).eval()
+    hashes = {
+        "features": {"name": extractor.name, "sha256": extractor.fingerprint(), "config": extractor.config},
+        "reference": described(data, reference),
+        "real": described(real or data, comparison),
+    }
+    chosen = {
+        "format": FORMAT,
+        "num": num,
+        "classes": balanced_names(pipe),
+        "figures": list(which),
+        "block": SIZE,
+        "model": {"source": pipe.source, "sha256": pipe.bundle.sha256, "tokenizer": pipe.tokenizer.fingerprint()},
+        "request": request.model_dump(mode="json", exclude={"class_labels", "num_images_per_label", "seeds"}),
+        **hashes,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "device": pipe.device.type,
+    }
+    same_settings(folder / SETTINGS, chosen)
+
+    samples = Blocks(folder / "samples", num)
+    parts = [part for part in (reference, comparison) if part is not None]
+    stores = [Blocks(cached / "real" / key(extractor, part), len(part)) for part in parts]
+    names = ("reference", "real images")[-len(parts) :]
+    works: list[tuple[Blocks, Callable[[range], Iterator[Tensor]], str]] = [
+        (store, partial(pictures, part), name) for part, store, name in zip(parts, stores, names, strict=True)
+    ]
+    works.append((samples, partial(drawn, pipe, request, batch_size), "samples"))
+    for store, images_of, name in works:
+        store.fill(images_of, extractor, name, share=share, device=pipe.device, quiet=quiet)
+    missing = sum(len(block) for store in (samples, *stores) for block in store.missing())
+    if missing:
+        return Evaluation(folder, chosen, missing=missing, seconds=time.monotonic() - begin)
+
+    vectors = [store.read() for store in stores]
+    beside = vectors[-1]
+    given = data if isinstance(data, Statistics) and extractor.standard else None
+    against = Reference(
+        vectors[0] if reference is not None else None,
+        None if reference is None else reference.labels,
+        None if given is None else given.pool,
+        None if given is None else given.spatial,
+        class_map(extractor, classes, pipe.class_names),
+        beside,
+    )
+    drawn_vectors = samples.read()
+    if neighbours and reference is not None:
+
+        def again(images: Sequence[int]) -> Tensor:
+            return eight_bits(pipe(request=request_for(pipe, request, images), output_type="pt").images)
+
+        path = folder / NEIGHBOURS
+        rows = nearest_picture(path.with_suffix(".png"), drawn_vectors, reference, vectors[0], again, neighbours)
+        write_json(path, [{**row, "seed": derive_seed(request.seed, row["sample"])} for row in rows])
+    return judged(
+        Evaluation(folder, chosen),
+        Set(drawn_vectors, balanced(num, classes)),
+        Set(beside, comparison.labels),
+        against,
+        extractor,
+        which,
+        versions(pipe.device, pipe.dtype) | {"threads": str(torch.get_num_threads())},
+        begin,
+        quiet,
+    )
+
+
+def judged(
+    made: Evaluation,
+    samples: Set,
+    beside: Set,
+    against: Reference,
+    extractor: FeatureExtractor,
+    which: Sequence[str],
+    machine: Mapping[str, str],
+    begin: float,
+    quiet: bool,
+) -> Evaluation:
+    """The figures of both sides, written to results.json."""
+    ours = figures_of(samples, against, extractor, which, quiet=quiet)
+    theirs = figures_of(beside, against, extractor, which, quiet=quiet)
+    fewer = None
+    count = len(beside.vectors)
+    if count < len(samples.vectors):
+        labels = None if samples.labels is None else samples.labels[:count]
+        fewer = figures_of(Set(samples.vectors.first(count), labels), against, extractor, which, quiet=quiet)
+    seconds = round(time.monotonic() - begin, 2)
+    report: dict[str, Any] = {
+        "figures": {
+            name: {"value": x.value, "error": x.error}
+            | ({"real": theirs[name].value, "real_error": theirs[name].error} if name in theirs else {})
+            | ({"as_many": fewer[name].value, "as_many_error": fewer[name].error} if fewer else {})
+            for name, x in ours.items()
+        },
+        "num": len(samples.vectors),
+        "num_real": count,
+        "error": "standard error: jackknife over 10 groups of the images measured, the reference taken as given; of a "
+        "kernel distance over subsets, their spread",
+        "settings": made.settings,
+        "versions": dict(machine),
+        "seconds": seconds,
+    }
+    report["markdown"] = markdown([report])
+    write_json(made.folder / RESULTS, report)
+    return Evaluation(made.folder, made.settings, ours, theirs, count, fewer, 0, seconds, report)
+
+
+# --- what is asked ------------------------------------------------------------------------------------------------
+
+
+def asked(pipe: Pipeline, num: int, seed: int, settings: Mapping[str, Any]) -> SampleRequest:
+    """The request of every image, but for its class and seed."""
+    for name in OURS:
+        if settings.get(name) is not None:
+            raise UsageError(f"{name}: is not for evaluation, which draws every class alike; leave it out")
+    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
+        raise UsageError(f"num: {num!r} is not allowed; it must be an integer of at least 1")
+    request = pipe.request(**{**settings, "seed": seed, "class_labels": (None,) if not pipe.model.classes else (0,)})
+    if isinstance(request.order, tuple) and request.order and isinstance(request.order[0], tuple):
+        raise UsageError("order: one for each image is not for evaluation; give a name, or one order for all")
+    return request
+
+
+def sides(pipe: Pipeline, data: Images | Statistics, real: Images | None, num: int) -> tuple[Part | None, Part]:
+    """The reference, None where only its statistics are known, and as many other real images as samples."""
+    classes, names = pipe.model.classes, pipe.class_names
+    source = data.images if isinstance(data, Statistics) else data
+    for name, images in (("data", source), ("real_data", real)):
+        if images is not None:
+            check_shape(name, images, pipe)
+    reference = None if source is None else whole(source, classes, names)
+    if real is not None:
+        return reference, as_many(whole(real, classes, names), num, classes)
+    if isinstance(data, Statistics) or reference is None:
+        raise UsageError("real_data: is required beside a reference file: images that the reference does not hold")
+    reference, rest = halves(reference)
+    if not len(rest):
+        raise UsageError("data: one image can't be halved into a reference and others; give more, or real_data")
+    return reference, as_many(rest, num, classes)
+
+
+def check_shape(argument: str, images: Images, pipe: Pipeline) -> None:
+    theirs, ours = (images.channels, *images.size), (pipe.tokenizer.channels, *pipe.tokenizer.size)
+    if theirs != ours:
+        raise UsageError(f"{argument}: images are {theirs} (channels, H, W), the model draws {ours}; set data.size")
+
+
+def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
+    """Write what this evaluation is, or refuse to go on with another."""
+    now = flat(chosen)
+    if not path.exists():
+        write_json(path, dict(chosen))
+        return
+    try:
+        before = flat(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"out: {path} is damaged ({one_line(error)[:80]}); choose another folder") from error
+    for name in sorted(now.keys() | before.keys()):
+        if name != "model.source" and before.get(name) != now.get(name):  # the same weights elsewhere are the same
+            raise UsageError(
+                f"{name}: {before.get(name)!r} in {path}, {now.get(name)!r} now; go on with the same settings, or "
+                "choose another folder"
+            )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"request.guidance_scale": 2.0, ...}`, as JSON would give them back."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = json.loads(json.dumps(value))
+    return found
+
+
+def balanced_names(pipe: Pipeline) -> list[str]:
+    return [pipe.label_name(c) or str(c) for c in range(pipe.model.classes)]
+
+
+def key(extractor: FeatureExtractor, part: Part) -> str:
+    """The folder of these images' features."""
+    return hashlib.sha256(f"{extractor.fingerprint()} {part.fingerprint()} {SIZE}".encode()).hexdigest()[:16]
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def pictures(part: Part, block: range) -> Iterator[Tensor]:
+    for index in part.index[block.start : block.stop].split(READ_AT_ONCE):
+        yield eight_bits(part.data.images(index))
+
+
+def request_for(pipe: Pipeline, request: SampleRequest, images: Sequence[int]) -> SampleRequest:
+    """The request that draws these images of the evaluation, by their numbers in it."""
+    classes = pipe.model.classes
+    labels = tuple(i % classes if classes else None for i in images)
+    seeds = tuple(derive_seed(request.seed, i) for i in images)
+    return request.model_copy(update={"class_labels": labels, "num_images_per_label": 1, "seeds": seeds})
+
+
+def drawn(pipe: Pipeline, request: SampleRequest, batch_size: int | None, block: range) -> Iterator[Tensor]:
+    size = batch_size or max(1, BATCH_TOKENS // pipe.model.tokens)
+    for first in range(block.start, block.stop, size):
+        some = range(first, min(first + size, block.stop))
+        result = pipe(request=request_for(pipe, request, some), batch_size=size, output_type="pt")
+        yield eight_bits(result.images)
+
+
+# --- a row for people ---------------------------------------------------------------------------------------------
+
+
+def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
+    """A table, one row for each report: figures with their standard error, and the real images' in brackets."""
+    names = list(dict.fromkeys(name for report in reports for name in report["figures"]))
+    lines = ["| model | sampling | images | " + " | ".join(names) + " | features, reference |"]
+    lines.append("|---" * (len(names) + 4) + "|")
+    for report in reports:
+        settings = report["settings"]
+        request = settings["request"]
+        sampling = f"guidance {request['guidance_scale']:g}, {request['num_inference_steps']} steps"
+        if request["temperature"] != 1:
+            sampling += f", temperature {request['temperature']:g}"
+        reference = settings["reference"].get("file_sha256") or settings["reference"].get("sha256", "")
+        cells = [
+            f"{model_name(settings['model']['source'])} {settings['model']['sha256'][:8]}",
+            sampling,
+            f"{report['num']:,} ({report['num_real']:,})",
+            *(cell(report["figures"].get(name)) for name in names),
+            f"{settings['features']['sha256'][:8]}, {reference[:8]}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def model_name(source: str) -> str:
+    """The folder's name; of `runs/cats/model`, that of the run."""
+    path = Path(source)
+    return (path.parent.name if path.name == "model" else path.name) or "model"
+
+
+def cell(figure: Mapping[str, float] | None) -> str:
+    """`0.595 ± 0.021 (0.248)`."""
+    if figure is None:
+        return ""
+    text = f"{figure['value']:.4g} ± {figure['error']:.2g}"
+    return text + (f" ({figure['real']:.4g})" if "real" in figure else "")

@@ -1,0 +1,123 @@
+"""`sweep`: one evaluation for each value of a request's fields, as a table and as curves."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seriatim.core.errors import UsageError, nearest
+from seriatim.core.files import atomic_write, writable_folder, write_json, write_text
+from seriatim.evaluation.reference import Images, Statistics
+from seriatim.evaluation.run import Evaluation, evaluate, markdown
+from seriatim.pipeline import Pipeline
+from seriatim.sampling.request import SampleRequest
+
+JSON, TABLE, CURVES = "sweep.json", "sweep.md", "curves.png"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep` gives; `points` lack figures as long as other processes have not done their share."""
+
+    folder: Path
+    values: dict[str, list[Any]]  # of each field
+    points: list[tuple[dict[str, Any], Evaluation]] = field(default_factory=list)
+
+    @property
+    def missing(self) -> int:
+        return sum(point.missing for _, point in self.points)
+
+
+def sweep(
+    pipe: Pipeline,
+    data: Images | Statistics,
+    out: Path | str,
+    fields: Mapping[str, Sequence[Any]],
+    **settings: Any,
+) -> Sweep:
+    """Evaluate every combination of the fields' values; other arguments are those of `evaluate`.
+
+    Each point is an evaluation of its own in `out`, all with the same seeds and one cache of real images; the same call
+    goes on where another was stopped. Points whose figures are read to choose one are no longer a measurement of it:
+    evaluate the chosen one again with another seed.
+    """
+    if not fields:
+        raise UsageError("fields: is empty; name one with its values, such as guidance_scale=1,1.5,2,3")
+    combinations = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
+    names = [point_name(combination) for combination in combinations]
+    for name in fields:
+        if name not in SampleRequest.model_fields:
+            raise UsageError(f"{name}: is no field of a request{nearest(name, SampleRequest.model_fields)}")
+        if name in settings:
+            raise UsageError(f"{name}: is given a value and also swept; leave one out")
+    if len(set(names)) < len(names):
+        raise UsageError(f"{next(iter(fields))}: a value is given twice; leave one out")
+    for combination in combinations:  # all of them, before hours of work on the first
+        pipe.request(**{**combination, "seed": 0})
+    folder = writable_folder(out)
+    cache = settings.pop("cache", None) or folder
+    points = []
+    for combination, name in zip(combinations, names, strict=True):
+        points.append((combination, evaluate(pipe, data, folder / name, cache=cache, **settings, **combination)))
+    done = Sweep(folder, {name: list(values) for name, values in fields.items()}, points)
+    if not done.missing:
+        write_json(
+            folder / JSON,
+            {"fields": done.values, "points": [{"values": point, **made.report} for point, made in points]},
+        )
+        write_text(folder / TABLE, table(done) + "\n")
+        curves(done, folder / CURVES)
+    return done
+
+
+def point_name(combination: Mapping[str, Any]) -> str:
+    """A folder's name: `guidance_scale=1.5,solver=ddim`."""
+    text = ",".join(f"{name}={value}" for name, value in combination.items())
+    return re.sub(r"[^\w.,=+-]", "_", text)[:120]
+
+
+def table(done: Sweep) -> str:
+    """The markdown of all points, the swept fields in front."""
+    lines = markdown([made.report for _, made in done.points]).splitlines()
+    heads = [f"| {' | '.join(done.values)} ", "|---" * len(done.values)]
+    heads += [f"| {' | '.join(str(value) for value in point.values())} " for point, _ in done.points]
+    return "\n".join(head + line for head, line in zip(heads, lines, strict=True))
+
+
+def curves(done: Sweep, path: Path) -> Path:
+    """A panel for each figure over the first field, a line for each combination of the others, real images dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Drawing
+
+    names = list(done.points[0][1].figures or {})
+    over = next(iter(done.values))
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    drawing = Drawing(figsize=(4 * columns, 3 * rows), dpi=120, layout="constrained")
+    FigureCanvasAgg(drawing)
+    panels = drawing.subplots(rows, columns, squeeze=False).ravel()
+    lines: dict[str, list[tuple[Any, Evaluation]]] = {}
+    for point, made in done.points:
+        others = ", ".join(f"{name}={value}" for name, value in point.items() if name != over)
+        lines.setdefault(others, []).append((point[over], made))
+    numeric = all(isinstance(value, (int, float)) for value in done.values[over])
+    for panel, name in zip(panels, names, strict=False):
+        for label, line in lines.items():
+            x = [value if numeric else str(value) for value, _ in line]
+            figures = [made.figures[name] for _, made in line if made.figures is not None]
+            y, errors = ([float(part) for part in parts] for parts in zip(*figures, strict=True))
+            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, label=label or None)
+        real = done.points[0][1].real or {}
+        if name in real:
+            panel.axhline(real[name].value, color="grey", linestyle="--", linewidth=1, label="real images")
+        panel.set_xlabel(over)
+        panel.set_title(name)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    return atomic_write(path, lambda file: drawing.savefig(file, format="png"))
