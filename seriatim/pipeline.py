@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seriatim.checkpoints.hub import download
-from seriatim.checkpoints.native import CONFIG, Bundle, load_bundle, save_bundle
+from seriatim.checkpoints.hub import located
+from seriatim.checkpoints.native import Bundle, load_bundle, save_bundle
 from seriatim.core.device import pick_device, pick_dtype
-from seriatim.core.errors import CheckpointError, UsageError, nearest
+from seriatim.core.errors import UsageError, nearest
 from seriatim.core.orders import ORDERS, RANDOM
 from seriatim.core.random import Noise, generator
 from seriatim.core.schedules import GUIDANCE_OPTIONS
@@ -36,7 +36,6 @@ from seriatim.sampling.metadata import versions
 from seriatim.sampling.request import Label, SampleRequest, clamped
 from seriatim.sampling.result import Result, as_pil, check_output
 from seriatim.tokenizers.base import to_uint8
-from seriatim.zoo import PRESETS
 
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
 
@@ -60,11 +59,11 @@ class Pipeline:
         self.dtype = pick_dtype(dtype, self.device)
         self.model = bundle.model.eval().to(self.device)
         self.tokenizer = bundle.tokenizer.eval().to(self.device)
-        self.first = FirstStep(self.model)
+        self.first: FirstStep | None = None
 
     def prepare(self) -> Pipeline:
         """Lay the model's weights out for sampling alone, in place, as `load` does: faster, but not trainable."""
-        prepare_model(self.model, self.dtype)
+        self.first = FirstStep(prepare_model(self.model, self.dtype))  # kept from call to call: nothing changes now
         return self
 
     @property
@@ -372,25 +371,18 @@ class Pipeline:
 
 
 def load(
-    name: str | os.PathLike[str], *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    prepare: bool = True,
 ) -> Pipeline:
     """A pipeline from a model folder (or a run that holds one), a packaged name, or a hub repository `owner/name`.
 
     `dtype` is that of the backbone: "auto" is bfloat16 on an accelerator that has it, float32 elsewhere. Every file is
-    checked against its sha256. Raises CheckpointError when there is nothing to load or it is damaged.
+    checked against its sha256. Raises CheckpointError when there is nothing to load or it is damaged. With `prepare`
+    weights are laid out for sampling alone (`Pipeline.prepare`); without, the model can be trained on.
     """
     text = os.fspath(name)
-    folder = Path(text)
-    if folder.is_file():
-        raise CheckpointError(f"{folder} is a file; name the model folder that holds {CONFIG}")
-    if folder.is_dir():
-        if not any(folder.iterdir()):
-            raise CheckpointError(f"{folder} is empty: no model was saved there; check the path")
-        return Pipeline(load_bundle(folder), device=device, dtype=dtype, source=text).prepare()
-    if text in PRESETS:
-        hint = PRESETS[text].recipe
-        how = f"train it with `seriatim train {hint} --out runs/{text}`" if hint else "train or convert it first"
-        raise CheckpointError(f"{text} is a preset and has no weights; {how}, then name the model's folder")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text):
-        return Pipeline(load_bundle(download(text)), device=device, dtype=dtype, source=text).prepare()
-    raise CheckpointError(f"model: {text!r} is no folder, preset or hub repository{nearest(text, PRESETS)}")
+    pipe = Pipeline(load_bundle(located(text)), device=device, dtype=dtype, source=text)
+    return pipe.prepare() if prepare else pipe

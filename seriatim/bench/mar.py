@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from seriatim.bench.opponent import Draws, Opponent, Workload, replaced, timed
 from seriatim.bench.timing import Stages, synchronise
 from seriatim.checkpoints.mar import mar_tensors
-from seriatim.core.errors import ConfigError, UsageError, nearest, one_line
+from seriatim.core.errors import ConfigError, SeriatimError, UsageError, nearest, one_line
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import model_config, seeded
 from seriatim.models.masked import MaskedModel
@@ -46,7 +46,7 @@ class OfficialMAR(Opponent):
         self.device, self.dtype = device, "float32"
         self.tried: dict[str, float] = {}  # seconds by dtype, from a few steps
         self.code = load_checkout(path)
-        with self.here():
+        with explained(), self.here():
             self.model: Any = self.build(model, head_steps).to(device).eval()
 
     def build(self, model: MaskedModel, head_steps: int) -> nn.Module:
@@ -59,19 +59,14 @@ class OfficialMAR(Opponent):
         (encoder, decoder), (blocks, more) = config["width"], config["depth"]
         heads, head = config["heads"], config["head"]
         with torch.random.fork_rng(devices=[]):
-            try:
-                official = self.code["models.mar"].MAR(
-                    img_size=side, vae_stride=1, patch_size=1, vae_embed_dim=config["dim"],
-                    encoder_embed_dim=encoder, encoder_depth=blocks, encoder_num_heads=heads[0],
-                    decoder_embed_dim=decoder, decoder_depth=more, decoder_num_heads=heads[1],
-                    mlp_ratio=config["mlp_ratio"], norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                    class_num=max(1, config["classes"]), buffer_size=config["buffer"],
-                    diffloss_d=head["depth"], diffloss_w=head["width"], num_sampling_steps=str(head_steps),
-                )  # fmt: skip
-            except TypeError as error:
-                raise ConfigError(
-                    f"official: its MAR takes other arguments ({one_line(error)}); use {SOURCE}"
-                ) from error
+            official = self.code["models.mar"].MAR(
+                img_size=side, vae_stride=1, patch_size=1, vae_embed_dim=config["dim"],
+                encoder_embed_dim=encoder, encoder_depth=blocks, encoder_num_heads=heads[0],
+                decoder_embed_dim=decoder, decoder_depth=more, decoder_num_heads=heads[1],
+                mlp_ratio=config["mlp_ratio"], norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                class_num=max(1, config["classes"]), buffer_size=config["buffer"],
+                diffloss_d=head["depth"], diffloss_w=head["width"], num_sampling_steps=str(head_steps),
+            )  # fmt: skip
         if not model.no_class.is_meta:
             tensors = mar_tensors(model)
             if not config["classes"]:  # it has a table of classes all the same, and doesn't look into it
@@ -97,9 +92,11 @@ class OfficialMAR(Opponent):
 
     def choose(self, dtype: str | None, workload: Workload) -> str:
         """The dtype to be timed in: the one named, or that in which it is fastest, from a few steps of each."""
+        if dtype is not None:
+            self.dtype = dtype
+            return dtype
         few = replace(workload, every=max(workload.every, -(-workload.steps // 3)))
-        candidates = dtypes(self.device) if dtype is None else (dtype,)
-        for self.dtype in candidates:
+        for self.dtype in dtypes(self.device):
             self.tried[self.dtype] = min(self.sample(few, Draws())[1] for _ in range(2))
         self.dtype = min(self.tried, key=lambda name: self.tried[name])
         return self.dtype
@@ -112,6 +109,7 @@ class OfficialMAR(Opponent):
         gate = Gate(self.model, workload, draws, stages, self.device)
         whole = workload.every == 1 and stages is None
         with (
+            explained(),
             seeded(0),
             numpy_left_alone(),
             self.here(),
@@ -127,6 +125,21 @@ class OfficialMAR(Opponent):
             seconds = time.perf_counter() - begin
         tokens = tokens.float().cpu().flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, L, D)
         return tokens, seconds if whole else gate.seconds * workload.factor
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Inside, what the checkout raises is one line that says where it comes from."""
+    try:
+        yield
+    except (SeriatimError, MemoryError, AssertionError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):
+            raise
+        raise ConfigError(
+            f"official: the checkout fails ({type(error).__name__}: {one_line(error)[:200]}); use {SOURCE}"
+        ) from error
 
 
 class Gate:

@@ -5,7 +5,7 @@ B images, L tokens, D features, N tokens asked for in a step, T steps inside the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ class Workload:
     guidance: float
     schedule: str = "linear"
     temperature: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)  # of sampling, which the original hasn't
     every: int = 1  # each so many steps are computed, the others skipped, and the time scaled
     last: bool = False  # the last step too, which holds most memory
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from seriatim.bench.opponent import Draws, Opponent, RecordedNoise, Workload, replaced, timed
 from seriatim.bench.timing import Stages, synchronise
 from seriatim.core.random import Noise, generator
+from seriatim.heads.solvers import ODES
 from seriatim.models.masked import MaskedModel
 from seriatim.sampling.masked import masked_steps
 
@@ -29,8 +30,9 @@ class Ours(Opponent):
         B = len(workload.labels)
         noise = RecordedNoise([generator(i) for i in range(B)], torch.arange(B), self.device, draws)
         labels = torch.tensor(workload.labels, device=self.device) if self.model.classes else None
-        options: dict[str, Any] = {name: value for name, value in (("num_diffusion_steps", workload.head_steps),)
-                   if name in self.model.head.sample_options}  # fmt: skip
+        options: dict[str, Any] = dict(workload.options)
+        if "num_diffusion_steps" in self.model.head.sample_options:
+            options["num_diffusion_steps"] = workload.head_steps
         gate = Gate(self.model, stages)
         seconds, computed = 0.0, set(workload.computed())
         with replaced(*(gate.changes() if stages or workload.every > 1 else ())):
@@ -66,7 +68,8 @@ class Gate:
         def gated_sample(z: Tensor, noise: Noise, *arguments: Any, **options: Any) -> Tensor:
             if self.open:
                 return sample(z, noise, *arguments, **options)
-            draws = options["num_diffusion_steps"] + 1 if "num_diffusion_steps" in options else None
+            one = options.get("solver") in ODES  # which draw their start alone
+            draws = (1 if one else options["num_diffusion_steps"] + 1) if "num_diffusion_steps" in options else None
             drawn = noise.normal(head.output, draws=draws)
             return drawn if draws is None else drawn[0]
 

@@ -37,6 +37,9 @@ LOOKS = 8  # steps of a run that is taken apart: stages, FLOPs
 LATENTS = "latents of a KL autoencoder"  # of a preset: decoded by MAR's
 SCHEDULES = ("linear", "constant")  # of guidance: those that the original has
 
+FOLDER = "the folder's"
+MORE = ("solver", "start_timestep", "num_diffusion_steps_last", "token_schedule", "min_tokens")
+
 Ask = dict[str, Any]  # what `bench` was asked, as plain data: a process of its own measures memory from it
 
 
@@ -54,7 +57,7 @@ def subject(name: str, decodes: bool = True) -> Subject:
     """A model folder, or a preset with random weights."""
     if Path(name).is_dir():
         bundle = load_bundle(name)
-        return Subject(bundle.model, bundle.tokenizer, dict(bundle.sampling), "the folder's")
+        return Subject(bundle.model, bundle.tokenizer, dict(bundle.sampling), FOLDER)
     if name not in PRESETS:
         raise UsageError(f"model: {name!r} is no folder or preset{nearest(name, PRESETS)}")
     preset = PRESETS[name]
@@ -74,14 +77,15 @@ def sizes(name: str) -> Subject:
         if name in PRESETS and not Path(name).is_dir():
             return Subject(build_model(PRESETS[name].model), None, dict(PRESETS[name].sampling), "none")
         config = json.loads((find_bundle(Path(name)) / CONFIG).read_text(encoding="utf-8"))
-        return Subject(build_model(config["model"]), None, dict(config["sampling"]), "none")
+        return Subject(build_model(config["model"]), None, dict(config["sampling"]), FOLDER)
 
 
 def workload(of: Subject, ask: Ask) -> Workload:
-    """The settings asked for, else the model's own; 64 steps where a preset's authors publish figures with 256."""
+    """The settings asked for, else the model's own; of a preset 64 steps, where its authors publish figures with 256."""
     wanted = {k: ask[k] for k in ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "guidance_schedule")}
-    own = {k: of.defaults[k] for k in (*wanted, "temperature") if k in of.defaults}
-    own["num_inference_steps"] = min(64, of.model.tokens, own.get("num_inference_steps", 64))
+    own = {k: of.defaults[k] for k in (*wanted, *MORE, "temperature") if k in of.defaults}
+    most = of.defaults.get("num_inference_steps", 64)
+    own["num_inference_steps"] = min(of.model.tokens, most if of.weights == FOLDER else min(64, most))
     options = {**own, **{k: v for k, v in wanted.items() if v is not None}}
     schedule = options.get("guidance_schedule", "linear")
     if schedule not in SCHEDULES:
@@ -91,8 +95,23 @@ def workload(of: Subject, ask: Ask) -> Workload:
     labels = tuple(i * classes // ask["batch"] for i in range(ask["batch"])) if classes else (-1,) * ask["batch"]
     return Workload(
         labels, request.num_inference_steps, request.num_diffusion_steps, request.guidance_scale,
-        request.guidance_schedule, request.temperature, every=min(ask["every"], request.num_inference_steps),
+        request.guidance_schedule, request.temperature, more(request, of.model, ask["official"]), every=min(ask["every"], request.num_inference_steps),
     )  # fmt: skip
+
+
+def more(request: SampleRequest, model: MaskedModel, official: str | None) -> dict[str, Any]:
+    """Settings of a folder that the original hasn't, where they differ from its own."""
+    usual = SampleRequest()
+    options = {name: getattr(request, name) for name in MORE if getattr(request, name) != getattr(usual, name)}
+    if options and official is not None:
+        name, value = next(iter(options.items()))
+        raise UsageError(
+            f"official: the original has no {name}={value!r}, which this folder samples with; leave it out"
+        )
+    of_head = model.head.sample_options
+    return {
+        name: value for name, value in options.items() if name in of_head or name not in ("solver", "start_timestep")
+    }
 
 
 def bench(
@@ -153,15 +172,17 @@ def bench(
         with Progress(runs, "bench", "runs", quiet=quiet) as bar:
             result |= compared(ours, theirs, work, bar)
             if theirs is not None:
-                result["official_dtype"] = theirs.choose(official_dtype, work)
+                result["official_dtype"] = ask["official_dtype"] = theirs.choose(official_dtype, work)
                 result["official_tried"] = theirs.tried
             result |= timed_runs(ours, theirs, work, repetitions, bar)
         result |= apart(ours, theirs, work, where, half)
         if decode and of.tokenizer is not None:
             result["stages"]["decoding"] = decoding(of.tokenizer.eval().to(where), batch, where)
+        result["share_of_peak"] = result["ideal_seconds"] / result["seconds"]
         result |= measured_memory(ask, theirs is not None) if memory else {}
         if theirs is None and batch > 1:
             alone = replace(work, labels=work.labels[:1])
+            ours.sample(replace(alone, every=work.steps), Draws())  # warm for this shape
             result["latency_seconds"] = statistics.median(ours.sample(alone, Draws())[1] for _ in range(repetitions))
         elif batch == 1:
             result["latency_seconds"] = result["seconds"]
@@ -296,6 +317,7 @@ def child(ask: Ask) -> int | None:
     if ask["who"] == "official":
         of = sizes(ask["model"])
         opponent = OfficialMAR(Path(ask["official"]), of.model, device, workload(of, ask).head_steps)
+        opponent.dtype = ask["official_dtype"]
     else:
         of, half = subject(ask["model"], decodes=False), DTYPES[ask["dtype"]]
         opponent = Ours(prepare_model(of.model.to(device), half), half, device)

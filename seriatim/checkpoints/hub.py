@@ -1,10 +1,13 @@
-"""Model folders from the hub."""
+"""Where a model is: a folder, or a repository of the hub."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from seriatim.core.errors import CheckpointError, one_line
+from seriatim.checkpoints.native import CONFIG
+from seriatim.core.errors import CheckpointError, nearest, one_line
+from seriatim.zoo import PRESETS
 
 
 def download(repository: str) -> Path:
@@ -18,3 +21,21 @@ def download(repository: str) -> Path:
         raise CheckpointError(
             f"model: there is no folder {repository!r}, and it could not be fetched as a hub repository ({reason})"
         ) from error
+
+
+def located(name: str) -> Path:
+    """The folder of that name, or the hub's, downloaded."""
+    folder = Path(name)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; name the model folder that holds {CONFIG}")
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            raise CheckpointError(f"{folder} is empty: no model was saved there; check the path")
+        return folder
+    if name in PRESETS:
+        hint = PRESETS[name].recipe
+        how = f"train it with `seriatim train {hint} --out runs/{name}`" if hint else "train or convert it first"
+        raise CheckpointError(f"{name} is a preset and has no weights; {how}, then name the model's folder")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        return download(name)
+    raise CheckpointError(f"model: {name!r} is no folder, preset or hub repository{nearest(name, PRESETS)}")

@@ -53,7 +53,7 @@ def bench(
     notes = [f"{result['device']}, {result['threads']} threads, torch {result['versions']['torch']}"]
     notes += [f"{result['weights']} weights, median of {repetitions} runs"]
     if result["every"] > 1:
-        notes += [f"each {result['every']}th step computed and scaled: a quick look"]
+        notes += [f"one step of {result['every']} computed and scaled: a quick look"]
     typer.echo("; ".join(notes))
 
 
@@ -92,5 +92,5 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{theirs / value:.2f} x" if theirs and value else "")  # fmt: skip
     row("GFLOP", f"{result['flops'] / 1e9:,.0f}")
     peaks = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in sorted(result["peak_flops"].items()))
-    row("share of the matrix peak", f"{result['ideal_seconds'] / seconds:.0%}", f"({peaks} GFLOP/s)" if both else "")
+    row("share of the matrix peak", f"{result['share_of_peak']:.0%}", f"({peaks} GFLOP/s)" if both else "")
     return table

@@ -214,10 +214,11 @@ class Diffusion(Head):
     def _times_of(self, chain: Tables, device: torch.device) -> Tensor:
         """The embedded timesteps of a chain (T, W), kept for the next call, until the weights change."""
         key = (device, chain.timesteps.tobytes(), version(self.time_embed))
-        if self._times is None or self._times[0] != key:
+        held = self._times  # another thread may put its own there meanwhile
+        if held is None or held[0] != key:
             t = torch.from_numpy(chain.timesteps).to(device)
-            self._times = (key, self.time_embed(sinusoid(t, FREQUENCIES)))
-        return self._times[1]
+            held = self._times = (key, self.time_embed(sinusoid(t, FREQUENCIES)))
+        return held[1]
 
 
 # --- formulas -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from seriatim.core.errors import ConfigError, nearest
 from seriatim.heads.base import Head
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.masked import MaskedModel
+from seriatim.nn.packed import PackedLinear
 
 HEADS: dict[str, type[Head]] = {"diffusion": Diffusion}
 BACKBONES: dict[str, type[Backbone]] = {"masked": Masked}
@@ -93,4 +94,6 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+    """Those packed for sampling too."""
+    packed = sum(layer.count for layer in model.modules() if isinstance(layer, PackedLinear))
+    return packed + sum(p.numel() for p in model.parameters())

@@ -25,6 +25,8 @@ WORTHWHILE = 1 << 27  # multiplications of a product below which packing costs m
 class Linear(nn.Linear):
     """x (..., I) -> (..., O)."""
 
+    as_usual = True  # nothing is lost where it is packed
+
     def forward(self, x: Tensor) -> Tensor:
         if (
             torch.is_grad_enabled()
@@ -67,7 +69,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @lru_cache(maxsize=1)
 def mkl_is_slow() -> bool:
-    """Whether this is a processor on which MKL keeps to half of the vector units: x86, and not Intel's."""
+    """Whether this is a processor on which MKL keeps to half of the vector units: AMD's with AVX-512, as Linux tells."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from seriatim.core.errors import UsageError
 
+UNPACKED = "take seriatim.load(..., prepare=False).model"
 SMALLEST = 1 << 12  # weights from which packing pays: below, the call itself is most of the time
 
 
@@ -40,9 +41,15 @@ class PackedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return self.offset
 
+    @property
+    def count(self) -> int:
+        """How many numbers it holds: they are no parameters any more."""
+        return self.in_features * self.out_features + (0 if self.offset is None else self.out_features)
+
     def forward(self, x: Tensor, then: str = "none") -> Tensor:
         """`then` is "none", "gelu" (the exact one) or "swish" (SiLU), in the same pass over the memory."""
-        assert not (torch.is_grad_enabled() and x.requires_grad), "packed weights have no gradients: for sampling only"
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise UsageError(f"model: its weights are packed for sampling and have no gradients; {UNPACKED}")
         form = "none" if then == "gelu" else ""  # of the GELU: not tanh's
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.offset, then, [], form)
 
@@ -56,11 +63,44 @@ class PackedLinear(nn.Module):
         if self.offset is not None:
             destination[prefix + "bias"] = self.offset
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any) -> None:
+        raise UsageError(f"{prefix}weight: is packed for sampling and takes no other values; {UNPACKED}")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        probe = fn(torch.empty(0, dtype=torch.float32))
+        probe = fn(torch.empty(0, dtype=torch.float32, device="cpu"))
         if probe.device.type != "cpu" or probe.dtype != torch.float32:
             raise UsageError("device: weights packed for this CPU can't be moved or cast; load the model anew for that")
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
+        return self  # nothing changes it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return repacked, (self.weight, self.offset, self.exact)
+
+
+def repacked(weight: Tensor, bias: Tensor | None, exact: bool) -> PackedLinear:
+    """From what a process or a file was given."""
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias, requires_grad=False)
+    layer = PackedLinear(plain)
+    layer.exact = exact
+    return layer
+
+
+@torch.no_grad()
+def agrees(dtype: torch.dtype) -> bool:
+    """A product of packed weights against the usual one."""
+    cpu: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    layer = nn.Linear(64, 64, **cpu)
+    layer.weight.copy_(torch.linspace(-1, 1, 64 * 64, **cpu).reshape(64, 64))
+    layer.bias.copy_(torch.linspace(-1, 1, 64, **cpu))
+    x = torch.linspace(-1, 1, 3 * 64, **cpu).reshape(3, 64)
+    tolerance = 0.3 if dtype == torch.bfloat16 else 1e-4  # of values up to 20
+    with torch.autocast("cpu", enabled=False):
+        return bool(torch.allclose(PackedLinear(layer, dtype)(x).float(), layer(x), rtol=0, atol=tolerance))
 
 
 @lru_cache(maxsize=2)
@@ -68,35 +108,47 @@ def packs(dtype: torch.dtype) -> bool:
     """Whether this build of torch has the kernels, and they agree with the usual product."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    layer = nn.Linear(64, 64, device="cpu")
-    with torch.no_grad():
-        layer.weight.copy_(torch.linspace(-1, 1, 64 * 64).reshape(64, 64))
-        layer.bias.copy_(torch.linspace(-1, 1, 64))
-        x = torch.linspace(-1, 1, 3 * 64).reshape(3, 64)
-        try:
-            ours = PackedLinear(layer, dtype)(x).float()
-        except (RuntimeError, AttributeError):  # not built in, or of another form in this version
-            return False
-        return bool(torch.allclose(ours, layer(x), rtol=0.05 if dtype == torch.bfloat16 else 1e-5, atol=0.05))
+    try:
+        return agrees(dtype)
+    except (RuntimeError, AttributeError):  # not built in, or of another form in this version
+        return False
 
 
 def prepare(module: nn.Module, dtype: torch.dtype = torch.float32, keep: tuple[str, ...] = ()) -> None:
     """Every large Linear inside `module`: packed on a CPU, and in `dtype`; those named in `keep` in float32.
 
-    In place, layer by layer, so that weights are never held twice: for a module of one's own, for sampling only.
+    In place, layer by layer, so that weights are never held twice: for a module of one's own, for sampling only. A layer
+    that does more than `nn.Linear` (a subclass, hooks, a parametrisation) stays as it is.
     """
+    found = False
     for name, child in module.named_modules():
         for key, layer in list(child.named_children()):
-            if not isinstance(layer, nn.Linear) or layer.weight.numel() < SMALLEST:
+            if not usual(layer) or layer.weight.numel() < SMALLEST:
                 continue
             wanted = torch.float32 if f"{name}.{key}".lstrip(".") in keep else dtype
             if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and packs(wanted):
                 setattr(child, key, PackedLinear(layer, wanted))
+                found = True
+    if found:  # what is left may be pages of a file that holds all weights: copied, so that these can go
+        for tensor in module.parameters():
+            tensor.data = tensor.data.clone()
+
+
+def usual(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is an `nn.Linear` and nothing more."""
+    kind = type(layer)
+    plain = kind is nn.Linear or "as_usual" in vars(kind)
+    return plain and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
 
 
 def version(module: nn.Module) -> tuple[int, ...]:
-    """Changes when a weight does: for what is computed from weights alone and kept."""
+    """Changes when a weight or a buffer does, or the mode: for what is computed from these alone and kept.
+
+    What is written through `.data` doesn't show: torch counts no such writing.
+    """
     numbers: list[int] = []
-    for tensor in module.parameters():
+    for tensor in (*module.parameters(), *module.buffers()):
         numbers += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-    return (*numbers, *(id(m) for m in module.modules() if isinstance(m, PackedLinear)))
+    for part in module.modules():
+        numbers += (int(part.training), *((id(part),) if isinstance(part, PackedLinear) else ()))
+    return tuple(numbers)

@@ -26,6 +26,9 @@ from seriatim.models.masked import MaskedModel, draw
 from seriatim.nn.packed import prepare, version
 
 
+FEW_CLASSES = 8  # of a batch: with more, one pass of all images costs less than one for each class
+
+
 @dataclass(frozen=True)
 class Step:
     """What is known after a step over a batch of images."""
@@ -75,7 +78,7 @@ def masked_steps(
     device, known = tokens.device, known_there.cpu()
     order = order_vectors(order, noise, known)  # (B, L)
     begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
-    passes = Passes(model, labels, B, first or FirstStep(model))
+    passes = Passes(model, labels, B, first if first is not None and first.model is model else FirstStep(model))
     for step in range(steps):
         shares = [1 - now / L for now in left]  # known when the step begins
         left = [
@@ -108,7 +111,7 @@ def masked_steps(
 def prepare_model(model: MaskedModel, dtype: torch.dtype = torch.float32) -> MaskedModel:
     """Lay a model's weights out for sampling alone, in place: packed on a CPU, the backbone's products in `dtype`.
 
-    What meets tokens stays in float32: its input layer and the head.
+    What meets tokens stays in float32: its input layer (`token_embed`) and the head.
     """
     prepare(model.backbone, dtype, keep=("token_embed",))
     prepare(model.head)
@@ -116,7 +119,7 @@ def prepare_model(model: MaskedModel, dtype: torch.dtype = torch.float32) -> Mas
 
 
 class FirstStep:
-    """z of images of which nothing is known: it depends on the class alone, and is kept for the classes seen last."""
+    """z of images of which nothing is known: it depends on the class alone, and is kept for the classes made last."""
 
     def __init__(self, model: MaskedModel, most: int = 32) -> None:
         self.model, self.most = model, most
@@ -131,15 +134,16 @@ class FirstStep:
         device = self.model.no_class.device
         half = torch.is_autocast_enabled(device.type)
         key = (label, torch.get_autocast_dtype(device.type) if half else None)
-        if key not in self.kept:
+        z = self.kept.get(key)
+        if z is None:
             backbone, L = self.model.backbone, self.model.tokens
             state = backbone.start(self.model.condition(torch.tensor([label], device=device), 1), 1)
             nothing = torch.zeros(1, L, dtype=torch.bool)
-            self.kept[key] = backbone.z(state, torch.zeros(1, L, backbone.dim, device=device), nothing, ~nothing)
-        self.kept.move_to_end(key)
-        while len(self.kept) > self.most:
-            self.kept.popitem(last=False)
-        return self.kept[key]
+            z = backbone.z(state, torch.zeros(1, L, backbone.dim, device=device), nothing, ~nothing)
+            self.kept[key] = z
+            while len(self.kept) > self.most:
+                self.kept.popitem(last=False)
+        return z
 
 
 class Passes:
@@ -154,6 +158,7 @@ class Passes:
         self.labels = [-1] * images if labels is None else labels.tolist()
         self.conditions = torch.cat([model.condition(labels, images), model.condition(None, images)])  # (2 B, width)
         self.images, self.chosen = images, torch.empty(0, dtype=torch.long)
+        self.few = len(set(self.labels)) <= FEW_CLASSES
 
     def z(
         self, tokens: Tensor, known: Tensor, ask: Tensor, rows: Tensor, places: Tensor, scale: Tensor
@@ -161,7 +166,7 @@ class Passes:
         """z and z_null (N, C) of rows and places (N,); scale (B,). All on the CPU but the tokens."""
         asking = torch.zeros(self.images, dtype=torch.bool).scatter(0, rows, True)  # (B,)
         guided = asking & (scale != 1.0)
-        if not bool(known.any()):
+        if self.few and not bool(known.any()):
             return self.of_nothing(rows, places, bool(guided.any()))
         chosen = torch.cat([asking, guided]).nonzero()[:, 0]  # of 2 B
         if not torch.equal(chosen, self.chosen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 from helpers import make_bundle
 from torch import nn
 
+import seriatim
 from seriatim.checkpoints.native import load_bundle, save_bundle
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
+from seriatim.heads.diffusion import Diffusion
+from seriatim.models.build import parameter_count
 from seriatim.nn import packed
 from seriatim.nn.blocks import MLP
+from seriatim.nn.linear import Linear
 from seriatim.nn.packed import PackedLinear, packs, prepare, version
 from seriatim.sampling.masked import masked_steps, prepare_model
 
@@ -87,8 +92,10 @@ def test_what_was_rounded_is_not_saved(tmp_path: Path) -> None:
 
 def test_it_is_for_sampling_on_this_cpu_only() -> None:
     layer = PackedLinear(nn.Linear(8, 8))
-    with pytest.raises(AssertionError, match="no gradients"):
+    with pytest.raises(UsageError, match=r"packed for sampling and have no gradients; .*prepare=False"):
         layer(torch.randn(2, 8, requires_grad=True))
+    with pytest.raises(UsageError, match=r"is packed for sampling and takes no other values; .*prepare=False"):
+        nn.Sequential(layer).load_state_dict({"0.weight": torch.zeros(8, 8), "0.bias": torch.zeros(8)})
     for move in (lambda: layer.to("meta"), lambda: layer.double()):
         with pytest.raises(UsageError, match="can't be moved or cast; load the model anew"):
             move()
@@ -109,3 +116,63 @@ def test_the_version_changes_with_a_weight() -> None:
     with torch.no_grad():
         layer.weight.add_(1)
     assert version(layer) != before
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_does_more_stays_as_it_is() -> None:
+    watched = nn.Linear(8, 8)
+    watched.register_forward_hook(lambda *_: None)
+    normed = nn.utils.parametrizations.weight_norm(Linear(8, 8))
+    layers = nn.Sequential(Doubled(8, 8), watched, normed, nn.Linear(8, 8), Linear(8, 8))
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        expected = layers(x)
+        prepare(layers)
+        assert [isinstance(layer, PackedLinear) for layer in layers] == [False, False, False, True, True]
+        assert torch.allclose(layers(x), expected, atol=1e-5)
+
+
+def test_a_packed_model_counts_and_copies_as_before() -> None:
+    bundle = make_bundle()
+    count = parameter_count(bundle.model)
+    prepare_model(bundle.model)
+    assert parameter_count(bundle.model) == count
+    sent = pickle.loads(pickle.dumps(bundle.model.backbone.decoder))  # what a process that is spawned receives
+    for other in (copy.deepcopy(bundle.model.backbone.decoder), sent):
+        x = torch.randn(2, 5, 32)
+        with torch.no_grad():
+            assert torch.equal(other[0](x), bundle.model.backbone.decoder[0](x))  # type: ignore[index]
+
+
+def test_load_without_preparing_gives_a_model_to_train(tmp_path: Path) -> None:
+    folder = save_bundle(make_bundle(), tmp_path / "m")
+    plain, ready = seriatim.load(folder, device="cpu", prepare=False), seriatim.load(folder, device="cpu")
+    assert isinstance(ready.model.backbone.token_embed, PackedLinear)
+    tokens = torch.randn(2, 16, 4)
+    plain.model.loss(tokens, torch.tensor([0, 1])).mean.backward()
+    assert plain.model.backbone.token_embed.weight.grad is not None  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match="prepare=False"):
+        ready.model.loss(tokens, torch.tensor([0, 1])).mean.backward()
+
+
+def test_times_are_embedded_anew_when_their_weights_change() -> None:
+    head = Diffusion(4, 16, 1, z_dim=8).eval()
+    nn.init.normal_(head.final.linear.weight)
+    nn.init.normal_(head.final.modulation.weight)
+    z = torch.randn(3, 8)
+
+    def draw() -> torch.Tensor:
+        return head.sample(z, Noise.per_image([1, 2, 3]), num_diffusion_steps=5)
+
+    before = draw()
+    assert torch.equal(draw(), before)
+    with torch.no_grad():
+        head.time_embed[2].bias.add_(1.0)  # type: ignore[operator]
+    changed, fresh = draw(), copy.deepcopy(head)
+    fresh._times = None
+    assert not torch.equal(changed, before)
+    assert torch.equal(changed, fresh.sample(z, Noise.per_image([1, 2, 3]), num_diffusion_steps=5))
