@@ -96,8 +96,9 @@ class OfficialMAR(Opponent):
             self.dtype = dtype
             return dtype
         few = replace(workload, every=max(workload.every, -(-workload.steps // 3)))
-        for self.dtype in dtypes(self.device):
-            self.tried[self.dtype] = min(self.sample(few, Draws())[1] for _ in range(2))
+        for candidate in dtypes(self.device):
+            self.dtype = candidate
+            self.tried[candidate] = min(self.sample(few, Draws())[1] for _ in range(2))
         self.dtype = min(self.tried, key=lambda name: self.tried[name])
         return self.dtype
 

@@ -81,7 +81,7 @@ def sizes(name: str) -> Subject:
 
 
 def workload(of: Subject, ask: Ask) -> Workload:
-    """The settings asked for, else the model's own; of a preset 64 steps, where its authors publish figures with 256."""
+    """The settings asked for, else the model's own; of a preset 64 steps where its authors publish figures with 256."""
     wanted = {k: ask[k] for k in ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "guidance_schedule")}
     own = {k: of.defaults[k] for k in (*wanted, *MORE, "temperature") if k in of.defaults}
     most = of.defaults.get("num_inference_steps", 64)
@@ -95,7 +95,8 @@ def workload(of: Subject, ask: Ask) -> Workload:
     labels = tuple(i * classes // ask["batch"] for i in range(ask["batch"])) if classes else (-1,) * ask["batch"]
     return Workload(
         labels, request.num_inference_steps, request.num_diffusion_steps, request.guidance_scale,
-        request.guidance_schedule, request.temperature, more(request, of.model, ask["official"]), every=min(ask["every"], request.num_inference_steps),
+        request.guidance_schedule, request.temperature, more(request, of.model, ask["official"]),
+        every=min(ask["every"], request.num_inference_steps),
     )  # fmt: skip
 
 

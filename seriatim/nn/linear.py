@@ -69,7 +69,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @lru_cache(maxsize=1)
 def mkl_is_slow() -> bool:
-    """Whether this is a processor on which MKL keeps to half of the vector units: AMD's with AVX-512, as Linux tells."""
+    """Whether MKL keeps to half of this processor's vector units: AMD's with AVX-512, as Linux tells."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -117,8 +117,8 @@ def packs(dtype: torch.dtype) -> bool:
 def prepare(module: nn.Module, dtype: torch.dtype = torch.float32, keep: tuple[str, ...] = ()) -> None:
     """Every large Linear inside `module`: packed on a CPU, and in `dtype`; those named in `keep` in float32.
 
-    In place, layer by layer, so that weights are never held twice: for a module of one's own, for sampling only. A layer
-    that does more than `nn.Linear` (a subclass, hooks, a parametrisation) stays as it is.
+    In place, layer by layer, so that weights are never held twice: for a module of one's own, for sampling only. A
+    layer that does more than `nn.Linear` (a subclass, hooks, a parametrisation) stays as it is.
     """
     found = False
     for name, child in module.named_modules():

@@ -25,7 +25,6 @@ from seriatim.core.schedules import check_guidance, check_token_schedule, guidan
 from seriatim.models.masked import MaskedModel, draw
 from seriatim.nn.packed import prepare, version
 
-
 FEW_CLASSES = 8  # of a batch: with more, one pass of all images costs less than one for each class
 
 
