@@ -84,6 +84,8 @@ def workload(of: Subject, ask: Ask) -> Workload:
     """The settings asked for, else the model's own; of a preset 64 steps where its authors publish figures with 256."""
     wanted = {k: ask[k] for k in ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "guidance_schedule")}
     own = {k: of.defaults[k] for k in (*wanted, *MORE, "temperature") if k in of.defaults}
+    if wanted["num_diffusion_steps"] is not None:  # the folder's last belongs to its own first
+        own.pop("num_diffusion_steps_last", None)
     most = of.defaults.get("num_inference_steps", 64)
     own["num_inference_steps"] = min(of.model.tokens, most if of.weights == FOLDER else min(64, most))
     options = {**own, **{k: v for k, v in wanted.items() if v is not None}}

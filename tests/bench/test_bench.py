@@ -44,7 +44,7 @@ from seriatim.models.masked import MaskedModel
 from seriatim.nn import packed
 from seriatim.nn.attention import SHORT, attend
 from seriatim.nn.packed import PackedLinear, packs
-from seriatim.sampling.masked import prepare_model
+from seriatim.sampling.masked import masked_steps, prepare_model
 from seriatim.tokenizers.pixels import Pixels
 
 CPU = torch.device("cpu")
@@ -183,7 +183,7 @@ def test_the_table(model_folder: Path, checkout: Path, capsys: pytest.CaptureFix
     assert command([*common, "--official", str(checkout), "--official-dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     rows = {line[:25].strip(): line[25:].split() for line in out.splitlines()}
-    assert "5 steps x 6 inside the head, guidance 1.5 linear, batch 1" in out and "each 2th step" in out
+    assert "5 steps x 6 inside the head, guidance 1.5 linear, batch 1" in out and "one step of 2" in out
     assert rows["dtype"][-1] == "bfloat16", "that which was asked for"
     assert rows["peak memory, GiB"] == ["1.00", "2.00", "0.50"] and "original" in out
     assert float(rows["largest difference"][-1]) < SAME
@@ -223,6 +223,34 @@ def test_a_folder_with_settings_that_are_not_benched(bundle: Bundle, tmp_path: P
         quick(tmp_path / "model")
     found = quick(tmp_path / "model", guidance_schedule="constant", num_diffusion_steps=3)
     assert found["num_inference_steps"] == 16, "as many as tokens, and no warning of what nobody asked for"
+
+
+def test_a_folder_is_benched_as_it_samples(
+    bundle: Bundle, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its own solver and token schedule; the original has neither, and says so."""
+    bundle.sampling |= {"solver": "dpm++", "token_schedule": "linear", "num_diffusion_steps": 6}
+    folder = save_bundle(bundle, tmp_path / "model")
+    seen: list[dict[str, Any]] = []
+
+    def watch(*arguments: Any, **options: Any) -> Any:
+        seen.append(options)
+        return masked_steps(*arguments, **options)
+
+    monkeypatch.setattr("seriatim.bench.ours.masked_steps", watch)
+    quick(folder)
+    assert all((o["solver"], o["token_schedule"]) == ("dpm++", "linear") for o in seen) and seen
+    with pytest.raises(UsageError, match=r"official: the original has no solver='dpm\+\+', .* leave it out"):
+        quick(folder, official=str(checkout))
+
+
+def test_memory_is_that_of_the_dtype_that_was_timed(
+    model_folder: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(bench_run, "memory_of", lambda ask: asked.append(ask) or 1)
+    bench(str(model_folder), official=str(checkout), official_dtype="bfloat16", repetitions=1, threads=1, quiet=True)
+    assert [(ask["who"], ask["official_dtype"]) for ask in asked] == [("ours", "bfloat16"), ("official", "bfloat16")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -161,8 +161,8 @@ def test_load_without_preparing_gives_a_model_to_train(tmp_path: Path) -> None:
 
 def test_times_are_embedded_anew_when_their_weights_change() -> None:
     head = Diffusion(4, 16, 1, z_dim=8).eval()
-    nn.init.normal_(head.final.linear.weight)
-    nn.init.normal_(head.final.modulation.weight)
+    for weight in (head.final.linear.weight, head.final.modulation.weight):
+        nn.init.normal_(weight, std=0.02)
     z = torch.randn(3, 8)
 
     def draw() -> torch.Tensor:

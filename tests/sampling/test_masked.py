@@ -160,3 +160,28 @@ def test_the_first_step_is_kept_until_the_weights_change() -> None:
     assert changed[1] == 3 and torch.allclose(changed[0], fresh, atol=1e-4, rtol=1e-4)
     kept.z(2)
     assert len(kept.kept) == 2, "the class seen longest ago is dropped"
+
+
+def test_the_first_step_of_another_model_is_not_taken() -> None:
+    model, other = make_bundle().model, make_bundle().model
+    with torch.no_grad():
+        other.backbone.output_positions.add_(1.0)  # type: ignore[operator]
+    labels = torch.tensor([0, 1])
+
+    def draw(first: FirstStep | None) -> torch.Tensor:
+        noise = Noise.per_image([1, 2])
+        *_, last = masked_steps(model, labels, noise, steps=3, num_diffusion_steps=3, first=first)
+        return last.tokens
+
+    assert torch.equal(draw(FirstStep(other)), draw(None)) and torch.equal(draw(FirstStep(model)), draw(None))
+
+
+def test_with_many_classes_the_first_step_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, labels = make_bundle().model, torch.tensor([0, 1, 2])
+    rows: list[int] = []
+    model.backbone.decoder[0].register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))  # type: ignore[index]
+    monkeypatch.setattr("seriatim.sampling.masked.FEW_CLASSES", 2)
+    *_, last = masked_steps(model, labels, Noise.per_image([1, 2, 3]), steps=2, num_diffusion_steps=3)
+    assert rows == [3, 3]
+    naive = model.sample(labels, Noise.per_image([1, 2, 3]), steps=2, num_diffusion_steps=3)
+    assert torch.allclose(last.tokens, naive, atol=1e-4, rtol=1e-4)
