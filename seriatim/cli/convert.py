@@ -108,6 +108,38 @@ def convert_kl16(
     report(found, json)
 
 
+@convert.command("llamagen-vq")
+def convert_llamagen_vq(
+    weights: Weights,
+    out: Out,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 256,
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--raw", help="Averaged or last weights. Default: averaged, where there are.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: JsonFlag = False,
+) -> None:
+    """LlamaGen's tokenizers VQ-16 and VQ-8 (and their kin of other sizes)."""
+    from seriatim.checkpoints.llamagen_vq import ENTRIES, tokenizer_from_file
+    from seriatim.checkpoints.official import read_official
+    from seriatim.checkpoints.tokenizer import save_tokenizer
+
+    unused(out, overwrite)
+    file = read_official(weights, which=None if ema is None else ENTRIES[0 if ema else 1], entries=ENTRIES)
+    tokenizer = tokenizer_from_file(file, size=size)
+    save_tokenizer(tokenizer, out, {"converted_from": file.path.name, "weights": file.which})
+    found = {
+        "tokenizer": str(out),
+        "weights": file.which,
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "image": list(tokenizer.size),
+        "tokens": tokenizer.count,
+        "codes": tokenizer.vocab,
+        "features": tokenizer.dim,
+    }
+    report(found, json)
+
+
 @export.command("mar")
 def export_mar(
     model: Annotated[Path, typer.Argument(help="A model folder or a run.")],

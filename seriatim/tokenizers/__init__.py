@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["KL", "Latent", "Pixels", "Pretrained", "Tokenizer"]
+__all__ = ["KL", "VQ", "Latent", "Pixels", "Pretrained", "Quantiser", "Tokenizer"]
 
 
 __getattr__ = exporter(
@@ -14,6 +14,8 @@ __getattr__ = exporter(
         "Latent": "seriatim.tokenizers.latent",
         "Pixels": "seriatim.tokenizers.pixels",
         "Pretrained": "seriatim.tokenizers.pretrained",
+        "Quantiser": "seriatim.tokenizers.quantise",
         "Tokenizer": "seriatim.tokenizers.base",
+        "VQ": "seriatim.tokenizers.vq",
     },
 )

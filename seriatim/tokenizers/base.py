@@ -1,6 +1,6 @@
 """The contract of a tokenizer.
 
-B images, c channels, H x W pixels in [-1, 1], h x w = L tokens of D features.
+B images, c channels, H x W pixels in [-1, 1], h x w = L tokens of D features, or L codes of a vocabulary of V.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seriatim.core.errors import DataError
+from seriatim.core.errors import DataError, UsageError
 from seriatim.core.random import Noise
 
 
@@ -25,7 +25,9 @@ class Tokenizer(nn.Module):
       channels   c, 1 or 3
       levels     how many values a pixel can have: 256 for 8 bits
       grid       (h, w)
-      dim        D, the features of a token
+      dim        D, the features of a token; of a discrete one, the width of a codeword
+      vocab      V, how many codes there are; None where tokens are continuous
+      pictures   False where what `decode` gives is no picture
       config     the constructor's arguments, as plain data
     All else that it knows is in its state_dict: loading builds it without memory and fills that in.
     """
@@ -35,6 +37,8 @@ class Tokenizer(nn.Module):
     levels: int
     grid: tuple[int, int]
     dim: int
+    vocab: int | None = None
+    pictures: bool = True
     config: dict[str, Any]
 
     @property
@@ -52,12 +56,37 @@ class Tokenizer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} lacks moments()")
 
     def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
-        """Moments -> tokens (B, L, D) of about unit variance: a draw from the posterior, or its mode without noise."""
+        """Moments -> tokens (B, L, D) of about unit variance: a draw from the posterior, or its mode without noise.
+
+        Of a discrete tokenizer, codes (B, L) int64.
+        """
         raise NotImplementedError(f"{type(self).__name__} lacks tokens()")
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, L, D) -> images (B, c, H, W) in [-1, 1]."""
+        """Tokens (B, L, D), or codes (B, L) -> images (B, c, H, W) in [-1, 1]."""
         raise NotImplementedError(f"{type(self).__name__} lacks decode()")
+
+    def embeddings(self, codes: Tensor) -> Tensor:
+        """Codes (B, L) -> codewords (B, L, D). decode(codes) = decode_embeddings(embeddings(codes))."""
+        raise NotImplementedError(f"{type(self).__name__} lacks embeddings()")
+
+    def decode_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Codewords (B, L, D), or what lies between them -> images (B, c, H, W) in [-1, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} lacks decode_embeddings()")
+
+    def check_codes(self, codes: Tensor) -> Tensor:
+        """Refuse what is not int64 (B, L) in [0, V)."""
+        if self.vocab is None:
+            raise UsageError(f"codes: {type(self).__name__} has none, its tokens are continuous; decode those")
+        if codes.dtype != torch.int64 or codes.ndim != 2 or codes.shape[1] != self.count:
+            kind = str(codes.dtype).removeprefix("torch.")
+            raise UsageError(
+                f"codes: {kind} of shape {tuple(codes.shape)} is not allowed; give int64 (B, {self.count})"
+            )
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab:
+            low, high = int(codes.min()), int(codes.max())
+            raise UsageError(f"codes: {low} to {high} is not allowed; this tokenizer has codes 0 to {self.vocab - 1}")
+        return codes
 
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Measure, over batches of images, the statistics that normalise tokens."""
