@@ -29,8 +29,8 @@ from seriatim.bench.timing import Stages, synchronise
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.core.errors import ConfigError, SeriatimError, UsageError, nearest, one_line
 from seriatim.heads.diffusion import Diffusion
+from seriatim.models.base import Model
 from seriatim.models.build import model_config, seeded
-from seriatim.models.masked import MaskedModel
 
 SOURCE = "git clone https://github.com/LTH14/mar"
 MODULES = ("models", "diffusion", "util")  # top-level names of a checkout
@@ -42,14 +42,14 @@ class OfficialMAR(Opponent):
 
     name = "official"
 
-    def __init__(self, path: Path, model: MaskedModel, device: torch.device, head_steps: int) -> None:
+    def __init__(self, path: Path, model: Model, device: torch.device, head_steps: int) -> None:
         self.device, self.dtype = device, "float32"
         self.tried: dict[str, float] = {}  # seconds by dtype, from a few steps
         self.code = load_checkout(path)
         with explained(), self.here():
             self.model: Any = self.build(model, head_steps).to(device).eval()
 
-    def build(self, model: MaskedModel, head_steps: int) -> nn.Module:
+    def build(self, model: Model, head_steps: int) -> nn.Module:
         """Its model with our weights, strictly; or with its own, where ours is on the meta device."""
         config = model_config(model)
         side = round(config["tokens"] ** 0.5)

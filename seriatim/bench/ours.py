@@ -12,17 +12,17 @@ from seriatim.bench.opponent import Draws, Opponent, RecordedNoise, Workload, re
 from seriatim.bench.timing import Stages, synchronise
 from seriatim.core.random import Noise, generator
 from seriatim.heads.solvers import ODES
-from seriatim.models.masked import MaskedModel
-from seriatim.sampling.masked import masked_steps
+from seriatim.models.base import Model
+from seriatim.sampling.loops import steps_of
 
 
 class Ours(Opponent):
-    """`seriatim.sampling.masked`, as a pipeline calls it; nothing is kept from one run to the next."""
+    """The fast loop, as a pipeline calls it; nothing is kept from one run to the next."""
 
     name = "seriatim"
 
-    def __init__(self, model: MaskedModel, dtype: torch.dtype, device: torch.device) -> None:
-        self.model: MaskedModel = model
+    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
+        self.model: Model = model
         self.device, self.half, self.dtype = device, dtype, str(dtype).removeprefix("torch.")
 
     @torch.no_grad()
@@ -36,7 +36,7 @@ class Ours(Opponent):
         gate = Gate(self.model, stages)
         seconds, computed = 0.0, set(workload.computed())
         with replaced(*(gate.changes() if stages or workload.every > 1 else ())):
-            steps = masked_steps(
+            steps = steps_of(
                 self.model, labels, noise, steps=workload.steps, guidance_scale=workload.guidance,
                 guidance_schedule=workload.schedule, temperature=workload.temperature, dtype=self.half, **options,
             )  # fmt: skip
@@ -54,7 +54,7 @@ class Ours(Opponent):
 class Gate:
     """Closed, the model does nothing: z is zero, and a head's tokens are its first draw. Open, its stages are timed."""
 
-    def __init__(self, model: MaskedModel, stages: Stages | None) -> None:
+    def __init__(self, model: Model, stages: Stages | None) -> None:
         self.open, self.model, self.stages = True, model, stages
 
     def changes(self) -> list[tuple[Any, str, Any]]:

@@ -24,8 +24,8 @@ from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, nearest
 from seriatim.core.progress import Progress
 from seriatim.core.validation import parse
+from seriatim.models.base import Model
 from seriatim.models.build import build_model, seeded
-from seriatim.models.masked import MaskedModel
 from seriatim.sampling.masked import prepare_model
 from seriatim.sampling.request import SampleRequest, clamped
 from seriatim.tokenizers.base import Tokenizer
@@ -47,7 +47,7 @@ Ask = dict[str, Any]  # what `bench` was asked, as plain data: a process of its 
 class Subject:
     """What is timed."""
 
-    model: MaskedModel
+    model: Model
     tokenizer: Tokenizer | None
     defaults: dict[str, Any]
     weights: str  # where they are from
@@ -102,7 +102,7 @@ def workload(of: Subject, ask: Ask) -> Workload:
     )  # fmt: skip
 
 
-def more(request: SampleRequest, model: MaskedModel, official: str | None) -> dict[str, Any]:
+def more(request: SampleRequest, model: Model, official: str | None) -> dict[str, Any]:
     """Settings of a folder that the original hasn't, where they differ from its own."""
     usual = SampleRequest()
     options = {name: getattr(request, name) for name in MORE if getattr(request, name) != getattr(usual, name)}
@@ -196,7 +196,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return max(DTYPES.values(), key=lambda dtype: matrix_peak(dtype, device))
 
 
-def start_of(model: MaskedModel, head_steps: int) -> int | None:
+def start_of(model: Model, head_steps: int) -> int | None:
     chain: Callable[[int], Any] | None = getattr(model.head, "chain", None)
     return None if chain is None else int(chain(head_steps).timesteps[-1])
 

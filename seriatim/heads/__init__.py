@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Diffusion", "Head", "HeadLoss"]
+__all__ = ["Categorical", "Diffusion", "Head", "HeadLoss"]
 
 
 __getattr__ = exporter(
     __name__,
     {
+        "Categorical": "seriatim.heads.categorical",
         "Diffusion": "seriatim.heads.diffusion",
         "Head": "seriatim.heads.base",
         "HeadLoss": "seriatim.heads.base",

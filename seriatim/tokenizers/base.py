@@ -1,6 +1,6 @@
 """The contract of a tokenizer.
 
-B images, c channels, H x W pixels in [-1, 1], h x w = L tokens of D features, or L codes of a vocabulary of V.
+B images, c channels, H x W pixels in [-1, 1], h x w = L tokens of D features.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Tokenizer(nn.Module):
       channels   c, 1 or 3
       levels     how many values a pixel can have: 256 for 8 bits
       grid       (h, w)
-      dim        D, the features of a token; of a discrete one, the width of a codeword
-      vocab      V, how many codes there are; None where tokens are continuous
-      pictures   False where what `decode` gives is no picture
+      dim        D, the features of a token, or of a codeword
+      vocab      V, how many codes there are, where tokens are codes
+      pictures   False where `decode` gives no pictures
       config     the constructor's arguments, as plain data
     All else that it knows is in its state_dict: loading builds it without memory and fills that in.
     """
@@ -58,7 +58,7 @@ class Tokenizer(nn.Module):
     def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
         """Moments -> tokens (B, L, D) of about unit variance: a draw from the posterior, or its mode without noise.
 
-        Of a discrete tokenizer, codes (B, L) int64.
+        Codes (B, L) int64 where there is a vocabulary.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks tokens()")
 
@@ -67,25 +67,32 @@ class Tokenizer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} lacks decode()")
 
     def embeddings(self, codes: Tensor) -> Tensor:
-        """Codes (B, L) -> codewords (B, L, D). decode(codes) = decode_embeddings(embeddings(codes))."""
+        """Codes (B, L) -> their codewords (B, L, D)."""
         raise NotImplementedError(f"{type(self).__name__} lacks embeddings()")
 
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
-        """Codewords (B, L, D), or what lies between them -> images (B, c, H, W) in [-1, 1]."""
+        """Codewords, or means of some (B, L, D) -> images (B, c, H, W) in [-1, 1]."""
         raise NotImplementedError(f"{type(self).__name__} lacks decode_embeddings()")
 
-    def check_codes(self, codes: Tensor) -> Tensor:
-        """Refuse what is not int64 (B, L) in [0, V)."""
+    def look(self, tokens: Tensor, known: Tensor | None = None) -> Tensor:
+        """Tokens of which some are known (B, L) -> images (B, c, H, W); an unknown code shows as the mean codeword."""
         if self.vocab is None:
-            raise UsageError(f"codes: {type(self).__name__} has none, its tokens are continuous; decode those")
-        if codes.dtype != torch.int64 or codes.ndim != 2 or codes.shape[1] != self.count:
-            kind = str(codes.dtype).removeprefix("torch.")
-            raise UsageError(
-                f"codes: {kind} of shape {tuple(codes.shape)} is not allowed; give int64 (B, {self.count})"
-            )
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.vocab:
+            return self.decode(tokens.float())
+        if known is None or bool(known.all()):
+            return self.decode(tokens)
+        every = torch.arange(self.vocab, device=tokens.device)
+        every = torch.cat([every, every.new_zeros(-len(every) % self.count)]).view(-1, self.count)  # (n, L)
+        mean = self.embeddings(every).flatten(0, 1)[: self.vocab].mean(dim=0)  # (D,)
+        return self.decode_embeddings(torch.where(known[..., None].to(mean.device), self.embeddings(tokens), mean))
+
+    def check_codes(self, codes: Tensor) -> Tensor:
+        """Refuse what is not (B, L) int64 inside the vocabulary."""
+        vocab, L = self.vocab or 0, self.count
+        if codes.ndim != 2 or codes.shape[1] != L or codes.dtype != torch.long:
+            raise UsageError(f"codes: {codes.dtype} of shape {tuple(codes.shape)} is not allowed; give int64 (B, {L})")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < vocab:
             low, high = int(codes.min()), int(codes.max())
-            raise UsageError(f"codes: {low} to {high} is not allowed; this tokenizer has codes 0 to {self.vocab - 1}")
+            raise UsageError(f"codes: from {low} to {high} are not all in the vocabulary, 0 to {vocab - 1}")
         return codes
 
     def fit(self, batches: Iterable[Tensor]) -> None:

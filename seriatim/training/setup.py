@@ -17,8 +17,8 @@ from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
 from seriatim.core.files import write_json, write_text
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
+from seriatim.models.base import Model
 from seriatim.models.build import build_model, seeded
-from seriatim.models.masked import MaskedModel
 from seriatim.pipeline import Pipeline
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import build_tokenizer
@@ -91,11 +91,12 @@ def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> 
             bar.advance(len(images))
 
 
-def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
+def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, Model]:
     """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
     data, tokenizer = build_inputs(recipe)
     with seeded(derive_seed(recipe.seed, "weights")):
-        sizes: dict[str, Any] = {"tokens": tokenizer.count, "dim": tokenizer.dim, "classes": len(data.class_names)}
+        sizes: dict[str, Any] = {"tokens": tokenizer.count, "classes": len(data.class_names)}
+        sizes |= {"dim": tokenizer.dim} if tokenizer.vocab is None else {"vocab": tokenizer.vocab}
         if recipe.model.get("positions") == "sincos":
             sizes["grid"] = list(tokenizer.grid)
         model = build_model(recipe.model, **sizes)
@@ -166,7 +167,7 @@ def flat(recipe: AnyRecipe) -> dict[str, Any]:
     return walk(recipe.model_dump(mode="json"), "")
 
 
-def initialise_from(folder: str, model: MaskedModel, tokenizer: Tokenizer, class_names: list[str]) -> None:
+def initialise_from(folder: str, model: Model, tokenizer: Tokenizer, class_names: list[str]) -> None:
     """Begin with another model's weights and token statistics; a class it has under the same name keeps its vector.
 
     Everything must have the same shapes but for the classes, and the grid of tokens, to which positions are
