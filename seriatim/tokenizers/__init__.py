@@ -11,6 +11,7 @@ __getattr__ = exporter(
     __name__,
     {
         "KL": "seriatim.tokenizers.kl",
+        "KMeans": "seriatim.tokenizers.kmeans",
         "Latent": "seriatim.tokenizers.latent",
         "Pixels": "seriatim.tokenizers.pixels",
         "Pretrained": "seriatim.tokenizers.pretrained",
