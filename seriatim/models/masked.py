@@ -131,8 +131,9 @@ class MaskedModel(Model):
             if not ask.any():
                 break  # with fewer unknown tokens than steps, all is known early
             rows = ask.nonzero()[:, 0]  # (N,): the image of each token asked for
-            scale = tokens.new_tensor(
-                [guidance_at(guidance_schedule, guidance_scale, m, L, guidance_interval, guidance_power) for m in left]
+            scale = torch.tensor(
+                [guidance_at(guidance_schedule, guidance_scale, m, L, guidance_interval, guidance_power) for m in left],
+                device=tokens.device,
             )
             z = self.backbone.z(state, tokens, known, ask)  # (N, C)
             z_null = self.backbone.z(null, tokens, known, ask) if guidance_scale != 1 else None
