@@ -111,7 +111,8 @@ class Pipeline:
 
     def _head_options(self, request: SampleRequest) -> dict[str, Any]:
         options = self.model.head.sample_options
-        return {k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep", "solver") if k in options}
+        asked = {k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep", "solver") if k in options}
+        return {k: value for k, value in asked.items() if value is not None}  # None: the head's own default
 
     def label_index(self, label: Label) -> int:
         """The number of a class given by number or name; -1 for None, which "none" stands for on a command line.

@@ -51,7 +51,7 @@ class SampleRequest(Strict):
     temperature: float = Field(1.0, ge=0)
     num_diffusion_steps: StrictInt = Field(100, ge=1)  # inside a diffusion head
     num_diffusion_steps_last: StrictInt | None = Field(None, ge=1)  # when all but the last tokens are known; None: same
-    solver: str = "ddpm"  # of a diffusion head: ddpm, sde-dpm++, ddim or dpm++
+    solver: str | None = None  # of a diffusion head: ddpm, sde-dpm++, ddim or dpm++; None: the head's own default
     start_timestep: StrictInt | None = Field(None, ge=0)  # None: the stable start; 999: as published
 
     @model_validator(mode="after")
