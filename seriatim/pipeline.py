@@ -34,7 +34,7 @@ from seriatim.sampling.editing import (
 from seriatim.sampling.loops import steps_of
 from seriatim.sampling.masked import FirstStep, Step, prepare_model
 from seriatim.sampling.metadata import versions
-from seriatim.sampling.request import Label, SampleRequest, clamped
+from seriatim.sampling.request import Label, SampleRequest, fitted
 from seriatim.sampling.result import Result, as_pil, check_output
 from seriatim.tokenizers.base import to_uint8
 
@@ -97,12 +97,12 @@ class Pipeline:
         return self.checked(parse(SampleRequest, merged, error=UsageError))
 
     def checked(self, request: SampleRequest) -> SampleRequest:
-        """Refuse what this model can't do; more steps than it has tokens are clamped, with a warning."""
+        """Refuse what this model can't do; more steps than a masked model has tokens are clamped, with a warning."""
         for label in request.class_labels:
             self.label_index(label)
         request.check_order(self.model.tokens)
         self.model.head.check_options(temperature=request.temperature, **self._head_options(request))
-        return clamped(request, self.model.tokens)
+        return fitted(request, self.model.tokens, self.model.order if self.model.one_by_one else None)
 
     def _order(self, request: SampleRequest, images: slice) -> Tensor | str | None:
         """The order of these images as the samplers take it: on the tokenizer's grid, the first drawn first."""
@@ -350,7 +350,7 @@ class Pipeline:
         Settings are those of the result's request but for the seed, unless given.
         """
         check_output(output_type)
-        count, L, _ = result.tokens.shape
+        count, L = result.tokens.shape[:2]
         redraw = chosen_tokens(tokens, count, L)
         given = {k: plain(v) for k, v in settings.items() if v is not None}
         before = result.request.model_dump(exclude={"seed", "seeds"})  # all of it: the model's defaults have no say
