@@ -47,7 +47,7 @@ class OfficialLlamaGen(Official):
                 gpt.ModelArgs(
                     dim=config["width"], n_layer=config["depth"], n_head=config["heads"], vocab_size=config["vocab"],
                     block_size=config["tokens"], num_classes=config["classes"], cls_token_num=config["prefix"],
-                    model_type="c2i",
+                    model_type="c2i", multiple_of=config["hidden"],
                 )
             )  # fmt: skip
         if not model.no_class.is_meta:

@@ -67,6 +67,8 @@ def make() -> CausalModel:
         model = CausalModel(backbone, Categorical(40, bias=False), classes=5).eval()
         nn.init.normal_(model.head.logits.weight)  # type: ignore[union-attr, arg-type]
         nn.init.normal_(model.class_embedding)
+        for block in model.backbone.blocks:  # type: ignore[union-attr]
+            nn.init.normal_(block.attention.qkv.weight, std=0.3)  # type: ignore[union-attr, arg-type]
     return model
 
 

@@ -19,6 +19,7 @@ class ModelArgs:
     dim: int = 4096
     n_layer: int = 32
     n_head: int = 32
+    multiple_of: int = 256  # of the hidden width
     num_classes: int = 1000
     model_type: str = "c2i"
     vocab_size: int = 16384
@@ -32,7 +33,7 @@ class Transformer(nn.Module):
         self.config, self.num_classes, self.model_type = config, config.num_classes, config.model_type
         backbone = Causal(
             config.block_size, vocab=config.vocab_size, width=config.dim, depth=config.n_layer, heads=config.n_head,
-            rotate_prefix=False,
+            rotate_prefix=False, hidden=-(-int(8 * config.dim / 3) // config.multiple_of) * config.multiple_of,
         )  # fmt: skip
         self.ours = CausalModel(backbone, Categorical(config.vocab_size, bias=False), classes=config.num_classes)
 
