@@ -41,7 +41,7 @@ from seriatim.tokenizers.base import to_uint8
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
 
 HEAD_SETTINGS = ("num_diffusion_steps", "start_timestep", "solver", "top_k", "top_p", "guidance_mode")
-SHARED = ("num_diffusion_steps", "start_timestep", "solver")  # set in every request, whatever the head
+SHARED = "num_diffusion_steps"  # set in every request, whatever the head
 
 Start = tuple[Tensor, Tensor]  # tokens (B, L, D), and which are known (B, L)
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -119,7 +119,7 @@ class Pipeline:
         """What the request says to the head; what the head doesn't have is refused, unless all requests set it."""
         options = self.model.head.sample_options
         for name in HEAD_SETTINGS:
-            if getattr(request, name) is not None and name not in options and name not in SHARED:
+            if getattr(request, name) is not None and name not in options and name != SHARED:
                 kind = type(self.model.head).__name__
                 raise UsageError(f"{name}: the {kind} head has no such setting; leave it out")
         return {k: value for k in HEAD_SETTINGS if k in options and (value := getattr(request, k)) is not None}

@@ -104,8 +104,9 @@ def workload(of: Subject, ask: Ask) -> Workload:
 
 def more(request: SampleRequest, model: Model, official: str | None) -> dict[str, Any]:
     """Settings of a folder that the original hasn't, where they differ from its own."""
-    usual = SampleRequest()
-    options = {name: getattr(request, name) for name in MORE if getattr(request, name) != getattr(usual, name)}
+    usual = SampleRequest(solver="ddpm")
+    options = {name: getattr(request, name) for name in MORE}
+    options = {name: value for name, value in options.items() if value not in (None, getattr(usual, name))}
     if options and official is not None:
         name, value = next(iter(options.items()))
         raise UsageError(

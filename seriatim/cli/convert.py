@@ -112,7 +112,10 @@ def convert_kl16(
 def convert_llamagen(
     weights: Annotated[Path, typer.Argument(help="c2i_B_256.pt, a .pth or a safetensors file.")],
     out: Out,
-    vq: Annotated[Path, typer.Option(help="Its tokenizer: a folder with one of codes, a tokenizer's or a model's.")],
+    vq: Annotated[
+        Path, typer.Option(help="Its tokenizer: vq_ds16_c2i.pt, or a folder that `convert llamagen-vq` made.")
+    ],
+    size: Annotated[int, typer.Option(help="Side of the images in pixels, where --vq is a file.")] = 256,
     ema: Annotated[bool, typer.Option("--ema", help="Averaged weights, where the file has them.")] = False,
     preset: Annotated[str | None, typer.Option(help="llamagen-b, ...; usually told by the sizes.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, of a model that is no preset.")] = None,
@@ -122,6 +125,7 @@ def convert_llamagen(
 ) -> None:
     """LlamaGen (Sun et al. 2024), of classes or of text. Nothing in a file is run; every tensor must fit."""
     from seriatim.checkpoints import llamagen
+    from seriatim.checkpoints.llamagen_vq import ENTRIES, tokenizer_from_file
     from seriatim.checkpoints.native import save_bundle
     from seriatim.checkpoints.official import read_official
     from seriatim.checkpoints.tokenizer import load_tokenizer
@@ -131,13 +135,15 @@ def convert_llamagen(
     if preset is not None and preset not in llamagen.NAMES:
         raise UsageError(f"preset: {preset!r} is not one of LlamaGen's{nearest(preset, llamagen.NAMES)}")
     unused(out, overwrite)
-    if not vq.is_dir():
-        raise UsageError(f"vq: there is no folder {vq}; name a tokenizer's, or that of a model which has one")
+    if not vq.exists():
+        raise UsageError(f"vq: there is no {vq}; name vq_ds16_c2i.pt, or a folder that `convert llamagen-vq` made")
     say(f"reading {weights}")
     file = read_official(weights, which="ema" if ema else None, entries=llamagen.ENTRIES)
-    bundle = llamagen.bundle_from_llamagen(
-        file, load_tokenizer(vq), read_names(class_names), heads=heads, preset=preset
-    )
+    if vq.is_dir():
+        tokenizer = load_tokenizer(vq)
+    else:
+        tokenizer = tokenizer_from_file(read_official(vq, entries=ENTRIES), size=size)
+    bundle = llamagen.bundle_from_llamagen(file, tokenizer, read_names(class_names), heads=heads, preset=preset)
     save_bundle(bundle, out)
     found = {
         "model": str(out),
@@ -148,6 +154,38 @@ def convert_llamagen(
         "tokens": bundle.model.tokens,
         "classes": bundle.model.classes,
         "image": list(bundle.tokenizer.size),
+    }
+    report(found, json)
+
+
+@convert.command("llamagen-vq")
+def convert_llamagen_vq(
+    weights: Weights,
+    out: Out,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 256,
+    ema: Annotated[
+        bool | None, typer.Option("--ema/--raw", help="Averaged or last weights. Default: averaged, where there are.")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: JsonFlag = False,
+) -> None:
+    """LlamaGen's tokenizers VQ-16 and VQ-8 (and their kin of other sizes)."""
+    from seriatim.checkpoints.llamagen_vq import ENTRIES, tokenizer_from_file
+    from seriatim.checkpoints.official import read_official
+    from seriatim.checkpoints.tokenizer import save_tokenizer
+
+    unused(out, overwrite)
+    file = read_official(weights, which=None if ema is None else ENTRIES[0 if ema else 1], entries=ENTRIES)
+    tokenizer = tokenizer_from_file(file, size=size)
+    save_tokenizer(tokenizer, out, {"converted_from": file.path.name, "weights": file.which})
+    found = {
+        "tokenizer": str(out),
+        "weights": file.which,
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "image": list(tokenizer.size),
+        "tokens": tokenizer.count,
+        "codes": tokenizer.vocab,
+        "features": tokenizer.dim,
     }
     report(found, json)
 
