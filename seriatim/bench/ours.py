@@ -60,20 +60,33 @@ class Gate:
     def changes(self) -> list[tuple[Any, str, Any]]:
         backbone: Any = self.model.backbone
         head = self.model.head
-        z, sample = backbone.z, timed(self.stages, "head", head.sample)
+        inner, sample = "step" if backbone.causal else "z", timed(self.stages, "head", head.sample)
+        z = getattr(backbone, inner)
 
         def gated_z(state: Any, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
-            return z(state, tokens, known, ask) if self.open else tokens.new_zeros(int(ask.sum()), backbone.z_dim)
+            if self.open:
+                return z(state, tokens, known, ask)
+            return torch.zeros(int(ask.sum()), backbone.z_dim, device=tokens.device)
+
+        def gated_step(state: Any, tokens: Tensor | None = None) -> Tensor:
+            if self.open:
+                return z(state, tokens)
+            state.drawn += 1  # what stays empty in its caches takes as long to look at
+            return torch.zeros(len(state.prefix), backbone.z_dim, device=state.prefix.device)
 
         def gated_sample(z: Tensor, noise: Noise, *arguments: Any, **options: Any) -> Tensor:
             if self.open:
                 return sample(z, noise, *arguments, **options)
+            if head.discrete:
+                noise.uniform()
+                return torch.zeros(len(z), dtype=torch.long, device=z.device)
             one = options.get("solver") in ODES  # which draw their start alone
             draws = (1 if one else options["num_diffusion_steps"] + 1) if "num_diffusion_steps" in options else None
             drawn = noise.normal(head.output, draws=draws)
             return drawn if draws is None else drawn[0]
 
-        parts = [(name, stage) for name, stage in (("encode", "encoder"), ("decode", "decoder"))
-                 if hasattr(backbone, name)]  # fmt: skip
+        stages = (("encode", "encoder"), ("decode", "decoder"), ("advance", "backbone"))
+        parts = [(name, stage) for name, stage in stages if hasattr(backbone, name)]
         inside = [(backbone, name, timed(self.stages, stage, getattr(backbone, name))) for name, stage in parts]
-        return [(backbone, "z", gated_z), (head, "sample", gated_sample), *(inside if self.stages else ())]
+        gated = gated_step if backbone.causal else gated_z
+        return [(backbone, inner, gated), (head, "sample", gated_sample), *(inside if self.stages else ())]

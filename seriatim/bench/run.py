@@ -27,7 +27,7 @@ from seriatim.core.validation import parse
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, seeded
 from seriatim.sampling.masked import prepare_model
-from seriatim.sampling.request import SampleRequest, clamped
+from seriatim.sampling.request import SampleRequest, fitted
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.training.precision import threads as with_threads
@@ -88,11 +88,14 @@ def workload(of: Subject, ask: Ask) -> Workload:
         own.pop("num_diffusion_steps_last", None)
     most = of.defaults.get("num_inference_steps", 64)
     own["num_inference_steps"] = min(of.model.tokens, most if of.weights == FOLDER else min(64, most))
+    if of.model.one_by_one:
+        del own["num_inference_steps"]
     options = {**own, **{k: v for k, v in wanted.items() if v is not None}}
     schedule = options.get("guidance_schedule", "linear")
     if schedule not in SCHEDULES:
         raise UsageError(f"guidance_schedule: {schedule!r} is not benched; use {' or '.join(SCHEDULES)}")
-    request = clamped(parse(SampleRequest, options, error=UsageError), of.model.tokens)
+    request = parse(SampleRequest, options, error=UsageError)
+    request = fitted(request, of.model.tokens, of.model.order if of.model.one_by_one else None)
     classes = of.model.classes
     labels = tuple(i * classes // ask["batch"] for i in range(ask["batch"])) if classes else (-1,) * ask["batch"]
     return Workload(
@@ -289,6 +292,8 @@ def split(opponent: Opponent, few: Workload, device: torch.device) -> dict[str, 
 @torch.no_grad()
 def decoding(tokenizer: Tokenizer, batch: int, device: torch.device) -> float:
     tokens = torch.randn(batch, tokenizer.count, tokenizer.dim, device=device)
+    if tokenizer.vocab is not None:
+        tokens = torch.randint(tokenizer.vocab, (batch, tokenizer.count), device=device)
     return median(lambda: tokenizer.decode(tokens), device)
 
 
