@@ -15,6 +15,8 @@ from seriatim.heads.solvers import ODES
 from seriatim.models.base import Model
 from seriatim.sampling.loops import steps_of
 
+STAGES = (("encode", "encoder"), ("decode", "decoder"), ("step", "backbone"))  # of a backbone, and what they are called
+
 
 class Ours(Opponent):
     """The fast loop, as a pipeline calls it; nothing is kept from one run to the next."""
@@ -48,7 +50,8 @@ class Ours(Opponent):
                 synchronise(self.device)
                 seconds += (time.perf_counter() - begin) * gate.open
             steps.close()  # type: ignore[attr-defined]
-        return now.tokens.float().cpu(), seconds * workload.factor
+        tokens = now.tokens.cpu()
+        return tokens.float() if tokens.is_floating_point() else tokens, seconds * workload.factor
 
 
 class Gate:
@@ -60,33 +63,21 @@ class Gate:
     def changes(self) -> list[tuple[Any, str, Any]]:
         backbone: Any = self.model.backbone
         head = self.model.head
-        inner, sample = "step" if backbone.causal else "z", timed(self.stages, "head", head.sample)
-        z = getattr(backbone, inner)
+        z, sample = backbone.z, timed(self.stages, "head", head.sample)
 
         def gated_z(state: Any, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
-            if self.open:
-                return z(state, tokens, known, ask)
-            return torch.zeros(int(ask.sum()), backbone.z_dim, device=tokens.device)
-
-        def gated_step(state: Any, tokens: Tensor | None = None) -> Tensor:
-            if self.open:
-                return z(state, tokens)
-            state.drawn += 1  # what stays empty in its caches takes as long to look at
-            return torch.zeros(len(state.prefix), backbone.z_dim, device=state.prefix.device)
+            return z(state, tokens, known, ask) if self.open else tokens.new_zeros(int(ask.sum()), backbone.z_dim)
 
         def gated_sample(z: Tensor, noise: Noise, *arguments: Any, **options: Any) -> Tensor:
             if self.open:
                 return sample(z, noise, *arguments, **options)
-            if head.discrete:
-                noise.uniform()
-                return torch.zeros(len(z), dtype=torch.long, device=z.device)
             one = options.get("solver") in ODES  # which draw their start alone
             draws = (1 if one else options["num_diffusion_steps"] + 1) if "num_diffusion_steps" in options else None
             drawn = noise.normal(head.output, draws=draws)
             return drawn if draws is None else drawn[0]
 
-        stages = (("encode", "encoder"), ("decode", "decoder"), ("advance", "backbone"))
-        parts = [(name, stage) for name, stage in stages if hasattr(backbone, name)]
-        inside = [(backbone, name, timed(self.stages, stage, getattr(backbone, name))) for name, stage in parts]
-        gated = gated_step if backbone.causal else gated_z
-        return [(backbone, inner, gated), (head, "sample", gated_sample), *(inside if self.stages else ())]
+        inside = [(backbone, name, timed(self.stages, stage, getattr(backbone, name)))
+                  for name, stage in STAGES if hasattr(backbone, name)]  # fmt: skip
+        if self.model.one_by_one:  # no step can be left out: each needs those before
+            return [(head, "sample", sample), *inside]
+        return [(backbone, "z", gated_z), (head, "sample", gated_sample), *(inside if self.stages else ())]

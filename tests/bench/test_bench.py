@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from seriatim.backbones.masked import Masked
 from seriatim.bench import run as bench_run
-from seriatim.bench.mar import MODULES, OfficialMAR, load_checkout, set_aside
+from seriatim.bench.checkout import set_aside
+from seriatim.bench.mar import MODULES, OfficialMAR
+from seriatim.bench.mar import official_mar as load_checkout
 from seriatim.bench.opponent import Draws, Workload
 from seriatim.bench.ours import Ours
 from seriatim.bench.run import bench, compared, flops, subject
@@ -39,7 +41,7 @@ from seriatim.core.errors import ConfigError, ResourceError, UsageError
 from seriatim.core.progress import Progress
 from seriatim.core.schedules import tokens_per_step
 from seriatim.heads.diffusion import Diffusion
-from seriatim.models.build import build_model, seeded
+from seriatim.models.build import seeded
 from seriatim.models.masked import MaskedModel
 from seriatim.nn import packed
 from seriatim.nn.attention import SHORT, attend
@@ -509,24 +511,3 @@ def test_the_original(classes: int, tmp_path: Path) -> None:
     for options in ({"guidance_scale": 1.0}, {"batch": 3}, {"guidance_schedule": "constant", "every": 2}):
         found = quick(folder, official=os.environ["SERIATIM_MAR"], **options)
         assert found["max_rel_difference"] < SAME and found["official_seconds"] > 0, options
-
-
-@pytest.mark.parametrize("every", [1, 3])
-def test_causal_models_are_timed_too(tmp_path: Path, every: int) -> None:
-    with seeded(0):
-        config = {"kind": "causal", "tokens": 16, "dim": 4, "width": 32, "depth": 1, "heads": 2, "classes": 3}
-        model = build_model({**config, "head": {"kind": "diffusion", "width": 16, "depth": 1}})
-    folder = save_bundle(Bundle(model.eval(), Pixels(size=8, patch=2, channels=1), []), tmp_path / "causal")
-    result = bench(str(folder), num_diffusion_steps=4, memory=False, every=every, quiet=True)
-    assert result["num_inference_steps"] == 16 and result["stages"].keys() == {"backbone", "head", "other", "decoding"}
-    with pytest.raises(UsageError, match="8 steps asked of a causal model of 16 tokens"):
-        bench(str(folder), num_inference_steps=8, quiet=True)
-
-
-def test_a_closed_gate_draws_codes_as_an_open_one() -> None:
-    with seeded(0):
-        config = {"kind": "causal", "tokens": 9, "vocab": 8, "width": 32, "depth": 1, "heads": 2}
-        model = build_model({**config, "head": {"kind": "categorical"}}).eval()
-    work = Workload((-1,), 9, 100, 1.0, "linear", 1.0, {}, every=4)
-    tokens, seconds = Ours(model, torch.float32, CPU).sample(work, Draws())
-    assert tokens.shape == (1, 9) and seconds > 0
