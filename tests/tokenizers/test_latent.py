@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -305,6 +306,31 @@ def test_statistics_that_flux2_keeps_in_a_batch_norm(tmp_path: Path) -> None:
     loaded = load_tokenizer(folder)
     images = torch.rand(1, 3, 8, 8)
     assert torch.equal(loaded.tokens(loaded.moments(images)), tokenizer.tokens(tokenizer.moments(images)))
+
+
+def test_a_hub_repositorys_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline's repository as the hub's own cache keeps it: config and weights of the subfolder, no pickles."""
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        asked.update(options, repository=repository)
+        return str(tmp_path)
+
+    network = save("AutoencoderTiny", tmp_path / "vae", **TINY)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    tokenizer = Pretrained(8, path="somebody/a-pipeline", subfolder="vae")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tokenizer.autoencoder.state_dict()[name], tensor), name
+    assert asked["repository"] == "somebody/a-pipeline"
+    names = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"]
+    names += ["vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors"]
+    chosen = [
+        name
+        for name in names
+        if any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])
+        and not any(fnmatch(name, pattern) for pattern in asked["ignore_patterns"])
+    ]
+    assert chosen == names[:2]
 
 
 def test_half_precision_weights_become_float32(tmp_path: Path) -> None:
