@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Diffusion", "Head", "HeadLoss"]
+__all__ = ["Diffusion", "Flow", "GaussianMixture", "Head", "HeadLoss", "Mixture"]
 
 
 __getattr__ = exporter(
     __name__,
     {
         "Diffusion": "seriatim.heads.diffusion",
+        "Flow": "seriatim.heads.flow",
+        "GaussianMixture": "seriatim.heads.gaussians",
         "Head": "seriatim.heads.base",
         "HeadLoss": "seriatim.heads.base",
+        "Mixture": "seriatim.heads.mixture",
     },
 )

@@ -26,10 +26,12 @@ from seriatim.core.construct import arguments, construct, pop_kind
 from seriatim.core.errors import ConfigError, nearest
 from seriatim.heads.base import Head
 from seriatim.heads.diffusion import Diffusion
+from seriatim.heads.flow import Flow
+from seriatim.heads.mixture import Mixture
 from seriatim.models.masked import MaskedModel
 from seriatim.nn.packed import PackedLinear
 
-HEADS: dict[str, type[Head]] = {"diffusion": Diffusion}
+HEADS: dict[str, type[Head]] = {"diffusion": Diffusion, "flow": Flow, "mixture": Mixture}
 BACKBONES: dict[str, type[Backbone]] = {"masked": Masked}
 MODELS: dict[str, type[MaskedModel]] = {"masked": MaskedModel}
 
