@@ -119,16 +119,18 @@ def model_card(recipe: Recipe, seen: int, parameters: int, rows: Sequence[dict[s
     example = repr(data.class_names[0]) if data.class_names else "None"
     count = f"{data.count:,}" if data.count else "a stream"
     H, W = data.size
+    tags = "autoregressive, image-generation" if data.pictures else "autoregressive"
     trained = f"images: {count}, {H}x{W} pixels, channels: {data.channels}; left out: {len(data.bad)}"
     first = '.images[0].save("image.png")'
     if not data.pictures:
-        trained, first = f"sequences: {count}, {W} tokens of {data.channels}", ".images  # an array"
+        trained = f"sequences: {count}, {W} tokens, numbers of a token: {data.channels}"
+        first = ".images  # an array"
     label = f' --label "{data.class_names[0]}"' if data.class_names else ""
     loss = f"{rows[-1]['loss']:.4f}" if rows else "not logged"
     return f"""---
 library_name: seriatim
 pipeline_tag: {kind}
-tags: [autoregressive, image-generation]
+tags: [{tags}]
 ---
 
 # {recipe.name}
