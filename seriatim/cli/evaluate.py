@@ -72,7 +72,7 @@ def evaluate(
 ) -> None:
     """Measure samples against real images, beside as many real ones; resumable, and shared between processes.
 
-    Of a tokenizer folder: what it loses, and what its tokens are like.
+    Of a tokenizer folder: what it loses, and what its tokens are like, or how its codes are used.
     """
     share = share_of(shard)
     of_model = {
@@ -95,6 +95,7 @@ def evaluate(
     import torch
 
     from seriatim.core.progress import duration
+    from seriatim.evaluation.base import check_pictures
     from seriatim.evaluation.features import open_features
     from seriatim.evaluation.figures import FIGURES
     from seriatim.evaluation.run import evaluate as run
@@ -103,6 +104,7 @@ def evaluate(
     from seriatim.training.precision import threads as using
 
     pipe = load(model, device=device_of(device), dtype=dtype)
+    check_pictures(pipe.tokenizer)
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
     settings = dict(
         guidance_scale=guidance_scale,
@@ -169,11 +171,12 @@ def evaluate_tokenizer(
 ) -> None:
     from seriatim.checkpoints.tokenizer import load_tokenizer
     from seriatim.core.device import pick_device
+    from seriatim.evaluation.base import check_pictures
     from seriatim.evaluation.features import open_features
-    from seriatim.evaluation.tokenizers import NOISE
     from seriatim.evaluation.tokenizers import evaluate_tokenizer as run
 
     made = load_tokenizer(folder)
+    check_pictures(made)
     size, channels = made.size, made.channels
     done = run(
         made,
@@ -182,7 +185,7 @@ def evaluate_tokenizer(
         num=num,
         features=None if features == "none" else open_features(features, size=size, channels=channels),
         real=None if real_data is None else only_images(open_data(real_data, size, channels, "real-data"), real_data),
-        noise=noise or NOISE,
+        noise=noise,
         source=folder,
         seed=seed,
         device=pick_device(device),
@@ -195,7 +198,8 @@ def evaluate_tokenizer(
         for name, x in done.figures.items()
     ]
     rows += [(f"PSNR, noise {level:g}", f"{x.value:.4g} ± {x.error:.2g}", "") for level, x in done.noise.items()]
-    rows += [(f"tokens: {name}", f"{value:.4g}", "") for name, value in done.latents.items()]
+    kind = "tokens" if made.vocab is None else "codes"
+    rows += [(f"{kind}: {name}", f"{value:.4g}", "") for name, value in done.latents.items()]
     print_table(("figure", f"{done.report['num']:,} reconstructions", "the images themselves"), rows)
     typer.echo(done.report["markdown"])
     say(f"markdown and settings: {out / 'results.json'}")
