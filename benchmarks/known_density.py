@@ -1,0 +1,509 @@
+"""Heads, backbones and orders on processes whose density is known: how far from the truth, at equal images and seconds.
+
+    OMP_NUM_THREADS=1 python benchmarks/known_density.py --out runs/known_density --jobs 2
+
+Every contestant is trained on sequences of tokens from `known_processes`, three seeds each, with one rate and batch for
+all, on sequences that nobody sees twice; within a seed all see the same. The weights are averaged over the last tenth
+or so of the updates, whenever that is (Karras et al. 2024, a power function): one training is judged on its way, when
+it has seen --images sequences, and when its updates have taken --seconds of one thread's processor time (k-means for
+codes, drawing sequences and judging don't count). Each writes a file to --out when it is judged: what is done already is
+not done again. --report only prints the tables, in markdown, and draws the figure. Scores:
+
+    gap        -log p of held-out sequences less that of the truth on the same ones, in nats per token: KL(truth || model).
+               Of a model that draws in random orders, on average over them: an order is drawn for each sequence.
+               For heads that have a density; several tokens a step are independent, as in sampling.
+    distance   of samples from the truth: the energy distance in one dimension, sqrt(2 int (F - G)^2), its square averaged
+               over classes and fixed directions, half of them over whole sequences, half over two neighbours
+    excess     log density of samples under the truth, in nats per token, less the truth's own mean: below 0 they are
+               where the truth is not, above 0 where it is densest only
+    outside    the share of samples whose log density is below that of 99 % of the truth, of the same class
+
+`truth` is as many fresh sequences of the process in the place of samples: what chance alone leaves. Intervals are 95 %
+t-intervals of the mean over seeds; with a seed change weights, training sequences, held-out ones and samples.
+
+Codes are k-means centres of tokens; a sample is a sequence of centres. `truth-codes` are true ones, so coded.
+
+B sequences, L tokens, D features, N samples, P directions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from known_density_tables import BUDGETS, TRUTHS, figure, tables
+from known_processes import TASKS, Process
+from torch import Tensor
+
+from seriatim.backbones.build import BACKBONES
+from seriatim.core.errors import DataError, SeriatimError, UsageError, nearest, one_line
+from seriatim.core.files import writable_folder, write_json
+from seriatim.core.random import Noise, derive_seed, generator
+from seriatim.core.schedules import tokens_per_step
+from seriatim.heads.build import HEADS
+from seriatim.models.base import Model
+from seriatim.models.build import MODELS, build_model, parameter_count, seeded
+
+SEEDS, IMAGES, SECONDS = (0, 1, 2), 24_576, 10.0
+BATCH, RATE, WARMUP, CLIP, AVERAGE = 48, 2e-3, 30, 1.0, 8  # AVERAGE: the power of the average, about 10 % wide
+SAMPLES, HELD_OUT, TRUTH, DIRECTIONS = 1024, 512, 20_000, 128
+
+
+# --- who takes part -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model's config, as `build_model` takes it but for the sizes of the task, and how it is sampled."""
+
+    model: dict[str, Any]
+    order: str = "random"  # or raster: in which it samples and is scored
+    steps: int | None = None  # over a sequence; None: a token each
+    sampling: dict[str, Any] = field(default_factory=dict)  # of the head
+    codes: int | None = None  # k-means centres; None: tokens are features
+    scored: tuple[int, int] = (HELD_OUT, 64)  # held-out sequences for the gap, and D up to which it is computed
+
+    def missing(self) -> list[str]:
+        """What it needs and the package's tables lack."""
+        kinds = ((MODELS, self.model["kind"]), (BACKBONES, self.model.get("backbone", self.model["kind"])))
+        needs = (*kinds, (HEADS, self.model["head"]["kind"]))
+        return list(dict.fromkeys(name for table, name in needs if name not in table))
+
+    def build(self, process: Process, seed: int) -> Model:
+        sizes = {"vocab": self.codes} if self.codes else {"dim": process.dim}
+        with seeded(derive_seed("weights", seed)):
+            return build_model(self.model, tokens=process.tokens, classes=process.classes, **sizes)
+
+    def sample(self, model: Model, labels: Tensor, noise: Noise) -> Tensor:
+        """labels (B,) -> tokens (B, L, D) or codes (B, L)."""
+        options = dict(self.sampling)
+        if not model.one_by_one:
+            options |= {"steps": self.steps or model.tokens}
+            options |= {"order": list(range(model.tokens))} if self.order == "raster" else {}
+        return model.sample(labels, noise, **options)
+
+
+# Every mask ratio alike: with that the mean loss is the any-order likelihood's own (as MAR trains, few are ever known)
+MASKED = {"kind": "masked", "width": 64, "depth": [1, 2], "heads": 4, "buffer": 2, "dropout": 0.0, "label_dropout": 0.0,
+          "min_mask_ratio": 0.01, "mask_ratio_std": 10.0}  # fmt: skip
+CAUSAL = {"kind": "causal", "width": 64, "depth": 3, "heads": 4, "dropout": 0.0, "label_dropout": 0.0}
+TRUNKS: dict[str, tuple[dict[str, Any], str]] = {
+    "masked": (MASKED, "random"),
+    "causal": (CAUSAL | {"order": "raster"}, "raster"),
+    "causal-random": (CAUSAL | {"order": "random"}, "random"),
+}
+LEAVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # head, and how it samples
+    "diffusion": (
+        {"kind": "diffusion", "width": 64, "depth": 3},
+        {"num_diffusion_steps": 20, "solver": "sde-dpm++"},
+    ),
+    "flow": ({"kind": "flow", "width": 64, "depth": 3}, {"num_diffusion_steps": 20}),
+    "mixture1": ({"kind": "mixture", "components": 1}, {}),
+    "mixture4": ({"kind": "mixture", "components": 4}, {}),
+    "mixture16": ({"kind": "mixture", "components": 16}, {}),
+}
+
+
+def table_of_contestants() -> dict[str, Contestant]:
+    pairs = [*product(("masked", "causal"), LEAVES), ("causal-random", "diffusion"), ("causal-random", "mixture4")]
+    made = {}
+    for trunk, leaf in pairs:
+        (model, order), (head, sampling) = TRUNKS[trunk], LEAVES[leaf]
+        # a flow's density costs D backward passes at each step of its solver
+        scored = (64, 2) if leaf == "flow" else (HELD_OUT, 64)
+        made[f"{trunk}-{leaf}"] = Contestant({**model, "head": head}, order, None, sampling, None, scored)
+    made["masked-categorical"] = Contestant({**MASKED, "head": {"kind": "categorical"}}, codes=256)
+    return made
+
+
+CONTESTANTS: dict[str, Contestant] = table_of_contestants()
+
+
+# --- the truth, as a ruler ------------------------------------------------------------------------------------------
+
+
+def even_labels(classes: int, count: int) -> Tensor:
+    """As many of each class, class by class: (count,)."""
+    return torch.arange(classes).repeat_interleave(count // classes)
+
+
+class Ruler:
+    """Measures samples of a process, as many of each class."""
+
+    def __init__(self, process: Process, samples: int = SAMPLES, truth: int = TRUTH) -> None:
+        self.process, self.each = process, samples // process.classes
+        self.labels = even_labels(process.classes, self.each * process.classes)  # (N,)
+        self.directions = directions(process)  # (L D, P)
+        self.quantiles, self.mean, self.low = [], [], []
+        for label in range(process.classes):
+            labels = torch.full((truth,), label)
+            x = process.sample(labels, generator(derive_seed("truth", label)))
+            along = (x.flatten(1) @ self.directions).sort(dim=0).values  # (truth, P)
+            self.quantiles.append(along[((torch.arange(self.each) + 0.5) / self.each * truth).long()])  # (n, P)
+            log_p = process.log_density(x, labels)
+            self.mean.append(float(log_p.mean()))
+            self.low.append(float(log_p.quantile(0.01)))
+
+    def __call__(self, samples: Tensor) -> dict[str, float]:
+        """Samples (N, L, D) of `labels`."""
+        n, squares = self.each, []
+        log_p = self.process.log_density(samples, self.labels)  # (N,)
+        for label, truth in enumerate(self.quantiles):
+            x = samples[label * n : (label + 1) * n]
+            both, order = torch.cat([x.flatten(1) @ self.directions, truth]).double().sort(dim=0)  # (2n, P)
+            apart = torch.where(order < n, 1 / n, -1 / n).cumsum(dim=0)  # F - G
+            squares.append(float((2 * apart[:-1].square() * both.diff(dim=0)).sum(dim=0).mean()))
+        mean, low = (torch.tensor(v, dtype=torch.float64)[self.labels] for v in (self.mean, self.low))
+        return {
+            "distance": math.sqrt(statistics.mean(squares)),
+            "excess": float((log_p - mean).mean()) / self.process.tokens,
+            "outside": float((log_p < low).double().mean()),
+        }
+
+
+def directions(process: Process) -> Tensor:
+    """Unit vectors (L D, P): the first half random, the others zero but for two neighbours, all pairs in turn."""
+    L, D, (h, w) = process.tokens, process.dim, process.grid
+    vectors = torch.randn(DIRECTIONS, L, D, generator=generator(derive_seed("directions")))
+    pairs = [(i, i + 1) for i in range(L) if (i + 1) % w] + [(i, i + w) for i in range((h - 1) * w)]
+    for i in range(DIRECTIONS // 2, DIRECTIONS):
+        others = torch.ones(L, dtype=torch.bool)
+        others[list(pairs[i % len(pairs)])] = False
+        vectors[i, others] = 0
+    vectors = vectors.flatten(1)
+    return (vectors / vectors.norm(dim=1, keepdim=True)).T
+
+
+@lru_cache(maxsize=4)
+def ruler_of(task: str, samples: int) -> Ruler:
+    return Ruler(TASKS[task](), samples)
+
+
+@torch.no_grad()
+def log_likelihood(model: Model, x: Tensor, labels: Tensor, order: Tensor | None, sizes: Sequence[int]) -> Tensor:
+    """log p of x (B, L, D) given the order (B, L) in which tokens are drawn, None: raster; sizes of the steps: (B,)."""
+    (B, L), condition = x.shape[:2], model.condition(labels, len(x))
+    if hasattr(model.backbone, "sequence"):  # all z in one pass
+        z = model.backbone.sequence(condition, x, order=order)  # (B, L, C)
+        target = x if order is None else x.gather(1, order[..., None].expand_as(x))
+        return model.head.log_prob(z.flatten(0, 1), target.flatten(0, 1)).double().view(B, L).sum(dim=1)
+    places = torch.arange(L).expand(B, L) if order is None else order
+    state, total = model.backbone.start(condition, B), torch.zeros(B, dtype=torch.float64)
+    known = torch.zeros(B, L, dtype=torch.bool)
+    for now in places.split(list(sizes), dim=1):
+        ask = torch.zeros_like(known).scatter(1, now, True)
+        z = model.backbone.z(state, x, known, ask)  # (N, C)
+        total += model.head.log_prob(z, x[ask]).double().view(B, -1).sum(dim=1)
+        known |= ask
+    return total
+
+
+def gap(contestant: Contestant, model: Model, process: Process, seed: int) -> dict[str, float]:
+    """KL(truth || model) in nats per token on held-out sequences, and its standard error over these."""
+    count, largest = contestant.scored
+    if contestant.codes or not model.head.has_density or process.dim > largest:
+        return {}
+    L, g = process.tokens, generator(derive_seed("held out", seed))
+    labels = torch.randint(process.classes, (count,), generator=g)
+    x = process.sample(labels, g)
+    order = torch.rand(count, L, generator=g).argsort(dim=1) if contestant.order == "random" else None
+    sizes = [1] * L if contestant.steps is None else tokens_per_step(contestant.steps, L)
+    off = (process.log_density(x, labels) - log_likelihood(model, x, labels, order, sizes)) / L  # (B,)
+    return {"gap": float(off.mean()), "gap_error": float(off.std()) / math.sqrt(count)}
+
+
+class Codes:
+    """Tokens as k-means centres, of those that true sequences have."""
+
+    def __init__(self, process: Process, count: int, seed: int, sequences: int = 2000) -> None:
+        from sklearn.cluster import KMeans
+
+        g = generator(derive_seed("codes", seed))
+        x = process.sample(torch.randint(process.classes, (sequences,), generator=g), g).flatten(0, 1)
+        fitted = KMeans(count, n_init=1, max_iter=30, random_state=seed).fit(x.numpy())
+        self.centres = torch.from_numpy(fitted.cluster_centers_).float()  # (V, D)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L) int64."""
+        return torch.cdist(x.flatten(0, 1), self.centres).argmin(dim=1).view(x.shape[:2])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.centres[codes]
+
+
+# --- training and judging -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training, for the budgets that are not judged yet."""
+
+    task: str
+    name: str
+    seed: int
+    budgets: tuple[str, ...]
+    images: int
+    seconds: float
+    samples: int
+    out: Path
+
+    def file(self, budget: str) -> Path:
+        return self.out / f"{self.task}-{self.name}-{self.seed}-{budget}.json"
+
+
+def trained(model: Model, batches: Iterator[tuple[Tensor, Tensor]], noise_seed: int) -> Iterator[tuple[Model, float]]:
+    """After each update: the averaged model, and the processor's seconds that updates took so far. All else is free."""
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    weights, averages = list(model.parameters()), list(average.parameters())
+    optimiser, noise = torch.optim.Adam(weights, lr=RATE, fused=True), Noise.shared(noise_seed, BATCH)
+    model.train()
+    seconds = 0.0
+    for update, (x, labels) in enumerate(batches, start=1):
+        begin = time.process_time()
+        for group in optimiser.param_groups:
+            group["lr"] = RATE * min(1.0, update / WARMUP)
+        loss = model.loss(x, labels, noise).mean
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, CLIP)
+        optimiser.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, [p.detach() for p in weights], 1 - (1 - 1 / update) ** AVERAGE)
+        seconds += time.process_time() - begin
+        yield average, seconds
+
+
+def stream(process: Process, seed: int, codes: Codes | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches (B, L, D) or codes (B, L), and labels; the same for all contestants of a seed."""
+    g = generator(derive_seed("training", seed))
+    while True:
+        labels = torch.randint(process.classes, (32 * BATCH,), generator=g)
+        x = process.sample(labels, g)
+        yield from zip((codes.encode(x) if codes else x).split(BATCH), labels.split(BATCH), strict=True)
+
+
+def judge(contestant: Contestant, model: Model, process: Process, ruler: Ruler, codes: Codes | None, seed: int) -> dict:
+    """All scores; a sample that is not finite makes those of samples nan."""
+    samples = contestant.sample(model, ruler.labels, Noise.shared(derive_seed("samples", seed), len(ruler.labels)))
+    samples = codes.decode(samples) if codes else samples
+    finite = bool(torch.isfinite(samples).all())
+    return gap(contestant, model, process, seed) | (ruler(samples) if finite else {"distance": math.nan})
+
+
+def run(work: Work) -> tuple[Work, float]:
+    """Train and judge, a file for each budget; in a process of its own."""
+    torch.set_num_threads(1)
+    begin, contestant, process = time.perf_counter(), CONTESTANTS[work.name], TASKS[work.task]()
+    ruler, waiting = ruler_of(work.task, work.samples), list(work.budgets)
+    codes = Codes(process, contestant.codes, work.seed) if contestant.codes else None
+    model = contestant.build(process, work.seed)
+    batches = stream(process, work.seed, codes)
+    size = {"backbone": parameter_count(model.backbone), "head": parameter_count(model.head)}
+    for update, (average, seconds) in enumerate(trained(model, batches, derive_seed("noise", work.seed)), start=1):
+        reached = {"images": update * BATCH >= work.images, "seconds": seconds >= work.seconds}
+        for budget in [b for b in waiting if reached[b]]:
+            scores = judge(contestant, average, process, ruler, codes, work.seed)
+            row = {"task": work.task, "name": work.name, "seed": work.seed, "budget": budget, "scores": scores}
+            row |= {"images": update * BATCH, "updates": update, "train_seconds": seconds, "parameters": size}
+            write_json(work.file(budget), row | {"settings": settings(work)})
+            waiting.remove(budget)
+        if not waiting:
+            return work, time.perf_counter() - begin
+    raise AssertionError("batches are endless")
+
+
+def run_truth(task: str, seed: int, samples: int, out: Path, codes: int | None = None) -> None:
+    """What the ruler says of as many true sequences, or of such sequences coded."""
+    file = out / f"{task}-truth{'-codes' if codes else ''}-{seed}.json"
+    if file.exists():
+        return
+    ruler = ruler_of(task, samples)
+    x = ruler.process.sample(ruler.labels, generator(derive_seed("samples", seed)))
+    if codes:
+        k_means = Codes(ruler.process, codes, seed)
+        x = k_means.decode(k_means.encode(x))
+    name, scores = "truth-codes" if codes else "truth", ruler(x)
+    scores["entropy"] = -statistics.fmean(ruler.mean) / ruler.process.tokens
+    write_json(file, {"task": task, "name": name, "seed": seed, "budget": "", "scores": scores})
+
+
+def settings(work: Work) -> dict[str, Any]:
+    """All that a file's scores depend on, as JSON keeps it."""
+    contestant = CONTESTANTS[work.name]
+    how = {"model": contestant.model, "order": contestant.order, "steps": contestant.steps, "codes": contestant.codes}
+    how |= {"sampling": contestant.sampling, "scored": contestant.scored, "samples": work.samples}
+    how |= {"images": work.images, "seconds": work.seconds, "batch": BATCH, "rate": RATE, "average": AVERAGE}
+    return json.loads(json.dumps(how))
+
+
+def measure_speed(task: str, name: str, out: Path, repeats: int = 5) -> None:
+    """Milliseconds of one thread for a token, at 1 and 64 sequences at once: medians; fresh weights take as long."""
+    contestant, process = CONTESTANTS[name], TASKS[task]()
+    row: dict[str, Any] = {"task": task, "name": name, "seed": 0, "budget": "speed", "dtype": "float32", "scores": {}}
+    model = contestant.build(process, 0).eval()
+    for batch in (1, 64):
+        labels, times = torch.zeros(batch, dtype=torch.long), []
+        for _ in range(repeats + 1):
+            begin = time.process_time()
+            contestant.sample(model, labels, Noise.shared(0, batch))
+            times.append(time.process_time() - begin)
+        row[str(batch)] = 1000 * statistics.median(times[1:]) / (batch * process.tokens)  # the first warms up
+    write_json(out / f"{task}-{name}-speed.json", row | {"threads": torch.get_num_threads()})
+
+
+# --- all of it ------------------------------------------------------------------------------------------------------
+
+
+def check_names(argument: str, given: Sequence[str], allowed: Iterable[str]) -> None:
+    names = list(allowed)
+    for name in given:
+        if name not in names:
+            raise UsageError(f"{argument}: {name!r} is not known{nearest(name, names)}")
+
+
+def available(names: Sequence[str]) -> list[str]:
+    """Those that this package can build; the others are named in a line."""
+    lacking = {name: CONTESTANTS[name].missing() for name in names}
+    out = [name for name in names if lacking[name]]
+    if out:
+        kinds = ", ".join(dict.fromkeys(kind for name in out for kind in lacking[name]))
+        print(f"left out, since this package has no {kinds}: {', '.join(out)}")  # noqa: T201
+    left = [name for name in names if not lacking[name]]
+    if not left:
+        raise UsageError("only: none of the contestants named can be built; see --help for all names")
+    return left
+
+
+def to_do(a: argparse.Namespace) -> list[Work]:
+    """What has no file yet, seed by seed; a file made with other settings is refused."""
+    works = []
+    for seed, task, name in product(a.seeds, a.tasks, a.only):
+        work = Work(task, name, seed, BUDGETS, a.images, a.seconds, a.samples, a.out)
+        for budget in BUDGETS:
+            if work.file(budget).exists():
+                check_made(work, work.file(budget))
+        left = tuple(budget for budget in BUDGETS if not work.file(budget).exists())
+        if left:
+            works.append(Work(task, name, seed, left, a.images, a.seconds, a.samples, a.out))
+    return works
+
+
+def check_made(work: Work, file: Path) -> None:
+    made, now = read(file)["settings"], settings(work)
+    for key in now:
+        if made.get(key) != now[key]:
+            message = f"out: {file} was made with {key} {made.get(key)}, not {now[key]}; choose another folder"
+            raise DataError(f"{message}, or delete it")
+
+
+def read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is no JSON ({one_line(error)}); delete it") from None
+
+
+def carry_out(works: Sequence[Work], jobs: int) -> None:
+    """One process for each job; a line for each training that is done."""
+    begin = time.perf_counter()
+
+    def report(done: int, work: Work, seconds: float) -> None:
+        left = (time.perf_counter() - begin) / done * (len(works) - done) / 60
+        what = f"{work.task}, {work.name}, seed {work.seed}: {seconds:.0f} s"
+        print(f"{done}/{len(works)} {what}; about {left:.0f} min left", flush=True)  # noqa: T201
+
+    if jobs == 1:
+        for done, work in enumerate(works, start=1):
+            report(done, *run(work))
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(run, work) for work in works]
+        try:
+            for done, future in enumerate(as_completed(futures), start=1):
+                report(done, *future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def rows_of(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """What --out has of these tasks, contestants and seeds."""
+    rows = [read(file) for file in sorted(a.out.glob("*.json"))]
+    names = {*a.only, *TRUTHS}
+    return [r for r in rows if r["task"] in a.tasks and r["name"] in names and r["seed"] in (*a.seeds, 0)]
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add: Callable[..., Any] = parser.add_argument
+    add("--out", type=Path, default=Path("runs/known_density"))
+    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
+    add("--only", nargs="+", default=list(CONTESTANTS), metavar="NAME", help=", ".join(CONTESTANTS))
+    add("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
+    add("--images", type=int, default=IMAGES, help="sequences of training, the one budget")
+    add("--seconds", type=float, default=SECONDS, help="of updates, the other")
+    add("--samples", type=int, default=SAMPLES, help="that a distance is of")
+    add("--jobs", type=int, default=1, help="processes of one thread each, no more than there are idle cores")
+    add("--against", nargs=2, default=["masked-diffusion", "masked-mixture4"], metavar="NAME",
+        help="contestants that the others' distance, and gap, are compared with")  # fmt: skip
+    add("--plot", type=Path, help="default: known_density.png in --out")
+    add("--report", action="store_true", help="of what is there; nothing is trained")
+    a = parser.parse_args(argv)
+    check_names("tasks", a.tasks, TASKS)
+    check_names("only", a.only, CONTESTANTS)
+    check_names("against", a.against, CONTESTANTS)
+    for name, least in (("images", 1), ("jobs", 1), ("samples", 2 * max(make().classes for make in TASKS.values()))):
+        if getattr(a, name) < least:
+            raise UsageError(f"{name}: {getattr(a, name)} is not allowed; it must be at least {least}")
+    if not 0 < a.seconds < math.inf:
+        raise UsageError(f"seconds: {a.seconds} is not allowed; it must be above 0")
+    return a
+
+
+def compare(a: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    if not a.report:
+        writable_folder(a.out)
+        a.only = available(a.only)
+        begin, works = time.perf_counter(), to_do(a)
+        carry_out(works, a.jobs)
+        codes = sorted({c for name in a.only if (c := CONTESTANTS[name].codes)})
+        for task, seed in product(a.tasks, a.seeds):
+            for count in (None, *codes):
+                run_truth(task, seed, a.samples, a.out, count)
+        for task, name in product(a.tasks, a.only):
+            if not (a.out / f"{task}-{name}-speed.json").exists():
+                measure_speed(task, name, a.out)
+        print(f"{time.perf_counter() - begin:.0f} s in all")  # noqa: T201
+    rows = rows_of(a)
+    if not rows:
+        raise DataError(f"out: {a.out} has no results of these; run without --report first")
+    figure(rows, a.tasks, a.only, a.plot or a.out / "known_density.png")
+    print("\n".join(tables(rows, a.tasks, a.only, a.against)))  # noqa: T201
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        compare(arguments(argv))
+    except SeriatimError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
