@@ -6,17 +6,18 @@ Every contestant is trained on sequences of tokens from `known_processes`, three
 all, on sequences that nobody sees twice; within a seed all see the same. The weights are averaged over the last tenth
 or so of the updates, whenever that is (Karras et al. 2024, a power function): one training is judged on its way, when
 it has seen --images sequences, and when its updates have taken --seconds of one thread's processor time (k-means for
-codes, drawing sequences and judging don't count). Each writes a file to --out when it is judged: what is done already is
-not done again. --report only prints the tables, in markdown, and draws the figure. Scores:
+codes, drawing sequences and judging don't count). What is judged is in a file of --out, and is not done again. --report
+only prints the tables, in markdown, and draws the figure. Scores:
 
-    gap        -log p of held-out sequences less that of the truth on the same ones, in nats per token: KL(truth || model).
-               Of a model that draws in random orders, on average over them: an order is drawn for each sequence.
-               For heads that have a density; several tokens a step are independent, as in sampling.
-    distance   of samples from the truth: the energy distance in one dimension, sqrt(2 int (F - G)^2), its square averaged
-               over classes and fixed directions, half of them over whole sequences, half over two neighbours
+    gap        -log p of held-out sequences less the truth's of the same, in nats per token: KL(truth || model). Of a
+               model that draws in random orders, the mean over them: an order is drawn for each sequence. For heads
+               that have a density of features; several tokens of a step are independent, as in sampling.
+    distance   of samples from the truth: the energy distance in one dimension, sqrt(2 int (F - G)^2), its square
+               averaged over classes and fixed directions, half of them of whole sequences, half of two neighbours
     excess     log density of samples under the truth, in nats per token, less the truth's own mean: below 0 they are
                where the truth is not, above 0 where it is densest only
-    outside    the share of samples whose log density is below that of 99 % of the truth, of the same class
+    outside    the share of sampled tokens less likely, given those before in raster order, than 99 % of the truth's
+               at that position, of the same class
 
 `truth` is as many fresh sequences of the process in the place of samples: what chance alone leaves. Intervals are 95 %
 t-intervals of the mean over seeds; with a seed change weights, training sequences, held-out ones and samples.
@@ -45,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from known_density_scores import Codes, Ruler, log_likelihood
 from known_density_tables import BUDGETS, TRUTHS, figure, tables
 from known_processes import TASKS, Process
 from torch import Tensor
@@ -60,7 +62,7 @@ from seriatim.models.build import MODELS, build_model, parameter_count, seeded
 
 SEEDS, IMAGES, SECONDS = (0, 1, 2), 24_576, 10.0
 BATCH, RATE, WARMUP, CLIP, AVERAGE = 48, 2e-3, 30, 1.0, 8  # AVERAGE: the power of the average, about 10 % wide
-SAMPLES, HELD_OUT, TRUTH, DIRECTIONS = 1024, 512, 20_000, 128
+SAMPLES, HELD_OUT, TRUTH = 1024, 512, 20_000
 
 
 # --- who takes part -------------------------------------------------------------------------------------------------
@@ -108,13 +110,13 @@ TRUNKS: dict[str, tuple[dict[str, Any], str]] = {
 }
 LEAVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # head, and how it samples
     "diffusion": (
-        {"kind": "diffusion", "width": 64, "depth": 3},
+        {"kind": "diffusion", "width": 64, "depth": 3, "draws": 2},
         {"num_diffusion_steps": 20, "solver": "sde-dpm++"},
     ),
-    "flow": ({"kind": "flow", "width": 64, "depth": 3}, {"num_diffusion_steps": 20}),
-    "mixture1": ({"kind": "mixture", "components": 1}, {}),
-    "mixture4": ({"kind": "mixture", "components": 4}, {}),
-    "mixture16": ({"kind": "mixture", "components": 16}, {}),
+    "flow": ({"kind": "flow", "width": 64, "depth": 3, "draws": 2}, {"num_diffusion_steps": 20}),
+    "mixture1": ({"kind": "mixture", "components": 1, "width": 64, "depth": 3}, {}),
+    "mixture4": ({"kind": "mixture", "components": 4, "width": 64, "depth": 3}, {}),
+    "mixture16": ({"kind": "mixture", "components": 16, "width": 64, "depth": 3}, {}),
 }
 
 
@@ -133,83 +135,12 @@ def table_of_contestants() -> dict[str, Contestant]:
 CONTESTANTS: dict[str, Contestant] = table_of_contestants()
 
 
-# --- the truth, as a ruler ------------------------------------------------------------------------------------------
-
-
-def even_labels(classes: int, count: int) -> Tensor:
-    """As many of each class, class by class: (count,)."""
-    return torch.arange(classes).repeat_interleave(count // classes)
-
-
-class Ruler:
-    """Measures samples of a process, as many of each class."""
-
-    def __init__(self, process: Process, samples: int = SAMPLES, truth: int = TRUTH) -> None:
-        self.process, self.each = process, samples // process.classes
-        self.labels = even_labels(process.classes, self.each * process.classes)  # (N,)
-        self.directions = directions(process)  # (L D, P)
-        self.quantiles, self.mean, self.low = [], [], []
-        for label in range(process.classes):
-            labels = torch.full((truth,), label)
-            x = process.sample(labels, generator(derive_seed("truth", label)))
-            along = (x.flatten(1) @ self.directions).sort(dim=0).values  # (truth, P)
-            self.quantiles.append(along[((torch.arange(self.each) + 0.5) / self.each * truth).long()])  # (n, P)
-            log_p = process.log_density(x, labels)
-            self.mean.append(float(log_p.mean()))
-            self.low.append(float(log_p.quantile(0.01)))
-
-    def __call__(self, samples: Tensor) -> dict[str, float]:
-        """Samples (N, L, D) of `labels`."""
-        n, squares = self.each, []
-        log_p = self.process.log_density(samples, self.labels)  # (N,)
-        for label, truth in enumerate(self.quantiles):
-            x = samples[label * n : (label + 1) * n]
-            both, order = torch.cat([x.flatten(1) @ self.directions, truth]).double().sort(dim=0)  # (2n, P)
-            apart = torch.where(order < n, 1 / n, -1 / n).cumsum(dim=0)  # F - G
-            squares.append(float((2 * apart[:-1].square() * both.diff(dim=0)).sum(dim=0).mean()))
-        mean, low = (torch.tensor(v, dtype=torch.float64)[self.labels] for v in (self.mean, self.low))
-        return {
-            "distance": math.sqrt(statistics.mean(squares)),
-            "excess": float((log_p - mean).mean()) / self.process.tokens,
-            "outside": float((log_p < low).double().mean()),
-        }
-
-
-def directions(process: Process) -> Tensor:
-    """Unit vectors (L D, P): the first half random, the others zero but for two neighbours, all pairs in turn."""
-    L, D, (h, w) = process.tokens, process.dim, process.grid
-    vectors = torch.randn(DIRECTIONS, L, D, generator=generator(derive_seed("directions")))
-    pairs = [(i, i + 1) for i in range(L) if (i + 1) % w] + [(i, i + w) for i in range((h - 1) * w)]
-    for i in range(DIRECTIONS // 2, DIRECTIONS):
-        others = torch.ones(L, dtype=torch.bool)
-        others[list(pairs[i % len(pairs)])] = False
-        vectors[i, others] = 0
-    vectors = vectors.flatten(1)
-    return (vectors / vectors.norm(dim=1, keepdim=True)).T
+# --- training and judging -------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4)
 def ruler_of(task: str, samples: int) -> Ruler:
-    return Ruler(TASKS[task](), samples)
-
-
-@torch.no_grad()
-def log_likelihood(model: Model, x: Tensor, labels: Tensor, order: Tensor | None, sizes: Sequence[int]) -> Tensor:
-    """log p of x (B, L, D) given the order (B, L) in which tokens are drawn, None: raster; sizes of the steps: (B,)."""
-    (B, L), condition = x.shape[:2], model.condition(labels, len(x))
-    if hasattr(model.backbone, "sequence"):  # all z in one pass
-        z = model.backbone.sequence(condition, x, order=order)  # (B, L, C)
-        target = x if order is None else x.gather(1, order[..., None].expand_as(x))
-        return model.head.log_prob(z.flatten(0, 1), target.flatten(0, 1)).double().view(B, L).sum(dim=1)
-    places = torch.arange(L).expand(B, L) if order is None else order
-    state, total = model.backbone.start(condition, B), torch.zeros(B, dtype=torch.float64)
-    known = torch.zeros(B, L, dtype=torch.bool)
-    for now in places.split(list(sizes), dim=1):
-        ask = torch.zeros_like(known).scatter(1, now, True)
-        z = model.backbone.z(state, x, known, ask)  # (N, C)
-        total += model.head.log_prob(z, x[ask]).double().view(B, -1).sum(dim=1)
-        known |= ask
-    return total
+    return Ruler(TASKS[task](), samples, TRUTH)
 
 
 def gap(contestant: Contestant, model: Model, process: Process, seed: int) -> dict[str, float]:
@@ -224,28 +155,6 @@ def gap(contestant: Contestant, model: Model, process: Process, seed: int) -> di
     sizes = [1] * L if contestant.steps is None else tokens_per_step(contestant.steps, L)
     off = (process.log_density(x, labels) - log_likelihood(model, x, labels, order, sizes)) / L  # (B,)
     return {"gap": float(off.mean()), "gap_error": float(off.std()) / math.sqrt(count)}
-
-
-class Codes:
-    """Tokens as k-means centres, of those that true sequences have."""
-
-    def __init__(self, process: Process, count: int, seed: int, sequences: int = 2000) -> None:
-        from sklearn.cluster import KMeans
-
-        g = generator(derive_seed("codes", seed))
-        x = process.sample(torch.randint(process.classes, (sequences,), generator=g), g).flatten(0, 1)
-        fitted = KMeans(count, n_init=1, max_iter=30, random_state=seed).fit(x.numpy())
-        self.centres = torch.from_numpy(fitted.cluster_centers_).float()  # (V, D)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L) int64."""
-        return torch.cdist(x.flatten(0, 1), self.centres).argmin(dim=1).view(x.shape[:2])
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return self.centres[codes]
-
-
-# --- training and judging -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -336,8 +245,7 @@ def run_truth(task: str, seed: int, samples: int, out: Path, codes: int | None =
     if codes:
         k_means = Codes(ruler.process, codes, seed)
         x = k_means.decode(k_means.encode(x))
-    name, scores = "truth-codes" if codes else "truth", ruler(x)
-    scores["entropy"] = -statistics.fmean(ruler.mean) / ruler.process.tokens
+    name, scores = "truth-codes" if codes else "truth", ruler(x) | {"entropy": ruler.entropy}
     write_json(file, {"task": task, "name": name, "seed": seed, "budget": "", "scores": scores})
 
 

@@ -131,10 +131,11 @@ class Field(Process):
         for S, F in zip(self.spatial, self.features, strict=True):
             among = S if order is None else S[order[:, :, None], order[:, None, :]]  # (B, L, L)
             C, root = torch.linalg.cholesky(among), torch.linalg.cholesky(F)
-            e = torch.linalg.solve_triangular(C.expand(len(x), -1, -1), x, upper=False)  # (B, L, D)
-            e = torch.linalg.solve_triangular(root, e.transpose(1, 2), upper=False)  # (B, D, L)
+            eye = torch.eye(self.tokens, dtype=torch.float64)
+            e = torch.linalg.solve_triangular(C, eye, upper=False) @ x  # (B, L, D)
+            e = e @ torch.linalg.inv(root).T
             scale = self.dim * C.diagonal(dim1=-2, dim2=-1).log() + root.diagonal().log().sum()  # (L,) or (B, L)
-            log_p.append(-0.5 * e.square().sum(dim=1) - scale - 0.5 * self.dim * math.log(2 * math.pi))
+            log_p.append(-0.5 * e.square().sum(dim=2) - scale - 0.5 * self.dim * math.log(2 * math.pi))
         return sequential(self.weights[labels].log(), torch.stack(log_p, dim=-1))
 
 
