@@ -22,7 +22,7 @@ only prints the tables, in markdown, and draws the figure. Scores:
 `truth` is as many fresh sequences of the process in the place of samples: what chance alone leaves. Intervals are 95 %
 t-intervals of the mean over seeds; with a seed change weights, training sequences, held-out ones and samples.
 
-Codes are k-means centres of tokens; a sample is a sequence of centres. `truth-codes` are true ones, so coded.
+Codes are k-means centres of tokens; a sample is a sequence of centres. `truth-codes256` are true ones, coded by 256.
 
 B sequences, L tokens, D features, N samples, P directions.
 """
@@ -39,100 +39,29 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from known_contestants import CONTESTANTS, HELD_OUT, Contestant
 from known_density_scores import Codes, Ruler, log_likelihood
-from known_density_tables import BUDGETS, TRUTHS, figure, tables
+from known_density_tables import BUDGETS, figure, is_truth, tables
 from known_processes import TASKS, Process
 from torch import Tensor
 
-from seriatim.backbones.build import BACKBONES
-from seriatim.core.errors import DataError, SeriatimError, UsageError, nearest, one_line
+from seriatim.core.errors import DataError, NumericsError, SeriatimError, UsageError, nearest, one_line
 from seriatim.core.files import writable_folder, write_json
 from seriatim.core.random import Noise, derive_seed, generator
 from seriatim.core.schedules import tokens_per_step
-from seriatim.heads.build import HEADS
 from seriatim.models.base import Model
-from seriatim.models.build import MODELS, build_model, parameter_count, seeded
+from seriatim.models.build import parameter_count
 
 SEEDS, IMAGES, SECONDS = (0, 1, 2), 24_576, 10.0
 BATCH, RATE, WARMUP, CLIP, AVERAGE = 48, 2e-3, 30, 1.0, 8  # AVERAGE: the power of the average, about 10 % wide
-SAMPLES, HELD_OUT, TRUTH = 1024, 512, 20_000
-
-
-# --- who takes part -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A model's config, as `build_model` takes it but for the sizes of the task, and how it is sampled."""
-
-    model: dict[str, Any]
-    order: str = "random"  # or raster: in which it samples and is scored
-    steps: int | None = None  # over a sequence; None: a token each
-    sampling: dict[str, Any] = field(default_factory=dict)  # of the head
-    codes: int | None = None  # k-means centres; None: tokens are features
-    scored: tuple[int, int] = (HELD_OUT, 64)  # held-out sequences for the gap, and D up to which it is computed
-
-    def missing(self) -> list[str]:
-        """What it needs and the package's tables lack."""
-        kinds = ((MODELS, self.model["kind"]), (BACKBONES, self.model.get("backbone", self.model["kind"])))
-        needs = (*kinds, (HEADS, self.model["head"]["kind"]))
-        return list(dict.fromkeys(name for table, name in needs if name not in table))
-
-    def build(self, process: Process, seed: int) -> Model:
-        sizes = {"vocab": self.codes} if self.codes else {"dim": process.dim}
-        with seeded(derive_seed("weights", seed)):
-            return build_model(self.model, tokens=process.tokens, classes=process.classes, **sizes)
-
-    def sample(self, model: Model, labels: Tensor, noise: Noise) -> Tensor:
-        """labels (B,) -> tokens (B, L, D) or codes (B, L)."""
-        options = dict(self.sampling)
-        if not model.one_by_one:
-            options |= {"steps": self.steps or model.tokens}
-            options |= {"order": list(range(model.tokens))} if self.order == "raster" else {}
-        return model.sample(labels, noise, **options)
-
-
-# Every mask ratio alike: with that the mean loss is the any-order likelihood's own (as MAR trains, few are ever known)
-MASKED = {"kind": "masked", "width": 64, "depth": [1, 2], "heads": 4, "buffer": 2, "dropout": 0.0, "label_dropout": 0.0,
-          "min_mask_ratio": 0.01, "mask_ratio_std": 10.0}  # fmt: skip
-CAUSAL = {"kind": "causal", "width": 64, "depth": 3, "heads": 4, "dropout": 0.0, "label_dropout": 0.0}
-TRUNKS: dict[str, tuple[dict[str, Any], str]] = {
-    "masked": (MASKED, "random"),
-    "causal": (CAUSAL | {"order": "raster"}, "raster"),
-    "causal-random": (CAUSAL | {"order": "random"}, "random"),
-}
-LEAVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # head, and how it samples
-    "diffusion": (
-        {"kind": "diffusion", "width": 64, "depth": 3, "draws": 2},
-        {"num_diffusion_steps": 20, "solver": "sde-dpm++"},
-    ),
-    "flow": ({"kind": "flow", "width": 64, "depth": 3, "draws": 2}, {"num_diffusion_steps": 20}),
-    "mixture1": ({"kind": "mixture", "components": 1, "width": 64, "depth": 3}, {}),
-    "mixture4": ({"kind": "mixture", "components": 4, "width": 64, "depth": 3}, {}),
-    "mixture16": ({"kind": "mixture", "components": 16, "width": 64, "depth": 3}, {}),
-}
-
-
-def table_of_contestants() -> dict[str, Contestant]:
-    pairs = [*product(("masked", "causal"), LEAVES), ("causal-random", "diffusion"), ("causal-random", "mixture4")]
-    made = {}
-    for trunk, leaf in pairs:
-        (model, order), (head, sampling) = TRUNKS[trunk], LEAVES[leaf]
-        # a flow's density costs D backward passes at each step of its solver
-        scored = (64, 2) if leaf == "flow" else (HELD_OUT, 64)
-        made[f"{trunk}-{leaf}"] = Contestant({**model, "head": head}, order, None, sampling, None, scored)
-    made["masked-categorical"] = Contestant({**MASKED, "head": {"kind": "categorical"}}, codes=256)
-    return made
-
-
-CONTESTANTS: dict[str, Contestant] = table_of_contestants()
+SAMPLES, TRUTH = 1024, 20_000
 
 
 # --- training and judging -------------------------------------------------------------------------------------------
@@ -149,8 +78,8 @@ def gap(contestant: Contestant, model: Model, process: Process, seed: int) -> di
     if contestant.codes or not model.head.has_density or process.dim > largest:
         return {}
     L, g = process.tokens, generator(derive_seed("held out", seed))
-    labels = torch.randint(process.classes, (count,), generator=g)
-    x = process.sample(labels, g)
+    labels = torch.randint(process.classes, (max(count, HELD_OUT),), generator=g)
+    x, labels = process.sample(labels, g)[:count], labels[:count]  # the same for all, as far as they go
     order = torch.rand(count, L, generator=g).argsort(dim=1) if contestant.order == "random" else None
     sizes = [1] * L if contestant.steps is None else tokens_per_step(contestant.steps, L)
     off = (process.log_density(x, labels) - log_likelihood(model, x, labels, order, sizes)) / L  # (B,)
@@ -205,8 +134,10 @@ def stream(process: Process, seed: int, codes: Codes | None) -> Iterator[tuple[T
         yield from zip((codes.encode(x) if codes else x).split(BATCH), labels.split(BATCH), strict=True)
 
 
-def judge(contestant: Contestant, model: Model, process: Process, ruler: Ruler, codes: Codes | None, seed: int) -> dict:
-    """All scores; a sample that is not finite makes those of samples nan."""
+def judge(
+    contestant: Contestant, model: Model, process: Process, ruler: Ruler, codes: Codes | None, seed: int
+) -> dict[str, float]:
+    """All scores; nan where a sample is not finite."""
     samples = contestant.sample(model, ruler.labels, Noise.shared(derive_seed("samples", seed), len(ruler.labels)))
     samples = codes.decode(samples) if codes else samples
     finite = bool(torch.isfinite(samples).all())
@@ -222,31 +153,38 @@ def run(work: Work) -> tuple[Work, float]:
     model = contestant.build(process, work.seed)
     batches = stream(process, work.seed, codes)
     size = {"backbone": parameter_count(model.backbone), "head": parameter_count(model.head)}
-    for update, (average, seconds) in enumerate(trained(model, batches, derive_seed("noise", work.seed)), start=1):
-        reached = {"images": update * BATCH >= work.images, "seconds": seconds >= work.seconds}
-        for budget in [b for b in waiting if reached[b]]:
-            scores = judge(contestant, average, process, ruler, codes, work.seed)
-            row = {"task": work.task, "name": work.name, "seed": work.seed, "budget": budget, "scores": scores}
-            row |= {"images": update * BATCH, "updates": update, "train_seconds": seconds, "parameters": size}
-            write_json(work.file(budget), row | {"settings": settings(work)})
-            waiting.remove(budget)
-        if not waiting:
-            return work, time.perf_counter() - begin
-    raise AssertionError("batches are endless")
+    row = {"task": work.task, "name": work.name, "seed": work.seed, "parameters": size, "settings": settings(work)}
+    progress = enumerate(trained(model, batches, derive_seed("noise", work.seed)), start=1)
+    try:
+        while waiting:
+            update, (average, seconds) = next(progress)
+            reached = {"images": update * BATCH >= work.images, "seconds": seconds >= work.seconds}
+            for budget in [b for b in waiting if reached[b]]:
+                scores = judge(contestant, average, process, ruler, codes, work.seed)
+                spent = {"images": update * BATCH, "updates": update, "train_seconds": seconds}
+                write_json(work.file(budget), row | spent | {"budget": budget, "scores": scores})
+                waiting.remove(budget)
+    except NumericsError as error:  # that it diverged is its result; the others go on
+        for budget in waiting:
+            spent = {"images": math.nan, "updates": math.nan, "train_seconds": math.nan, "why": one_line(error)}
+            scores = {"distance": math.nan, "gap": math.nan}
+            write_json(work.file(budget), row | spent | {"budget": budget, "scores": scores})
+    return work, time.perf_counter() - begin
 
 
 def run_truth(task: str, seed: int, samples: int, out: Path, codes: int | None = None) -> None:
     """What the ruler says of as many true sequences, or of such sequences coded."""
-    file = out / f"{task}-truth{'-codes' if codes else ''}-{seed}.json"
-    if file.exists():
+    name = f"truth-codes{codes}" if codes else "truth"
+    file, settings = out / f"{task}-{name}-{seed}.json", {"samples": samples}
+    if file.exists() and read(file)["settings"] == settings:
         return
     ruler = ruler_of(task, samples)
     x = ruler.process.sample(ruler.labels, generator(derive_seed("samples", seed)))
     if codes:
         k_means = Codes(ruler.process, codes, seed)
         x = k_means.decode(k_means.encode(x))
-    name, scores = "truth-codes" if codes else "truth", ruler(x) | {"entropy": ruler.entropy}
-    write_json(file, {"task": task, "name": name, "seed": seed, "budget": "", "scores": scores})
+    row = {"task": task, "name": name, "seed": seed, "budget": "", "settings": settings}
+    write_json(file, row | {"scores": ruler(x) | {"entropy": ruler.entropy}})
 
 
 def settings(work: Work) -> dict[str, Any]:
@@ -261,7 +199,8 @@ def settings(work: Work) -> dict[str, Any]:
 def measure_speed(task: str, name: str, out: Path, repeats: int = 5) -> None:
     """Milliseconds of one thread for a token, at 1 and 64 sequences at once: medians; fresh weights take as long."""
     contestant, process = CONTESTANTS[name], TASKS[task]()
-    row: dict[str, Any] = {"task": task, "name": name, "seed": 0, "budget": "speed", "dtype": "float32", "scores": {}}
+    row: dict[str, Any] = {"task": task, "name": name, "seed": 0, "budget": "speed"}
+    row |= {"scores": {}, "settings": {}, "dtype": "float32"}
     model = contestant.build(process, 0).eval()
     for batch in (1, 64):
         labels, times = torch.zeros(batch, dtype=torch.long), []
@@ -320,9 +259,12 @@ def check_made(work: Work, file: Path) -> None:
 
 def read(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is no JSON ({one_line(error)}); delete it") from None
+        row = json.loads(file.read_text(encoding="utf-8"))
+        if not {"task", "name", "seed", "budget", "scores", "settings"} <= set(row):
+            raise ValueError("a key is missing")
+    except (ValueError, TypeError) as error:
+        raise DataError(f"out: {file} is no result of this script ({one_line(error)}); delete it") from None
+    return row
 
 
 def carry_out(works: Sequence[Work], jobs: int) -> None:
@@ -351,8 +293,8 @@ def carry_out(works: Sequence[Work], jobs: int) -> None:
 def rows_of(a: argparse.Namespace) -> list[dict[str, Any]]:
     """What --out has of these tasks, contestants and seeds."""
     rows = [read(file) for file in sorted(a.out.glob("*.json"))]
-    names = {*a.only, *TRUTHS}
-    return [r for r in rows if r["task"] in a.tasks and r["name"] in names and r["seed"] in (*a.seeds, 0)]
+    rows = [r for r in rows if r["task"] in a.tasks and (r["name"] in a.only or is_truth(r["name"]))]
+    return [r for r in rows if r["seed"] in a.seeds or r["budget"] == "speed"]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -364,7 +306,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
     add("--images", type=int, default=IMAGES, help="sequences of training, the one budget")
     add("--seconds", type=float, default=SECONDS, help="of updates, the other")
-    add("--samples", type=int, default=SAMPLES, help="that a distance is of")
+    add("--samples", type=int, default=SAMPLES, help="that a distance is of; rounded down to as many of each class")
     add("--jobs", type=int, default=1, help="processes of one thread each, no more than there are idle cores")
     add("--against", nargs=2, default=["masked-diffusion", "masked-mixture4"], metavar="NAME",
         help="contestants that the others' distance, and gap, are compared with")  # fmt: skip

@@ -16,7 +16,11 @@ Interval = tuple[float, float | None]  # mean, and half the interval; None: of o
 
 BUDGETS = ("images", "seconds")
 SCORES = ("gap", "distance", "excess", "outside")
-TRUTHS = ("truth", "truth-codes")
+
+
+def is_truth(name: str) -> bool:
+    """Whether it is no contestant, but as many true sequences, or such sequences coded."""
+    return name.startswith("truth")
 
 
 def interval(values: Sequence[float]) -> Interval | None:
@@ -52,7 +56,7 @@ class Results:
 
     def of(self, task: str, name: str, budget: str) -> dict[int, Row]:
         """seed -> row."""
-        budget = "" if name in TRUTHS else budget
+        budget = "" if is_truth(name) else budget
         return {r["seed"]: r for r in self.rows if (r["task"], r["name"], r["budget"]) == (task, name, budget)}
 
     def scores(self, task: str, name: str, budget: str, score: str) -> dict[int, float]:
@@ -68,7 +72,8 @@ class Results:
         return interval([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
 
     def names(self, task: str, names: Sequence[str]) -> list[str]:
-        return [n for n in (*TRUTHS, *names) if any(self.of(task, n, budget) for budget in BUDGETS)]
+        truths = sorted({r["name"] for r in self.rows if is_truth(r["name"])})
+        return [n for n in (*truths, *names) if any(self.of(task, n, budget) for budget in BUDGETS)]
 
 
 def row_of(cells: Sequence[str]) -> str:
@@ -103,7 +108,7 @@ def tables(rows: Sequence[Row], tasks: Sequence[str], names: Sequence[str], agai
 def score_cells(results: Results, task: str, name: str, budget: str) -> list[str]:
     seeds = list(results.of(task, name, budget).values())
     cells = [name, "", ""]
-    if name not in TRUTHS and seeds:
+    if not is_truth(name) and seeds:
         size = seeds[0]["parameters"]
         took = "train_seconds" if budget == "images" else "images"
         mean = statistics.fmean(r[took] for r in seeds)
@@ -128,7 +133,7 @@ def differences(results: Results, task: str, names: Sequence[str], against: Sequ
     yield f"\n**{task}**, differences seed by seed\n"
     yield head_of(["contestant", *(f"{score} less that of {other}, equal {b}" for score, other, b in columns)])
     for name in present:
-        if name in TRUTHS:
+        if is_truth(name):
             continue
         cells = []
         for score, other, budget in columns:

@@ -14,9 +14,12 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import known_contestants as kc
 import known_density as kd
 import known_density_tables as kt
 from known_processes import TASKS, Field, Modes, Order, Process
+
+from seriatim.core.errors import NumericsError
 
 
 class Flat(Field):
@@ -172,13 +175,13 @@ class Oracle:
 
 @pytest.mark.parametrize("name", ["mixture", "field"])
 def test_a_model_that_knows_the_truth_has_no_gap(name: str) -> None:
-    process, contestant = TASKS[name](), kd.Contestant({}, scored=(32, 16))
+    process, contestant = TASKS[name](), kc.Contestant({}, scored=(32, 16))
     scores = kd.gap(contestant, Oracle(process), process, 0)  # type: ignore[arg-type]
     assert abs(scores["gap"]) < 1e-6 and scores["gap_error"] < 1e-6
 
 
 def test_the_gap_is_the_divergence_of_what_the_model_believes() -> None:
-    process, contestant = Modes(modes=1), kd.Contestant({}, scored=(1000, 16))
+    process, contestant = Modes(modes=1), kc.Contestant({}, scored=(1000, 16))
     believed = Modes(modes=1, wide=1.0, narrow=0.2)
     for made in (process, believed):
         made.weights = torch.ones(4, 1, dtype=torch.float64)
@@ -263,10 +266,10 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kd, "TRUTH", 500)
     monkeypatch.setattr(kd, "BATCH", 16)
     kd.ruler_of.cache_clear()
-    codes = kd.Contestant({**kd.MASKED, **TINY, "head": {"kind": "categorical"}}, codes=16)
-    absent = kd.Contestant({**kd.MASKED, "head": {"kind": "no such head"}})
+    codes = kc.Contestant({**kc.MASKED, **TINY, "head": {"kind": "categorical"}}, codes=16)
+    absent = kc.Contestant({**kc.MASKED, "head": {"kind": "no such head"}})
     head = {"kind": "diffusion", "width": 16, "depth": 1}
-    some = kd.Contestant({**kd.MASKED, **TINY, "head": head}, sampling={"num_diffusion_steps": 3})
+    some = kc.Contestant({**kc.MASKED, **TINY, "head": head}, sampling={"num_diffusion_steps": 3})
     for name, contestant in (("tiny", some), ("codes", codes), ("absent", absent)):
         monkeypatch.setitem(kd.CONTESTANTS, name, contestant)
 
@@ -299,6 +302,24 @@ def test_it_trains_judges_and_goes_on(
     assert "| tiny |" in capsys.readouterr().out
     assert kd.main([*call, "--images", "50"]) == 3
     assert "images 40, not 50" in capsys.readouterr().err
+
+
+def test_a_training_that_diverges_is_a_result(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*a: Any) -> dict[str, float]:
+        raise NumericsError("a mean is not finite")
+
+    monkeypatch.setattr(kd, "judge", broken)
+    work = kd.Work("mixture", "tiny", 0, kd.BUDGETS, 16, 0.001, 64, tmp_path)
+    kd.run(work)
+    rows = [json.loads(work.file(budget).read_text()) for budget in kd.BUDGETS]
+    assert all(math.isnan(r["scores"]["distance"]) and r["why"] == "a mean is not finite" for r in rows)
+    assert "diverged" in "".join(kt.tables(rows, ["mixture"], ["tiny"], ["tiny", "tiny"]))
+    monkeypatch.setattr(kd, "figure", lambda *a: None)
+    (tmp_path / "other.json").write_text("[]")
+    assert kd.main(["--out", str(tmp_path), "--report"]) == 3
+    assert "other.json is no result of this script" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
