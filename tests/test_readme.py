@@ -138,7 +138,7 @@ def test_readme_recipe_keys_are_all_there() -> None:
     expected |= {f"model.head.{key}" for key in arguments(Diffusion) if key not in derived}
     assert listed == expected
 
-    listed = set(re.findall(r"`(tokenizer\.[a-z_]+)`", text))
+    listed = set(re.findall(r"`(tokenizer\.[a-z0-9_]+)`", text))
     derived = {"size", "channels", "autoencoder"}
     expected = {"tokenizer.kind", "tokenizer.from"}
     expected |= {f"tokenizer.{key}" for cls in TOKENIZERS.values() for key in arguments(cls) if key not in derived}

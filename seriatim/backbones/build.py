@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from seriatim.backbones.base import Backbone
+from seriatim.backbones.causal import Causal
 from seriatim.backbones.masked import Masked
 
-BACKBONES: dict[str, type[Backbone]] = {"masked": Masked}
+BACKBONES: dict[str, type[Backbone]] = {"masked": Masked, "causal": Causal}

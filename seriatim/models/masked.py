@@ -50,6 +50,11 @@ class MaskedModel(Model):
         min_mask_ratio: float = 0.7,
         mask_ratio_std: float = 0.25,  # of the normal around 1 that is cut off at min_mask_ratio and 1
     ) -> None:
+        if backbone.causal:
+            raise UsageError(
+                f"backbone: {type(backbone).__name__} sees only what comes before a token; a masked model asks for "
+                "several at once, from all that is known: use the backbone `masked`, or the kind `causal`"
+            )
         super().__init__(backbone, head, classes=classes, label_dropout=label_dropout)
         if not 0 < min_mask_ratio <= 1:
             raise UsageError(f"min_mask_ratio: {min_mask_ratio!r} is not allowed; it must be in (0, 1]")
@@ -131,8 +136,9 @@ class MaskedModel(Model):
             if not ask.any():
                 break  # with fewer unknown tokens than steps, all is known early
             rows = ask.nonzero()[:, 0]  # (N,): the image of each token asked for
-            scale = tokens.new_tensor(
-                [guidance_at(guidance_schedule, guidance_scale, m, L, guidance_interval, guidance_power) for m in left]
+            scale = torch.tensor(
+                [guidance_at(guidance_schedule, guidance_scale, m, L, guidance_interval, guidance_power) for m in left],
+                device=tokens.device,
             )
             z = self.backbone.z(state, tokens, known, ask)  # (N, C)
             z_null = self.backbone.z(null, tokens, known, ask) if guidance_scale != 1 else None

@@ -27,6 +27,7 @@ class Tokenizer(nn.Module):
       grid       (h, w)
       dim        D, the features of a token, or of a codeword
       vocab      V, how many codes there are, where tokens are codes
+      pictures   False where `decode` gives no pictures
       config     the constructor's arguments, as plain data
     All else that it knows is in its state_dict: loading builds it without memory and fills that in.
     """
@@ -37,6 +38,7 @@ class Tokenizer(nn.Module):
     grid: tuple[int, int]
     dim: int
     vocab: int | None = None
+    pictures: bool = True
     config: dict[str, Any]
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seriatim.backbones.build import BACKBONES
 from seriatim.checkpoints.native import Bundle, load_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
@@ -23,6 +24,7 @@ from seriatim.pipeline import Pipeline
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import build_tokenizer
 from seriatim.tokenizers.kl import KL
+from seriatim.tokenizers.vq import VQ
 from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
 from seriatim.training.data import ImageData, StreamData
 from seriatim.training.loader import to_float
@@ -52,16 +54,16 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
         raise ConfigError(f"tokenizer.from: {source!r} is not allowed; name a tokenizer, model or run folder")
     if source is None:
         tokenizer = build_tokenizer(given)
-        if isinstance(tokenizer, KL):
+        if isinstance(tokenizer, (KL, VQ)):
             raise ConfigError(
-                "tokenizer.kind: 'kl' begins with random weights; name a tokenizer or model folder whose weights are "
-                "trained with tokenizer.from=FOLDER; that of training.init_from will do"
+                f"tokenizer.kind: {recipe.tokenizer['kind']!r} begins with random weights; name a tokenizer or model "
+                "folder whose weights are trained with tokenizer.from=FOLDER; that of training.init_from will do"
             )
     else:
         folder = Path(source).expanduser()
         if not folder.is_dir():
             raise ConfigError(
-                f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert kl16`, or name a model's"
+                f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert`, or name a model's"
             )
         tokenizer = load_tokenizer(folder, **given)
     data.check_tokenizer(tokenizer)
@@ -96,7 +98,8 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, Model]:
     with seeded(derive_seed(recipe.seed, "weights")):
         sizes: dict[str, Any] = {"tokens": tokenizer.count, "classes": len(data.class_names)}
         sizes |= {"dim": tokenizer.dim} if tokenizer.vocab is None else {"vocab": tokenizer.vocab}
-        if recipe.model.get("positions") == "sincos":
+        backbone = BACKBONES.get(str(recipe.model.get("backbone", recipe.model.get("kind"))))
+        if recipe.model.get("positions") == "sincos" or (backbone is not None and backbone.causal):
             sizes["grid"] = list(tokenizer.grid)
         model = build_model(recipe.model, **sizes)
     try:  # what every later request of this model begins with
