@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table, say
-from seriatim.cli.sample import SMALL, order_or_positions
+from seriatim.cli.sample import order_or_positions
+from seriatim.cli.threads import drawing_with
 
 if TYPE_CHECKING:
     from seriatim.evaluation.blocks import Share
@@ -92,16 +93,12 @@ def evaluate(
     if is_one:
         return evaluate_tokenizer(model, data, num, real_data, features, noise, seed, out, device, json)
 
-    import torch
-
     from seriatim.core.progress import duration
     from seriatim.evaluation.base import check_pictures
     from seriatim.evaluation.features import open_features
     from seriatim.evaluation.figures import FIGURES
     from seriatim.evaluation.run import evaluate as run
-    from seriatim.models.build import parameter_count
     from seriatim.pipeline import load
-    from seriatim.training.precision import threads as using
 
     pipe = load(model, device=device_of(device), dtype=dtype)
     check_pictures(pipe.tokenizer)
@@ -115,8 +112,7 @@ def evaluate(
     extractor = open_features(features, size=size, channels=channels)
     reference = open_data(data, size, channels, "data")
     others = None if real_data is None else only_images(open_data(real_data, size, channels, "real-data"), real_data)
-    count = threads or (1 if parameter_count(pipe.model) < SMALL else torch.get_num_threads())
-    with using(count):
+    with drawing_with(pipe, threads):
         done = run(
             pipe,
             reference,

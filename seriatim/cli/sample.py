@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
+from seriatim.cli.threads import threads_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from seriatim.sampling.metadata import Recorded
     from seriatim.sampling.request import SampleRequest
 
-# Parameters below which one thread draws: nearly as fast on an idle machine, ninety times faster on a busy one where
-# threads wait for each other (docs/log.md). A rule, not a measurement: the same command gives the same bits.
-SMALL = 4_000_000
 NEARLY = 2  # levels of 255 by which rounding in another batch, thread count or version may move a pixel
 
 
@@ -70,13 +68,10 @@ def sample(
     """Draw images into a folder, and all of them into one picture, grid.png. What isn't given, the model decides."""
     import time
 
-    import torch
-
     from seriatim.core.errors import UsageError
     from seriatim.core.files import writable_folder
     from seriatim.core.progress import Progress
     from seriatim.evaluation.grid import grid, save_png
-    from seriatim.models.build import parameter_count
     from seriatim.pipeline import load
     from seriatim.sampling.animation import save_animation
     from seriatim.sampling.metadata import versions
@@ -120,7 +115,7 @@ def sample(
     if taken and not overwrite:
         raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
 
-    count = threads or (1 if parameter_count(pipe.model) < SMALL else torch.get_num_threads())
+    count = threads_of(pipe, threads)
     begin = time.monotonic()
     made = versions(pipe.device, pipe.dtype)
     columns = max(request.num_images_per_label, min(8, request.num_images))
@@ -186,11 +181,8 @@ def sample_arrays(
     """The same of what is no picture: samples.npy, one array of all, and samples.json, their request."""
     import time
 
-    import torch
-
     from seriatim.core.errors import UsageError
     from seriatim.core.progress import Progress
-    from seriatim.models.build import parameter_count
     from seriatim.sampling.result import SAMPLES, SAYS
     from seriatim.training.precision import threads as using
 
@@ -199,7 +191,7 @@ def sample_arrays(
     taken = [out / name for name in (SAMPLES, SAYS) if (out / name).exists()]
     if taken and not overwrite:
         raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
-    count = threads or (1 if parameter_count(pipe.model) < SMALL else torch.get_num_threads())
+    count = threads_of(pipe, threads)
     begin, before = time.monotonic(), 0
     with using(count), Progress(request.num_images, "sampling", "sequences", quiet=json) as bar:
 
