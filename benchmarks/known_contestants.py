@@ -63,10 +63,10 @@ TRUNKS: dict[str, tuple[dict[str, Any], str]] = {
 }
 LEAVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # head, and how it samples
     "diffusion": (
-        {"kind": "diffusion", "width": 64, "depth": 3, "draws": 2},
+        {"kind": "diffusion", "width": 64, "depth": 3},
         {"num_diffusion_steps": 20, "solver": "sde-dpm++"},
     ),
-    "flow": ({"kind": "flow", "width": 64, "depth": 3, "draws": 2}, {"num_diffusion_steps": 20}),
+    "flow": ({"kind": "flow", "width": 64, "depth": 3}, {"num_diffusion_steps": 20}),
     "mixture1": ({"kind": "mixture", "components": 1, "width": 64, "depth": 3}, {}),
     "mixture4": ({"kind": "mixture", "components": 4, "width": 64, "depth": 3}, {}),
     "mixture16": ({"kind": "mixture", "components": 16, "width": 64, "depth": 3}, {}),

@@ -106,7 +106,8 @@ class Work:
 def trained(model: Model, batches: Iterator[tuple[Tensor, Tensor]], noise_seed: int) -> Iterator[tuple[Model, float]]:
     """After each update: the averaged model, and the processor's seconds that updates took so far. All else is free."""
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    weights, averages = list(model.parameters()), list(average.parameters())
+    weights: list[Tensor] = list(model.parameters())
+    averages: list[Tensor] = list(average.parameters())
     optimiser, noise = torch.optim.Adam(weights, lr=RATE, fused=True), Noise.shared(noise_seed, BATCH)
     model.train()
     seconds = 0.0
@@ -166,9 +167,9 @@ def run(work: Work) -> tuple[Work, float]:
                 waiting.remove(budget)
     except NumericsError as error:  # that it diverged is its result; the others go on
         for budget in waiting:
-            spent = {"images": math.nan, "updates": math.nan, "train_seconds": math.nan, "why": one_line(error)}
+            lost = {"images": math.nan, "updates": math.nan, "train_seconds": math.nan}
             scores = {"distance": math.nan, "gap": math.nan}
-            write_json(work.file(budget), row | spent | {"budget": budget, "scores": scores})
+            write_json(work.file(budget), row | lost | {"why": one_line(error), "budget": budget, "scores": scores})
     return work, time.perf_counter() - begin
 
 
@@ -190,7 +191,12 @@ def run_truth(task: str, seed: int, samples: int, out: Path, codes: int | None =
 def settings(work: Work) -> dict[str, Any]:
     """All that a file's scores depend on, as JSON keeps it."""
     contestant = CONTESTANTS[work.name]
-    how = {"model": contestant.model, "order": contestant.order, "steps": contestant.steps, "codes": contestant.codes}
+    how: dict[str, Any] = {
+        "model": contestant.model,
+        "order": contestant.order,
+        "steps": contestant.steps,
+        "codes": contestant.codes,
+    }
     how |= {"sampling": contestant.sampling, "scored": contestant.scored, "samples": work.samples}
     how |= {"images": work.images, "seconds": work.seconds, "batch": BATCH, "rate": RATE, "average": AVERAGE}
     return json.loads(json.dumps(how))

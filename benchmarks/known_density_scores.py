@@ -76,8 +76,9 @@ def directions(process: Process) -> Tensor:
 def log_likelihood(model: Model, x: Tensor, labels: Tensor, order: Tensor | None, sizes: Sequence[int]) -> Tensor:
     """log p of x (B, L, D) given the order (B, L) in which tokens are drawn, None: raster; sizes of the steps: (B,)."""
     (B, L), condition = x.shape[:2], model.condition(labels, len(x))
-    if hasattr(model.backbone, "sequence"):  # all z in one pass
-        z = model.backbone.sequence(condition, x, order=order)  # (B, L, C)
+    sequence = getattr(model.backbone, "sequence", None)
+    if sequence is not None:  # all z in one pass
+        z = sequence(condition, x, order=order)  # (B, L, C)
         target = x if order is None else x.gather(1, order[..., None].expand_as(x))
         return model.head.log_prob(z.flatten(0, 1), target.flatten(0, 1)).double().view(B, L).sum(dim=1)
     places = torch.arange(L).expand(B, L) if order is None else order
