@@ -14,11 +14,11 @@ from seriatim.core.lazy import exporter
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "BACKBONES": "seriatim.models.build",
+    "BACKBONES": "seriatim.backbones.build",
     "FEATURES": "seriatim.evaluation.features",
     "FeatureExtractor": "seriatim.evaluation.base",
     "Features": "seriatim.evaluation.base",
-    "HEADS": "seriatim.models.build",
+    "HEADS": "seriatim.heads.build",
     "MODELS": "seriatim.models.build",
     "ORDERS": "seriatim.core.orders",
     "PRESETS": "seriatim.zoo",

@@ -18,7 +18,7 @@ from seriatim.checkpoints.hub import located
 from seriatim.checkpoints.native import Bundle, load_bundle, save_bundle
 from seriatim.core.device import pick_device, pick_dtype
 from seriatim.core.errors import UsageError, nearest
-from seriatim.core.orders import ORDERS, RANDOM
+from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
 from seriatim.core.random import Noise, generator
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import parse, plain
@@ -31,13 +31,17 @@ from seriatim.sampling.editing import (
     token_mask,
     token_pixels,
 )
-from seriatim.sampling.masked import FirstStep, Step, masked_steps, prepare_model
+from seriatim.sampling.loops import steps_of
+from seriatim.sampling.masked import FirstStep, Step, prepare_model
 from seriatim.sampling.metadata import versions
-from seriatim.sampling.request import Label, SampleRequest, clamped
+from seriatim.sampling.request import Label, SampleRequest, fitted
 from seriatim.sampling.result import Result, as_pil, check_output
 from seriatim.tokenizers.base import to_uint8
 
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
+
+HEAD_SETTINGS = ("num_diffusion_steps", "start_timestep", "solver", "top_k", "top_p", "guidance_mode")
+SHARED = "num_diffusion_steps"  # set in every request, whatever the head
 
 Start = tuple[Tensor, Tensor]  # tokens (B, L, D), and which are known (B, L)
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -93,26 +97,32 @@ class Pipeline:
         return self.checked(parse(SampleRequest, merged, error=UsageError))
 
     def checked(self, request: SampleRequest) -> SampleRequest:
-        """Refuse what this model can't do; more steps than it has tokens are clamped, with a warning."""
+        """Refuse what this model can't do; more steps than a masked model has tokens are clamped, with a warning."""
         for label in request.class_labels:
             self.label_index(label)
         request.check_order(self.model.tokens)
         self.model.head.check_options(temperature=request.temperature, **self._head_options(request))
-        return clamped(request, self.model.tokens)
+        return fitted(request, self.model.tokens, self.model.order if self.model.one_by_one else None)
 
-    def _order(self, request: SampleRequest, images: slice) -> Tensor | None:
+    def _order(self, request: SampleRequest, images: slice) -> Tensor | str | None:
         """The order of these images as the samplers take it: on the tokenizer's grid, the first drawn first."""
         if request.order == RANDOM:
             return None
+        if request.order == CONFIDENCE:
+            return CONFIDENCE
         if isinstance(request.order, str):
             return torch.tensor(ORDERS[request.order](*self.tokenizer.grid))  # (L,)
         given = torch.tensor(request.order)  # (L,) or (all images, L)
         return given if given.ndim == 1 else given[images]
 
     def _head_options(self, request: SampleRequest) -> dict[str, Any]:
+        """What the request says to the head; what the head doesn't have is refused, unless all requests set it."""
         options = self.model.head.sample_options
-        asked = {k: getattr(request, k) for k in ("num_diffusion_steps", "start_timestep", "solver") if k in options}
-        return {k: value for k, value in asked.items() if value is not None}  # None: the head's own default
+        for name in HEAD_SETTINGS:
+            if getattr(request, name) is not None and name not in options and name != SHARED:
+                kind = type(self.model.head).__name__
+                raise UsageError(f"{name}: the {kind} head has no such setting; leave it out")
+        return {k: value for k in HEAD_SETTINGS if k in options and (value := getattr(request, k)) is not None}
 
     def label_index(self, label: Label) -> int:
         """The number of a class given by number or name; -1 for None, which "none" stands for on a command line.
@@ -197,7 +207,7 @@ class Pipeline:
         for number, images in enumerate(batches):
             some = slice(images.start, images.stop)
             noise = Noise(generators[some], torch.arange(len(images)), self.device)
-            for step in masked_steps(
+            for step in steps_of(
                 self.model,
                 labels[some] if self.model.classes else None,
                 noise,
@@ -211,6 +221,7 @@ class Pipeline:
                 num_diffusion_steps_last=request.num_diffusion_steps_last if anneals else None,
                 min_tokens=request.min_tokens,
                 order=self._order(request, some),
+                choice_temperature=request.choice_temperature,
                 dtype=self.dtype,
                 first=self.first,
                 tokens=None if start is None else start[0][some],
@@ -339,7 +350,7 @@ class Pipeline:
         Settings are those of the result's request but for the seed, unless given.
         """
         check_output(output_type)
-        count, L, _ = result.tokens.shape
+        count, L = result.tokens.shape[:2]
         redraw = chosen_tokens(tokens, count, L)
         given = {k: plain(v) for k, v in settings.items() if v is not None}
         before = result.request.model_dump(exclude={"seed", "seeds"})  # all of it: the model's defaults have no say
@@ -355,11 +366,11 @@ class Pipeline:
         return self._result(request, steps, output_type, keep=keep, edited=True)
 
     @torch.no_grad()
-    def _decode(self, tokens: Tensor) -> Tensor:
-        return self.tokenizer.decode(tokens.to(self.device, torch.float32))  # (B, c, H, W)
+    def _decode(self, tokens: Tensor, known: Tensor | None = None) -> Tensor:
+        return self.tokenizer.look(tokens.to(self.device), known)
 
-    def _pil(self, tokens: Tensor) -> list[Image.Image]:
-        return as_pil(to_uint8(self._decode(tokens)))
+    def _pil(self, tokens: Tensor, known: Tensor | None = None) -> list[Image.Image]:
+        return as_pil(to_uint8(self._decode(tokens, known)))
 
     # --- keeping --------------------------------------------------------------------------------------------------
 

@@ -123,6 +123,8 @@ def test_readme_recipe_keys_are_all_there() -> None:
     from seriatim.core.construct import arguments
     from seriatim.evaluation.classifier import ResNet
     from seriatim.heads.diffusion import Diffusion
+    from seriatim.heads.flow import Flow
+    from seriatim.heads.mixture import Mixture
     from seriatim.models.masked import MaskedModel
     from seriatim.tokenizers.build import TOKENIZERS
     from seriatim.training.config import ClassifierTraining, Training
@@ -135,10 +137,11 @@ def test_readme_recipe_keys_are_all_there() -> None:
     expected |= {
         f"model.{key}" for cls in (Masked, MaskedModel, ResNet) for key in arguments(cls) if key not in derived
     }
-    expected |= {f"model.head.{key}" for key in arguments(Diffusion) if key not in derived}
+    heads = (Diffusion, Flow, Mixture)
+    expected |= {f"model.head.{key}" for cls in heads for key in arguments(cls) if key not in derived}
     assert listed == expected
 
-    listed = set(re.findall(r"`(tokenizer\.[a-z_]+)`", text))
+    listed = set(re.findall(r"`(tokenizer\.[a-z0-9_]+)`", text))
     derived = {"size", "channels", "autoencoder"}
     expected = {"tokenizer.kind", "tokenizer.from"}
     expected |= {f"tokenizer.{key}" for cls in TOKENIZERS.values() for key in arguments(cls) if key not in derived}

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Backbone", "Masked"]
+__all__ = ["Backbone", "Causal", "Masked"]
 
 
-__getattr__ = exporter(__name__, {"Backbone": "seriatim.backbones.base", "Masked": "seriatim.backbones.masked"})
+__getattr__ = exporter(
+    __name__,
+    {
+        "Backbone": "seriatim.backbones.base",
+        "Causal": "seriatim.backbones.causal",
+        "Masked": "seriatim.backbones.masked",
+    },
+)

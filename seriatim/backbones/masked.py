@@ -7,8 +7,8 @@ Unusual:
 - a LayerNorm follows the encoder's positions, before its first block;
 - a third set of positions is added after the decoder's last norm: it tells the head which token it draws.
 
-Shapes: B images, L tokens, D features of a token, A buffer tokens, K known tokens (the most of the batch),
-K' asked for (likewise), N asked for in all, E and C encoder and decoder width.
+Shapes: B images, L tokens, D features of a token (codes have no such axis), A buffer tokens, K known tokens (the most
+of the batch), K' asked for (likewise), N asked for in all, E and C encoder and decoder width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seriatim.backbones.base import Backbone
+from seriatim.backbones.base import Backbone, token_embedding
 from seriatim.core.errors import UsageError, nearest
 from seriatim.nn.blocks import NORM_EPS, Block, gather, xavier
 from seriatim.nn.linear import Linear
@@ -55,8 +55,9 @@ class Masked(Backbone):
     def __init__(
         self,
         tokens: int,  # L
-        dim: int,  # D
+        dim: int | None = None,  # D; or vocab
         *,
+        vocab: int | None = None,  # V, of codes
         width: int | Sequence[int] = 768,  # E and C, or one number for both
         depth: int | Sequence[int] = 12,  # blocks of encoder and of decoder, or one number for each of them
         heads: int | Sequence[int] | None = None,  # attention heads; None: `usual_heads`
@@ -73,15 +74,17 @@ class Masked(Backbone):
         for side, count in zip((E, C), both_heads, strict=True):
             if side % count:
                 raise UsageError(f"heads: {count} does not divide the width {side}; choose a divisor")
-        for name, value in (("tokens", tokens), ("dim", dim), ("buffer", buffer)):
+        for name, value in (("tokens", tokens), ("buffer", buffer)):
             if value < 1:
                 raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout: {dropout!r} is not allowed; it must be in [0, 1)")
-        self.tokens, self.dim, self.width, self.z_dim, self.buffer = tokens, dim, E, C, buffer
+        self.tokens, self.dim, self.vocab = tokens, dim, vocab
+        self.width, self.z_dim, self.buffer = E, C, buffer
         self.row_cap = ROW_CAP
         self.config = {
-            "tokens": tokens, "dim": dim, "width": [E, C], "depth": list(depths), "heads": list(both_heads),
+            "tokens": tokens, **({"dim": dim} if vocab is None else {"vocab": vocab}),
+            "width": [E, C], "depth": list(depths), "heads": list(both_heads),
             "buffer": buffer, "mlp_ratio": mlp_ratio, "dropout": dropout,
         }  # fmt: skip
         if positions not in ("random", "sincos"):
@@ -92,7 +95,7 @@ class Masked(Backbone):
                 self.config["grid"] = list(grid)
 
         # Encoder
-        self.token_embed = Linear(dim, E)
+        self.token_embed = token_embedding(dim, vocab, E)
         self.encoder_positions = learned_positions(buffer + tokens, E)  # buffer first
         self.embed_norm = nn.LayerNorm(E, eps=NORM_EPS)
         self.encoder = nn.ModuleList(Block(E, both_heads[0], mlp_ratio, dropout) for _ in range(depths[0]))
@@ -105,6 +108,8 @@ class Masked(Backbone):
         self.decoder_norm = nn.LayerNorm(C, eps=NORM_EPS)
         self.output_positions = learned_positions(tokens, C)
         xavier(self)
+        if vocab is not None:
+            nn.init.normal_(self.token_embed.get_parameter("weight"), std=0.02)
         if positions == "sincos":
             self._begin_with_sincos(grid)
 
@@ -152,7 +157,7 @@ class Masked(Backbone):
         """Known tokens, at positions index (B, K), behind the buffer -> (B, A+K, E)."""
         A, E = self.buffer, self.width
         buffer = condition[:, None] + self.encoder_positions[:A]  # (B, A, E)
-        x = self.token_embed(gather(tokens, index))  # (B, K, E)
+        x = self.token_embed(gather(tokens, index) if self.vocab is None else tokens.gather(1, index))  # (B, K, E)
         x = x + F.embedding(index, self.encoder_positions[A:])
         x = torch.cat([buffer.to(x.dtype), x], dim=1)  # (B, A+K, E)
         x = self.embed_norm(x)

@@ -12,17 +12,19 @@ from seriatim.bench.opponent import Draws, Opponent, RecordedNoise, Workload, re
 from seriatim.bench.timing import Stages, synchronise
 from seriatim.core.random import Noise, generator
 from seriatim.heads.solvers import ODES
-from seriatim.models.masked import MaskedModel
-from seriatim.sampling.masked import masked_steps
+from seriatim.models.base import Model
+from seriatim.sampling.loops import steps_of
+
+STAGES = (("encode", "encoder"), ("decode", "decoder"), ("step", "backbone"))  # of a backbone, and what they are called
 
 
 class Ours(Opponent):
-    """`seriatim.sampling.masked`, as a pipeline calls it; nothing is kept from one run to the next."""
+    """The fast loop, as a pipeline calls it; nothing is kept from one run to the next."""
 
     name = "seriatim"
 
-    def __init__(self, model: MaskedModel, dtype: torch.dtype, device: torch.device) -> None:
-        self.model: MaskedModel = model
+    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
+        self.model: Model = model
         self.device, self.half, self.dtype = device, dtype, str(dtype).removeprefix("torch.")
 
     @torch.no_grad()
@@ -36,7 +38,7 @@ class Ours(Opponent):
         gate = Gate(self.model, stages)
         seconds, computed = 0.0, set(workload.computed())
         with replaced(*(gate.changes() if stages or workload.every > 1 else ())):
-            steps = masked_steps(
+            steps = steps_of(
                 self.model, labels, noise, steps=workload.steps, guidance_scale=workload.guidance,
                 guidance_schedule=workload.schedule, temperature=workload.temperature, dtype=self.half, **options,
             )  # fmt: skip
@@ -48,13 +50,14 @@ class Ours(Opponent):
                 synchronise(self.device)
                 seconds += (time.perf_counter() - begin) * gate.open
             steps.close()  # type: ignore[attr-defined]
-        return now.tokens.float().cpu(), seconds * workload.factor
+        tokens = now.tokens.cpu()
+        return tokens.float() if tokens.is_floating_point() else tokens, seconds * workload.factor
 
 
 class Gate:
     """Closed, the model does nothing: z is zero, and a head's tokens are its first draw. Open, its stages are timed."""
 
-    def __init__(self, model: MaskedModel, stages: Stages | None) -> None:
+    def __init__(self, model: Model, stages: Stages | None) -> None:
         self.open, self.model, self.stages = True, model, stages
 
     def changes(self) -> list[tuple[Any, str, Any]]:
@@ -73,7 +76,8 @@ class Gate:
             drawn = noise.normal(head.output, draws=draws)
             return drawn if draws is None else drawn[0]
 
-        parts = [(name, stage) for name, stage in (("encode", "encoder"), ("decode", "decoder"))
-                 if hasattr(backbone, name)]  # fmt: skip
-        inside = [(backbone, name, timed(self.stages, stage, getattr(backbone, name))) for name, stage in parts]
+        inside = [(backbone, name, timed(self.stages, stage, getattr(backbone, name)))
+                  for name, stage in STAGES if hasattr(backbone, name)]  # fmt: skip
+        if self.model.one_by_one:  # no step can be left out: each needs those before
+            return [(head, "sample", sample), *inside]
         return [(backbone, "z", gated_z), (head, "sample", gated_sample), *(inside if self.stages else ())]

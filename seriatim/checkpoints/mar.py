@@ -17,6 +17,7 @@ from torch import Tensor
 from seriatim.checkpoints.native import Bundle
 from seriatim.checkpoints.official import OfficialFile, complain, renamed
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
+from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config
 from seriatim.models.masked import MaskedModel
 from seriatim.tokenizers.base import Tokenizer
@@ -79,7 +80,7 @@ def official_name(ours: str) -> str:
 
 def model_from_mar(
     file: OfficialFile, *, heads: int | tuple[int, int] | None = None, preset: str | None = None
-) -> MaskedModel:
+) -> Model:
     """The model of an official file, strictly: every tensor is used, none is missing, all are finite.
 
     Raises CheckpointError, one line that names the tensor.
@@ -192,7 +193,7 @@ def bundle_from_mar(file: OfficialFile, tokenizer: Tokenizer, class_names: list[
     return Bundle(model, tokenizer, class_names, sampling, provenance)
 
 
-def mar_tensors(model: MaskedModel) -> dict[str, Tensor]:
+def mar_tensors(model: Model) -> dict[str, Tensor]:
     """The weights under their official names and shapes; raises UsageError for a model that isn't MAR's."""
     if type(model) is not MaskedModel or model_config(model)["backbone"] != "masked":
         raise UsageError(f"model: {type(model).__name__} can't be written as MAR; it must be a masked model")

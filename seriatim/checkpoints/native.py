@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from seriatim import __version__
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, UsageError, one_line
 from seriatim.core.files import MANIFEST, atomic_folder, verify_manifest, write_json, write_manifest, write_text
+from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config
-from seriatim.models.masked import MaskedModel
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
 
@@ -40,7 +40,7 @@ PARTS = (CONFIG, MODEL, TOKENIZER, CARD, MANIFEST)
 class Bundle:
     """All that sampling needs of a model."""
 
-    model: MaskedModel
+    model: Model
     tokenizer: Tokenizer
     class_names: list[str] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)  # defaults of a request

@@ -21,6 +21,8 @@ from seriatim.core.errors import UsageError, nearest
 from seriatim.core.random import Noise
 
 RANDOM = "random"  # no function of the grid: another permutation for each image, from its own generator
+RASTER = "raster"
+CONFIDENCE = "confidence"  # nor this: tokens are drawn all at once, and the likeliest stay; of codes alone
 
 
 def raster(h: int, w: int) -> list[int]:
@@ -72,15 +74,16 @@ def walk(row: int, column: int) -> Iterator[tuple[int, int]]:
             yield row, column
 
 
-ORDERS: dict[str, Callable[[int, int], Sequence[int]]] = {"raster": raster, "halton": halton, "spiral": spiral}
+ORDERS: dict[str, Callable[[int, int], Sequence[int]]] = {RASTER: raster, "halton": halton, "spiral": spiral}
 
 
 # --- checking ---------------------------------------------------------------------------------------------------
 
 
 def check_order_name(name: str) -> None:
-    if name != RANDOM and name not in ORDERS:
-        raise UsageError(f"order: {name!r} is not known{nearest(name, (RANDOM, *ORDERS))}; or give the positions")
+    names = (RANDOM, CONFIDENCE, *ORDERS)
+    if name not in names:
+        raise UsageError(f"order: {name!r} is not known{nearest(name, names)}; or give the positions")
 
 
 def check_permutation(positions: Sequence[int], tokens: int, name: str = "order") -> None:
@@ -100,7 +103,7 @@ def check_permutation(positions: Sequence[int], tokens: int, name: str = "order"
 # --- for the samplers -------------------------------------------------------------------------------------------
 
 
-def order_vectors(order: Tensor | Sequence[int] | None, noise: Noise, known: Tensor) -> Tensor:
+def order_vectors(order: Tensor | Sequence[int] | str | None, noise: Noise, known: Tensor) -> Tensor:
     """The order vector of each image: (B, L), on the device of `known` (B, L). Tokens are taken from its end.
 
     `order` lists positions, the first drawn first: (L,) for all images or (B, L); None draws a permutation for each.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Diffusion", "Flow", "GaussianMixture", "Head", "HeadLoss", "Mixture"]
+__all__ = ["Categorical", "Diffusion", "Flow", "GaussianMixture", "Head", "HeadLoss", "Mixture"]
 
 
 __getattr__ = exporter(
     __name__,
     {
+        "Categorical": "seriatim.heads.categorical",
         "Diffusion": "seriatim.heads.diffusion",
         "Flow": "seriatim.heads.flow",
         "GaussianMixture": "seriatim.heads.gaussians",

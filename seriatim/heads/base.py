@@ -40,6 +40,7 @@ class Head(nn.Module):
     output: int
     z_dim: int | None = None  # C; None until `bind`
     config: dict[str, Any]
+    discrete = False  # draws codes (N,) int64, of which there are `output`, not features (N, D)
     guides = True  # can sample with guidance
     tempers = True  # can sample at a temperature other than 1
     has_density = False  # has log_prob
@@ -74,6 +75,10 @@ class Head(nn.Module):
     def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
         """The normalised log density (or probability) of target (N, D) given z (N, C), in nats: (N,)."""
         raise UsageError(f"the {type(self).__name__} head has no density: log_prob is not defined for it")
+
+    def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: float | Tensor) -> Tensor:
+        """log p of drawn codes (N,) under the guided distribution (N,): for the order "confidence", of codes alone."""
+        raise UsageError(f"the {type(self).__name__} head draws no codes: it has no confidence in them")
 
     def check_options(self, temperature: float = 1.0, **options: Any) -> None:
         """Refuse a temperature, or values of `sample_options`, that `sample` would refuse, before any work is done."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Loss", "MaskedModel", "build_model"]
+__all__ = ["Captions", "CausalModel", "Loss", "MaskedModel", "Model", "build_model"]
 
 
 __getattr__ = exporter(
     __name__,
     {
-        "Loss": "seriatim.models.masked",
+        "Captions": "seriatim.models.captions",
+        "CausalModel": "seriatim.models.causal",
+        "Loss": "seriatim.models.base",
         "MaskedModel": "seriatim.models.masked",
+        "Model": "seriatim.models.base",
         "build_model": "seriatim.models.build",
     },
 )

@@ -2,7 +2,7 @@
 
 A model's config is one flat mapping, the same in a recipe, a preset and a model folder:
 
-    kind: masked            # MODELS
+    kind: masked            # MODELS: masked or causal
     backbone: masked        # BACKBONES; optional: each model kind has a default
     tokens, dim, width, ... # of the backbone
     classes, ...            # of the model
@@ -20,24 +20,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from seriatim.backbones.base import Backbone
-from seriatim.backbones.masked import Masked
+from seriatim.backbones.build import BACKBONES
 from seriatim.core.construct import arguments, construct, pop_kind
 from seriatim.core.errors import ConfigError, nearest
-from seriatim.heads.base import Head
-from seriatim.heads.diffusion import Diffusion
-from seriatim.heads.flow import Flow
-from seriatim.heads.mixture import Mixture
+from seriatim.heads.build import HEADS, build_head
+from seriatim.models.base import Model
+from seriatim.models.causal import CausalModel
 from seriatim.models.masked import MaskedModel
 from seriatim.nn.packed import PackedLinear
 
-HEADS: dict[str, type[Head]] = {"diffusion": Diffusion, "flow": Flow, "mixture": Mixture}
-BACKBONES: dict[str, type[Backbone]] = {"masked": Masked}
-MODELS: dict[str, type[MaskedModel]] = {"masked": MaskedModel}
+MODELS: dict[str, type[Model]] = {"masked": MaskedModel, "causal": CausalModel}
 
 
-def build_model(config: Mapping[str, Any], **known: Any) -> MaskedModel:
-    """A model with fresh weights; `known` are sizes that the config may leave out (tokens, dim, classes)."""
+def build_model(config: Mapping[str, Any], **known: Any) -> Model:
+    """A model with fresh weights; `known` are sizes that the config may leave out (tokens, dim or vocab, classes)."""
     kind, rest = pop_kind(config, MODELS, "model")
     backbone_kind = rest.pop("backbone", kind)
     if backbone_kind not in BACKBONES:
@@ -45,6 +41,10 @@ def build_model(config: Mapping[str, Any], **known: Any) -> MaskedModel:
     head_config = rest.pop("head", None)
     if not isinstance(head_config, Mapping):
         raise ConfigError("model.head: is required, a mapping such as {kind: diffusion, width: 256, depth: 3}")
+    given, wanted = ("dim", "vocab") if "vocab" in known else ("vocab", "dim")
+    if wanted in known and given in rest:
+        takes, are = ("features", "codes") if wanted == "vocab" else ("codes", "features")
+        raise ConfigError(f"model.{given}: {rest[given]!r} is for tokens that are {takes}; the tokenizer's are {are}")
     for name, value in known.items():
         if rest.setdefault(name, value) != value:
             raise ConfigError(f"model.{name}: {rest[name]!r} does not fit the tokenizer and the data ({value})")
@@ -54,25 +54,21 @@ def build_model(config: Mapping[str, Any], **known: Any) -> MaskedModel:
         if name not in of_backbone and name not in of_model:
             hint = nearest(name, [*of_backbone, *of_model, "head", "backbone"])
             raise ConfigError(f"model: unknown key 'model.{name}'{hint}")
-    backbone = construct(BACKBONES[backbone_kind], {k: v for k, v in rest.items() if k in of_backbone}, "model")
-    head_kind, head_rest = pop_kind(head_config, HEADS, "model.head")
-    head_rest.setdefault("dim", backbone.dim)
-    head = construct(HEADS[head_kind], head_rest, "model.head")
+    told = {k: v for k, v in MODELS[kind].of_backbone(rest).items() if k in of_backbone}
+    backbone = construct(BACKBONES[backbone_kind], told, "model")
+    head = build_head(head_config, dim=backbone.dim, vocab=backbone.vocab)
     own = {k: v for k, v in rest.items() if k in of_model}
     return construct(MODELS[kind], own, "model", backbone=backbone, head=head)
 
 
-def model_config(model: MaskedModel) -> dict[str, Any]:
+def model_config(model: Model) -> dict[str, Any]:
     """The config that `build_model` takes back, complete."""
     head = {"kind": name_of(model.head, HEADS, "HEADS"), **model.head.config}
     return {
         "kind": name_of(model, MODELS, "MODELS"),
         "backbone": name_of(model.backbone, BACKBONES, "BACKBONES"),
         **model.backbone.config,
-        "classes": model.classes,
-        "label_dropout": model.label_dropout,
-        "min_mask_ratio": model.min_mask_ratio,
-        "mask_ratio_std": model.mask_ratio_std,
+        **model.config,
         "head": head,
     }
 

@@ -47,10 +47,11 @@ class PackedLinear(nn.Module):
         return self.in_features * self.out_features + (0 if self.offset is None else self.out_features)
 
     def forward(self, x: Tensor, then: str = "none") -> Tensor:
-        """`then` is "none", "gelu" (the exact one) or "swish" (SiLU), in the same pass over the memory."""
+        """`then` is "none", "gelu" (the exact one), "gelu-tanh" or "swish" (SiLU), in the same pass over the memory."""
         if torch.is_grad_enabled() and x.requires_grad:
             raise UsageError(f"model: its weights are packed for sampling and have no gradients; {UNPACKED}")
-        form = "none" if then == "gelu" else ""  # of the GELU: not tanh's
+        then, _, form = then.partition("-")
+        form = form or "none" if then == "gelu" else ""  # of the GELU
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.offset, then, [], form)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

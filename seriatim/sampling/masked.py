@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -22,9 +22,11 @@ from seriatim.core.errors import NumericsError
 from seriatim.core.orders import order_vectors
 from seriatim.core.random import Noise
 from seriatim.core.schedules import check_guidance, check_token_schedule, guidance_at, unknown_after
-from seriatim.models.masked import MaskedModel, draw
+from seriatim.models.base import Model
+from seriatim.models.masked import CHOICE_TEMPERATURE, MaskedModel, draw, is_confidence, surest
 from seriatim.nn.packed import prepare, version
 
+M = TypeVar("M", bound=Model)
 FEW_CLASSES = 8  # of a batch: with more, one pass of all images costs less than one for each class
 
 
@@ -35,15 +37,15 @@ class Step:
     index: int  # 0-based, over all batches of a request
     total: int
     stage: str  # "tokens"
-    tokens: Tensor  # (B, L, D); unknown ones are zero
+    tokens: Tensor  # (B, L, D), or codes (B, L); unknown ones are zero
     known: Tensor  # (B, L) bool
     images: range = field(default=range(0))  # which images of the request this batch holds
-    decode: Callable[[Tensor], list[Image.Image]] | None = field(default=None, repr=False)
+    decode: Callable[[Tensor, Tensor], list[Image.Image]] | None = field(default=None, repr=False)
 
     def preview(self) -> list[Image.Image]:
         """The images as known so far; unknown tokens show as the mean of the training images."""
         assert self.decode is not None, "this step was made without a tokenizer"
-        return self.decode(self.tokens)
+        return self.decode(self.tokens, self.known)
 
 
 @torch.no_grad()
@@ -53,7 +55,7 @@ def masked_steps(
     noise: Noise,  # one row and one generator for each image
     *,
     steps: int,
-    order: Tensor | Sequence[int] | None = None,  # (L,) or (B, L), the first drawn first; None: random
+    order: Tensor | Sequence[int] | str | None = None,  # (L,) or (B, L), the first drawn first; None: random
     tokens: Tensor | None = None,  # (B, L, D) to begin from, of which those not known are ignored
     known: Tensor | None = None,  # (B, L) bool; each image may know other tokens, and another number of them
     guidance_scale: float = 1.0,
@@ -64,6 +66,7 @@ def masked_steps(
     token_schedule: str = "cosine",
     min_tokens: int = 1,
     num_diffusion_steps_last: int | None = None,  # None: as many steps inside the head all over the image
+    choice_temperature: float = CHOICE_TEMPERATURE,  # of the order "confidence"
     dtype: torch.dtype = torch.float32,  # of the backbone; the head is always float32
     first: FirstStep | None = None,  # of this model, to keep it from one call to the next
     **head_steps: Any,
@@ -75,7 +78,8 @@ def masked_steps(
     check_guidance(guidance_schedule, guidance_interval, guidance_power)
     tokens, known_there = model.begin(B, tokens, known)
     device, known = tokens.device, known_there.cpu()
-    order = order_vectors(order, noise, known)  # (B, L)
+    confident = is_confidence(order, model.head)
+    vectors = None if confident else order_vectors(order, noise, known)  # (B, L)
     begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
     passes = Passes(model, labels, B, first if first is not None and first.model is model else FirstStep(model))
     for step in range(steps):
@@ -84,8 +88,9 @@ def masked_steps(
             unknown_after(step, steps, L, now, at_first, token_schedule, min_tokens)
             for now, at_first in zip(left, begun, strict=True)
         ]
-        later = torch.zeros_like(known).scatter(1, order, torch.arange(L) < torch.tensor(left)[:, None])
-        ask = ~known & ~later
+        ask = ~known
+        if vectors is not None:
+            ask &= ~torch.zeros_like(known).scatter(1, vectors, torch.arange(L) < torch.tensor(left)[:, None])
         rows, places = ask.nonzero().unbind(1)  # (N,): the image of each token asked for, and where in it
         if len(rows):  # with fewer unknown tokens than steps, all is known early
             scale = torch.tensor(
@@ -96,6 +101,11 @@ def masked_steps(
             drawn = draw(
                 model.head, rows, z, noise, z_null, scale, temperature, shares, num_diffusion_steps_last, head_steps
             )
+            if confident:
+                sure = model.head.confidence(z, drawn, z_null, scale[rows])  # (N,)
+                keep = surest(sure, rows, noise.select(rows), left, choice_temperature * (1 - (step + 1) / steps))
+                kept = keep.cpu()
+                ask, drawn, rows, places = ask.masked_scatter(ask, kept), drawn[keep], rows[kept], places[kept]
             flat = (rows * L + places).to(device, non_blocking=True)
             tokens = tokens.flatten(0, 1).index_copy(0, flat, drawn).view_as(tokens)
             known = known | ask
@@ -107,7 +117,7 @@ def masked_steps(
         )
 
 
-def prepare_model(model: MaskedModel, dtype: torch.dtype = torch.float32) -> MaskedModel:
+def prepare_model(model: M, dtype: torch.dtype = torch.float32) -> M:
     """Lay a model's weights out for sampling alone, in place: packed on a CPU, the backbone's products in `dtype`.
 
     What meets tokens stays in float32: its input layer (`token_embed`) and the head.
@@ -120,7 +130,7 @@ def prepare_model(model: MaskedModel, dtype: torch.dtype = torch.float32) -> Mas
 class FirstStep:
     """z of images of which nothing is known: it depends on the class alone, and is kept for the classes made last."""
 
-    def __init__(self, model: MaskedModel, most: int = 32) -> None:
+    def __init__(self, model: Model, most: int = 32) -> None:
         self.model, self.most = model, most
         self.kept: OrderedDict[Hashable, Tensor] = OrderedDict()
         self.made_with: object = None
@@ -130,7 +140,7 @@ class FirstStep:
         if self.made_with != (now := version(self.model)):
             self.kept.clear()
             self.made_with = now
-        device = self.model.no_class.device
+        device = self.model.device
         half = torch.is_autocast_enabled(device.type)
         key = (label, torch.get_autocast_dtype(device.type) if half else None)
         z = self.kept.get(key)
@@ -138,7 +148,7 @@ class FirstStep:
             backbone, L = self.model.backbone, self.model.tokens
             state = backbone.start(self.model.condition(torch.tensor([label], device=device), 1), 1)
             nothing = torch.zeros(1, L, dtype=torch.bool)
-            z = backbone.z(state, torch.zeros(1, L, backbone.dim, device=device), nothing, ~nothing)
+            z = backbone.z(state, backbone.blank(1, device), nothing, ~nothing)
             self.kept[key] = z
             while len(self.kept) > self.most:
                 self.kept.popitem(last=False)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["KL", "Latent", "Pixels", "Pretrained", "Tokenizer"]
+__all__ = ["KL", "VQ", "Latent", "Pixels", "Pretrained", "Quantiser", "Tokenizer"]
 
 
 __getattr__ = exporter(
     __name__,
     {
         "KL": "seriatim.tokenizers.kl",
+        "KMeans": "seriatim.tokenizers.kmeans",
         "Latent": "seriatim.tokenizers.latent",
         "Pixels": "seriatim.tokenizers.pixels",
         "Pretrained": "seriatim.tokenizers.pretrained",
+        "Quantiser": "seriatim.tokenizers.quantise",
         "Tokenizer": "seriatim.tokenizers.base",
+        "VQ": "seriatim.tokenizers.vq",
     },
 )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seriatim.core.errors import DataError
+from seriatim.core.errors import DataError, UsageError
 from seriatim.core.random import Noise
 
 
@@ -25,7 +25,9 @@ class Tokenizer(nn.Module):
       channels   c, 1 or 3
       levels     how many values a pixel can have: 256 for 8 bits
       grid       (h, w)
-      dim        D, the features of a token
+      dim        D, the features of a token, or of a codeword
+      vocab      V, how many codes there are, where tokens are codes
+      pictures   False where `decode` gives no pictures
       config     the constructor's arguments, as plain data
     All else that it knows is in its state_dict: loading builds it without memory and fills that in.
     """
@@ -35,6 +37,8 @@ class Tokenizer(nn.Module):
     levels: int
     grid: tuple[int, int]
     dim: int
+    vocab: int | None = None
+    pictures: bool = True
     config: dict[str, Any]
 
     @property
@@ -52,12 +56,44 @@ class Tokenizer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} lacks moments()")
 
     def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
-        """Moments -> tokens (B, L, D) of about unit variance: a draw from the posterior, or its mode without noise."""
+        """Moments -> tokens (B, L, D) of about unit variance: a draw from the posterior, or its mode without noise.
+
+        Codes (B, L) int64 where there is a vocabulary.
+        """
         raise NotImplementedError(f"{type(self).__name__} lacks tokens()")
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, L, D) -> images (B, c, H, W) in [-1, 1]."""
+        """Tokens (B, L, D), or codes (B, L) -> images (B, c, H, W) in [-1, 1]."""
         raise NotImplementedError(f"{type(self).__name__} lacks decode()")
+
+    def embeddings(self, codes: Tensor) -> Tensor:
+        """Codes (B, L) -> their codewords (B, L, D)."""
+        raise NotImplementedError(f"{type(self).__name__} lacks embeddings()")
+
+    def decode_embeddings(self, embeddings: Tensor) -> Tensor:
+        """Codewords, or means of some (B, L, D) -> images (B, c, H, W) in [-1, 1]."""
+        raise NotImplementedError(f"{type(self).__name__} lacks decode_embeddings()")
+
+    def look(self, tokens: Tensor, known: Tensor | None = None) -> Tensor:
+        """Tokens of which some are known (B, L) -> images (B, c, H, W); an unknown code shows as the mean codeword."""
+        if self.vocab is None:
+            return self.decode(tokens.float())
+        if known is None or bool(known.all()):
+            return self.decode(tokens)
+        every = torch.arange(self.vocab, device=tokens.device)
+        every = torch.cat([every, every.new_zeros(-len(every) % self.count)]).view(-1, self.count)  # (n, L)
+        mean = self.embeddings(every).flatten(0, 1)[: self.vocab].mean(dim=0)  # (D,)
+        return self.decode_embeddings(torch.where(known[..., None].to(mean.device), self.embeddings(tokens), mean))
+
+    def check_codes(self, codes: Tensor) -> Tensor:
+        """Refuse what is not (B, L) int64 inside the vocabulary."""
+        vocab, L = self.vocab or 0, self.count
+        if codes.ndim != 2 or codes.shape[1] != L or codes.dtype != torch.long:
+            raise UsageError(f"codes: {codes.dtype} of shape {tuple(codes.shape)} is not allowed; give int64 (B, {L})")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < vocab:
+            low, high = int(codes.min()), int(codes.max())
+            raise UsageError(f"codes: from {low} to {high} are not all in the vocabulary, 0 to {vocab - 1}")
+        return codes
 
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Measure, over batches of images, the statistics that normalise tokens."""

@@ -8,10 +8,18 @@ from typing import Any
 from seriatim.core.construct import construct, pop_kind
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
+from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.pretrained import Pretrained
+from seriatim.tokenizers.vq import VQ
 
-TOKENIZERS: dict[str, type[Tokenizer]] = {"kl": KL, "pixels": Pixels, "pretrained": Pretrained}
+TOKENIZERS: dict[str, type[Tokenizer]] = {
+    "kl": KL,
+    "kmeans": KMeans,
+    "pixels": Pixels,
+    "pretrained": Pretrained,
+    "vq": VQ,
+}
 
 
 def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:

@@ -30,6 +30,7 @@ from seriatim.tokenizers.build import tokenizer_config
 from seriatim.training.data import ImageData, StreamData
 from seriatim.training.latents import (
     CACHE,
+    CODES,
     DTYPES,
     SOURCES,
     CacheInfo,
@@ -78,6 +79,7 @@ def write_cache(
 ) -> CacheResult:
     """Encode all of `data` into the folder `out`, or go on where another call stopped or was killed.
 
+    Moments are kept as `dtype`, codes as the smallest integers that hold the vocabulary.
     Several processes or machines may do so at once. Raises ConfigError where `out` was begun with other settings,
     naming the first that differs; ResourceError where the disk is full; Stopped on SIGTERM or SIGINT. Each leaves the
     whole shards as they are.
@@ -97,7 +99,9 @@ def write_cache(
         raise ConfigError("data.kind: latents are a cache already; name the images")
     out, where = writable_folder(out), pick_device(device)
     tokenizer.to(where).eval()
-    shape = encode(tokenizer, to_float(data.images(torch.tensor([0])).to(where))).shape[1:]
+    first = encode(tokenizer, to_float(data.images(torch.tensor([0])).to(where)))
+    if not first.is_floating_point():  # codes are whole numbers, of which a float16 holds few
+        dtype = "int16" if (tokenizer.vocab or 1 << 31) <= 1 << 15 else "int32"
     info = CacheInfo(
         tokenizer=tokenizer_config(tokenizer),
         moments_config=moments_of(tokenizer),
@@ -110,7 +114,7 @@ def write_cache(
         flip=data.flips,
         dtype=cast(Any, dtype),
         shard_images=shard_images,
-        moments=tuple(shape),
+        moments=tuple(first.shape[1:]),
         made_with={
             "seriatim": __version__,
             "torch": str(torch.__version__),
@@ -171,7 +175,7 @@ class Encoder:
         """What a shard holds: its batches begin with it, so that they are the same whoever encodes it."""
         info, first, count = self.info, number * self.info.shard_images, self.info.count(number)
         names = ("moments", "moments_flip") if info.flip else ("moments",)
-        tensors = {name: torch.empty(count, *info.moments, dtype=DTYPES[info.dtype]) for name in names}
+        tensors = {name: torch.empty(count, *info.moments, dtype=(DTYPES | CODES)[info.dtype]) for name in names}
         labels = []
         loader = Loader(InOrder(self.data, first, first + count, self.batch_size), self.workers)
         with contextlib.closing(iter(loader)) as batches:
@@ -202,8 +206,9 @@ class Encoder:
 
 @torch.no_grad()
 def encode(tokenizer: Tokenizer, images: Tensor) -> Tensor:
-    """Images (B, c, H, W) -> moments (B, m, h, w) float32 on the CPU."""
-    return tokenizer.moments(images).float().cpu()
+    """Images (B, c, H, W) -> moments (B, m, h, w) on the CPU: float32, or a discrete tokenizer's codes."""
+    moments = tokenizer.moments(images).cpu()
+    return moments.float() if moments.is_floating_point() else moments
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class ImageData:
     and, where they apply,
       flips         mirror half of the images at random
       bad           files left out, with reasons
-      cached        its "images" are a tokenizer's moments (B, m, h, w), float32, ready for `tokens`
+      cached        its "images" are a tokenizer's moments (B, m, h, w), float32 or int64 codes, ready for `tokens`
     """
 
     count: int

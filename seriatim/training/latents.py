@@ -34,6 +34,7 @@ CACHE, SOURCES = "cache.json", "sources.json"
 MEND = "mend it with the same `seriatim cache` as before"
 MAKE = "make one with `seriatim cache`"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+CODES = {"int16": torch.int16, "int32": torch.int32}  # of a discrete tokenizer's moments where they are its codes
 
 
 class CacheInfo(Strict):
@@ -50,7 +51,7 @@ class CacheInfo(Strict):
     images: int = Field(ge=1)
     class_names: list[str]
     flip: bool  # whether it holds mirrored images too
-    dtype: Literal["float32", "float16"]
+    dtype: Literal["float32", "float16", "int16", "int32"]
     shard_images: int = Field(ge=1)
     moments: tuple[int, ...]  # (m, h, w)
     made_with: dict[str, Any]  # versions and the like: for people
@@ -199,10 +200,10 @@ class Latents(ImageData):
     def _rows(self, index: Tensor, names: Sequence[str]) -> Tensor:
         places = (divmod(i, self.info.shard_images) for i in index.tolist())
         rows = [self._slice(shard, name)[row] for (shard, row), name in zip(places, names, strict=True)]
-        return torch.stack(rows).float()
+        return torch.stack(rows).to(torch.int64 if self.info.dtype in CODES else torch.float32)
 
     def images(self, index: Tensor) -> Tensor:
-        """index (B,) -> moments (B, m, h, w) float32."""
+        """index (B,) -> moments (B, m, h, w): float32, or int64 codes."""
         return self._rows(index, ["moments"] * len(index))
 
     def mirrored(self, index: Tensor, chosen: Tensor) -> Tensor:

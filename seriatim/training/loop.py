@@ -23,8 +23,8 @@ from seriatim.core.files import writable_folder, write_text
 from seriatim.core.progress import Progress
 from seriatim.core.random import Noise, derive_seed
 from seriatim.core.schedules import learning_rate
+from seriatim.models.base import Loss, Model
 from seriatim.models.build import parameter_count
-from seriatim.models.masked import Loss, MaskedModel
 from seriatim.training import state as checkpoints
 from seriatim.training.config import Recipe, dump
 from seriatim.training.data import ImageData, Position
@@ -124,7 +124,7 @@ def train(
 
         def bundle() -> Bundle:
             provenance = {"recipe": recipe.model_dump(mode="json"), "images": run.seen}
-            trained = cast(MaskedModel, average.module)
+            trained = cast(Model, average.module)
             return Bundle(trained, tokenizer, data.class_names, recipe.sampling, provenance)
 
         def save_checkpoint() -> Path:

@@ -11,18 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seriatim.backbones.build import BACKBONES
 from seriatim.checkpoints.native import Bundle, load_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
 from seriatim.core.files import write_json, write_text
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
+from seriatim.models.base import Model
 from seriatim.models.build import build_model, seeded
-from seriatim.models.masked import MaskedModel
 from seriatim.pipeline import Pipeline
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import build_tokenizer
 from seriatim.tokenizers.kl import KL
+from seriatim.tokenizers.vq import VQ
 from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
 from seriatim.training.data import ImageData, StreamData
 from seriatim.training.loader import to_float
@@ -52,16 +54,16 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
         raise ConfigError(f"tokenizer.from: {source!r} is not allowed; name a tokenizer, model or run folder")
     if source is None:
         tokenizer = build_tokenizer(given)
-        if isinstance(tokenizer, KL):
+        if isinstance(tokenizer, (KL, VQ)):
             raise ConfigError(
-                "tokenizer.kind: 'kl' begins with random weights; name a tokenizer or model folder whose weights are "
-                "trained with tokenizer.from=FOLDER; that of training.init_from will do"
+                f"tokenizer.kind: {recipe.tokenizer['kind']!r} begins with random weights; name a tokenizer or model "
+                "folder whose weights are trained with tokenizer.from=FOLDER; that of training.init_from will do"
             )
     else:
         folder = Path(source).expanduser()
         if not folder.is_dir():
             raise ConfigError(
-                f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert kl16`, or name a model's"
+                f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert`, or name a model's"
             )
         tokenizer = load_tokenizer(folder, **given)
     data.check_tokenizer(tokenizer)
@@ -90,12 +92,14 @@ def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> 
             bar.advance(len(images))
 
 
-def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, MaskedModel]:
+def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, Model]:
     """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
     data, tokenizer = build_inputs(recipe)
     with seeded(derive_seed(recipe.seed, "weights")):
-        sizes: dict[str, Any] = {"tokens": tokenizer.count, "dim": tokenizer.dim, "classes": len(data.class_names)}
-        if recipe.model.get("positions") == "sincos":
+        sizes: dict[str, Any] = {"tokens": tokenizer.count, "classes": len(data.class_names)}
+        sizes |= {"dim": tokenizer.dim} if tokenizer.vocab is None else {"vocab": tokenizer.vocab}
+        backbone = BACKBONES.get(str(recipe.model.get("backbone", recipe.model.get("kind"))))
+        if recipe.model.get("positions") == "sincos" or (backbone is not None and backbone.causal):
             sizes["grid"] = list(tokenizer.grid)
         model = build_model(recipe.model, **sizes)
     try:  # what every later request of this model begins with
@@ -165,7 +169,7 @@ def flat(recipe: AnyRecipe) -> dict[str, Any]:
     return walk(recipe.model_dump(mode="json"), "")
 
 
-def initialise_from(folder: str, model: MaskedModel, tokenizer: Tokenizer, class_names: list[str]) -> None:
+def initialise_from(folder: str, model: Model, tokenizer: Tokenizer, class_names: list[str]) -> None:
     """Begin with another model's weights and token statistics; a class it has under the same name keeps its vector.
 
     Everything must have the same shapes but for the classes, and the grid of tokens, to which positions are

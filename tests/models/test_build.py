@@ -10,7 +10,8 @@ import torch
 from seriatim.core.errors import ConfigError
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head, HeadLoss
-from seriatim.models.build import HEADS, build_model, model_config, seeded
+from seriatim.heads.build import HEADS
+from seriatim.models.build import build_model, model_config, seeded
 
 CONFIG: dict[str, Any] = {
     "kind": "masked", "tokens": 4, "dim": 3, "width": 32, "depth": 1, "heads": 2, "buffer": 2, "classes": 2,

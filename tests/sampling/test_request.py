@@ -68,7 +68,10 @@ def test_orders_survive_json(order: Any) -> None:
         ({"token_schedule": "cosin"}, "token_schedule: 'cosin' is not known; did you mean 'cosine'"),
         ({"min_tokens": 0}, "min_tokens"),
         ({"order": "sprial"}, "order: 'sprial' is not known; did you mean 'spiral'"),
-        ({"order": "zzz"}, "order: 'zzz' is not known; allowed: random, raster, halton, spiral; or give the positions"),
+        (
+            {"order": "zzz"},
+            "order: 'zzz' is not known; allowed: random, confidence, raster, halton, spiral; or give the positions",
+        ),
         ({"order": 3}, "order: must be a name, a list of positions, or such a list for each image (got 3)"),
         ({"order": []}, "order: must be a name"),
         ({"order": [0, 1.5]}, "order: must be a name"),

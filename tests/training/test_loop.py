@@ -11,7 +11,8 @@ from helpers import read_picture
 
 import seriatim
 from seriatim.core.errors import NumericsError, UsageError
-from seriatim.models.masked import Loss, MaskedModel
+from seriatim.models.base import Loss
+from seriatim.models.masked import MaskedModel
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.data import Digits, Order
 from seriatim.training.loop import train

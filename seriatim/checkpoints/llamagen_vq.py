@@ -1,0 +1,162 @@
+"""LlamaGen's tokenizers VQ-16 and VQ-8 (Sun et al. 2024): official names <-> ours.
+
+    encoder.conv_blocks.I.res.J, .attn.J, .downsample   encoder.down_blocks.I.resnets.J, .attentions.J, .downsamplers.0
+    decoder.conv_blocks.I, 0 at the lowest resolution   decoder.up_blocks.I, the same order
+    mid.0, .1, .2 of either                             mid_block.resnets.0, .attentions.0, .resnets.1
+    norm, q, k, v, proj_out of an attention             group_norm, to_q, to_k, to_v, to_out.0: matrices
+    nin_shortcut, norm_out                              conv_shortcut, conv_norm_out
+    quantize.embedding.weight                           quantiser.codebook
+    quantize.codebook_used                              nothing: which codes the last 65,536 tokens of training had
+
+C features of a codeword, V codewords.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.checkpoints.kl16 import ATTENTION
+from seriatim.checkpoints.official import OfficialFile, as_float32
+from seriatim.core.errors import CheckpointError, UsageError, one_line
+from seriatim.tokenizers.vq import VQ
+
+ENTRIES = ("ema", "model")  # of an official file
+IGNORED = "quantize.codebook_used"
+CODEBOOK = "quantize.embedding.weight"
+RULES = (  # ours -> official
+    (r"\.(?:down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r".conv_blocks.\1.res.\2."),
+    (r"\.(?:down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", r".conv_blocks.\1.attn.\2."),
+    (r"\.(down|up)_blocks\.(\d+)\.\1samplers\.0\.", r".conv_blocks.\2.\1sample."),
+    (r"\.mid_block\.resnets\.0\.", r".mid.0."),
+    (r"\.mid_block\.attentions\.0\.", r".mid.1."),
+    (r"\.mid_block\.resnets\.1\.", r".mid.2."),
+    (r"\.conv_shortcut\.", r".nin_shortcut."),
+    (r"\.conv_norm_out\.", r".norm_out."),
+    (r"^quantiser\.codebook$", CODEBOOK),
+)
+
+
+def official_name(name: str) -> str:
+    """`encoder.mid_block.resnets.0.conv1.weight` -> `encoder.mid.0.conv1.weight`."""
+    attention = ".attentions." in name
+    for pattern, replacement in RULES:
+        name = re.sub(pattern, replacement, name)
+    if attention:
+        for ours, theirs in ATTENTION.items():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+    return name
+
+
+def key_table(tokenizer: VQ) -> dict[str, tuple[str, torch.Size]]:
+    """Official name -> our name, and the shape of the official tensor."""
+    table = {}
+    for name, tensor in tokenizer.state_dict().items():
+        shape = tensor.shape
+        if ".attentions." in name and tensor.ndim == 2:
+            shape = torch.Size((*shape, 1, 1))  # (C, C) as a 1x1 convolution
+        table[official_name(name)] = name, shape
+    return table
+
+
+def official_tensors(tokenizer: VQ) -> dict[str, Tensor]:
+    """The weights under official names, of official shapes."""
+    state = tokenizer.state_dict()
+    return {official: state[name].reshape(shape) for official, (name, shape) in key_table(tokenizer).items()}
+
+
+def tokenizer_from_file(file: OfficialFile, *, size: int | Sequence[int] = 256) -> VQ:
+    """The tokenizer of an official file; what the training script's arguments say of the codebook must be so."""
+    where, said = str(file.path), file.arguments
+    codebook = file.tensors.get(CODEBOOK)
+    if codebook is not None and codebook.ndim == 2:
+        for key, found in (("codebook_size", codebook.shape[0]), ("codebook_embed_dim", codebook.shape[1])):
+            if isinstance(said.get(key), int) and said[key] != found:
+                raise CheckpointError(
+                    f"{where}: tensor {CODEBOOK!r} has shape {tuple(codebook.shape)}, but the file's own arguments say "
+                    f"{key}={said[key]}: a codebook of another size; was it put together from two files?"
+                )
+    return tokenizer_from_llamagen(file.tensors, where, size=size, l2=bool(said.get("codebook_l2_norm", True)))
+
+
+def tokenizer_from_llamagen(
+    tensors: Mapping[str, Tensor], where: str, *, size: int | Sequence[int] = 256, l2: bool = True
+) -> VQ:
+    """A tokenizer from an official state dict, whose every size is read off its tensors, cast to float32.
+
+    `l2`, which no shape shows, is True in all that was published. Raises CheckpointError, one line that begins with
+    `where` and names the tensor that is missing, unknown, of another shape or not finite. UsageError where `size` does
+    not fit.
+    """
+    given = {name: tensor for name, tensor in tensors.items() if name != IGNORED}
+    with torch.device("meta"):
+        tokenizer = sized(given, where, size, l2)
+    table = key_table(tokenizer)
+    refuse(where, "lacks", table.keys() - given.keys())
+    refuse(where, "has an unknown", given.keys() - table.keys())
+    weights = {}
+    for official, (name, shape) in table.items():
+        tensor = given[official]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{where}: tensor {official!r} has shape {tuple(tensor.shape)}, {tuple(shape)} beside the others"
+            )
+        ours = tokenizer.get_parameter(name).shape
+        weights[name] = as_float32(tensor, official, where).clone().reshape(ours).contiguous()
+    tokenizer.load_state_dict(weights, assign=True)
+    return tokenizer.requires_grad_(False).eval()
+
+
+def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], l2: bool) -> VQ:
+    """A tokenizer of the sizes that the tensors show."""
+
+    def width(name: str, dim: int, ndim: int = 4) -> int:
+        if name not in tensors:
+            raise CheckpointError(f"{where} lacks tensor {name!r}: not the weights of a tokenizer of LlamaGen's")
+        if tensors[name].ndim != ndim:
+            raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, not {ndim} sides")
+        return tensors[name].shape[dim]
+
+    def count(pattern: str) -> int:
+        return next(i for i in itertools.count() if pattern.format(i) not in tensors)
+
+    conv = "{}.conv_blocks.{{}}.res.0.conv1.weight"
+    widths, decoder = (
+        [width(conv.format(half).format(i), 0) for i in range(max(1, count(conv.format(half))))]
+        for half in ("encoder", "decoder")
+    )
+    code_dim = width("quant_conv.weight", 0)
+    if width(CODEBOOK, 1, ndim=2) != code_dim:
+        raise CheckpointError(
+            f"{where}: tensor {CODEBOOK!r} has shape {tuple(tensors[CODEBOOK].shape)}: a codebook of another size; "
+            f"its codewords must have {code_dim} features, as 'quant_conv.weight' gives"
+        )
+    arguments: dict[str, Any] = {
+        "vocab": width(CODEBOOK, 0, ndim=2),
+        "code_dim": code_dim,
+        "latent_channels": width("quant_conv.weight", 1),
+        "block_out_channels": widths,
+        "decoder_block_out_channels": decoder[::-1],
+        "layers_per_block": max(1, count("encoder.conv_blocks.0.res.{}.conv1.weight")),
+        "l2": l2,
+    }
+    channels = width("encoder.conv_in.weight", 1)
+    try:
+        VQ(2 ** (len(widths) - 1), channels, **arguments)
+    except UsageError as error:
+        raise CheckpointError(
+            f"{where}: its tensors are not those of a tokenizer we know: {one_line(error)}"
+        ) from error
+    return VQ(size, channels, **arguments)  # what is wrong now is the caller's
+
+
+def refuse(where: str, verb: str, names: Iterable[str]) -> None:
+    found = sorted(names)
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise CheckpointError(f"{where} {verb} tensor {found[0]!r}{more}: not the weights of a tokenizer of LlamaGen's")

@@ -1,0 +1,183 @@
+"""The block of a causal transformer: LlamaGen's (Sun et al. 2024), and with adaptive norms VAR's (Tian et al. 2024).
+
+B sequences, S positions, C width, A width of the condition, h heads, d = C/h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seriatim.nn.attention import attend
+from seriatim.nn.cache import KVCache
+from seriatim.nn.linear import Linear
+from seriatim.nn.packed import PackedLinear
+from seriatim.nn.rotary import rotate
+
+RMS_EPS, LAYER_EPS = 1e-5, 1e-6
+MODULATIONS = 6  # gamma1, gamma2, scale1, scale2, shift1, shift2
+NORMS, MLPS = ("rms", "layer"), ("swiglu", "gelu-tanh")
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019), in float32, cast back before the weight."""
+
+    def __init__(self, width: int, *, affine: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + RMS_EPS)).to(x.dtype)
+        return y if self.weight is None else y * self.weight
+
+
+def make_norm(kind: str, width: int, affine: bool) -> nn.Module:
+    """A norm; without weights of its own where a condition gives them."""
+    if kind == "rms":
+        return RMSNorm(width, affine=affine)
+    return nn.LayerNorm(width, eps=LAYER_EPS, elementwise_affine=affine)
+
+
+class CausalAttention(nn.Module):
+    """softmax(s q k^T / sqrt(d)) v; keys have no bias, which would cancel in the softmax."""
+
+    def __init__(self, width: int, heads: int, *, bias: bool = False, scale: float = 1.0, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout  # on the output, not on the probabilities
+        self.scale = scale * (width // heads) ** -0.5
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.v_bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.proj = Linear(width, width, bias=bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        cache: KVCache | None = None,
+        at: Tensor | None = None,
+        live: int = 0,
+    ) -> Tensor:
+        """x (B, S, C) -> (B, S, C); mask (B or 1, 1, S, K), True where a key may be looked at.
+
+        With a cache, x holds the positions at (S,) and the keys are those of the first `live` places.
+        """
+        B, S, C = x.shape
+        qkv = self.qkv(x)  # (B, S, 3 C)
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = qkv.view(B, S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, h, S, d)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            assert at is not None, "a cache is told where its new positions are"
+            k, v = cache.put(k, v, at, live)
+        x = attend(q, k, v, mask, scale=self.scale, causal=causal)  # (B, h, S, d)
+        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class SwiGLU(nn.Module):
+    """W2 (SiLU(W1 x) * W3 x) (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool = False, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.gate: nn.Module = Linear(width, hidden, bias=bias)
+        self.up = Linear(width, hidden, bias=bias)
+        self.down = Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x, then="swish") if isinstance(self.gate, PackedLinear) else F.silu(self.gate(x))
+        return F.dropout(self.down(gate * self.up(x)), self.dropout, self.training)
+
+
+class TanhMLP(nn.Module):
+    """Linear, GELU by its tanh approximation, Linear."""
+
+    def __init__(self, width: int, hidden: int, output: int | None = None, *, bias: bool, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.fc1: nn.Module = Linear(width, hidden, bias=bias)
+        self.down = Linear(hidden, output or width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = isinstance(self.fc1, PackedLinear)
+        x = self.fc1(x, then="gelu-tanh") if packed else F.gelu(self.fc1(x), approximate="tanh")
+        return F.dropout(self.down(x), self.dropout, self.training)
+
+
+class CausalBlock(nn.Module):
+    """Pre-norm: x + Attn(N(x)), then x + MLP(N(x)); with `condition`, both norms and both results are modulated.
+
+    Then, as in VAR: x + gamma1 * Attn(N(x) (1 + scale1) + shift1), x + gamma2 * MLP(N(x) (1 + scale2) + shift2).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        norm: str = "rms",
+        mlp: str = "swiglu",
+        bias: bool = False,
+        attention_scale: float = 1.0,
+        dropout: float = 0.0,
+        condition: int | None = None,  # its width; None: no modulation
+    ) -> None:
+        super().__init__()
+        self.norm1 = make_norm(norm, width, affine=condition is None)
+        self.attention = CausalAttention(width, heads, bias=bias, scale=attention_scale, dropout=dropout)
+        self.norm2 = make_norm(norm, width, affine=condition is None)
+        kind = SwiGLU if mlp == "swiglu" else TanhMLP
+        self.mlp = kind(width, hidden, bias=bias, dropout=dropout)
+        self.modulation = None if condition is None else Linear(condition, MODULATIONS * width)
+
+    def modulate(self, activated: Tensor) -> tuple[Tensor, ...]:
+        """SiLU(condition) (B, A) -> gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2: (B, 1, C) each."""
+        assert self.modulation is not None, "this block is built without a condition"
+        g1, g2, s1, s2, b1, b2 = self.modulation(activated)[:, None].chunk(MODULATIONS, dim=-1)
+        return g1, g2, 1 + s1, 1 + s2, b1, b2
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        cache: KVCache | None = None,
+        at: Tensor | None = None,
+        live: int = 0,
+        modulation: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """x (B, S, C) -> (B, S, C); the rest as in `CausalAttention`, and what `modulate` gave."""
+        if not modulation:
+            x = x + self.attention(self.norm1(x), rotation, mask, causal, cache, at, live)
+            return x + self.mlp(self.norm2(x))
+        g1, g2, s1, s2, b1, b2 = modulation
+        y = torch.addcmul(b1, self.norm1(x), s1)
+        x = torch.addcmul(x, g1, self.attention(y, rotation, mask, causal, cache, at, live))
+        return torch.addcmul(x, g2, self.mlp(torch.addcmul(b2, self.norm2(x), s2)))
+
+
+class ModulatedNorm(nn.Module):
+    """N(x) (1 + scale) + shift, of a condition."""
+
+    def __init__(self, width: int, kind: str, condition: int) -> None:
+        super().__init__()
+        self.norm = make_norm(kind, width, affine=False)
+        self.modulation = Linear(condition, 2 * width)  # scale, shift
+
+    def modulate(self, activated: Tensor) -> tuple[Tensor, Tensor]:
+        """SiLU(condition) (B, A) -> 1 + scale, shift: (B, 1, C) each."""
+        scale, shift = self.modulation(activated)[:, None].chunk(2, dim=-1)
+        return 1 + scale, shift
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return torch.addcmul(shift, self.norm(x), scale)

@@ -1,0 +1,156 @@
+"""Patches of pixels as codes: the nearest of V typical patches, found by k-means. No network.
+
+B images, c channels, H x W pixels, p patch side, h x w = L codes, D = c p p features of a patch, V typical patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seriatim.core.errors import DataError, UsageError
+from seriatim.core.random import Noise, generator
+from seriatim.nn.patch import patchify, unpatchify
+from seriatim.tokenizers.base import Tokenizer, digest_of
+from seriatim.tokenizers.quantise import nearest_codes
+
+MOST_PATCHES = 1 << 17  # that k-means learns from, drawn from all that it is shown
+AT_ONCE = 4096  # patches of a step of k-means
+
+
+class KMeans(Tokenizer):
+    """Each p x p patch is the code of the nearest of `vocab` centres, which is what a code decodes to.
+
+    `fit` finds the centres, once: they travel with the tokenizer, as do weights. They are sorted from dark to light.
+    The same images and `seed` give the same centres. A side that p does not divide is continued by its last row or
+    column and cut off again by `decode`.
+    """
+
+    vocab: int
+    centres: Tensor  # (V, D)
+    measured: Tensor  # ()
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        patch: int = 2,
+        channels: int = 3,
+        *,
+        levels: int = 256,
+        vocab: int = 512,
+        seed: int = 0,  # of the draws that k-means makes
+    ) -> None:
+        super().__init__()
+        H, W = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+        if channels not in (1, 3):
+            raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")
+        if min(H, W) < 1 or not 1 <= patch <= min(H, W):
+            raise UsageError(f"patch: {patch!r} is not allowed for {H}x{W} pixels; it must be from 1 to {min(H, W)}")
+        if levels < 2:
+            raise UsageError(f"levels: {levels!r} is not allowed; a pixel has at least 2 values")
+        if vocab < 2:
+            raise UsageError(f"vocab: {vocab!r} is not allowed; it must be at least 2")
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"seed: {seed!r} is not allowed; it must be from 0 to 2^32 - 1")
+        self.size, self.patch, self.channels, self.levels, self.seed = (H, W), patch, channels, levels, seed
+        self.grid = (-(-H // patch), -(-W // patch))
+        self.dim, self.vocab = channels * patch * patch, vocab
+        self.config = {
+            "size": [H, W],
+            "patch": patch,
+            "channels": channels,
+            "levels": levels,
+            "vocab": vocab,
+            "seed": seed,
+        }
+        self.register_buffer("centres", torch.zeros(vocab, self.dim))
+        self.register_buffer("measured", torch.tensor(False, device="cpu"))
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        return self.patch, self.patch
+
+    def moments(self, images: Tensor) -> Tensor:
+        """(B, c, H, W) -> (B, c, h p, w p): the pixels, from which centres are found."""
+        H, W = self.size
+        bottom, right = self.grid[0] * self.patch - H, self.grid[1] * self.patch - W
+        return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
+
+    @torch.no_grad()
+    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+        if not self.measured:
+            raise UsageError("tokenizer: k-means has seen no images; call fit(batches), or load one that was trained")
+        patches = patchify(moments, self.patch)  # (B, L, D)
+        return nearest_codes(patches.flatten(0, 1).to(self.centres.dtype), self.centres).view(patches.shape[:2])
+
+    @torch.no_grad()
+    def embeddings(self, codes: Tensor) -> Tensor:
+        return F.embedding(self.check_codes(codes).to(self.centres.device), self.centres)  # (B, L, D)
+
+    @torch.no_grad()
+    def decode_embeddings(self, embeddings: Tensor) -> Tensor:
+        images = unpatchify(embeddings, self.patch, *self.grid)  # (B, c, h p, w p)
+        return images[..., : self.size[0], : self.size[1]].clamp(-1, 1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.decode_embeddings(self.embeddings(tokens))
+
+    def moments_config(self) -> dict[str, Any]:
+        h, w = self.grid
+        padded = f"padded to {h * self.patch} x {w * self.patch}"  # all that the patch does to the pixels
+        return {"size": list(self.size), "channels": self.channels, "patch": padded}
+
+    def moments_fingerprint(self) -> str:
+        return digest_of(type(self).__name__, self.moments_config(), {})
+
+    # --- finding the centres --------------------------------------------------------------------------------------
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Find the centres, unless they are known."""
+        if not self.measured:
+            super().fit(batches)
+
+    def fit_moments(self, batches: Iterable[Tensor]) -> None:
+        if self.measured:
+            return
+        patches = sample_of((patchify(moments, self.patch).flatten(0, 1) for moments in batches), self.seed)
+        if not len(patches):
+            raise DataError("no images to measure: k-means needs at least one")
+        different = len(torch.unique(patches, dim=0))
+        if different < self.vocab:
+            raise UsageError(
+                f"vocab: {self.vocab} codes are more than the {different} different patches of the images; lower it, "
+                "or show more images"
+            )
+        centres = cluster(patches, self.vocab, self.seed)
+        self.centres.copy_(centres[centres.mean(dim=1).argsort(stable=True)])
+        self.measured.fill_(True)
+
+
+def sample_of(batches: Iterable[Tensor], seed: int) -> Tensor:
+    """At most MOST_PATCHES rows of batches (n, D), each as likely as any other: (N, D) float32 on the CPU."""
+    random = generator(seed)
+    kept, keys = torch.empty(0), torch.empty(0, dtype=torch.float64)
+    for batch in batches:  # those with the largest random keys so far
+        rows = batch.detach().cpu().float()
+        drawn = torch.rand(len(rows), dtype=torch.float64, generator=random)
+        kept, keys = torch.cat([kept.view(-1, rows.shape[1]), rows]), torch.cat([keys, drawn])
+        if len(keys) > MOST_PATCHES:
+            keys, places = keys.topk(MOST_PATCHES)
+            kept = kept[places]
+    return kept
+
+
+def cluster(patches: Tensor, vocab: int, seed: int) -> Tensor:
+    """Patches (N, D) -> centres (V, D). On one thread: the sums of several would come in any order."""
+    from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
+
+    means = MiniBatchKMeans(vocab, batch_size=max(AT_ONCE, 2 * vocab), n_init=1, random_state=seed)
+    with threadpool_limits(1):
+        means.fit(patches.numpy())
+    return torch.from_numpy(means.cluster_centers_).float()

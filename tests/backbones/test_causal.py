@@ -1,0 +1,370 @@
+"""The causal backbone: one pass and one by one agree, nothing looks ahead, any order, adaptive norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import golden, randomise
+from safetensors.torch import load_file
+from torch import Tensor
+
+from seriatim.backbones.causal import Causal, usual_hidden
+from seriatim.core.errors import UsageError
+from seriatim.models.build import seeded
+from seriatim.nn.packed import prepare
+from seriatim.nn.rotary import grid_places, rotate, rotation
+
+L, D, C, V = 12, 4, 32, 20
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llamagen": {"vocab": V, "rotate_prefix": False},
+    "features": {"dim": D, "grid": (3, 4)},
+    "long-prefix": {"vocab": V, "prefix": 3, "rotate_prefix": False},
+    "projected": {"dim": D, "condition_width": 10, "prefix": 2, "positions": "learned", "bias": True},
+    "any": {"dim": D, "order": "any", "grid": (3, 4)},
+    "any-learned": {"vocab": V, "order": "any", "positions": "learned", "prefix": 2},
+    "adaln": {"dim": D, "conditioning": "adaln", "condition_width": 10, "norm": "layer"},
+    "var": {
+        "dim": 1, "conditioning": "both", "condition_width": 10, "norm": "layer", "mlp": "gelu-tanh", "bias": True,
+        "positions": "learned", "start_token": True, "attention_scale": 0.25,
+    },
+    "any-adaln-codes": {"vocab": V, "order": "any", "conditioning": "both", "heads": 1},
+}  # fmt: skip
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def make(variant: str, **options: Any) -> Causal:
+    with seeded(0):
+        backbone = Causal(L, **{"width": C, "depth": 2, "heads": 2, **VARIANTS[variant], **options}).eval()
+    randomise(backbone)
+    return backbone
+
+
+def inputs(backbone: Causal, B: int = 3, seed: int = 1) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Condition, tokens and order."""
+    g = torch.Generator().manual_seed(seed)
+    condition = torch.randn(B, backbone.width, generator=g)
+    codes = torch.randint(V, (B, L), generator=g)
+    tokens = codes if backbone.vocab else torch.randn(B, L, backbone.dim or 0, generator=g)
+    order = torch.rand(B, L, generator=g).argsort(dim=1) if backbone.order == "any" else None
+    return condition, tokens, order
+
+
+def one_by_one(backbone: Causal, condition: Tensor, tokens: Tensor, order: Tensor | None, **options: Any) -> Tensor:
+    state = backbone.start(condition, len(condition), order, **options)
+    index = torch.arange(L).expand(len(condition), -1) if order is None else order
+    rows = torch.arange(len(condition))
+    z = [backbone.step(state, tokens[rows, index[:, i - 1]] if i else None) for i in range(L)]
+    return torch.stack(z, dim=1)
+
+
+@each_variant
+@torch.no_grad()
+def test_with_a_cache_it_is_the_same(variant: str) -> None:
+    backbone = make(variant)
+    condition, tokens, order = inputs(backbone)
+    together = backbone.sequence(condition, tokens, order)
+    assert together.shape == (3, L, C)
+    assert torch.allclose(one_by_one(backbone, condition, tokens, order), together, atol=2e-5)
+    backbone.whole_cache = True
+    assert torch.allclose(one_by_one(backbone, condition, tokens, order), together, atol=2e-5)
+
+
+@each_variant
+@torch.no_grad()
+def test_it_is_rebuilt_from_its_config(variant: str) -> None:
+    backbone = make(variant)
+    with torch.device("meta"):
+        twin = Causal(**backbone.config)
+    twin.load_state_dict(backbone.state_dict(), assign=True)
+    condition, tokens, order = inputs(backbone)
+    assert torch.equal(twin.eval().sequence(condition, tokens, order), backbone.sequence(condition, tokens, order))
+    assert twin.config == backbone.config
+
+
+@each_variant
+def test_a_token_follows_from_those_before_it_and_from_no_other(variant: str) -> None:
+    backbone = make(variant)
+    condition, tokens, order = inputs(backbone, B=2)
+    index = torch.arange(L).expand(2, -1) if order is None else order
+    rows, with_ = torch.arange(2), torch.no_grad()
+    with with_:
+        before = backbone.sequence(condition, tokens, order)
+        for i in range(L):
+            changed = tokens.clone()
+            other = (tokens + 1) % V if backbone.vocab else tokens + 1
+            changed[rows, index[:, i]] = other[rows, index[:, i]]
+            after = backbone.sequence(condition, changed, order)
+            assert torch.equal(after[:, : i + 1], before[:, : i + 1]), i
+            assert i == L - 1 or not torch.isclose(after[:, i + 1 :], before[:, i + 1 :]).all(dim=-1).any(), i
+        moved = backbone.sequence(condition + 1, tokens, order)
+    assert not torch.isclose(moved, before).all(dim=-1).any(), "every token follows from the condition"
+
+
+@torch.no_grad()
+def test_an_image_is_the_same_in_any_batch_and_any_order_of_the_batch() -> None:
+    backbone = make("any")
+    condition, tokens, order = inputs(backbone)
+    assert order is not None
+    whole = backbone.sequence(condition, tokens, order)
+    swap = torch.tensor([2, 0, 1])
+    assert torch.allclose(backbone.sequence(condition[swap], tokens[swap], order[swap]), whole[swap], atol=1e-5)
+    assert torch.allclose(backbone.sequence(condition[1:2], tokens[1:2], order[1:2]), whole[1:2], atol=1e-5)
+
+
+@torch.no_grad()
+def test_in_any_order_the_positions_are_what_counts() -> None:
+    """z of a token is told by which tokens came before, where they are, and which is asked for."""
+    backbone = make("any")
+    condition, tokens, _ = inputs(backbone, B=1)
+    first = torch.tensor([[3, 7, 1, 0, 2, 4, 5, 6, 8, 9, 10, 11]])
+    z = backbone.sequence(condition, tokens, first)
+    later = first.clone()
+    later[0, 3:] = later[0, 3:].flip(0)  # another one is asked for after three
+    other = backbone.sequence(condition, tokens, later)
+    assert torch.equal(other[:, :3], z[:, :3]) and not torch.allclose(other[:, 3], z[:, 3], atol=1e-3)
+    everywhere = tokens.clone()
+    everywhere[:, first[0, 5:]] = 100.0  # what comes later
+    assert torch.equal(backbone.sequence(condition, everywhere, first)[:, :5], z[:, :5])
+
+
+@torch.no_grad()
+def test_the_contract_gives_the_next_token_and_refuses_others() -> None:
+    for variant in ("features", "any"):
+        backbone = make(variant)
+        condition, tokens, order = inputs(backbone)
+        index = torch.arange(L).expand(3, -1) if order is None else order
+        z = backbone.sequence(condition, tokens, order)
+        state = backbone.start(condition, 3, order)
+        known = torch.zeros(3, L, dtype=torch.bool)
+        for i in (0, 1, 4):  # those between are fed without being asked for
+            known.scatter_(1, index[:, :i], True)
+            ask = torch.zeros_like(known).scatter(1, index[:, i : i + 1], True)
+            assert torch.allclose(backbone.z(state, tokens, known, ask), z[:, i], atol=2e-5)
+        with pytest.raises(UsageError, match="next token of its order alone"):
+            backbone.z(state, tokens, known, ~known)
+
+
+@torch.no_grad()
+def test_padding_of_the_prefix_is_not_looked_at() -> None:
+    for variant in ("long-prefix", "projected"):
+        backbone = make(variant)
+        condition, tokens, _ = inputs(backbone)
+        condition = torch.randn(3, backbone.prefix, backbone.width, generator=torch.Generator().manual_seed(3))
+        valid = torch.ones(3, backbone.prefix, dtype=torch.bool)
+        valid[0, 0] = False
+        z = backbone.sequence(condition, tokens, valid=valid)
+        assert torch.allclose(one_by_one(backbone, condition, tokens, None, valid=valid), z, atol=2e-5)
+        other = condition.clone()
+        other[:, 0] += 1
+        changed = backbone.sequence(other, tokens, valid=valid)
+        assert torch.equal(changed[0], z[0]) and not torch.allclose(changed[1], z[1], atol=1e-3)
+        assert torch.allclose(backbone.sequence(condition, tokens)[1:], z[1:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_some_rows_go_on_alone() -> None:
+    backbone = make("any-adaln-codes")
+    condition, tokens, order = inputs(backbone)
+    assert order is not None
+    z = backbone.sequence(condition, tokens, order)
+    state = backbone.start(condition, 3, order)
+    rows = torch.arange(3)
+    for i in range(5):
+        backbone.step(state, tokens[rows, order[:, i - 1]] if i else None)
+    fewer = state.first(2)
+    assert torch.allclose(backbone.step(fewer, tokens[rows[:2], order[:2, 4]]), z[:2, 5], atol=2e-5)
+
+
+@torch.no_grad()
+def test_packed_weights_give_the_same() -> None:
+    for variant in ("llamagen", "var"):
+        backbone = make(variant, width=128, heads=4)
+        condition, tokens, order = inputs(backbone)
+        z = backbone.sequence(condition, tokens, order)
+        prepare(backbone, keep=("token_embed",))
+        assert torch.allclose(backbone.sequence(condition, tokens, order), z, atol=1e-4)
+        assert torch.allclose(one_by_one(backbone, condition, tokens, order), z, atol=1e-4)
+        prepare(other := make(variant, width=128, heads=4), torch.bfloat16, keep=("token_embed",))
+        half = one_by_one(other, condition, tokens, order)
+        assert 0 < float((half - z).abs().mean()) < 0.1 * float(z.abs().mean())
+
+
+@torch.no_grad()
+def test_the_modulated_block_is_that_of_the_equations() -> None:
+    """VAR's, written out: adaLN in the order gamma1, gamma2, scale1, scale2, shift1, shift2."""
+    backbone = make("var")
+    block, g = backbone.blocks[0], torch.Generator().manual_seed(5)
+    x, condition = torch.randn(2, L, C, generator=g), torch.randn(2, 10, generator=g)
+    six = F.linear(F.silu(condition), block.modulation.weight, block.modulation.bias).view(2, 6, 1, C)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(1)
+
+    def norm(t: Tensor) -> Tensor:
+        return F.layer_norm(t, (C,), eps=1e-6)
+
+    a, m = block.attention, block.mlp
+    y = norm(x) * (1 + scale1) + shift1
+    bias = torch.cat([a.q_bias, torch.zeros(C), a.v_bias])
+    q, k, v = F.linear(y, a.qkv.weight, bias).view(2, L, 3, 2, C // 2).permute(2, 0, 3, 1, 4)
+    scores = 0.25 / (C // 2) ** 0.5 * q @ k.transpose(-2, -1)
+    scores = scores.masked_fill(~torch.ones(L, L, dtype=torch.bool).tril(), float("-inf"))
+    expected = x + gamma1 * a.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    y = norm(expected) * (1 + scale2) + shift2
+    expected = expected + gamma2 * m.down(F.gelu(m.fc1(y), approximate="tanh"))
+    ours = block(x, causal=True, modulation=block.modulate(F.silu(condition)))
+    assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_modulated_blocks_begin_as_the_identity_nearly() -> None:
+    with seeded(0):
+        backbone = Causal(L, D, width=C, depth=2, conditioning="adaln").eval()
+    x = torch.randn(2, L, C)
+    activated = F.silu(torch.randn(2, C))
+    assert torch.allclose(
+        backbone.blocks[0](x, causal=True, modulation=backbone.blocks[0].modulate(activated)), x, atol=1e-3
+    )
+
+
+def test_every_parameter_is_trained() -> None:
+    for variant in VARIANTS:
+        backbone = make(variant)
+        condition, tokens, order = inputs(backbone)
+        backbone.sequence(condition, tokens, order).square().sum().backward()
+        idle = [name for name, p in backbone.named_parameters() if p.grad is None or not p.grad.any()]
+        assert not idle, (variant, idle)
+
+
+@torch.no_grad()
+def test_a_step_waits_for_no_device() -> None:
+    """No number of a tensor is looked at, in eager mode or compiled: `advance` is one graph."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            looks = ("_local_scalar_dense", "nonzero", "equal.default", "is_nonzero")
+            assert not any(name in str(func) for name in looks), func
+            return func(*args, **(kwargs or {}))
+
+    for variant in ("llamagen", "any"):
+        backbone = make(variant)
+        condition, tokens, order = inputs(backbone)
+        state = backbone.start(condition, 3, order)
+        with Watch():
+            for i in range(3):
+                backbone.step(state, tokens[:, i] if i else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["llamagen", "any", "var", "long-prefix"])
+@torch.no_grad()
+def test_a_step_compiles_into_one_graph_for_all_positions(variant: str) -> None:
+    backbone = make(variant)
+    condition, tokens, order = inputs(backbone)
+    z = backbone.sequence(condition, tokens, order)
+    graphs: list[Any] = []
+    torch._dynamo.reset()
+
+    def counting(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    backbone.whole_cache = True
+    backbone.advance = torch.compile(backbone.advance, fullgraph=True, backend=counting)  # type: ignore[method-assign]
+    assert torch.allclose(one_by_one(backbone, condition, tokens, order), z, atol=2e-5)
+    assert len(graphs) <= 2, "one for the prefix, one for all later steps"
+
+
+# --- positions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(golden("llamagen").glob("rope2d*.safetensors")), ids=lambda p: p.stem)
+def test_rotary_positions_are_those_of_the_official_code(path: Any) -> None:
+    file = load_file(path)
+    for name, theirs in file.items():
+        if not name.startswith("freqs_"):
+            continue
+        parts = name.split("_")
+        side, d, prefix = int(parts[1][1:]), int(parts[2][2:]), int(parts[3][3:])
+        ours = rotation(grid_places((side, side), prefix), d)
+        ours[:prefix] = 0
+        if "rows" in parts:
+            ours = ours[[int(row) for row in parts[parts.index("rows") + 1 :]]]
+        assert torch.allclose(ours, theirs, atol=1e-6), name
+    d = file["rope_in"].shape[-1]
+    table = rotation(grid_places((4, 4), 1), d)
+    table[:1] = 0
+    ours = rotate(file["rope_in"].transpose(1, 2), table).transpose(1, 2)
+    assert torch.allclose(ours, file["rope_out"], atol=1e-6)
+
+
+def test_rotation_keeps_lengths_and_tells_differences_alone() -> None:
+    table = rotation(grid_places((3, 3), 2), 8)
+    x = torch.randn(1, 1, 1, 8)
+    turned = rotate(x.expand(1, 1, 11, 8), table)
+    assert torch.allclose(turned.norm(dim=-1), x.norm().expand(1, 1, 11), atol=1e-5)
+    dots = (turned @ turned.transpose(-2, -1))[0, 0]
+    assert torch.allclose(dots[2, 3], dots[6, 7], atol=1e-5), "one column to the right, in any row"
+    places = grid_places((3, 3), 2).tolist()
+    assert len({tuple(p) for p in places}) == 11 and places[:3] == [[-2.0, -2.0], [-1.0, -1.0], [0.0, 0.0]]
+
+
+def test_positions_are_resized_with_the_grid() -> None:
+    for variant, rows in (("projected", 2 + 24 - 1), ("any-learned", 2 + 24), ("any", None)):
+        state = {f"backbone.{name}": t for name, t in make(variant).state_dict().items()}
+        resized = Causal.resized(state, (3, 4), (4, 6))
+        if rows:
+            assert resized["backbone.positions"].shape == (rows, C)
+            assert torch.equal(resized["backbone.positions"][:2], state["backbone.positions"][:2])
+        if "any" in variant:
+            assert resized["backbone.ask_positions"].shape == (24, C)
+        assert Causal.resized(state, (3, 4), (3, 4)).keys() == state.keys()
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_the_hidden_width_is_llamas() -> None:
+    widths = {768: 2048, 1024: 2816, 1280: 3584, 1536: 4096, 3200: 8704, 64: 192}
+    assert {width: usual_hidden(width, "swiglu") for width in widths} == widths
+    assert usual_hidden(64, "gelu-tanh") == 256
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"order": "rastr"}, "order: 'rastr' is not known; did you mean 'raster'"),
+        ({"prefix": 0}, "prefix: 0 is not allowed"),
+        ({"heads": 3}, "heads: 3 does not divide the width 32"),
+        ({"heads": 16}, "rope needs a multiple of 4"),
+        ({"grid": (2, 5)}, "grid: .* is not allowed for 12 tokens"),
+        ({"conditioning": "adaln", "start_token": False}, "a sequence begins somewhere"),
+        ({"dropout": 1.0}, "dropout: 1.0 is not allowed"),
+        ({"attention_scale": 0.0}, "attention_scale: 0.0 is not allowed"),
+        ({"vocab": V}, "give dim"),
+    ],
+)
+def test_what_makes_no_backbone_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        Causal(L, **{"dim": D, "width": C, "depth": 1, **options})
+
+
+def test_what_makes_no_step_is_refused() -> None:
+    backbone, free = make("features"), make("any")
+    condition, tokens, order = inputs(free)
+    with pytest.raises(UsageError, match="order: a backbone of order 'raster' has its own"):
+        backbone.start(condition, 3, order)
+    with pytest.raises(UsageError, match="order: None is not"):
+        free.start(condition, 3)
+    state = backbone.start(condition, 3)
+    with pytest.raises(UsageError, match="one is given at step 0"):
+        backbone.step(state, tokens[:, 0])
+    backbone.step(state)
+    with pytest.raises(UsageError, match="none is given at step 1"):
+        backbone.step(state)
+    state.drawn = L
+    with pytest.raises(UsageError, match="all 12 tokens are drawn"):
+        backbone.step(state, tokens[:, 0])
+    with pytest.raises(UsageError, match="one vector for each image, not 2"):
+        make("adaln", prefix=2).start(torch.zeros(3, 2, 10), 3)
