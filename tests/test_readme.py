@@ -126,6 +126,8 @@ def test_readme_recipe_keys_are_all_there() -> None:
     from seriatim.evaluation.classifier import ResNet
     from seriatim.heads.categorical import Categorical
     from seriatim.heads.diffusion import Diffusion
+    from seriatim.heads.flow import Flow
+    from seriatim.heads.mixture import Mixture
     from seriatim.models.causal import CausalModel
     from seriatim.models.masked import MaskedModel
     from seriatim.tokenizers.build import TOKENIZERS
@@ -142,9 +144,8 @@ def test_readme_recipe_keys_are_all_there() -> None:
         for key in arguments(cls)
         if key not in derived
     }
-    expected |= {
-        f"model.head.{key}" for cls in (Diffusion, Categorical) for key in arguments(cls) if key not in derived
-    }
+    heads = (Categorical, Diffusion, Flow, Mixture)
+    expected |= {f"model.head.{key}" for cls in heads for key in arguments(cls) if key not in derived}
     assert listed == expected
 
     listed = set(re.findall(r"`(tokenizer\.[a-z0-9_]+)`", text))

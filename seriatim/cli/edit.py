@@ -26,7 +26,9 @@ def edit(
     num_diffusion_steps_last: Annotated[
         int | None, typer.Option(help="Where they end, falling as the image gets known.")
     ] = None,
-    solver: Annotated[str | None, typer.Option(help="Of a diffusion head: ddpm, sde-dpm++, ddim or dpm++.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="Diffusion: ddpm, sde-dpm++, ddim or dpm++; flow: euler or heun.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
     guidance_schedule: Annotated[str | None, typer.Option(help="Of the known share; see docs/sampling.md.")] = None,
     guidance_interval: Annotated[

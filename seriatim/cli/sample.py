@@ -47,7 +47,9 @@ def sample(
     num_diffusion_steps_last: Annotated[
         int | None, typer.Option(help="Where they end, falling as the image gets known.")
     ] = None,
-    solver: Annotated[str | None, typer.Option(help="Of a diffusion head: ddpm, sde-dpm++, ddim or dpm++.")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help="Diffusion: ddpm, sde-dpm++, ddim or dpm++; flow: euler or heun.")
+    ] = None,
     start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,

@@ -51,7 +51,7 @@ class SampleRequest(Strict):
     temperature: float = Field(1.0, ge=0)
     num_diffusion_steps: StrictInt = Field(100, ge=1)  # inside a diffusion head
     num_diffusion_steps_last: StrictInt | None = Field(None, ge=1)  # when all but the last tokens are known; None: same
-    solver: str | None = None  # of a diffusion head: ddpm, sde-dpm++, ddim or dpm++; None: the head's own default
+    solver: str | None = None  # diffusion: ddpm, sde-dpm++, ddim or dpm++; flow: euler or heun; None: the head's own
     top_k: StrictInt | None = Field(None, ge=1)  # of a head of codes: the likeliest alone; None: all
     top_p: float | None = Field(None, gt=0, le=1)  # of such a head: the likeliest that together reach this
     guidance_mode: str | None = None  # of a mixture: exact or resample; None: the head's own

@@ -14,8 +14,9 @@ from torch import Tensor
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise, ReplayNoise
 from seriatim.heads import adaln, flow
+from seriatim.heads.build import HEADS
 from seriatim.heads.flow import Flow
-from seriatim.models.build import HEADS, seeded
+from seriatim.models.build import seeded
 from seriatim.nn.packed import packs, prepare
 from seriatim.testing import check_head
 

@@ -12,9 +12,10 @@ from helpers import randomise
 from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.random import Noise, ReplayNoise
 from seriatim.heads import mixture
+from seriatim.heads.build import HEADS
 from seriatim.heads.guided import resample_product, sample_product
 from seriatim.heads.mixture import Mixture
-from seriatim.models.build import HEADS, seeded
+from seriatim.models.build import seeded
 from seriatim.testing import check_head
 
 
