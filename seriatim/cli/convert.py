@@ -108,6 +108,56 @@ def convert_kl16(
     report(found, json)
 
 
+@convert.command("llamagen")
+def convert_llamagen(
+    weights: Annotated[Path, typer.Argument(help="c2i_B_256.pt, a .pth or a safetensors file.")],
+    out: Out,
+    vq: Annotated[
+        Path, typer.Option(help="Its tokenizer: vq_ds16_c2i.pt, or a folder that `convert llamagen-vq` made.")
+    ],
+    size: Annotated[int, typer.Option(help="Side of the images in pixels, where --vq is a file.")] = 256,
+    ema: Annotated[bool, typer.Option("--ema", help="Averaged weights, where the file has them.")] = False,
+    preset: Annotated[str | None, typer.Option(help="llamagen-b, ...; usually told by the sizes.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, of a model that is no preset.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
+    overwrite: Overwrite = False,
+    json: JsonFlag = False,
+) -> None:
+    """LlamaGen (Sun et al. 2024), of classes or of text. Nothing in a file is run; every tensor must fit."""
+    from seriatim.checkpoints import llamagen
+    from seriatim.checkpoints.llamagen_vq import ENTRIES, tokenizer_from_file
+    from seriatim.checkpoints.native import save_bundle
+    from seriatim.checkpoints.official import read_official
+    from seriatim.checkpoints.tokenizer import load_tokenizer
+    from seriatim.core.errors import UsageError, nearest
+    from seriatim.models.build import parameter_count
+
+    if preset is not None and preset not in llamagen.NAMES:
+        raise UsageError(f"preset: {preset!r} is not one of LlamaGen's{nearest(preset, llamagen.NAMES)}")
+    unused(out, overwrite)
+    if not vq.exists():
+        raise UsageError(f"vq: there is no {vq}; name vq_ds16_c2i.pt, or a folder that `convert llamagen-vq` made")
+    say(f"reading {weights}")
+    file = read_official(weights, which="ema" if ema else None, entries=llamagen.ENTRIES)
+    if vq.is_dir():
+        tokenizer = load_tokenizer(vq)
+    else:
+        tokenizer = tokenizer_from_file(read_official(vq, entries=ENTRIES), size=size)
+    bundle = llamagen.bundle_from_llamagen(file, tokenizer, read_names(class_names), heads=heads, preset=preset)
+    save_bundle(bundle, out)
+    found = {
+        "model": str(out),
+        "weights": file.which,
+        "preset": bundle.provenance["preset"],
+        "parameters": parameter_count(bundle.model),
+        "tensors": len(file.tensors),
+        "tokens": bundle.model.tokens,
+        "classes": bundle.model.classes,
+        "image": list(bundle.tokenizer.size),
+    }
+    report(found, json)
+
+
 @convert.command("llamagen-vq")
 def convert_llamagen_vq(
     weights: Weights,
@@ -136,50 +186,6 @@ def convert_llamagen_vq(
         "tokens": tokenizer.count,
         "codes": tokenizer.vocab,
         "features": tokenizer.dim,
-    }
-    report(found, json)
-
-
-@convert.command("llamagen")
-def convert_llamagen(
-    weights: Annotated[Path, typer.Argument(help="c2i_B_256.pt, a .pth or a safetensors file.")],
-    out: Out,
-    vq: Annotated[Path, typer.Option(help="Its tokenizer: a folder with one of codes, a tokenizer's or a model's.")],
-    ema: Annotated[bool, typer.Option("--ema", help="Averaged weights, where the file has them.")] = False,
-    preset: Annotated[str | None, typer.Option(help="llamagen-b, ...; usually told by the sizes.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, of a model that is no preset.")] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
-    overwrite: Overwrite = False,
-    json: JsonFlag = False,
-) -> None:
-    """LlamaGen (Sun et al. 2024), of classes or of text. Nothing in a file is run; every tensor must fit."""
-    from seriatim.checkpoints import llamagen
-    from seriatim.checkpoints.native import save_bundle
-    from seriatim.checkpoints.official import read_official
-    from seriatim.checkpoints.tokenizer import load_tokenizer
-    from seriatim.core.errors import UsageError, nearest
-    from seriatim.models.build import parameter_count
-
-    if preset is not None and preset not in llamagen.NAMES:
-        raise UsageError(f"preset: {preset!r} is not one of LlamaGen's{nearest(preset, llamagen.NAMES)}")
-    unused(out, overwrite)
-    if not vq.is_dir():
-        raise UsageError(f"vq: there is no folder {vq}; name a tokenizer's, or that of a model which has one")
-    say(f"reading {weights}")
-    file = read_official(weights, which="ema" if ema else None, entries=llamagen.ENTRIES)
-    bundle = llamagen.bundle_from_llamagen(
-        file, load_tokenizer(vq), read_names(class_names), heads=heads, preset=preset
-    )
-    save_bundle(bundle, out)
-    found = {
-        "model": str(out),
-        "weights": file.which,
-        "preset": bundle.provenance["preset"],
-        "parameters": parameter_count(bundle.model),
-        "tensors": len(file.tensors),
-        "tokens": bundle.model.tokens,
-        "classes": bundle.model.classes,
-        "image": list(bundle.tokenizer.size),
     }
     report(found, json)
 

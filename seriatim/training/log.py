@@ -72,7 +72,7 @@ def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> P
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     if terms:
-        axes.legend()
+        axes.legend(loc="upper right")  # "best" searches for seconds over a long run, and warns
     return atomic_write(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -86,7 +86,7 @@ def accuracy_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") 
     axes.set(xlabel="images seen", ylabel="recognised, %", title=title)
     axes.grid(alpha=0.3)
     if rows:
-        axes.legend()
+        axes.legend(loc="lower right")
     return atomic_write(path, lambda file: figure.savefig(file, format="png"))
 
 
