@@ -76,7 +76,7 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
 
 def check_kind(kind: Any, data: ImageData) -> None:
     """Refuse a tokenizer of pictures for other sequences, and the other way round; an unknown kind is named later."""
-    if kind in TOKENIZERS and TOKENIZERS[kind].pictures != data.pictures:
+    if isinstance(kind, str) and kind in TOKENIZERS and TOKENIZERS[kind].pictures != data.pictures:
         fitting = ", ".join(name for name, cls in TOKENIZERS.items() if cls.pictures == data.pictures)
         what = "pictures" if data.pictures else "arrays, no pictures"
         raise ConfigError(f"tokenizer.kind: {kind!r} is not allowed; the data holds {what}, which take {fitting}")
