@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Categorical", "Diffusion", "Head", "HeadLoss"]
+__all__ = ["Categorical", "Diffusion", "Head", "HeadLoss", "Nested"]
 
 
 __getattr__ = exporter(
@@ -14,5 +14,6 @@ __getattr__ = exporter(
         "Diffusion": "seriatim.heads.diffusion",
         "Head": "seriatim.heads.base",
         "HeadLoss": "seriatim.heads.base",
+        "Nested": "seriatim.heads.nested",
     },
 )

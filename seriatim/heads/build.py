@@ -10,8 +10,9 @@ from seriatim.core.errors import ConfigError
 from seriatim.heads.base import Head
 from seriatim.heads.categorical import Categorical
 from seriatim.heads.diffusion import Diffusion
+from seriatim.heads.mixture import Mixture
 
-HEADS: dict[str, type[Head]] = {"categorical": Categorical, "diffusion": Diffusion}
+HEADS: dict[str, type[Head]] = {"categorical": Categorical, "diffusion": Diffusion, "mixture": Mixture}
 
 
 def build_head(config: Mapping[str, Any], *, dim: int | None, vocab: int | None, where: str = "model.head") -> Head:

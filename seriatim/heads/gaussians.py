@@ -1,0 +1,105 @@
+"""A mixture of Gaussians for each row, as its parameters: densities, moments and draws as functions of these.
+
+Nothing here knows a network: `Mixture` makes the parameters of whole tokens, a nested head those of one feature at a
+time. Every logarithm is of base e; weights stay logarithms to the end (log_softmax, never log(softmax)).
+
+Shapes: N rows, K components, D features, S points for a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from seriatim.core.errors import UsageError
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """sum_k softmax(logits)_k N(means_k, L_k L_k^T); L_k has exp(log_std_k) on its diagonal, and `below` under it."""
+
+    logits: Tensor  # (N, K), of any scale
+    means: Tensor  # (N, K, D)
+    log_std: Tensor  # (N, K, D)
+    below: Tensor | None = None  # (N, K, D, D), strictly lower triangular; None: diagonal covariances
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """L: (N, K, D, D)."""
+        diagonal = torch.diag_embed(self.log_std.exp())
+        return diagonal if self.below is None else diagonal + self.below
+
+    def log_weights(self) -> Tensor:
+        """(N, K), normalised."""
+        return self.logits.log_softmax(dim=-1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """x (N, D) or (N, S, D) -> the normalised log density, in nats: (N,) or (N, S)."""
+        if x.ndim == 2:
+            return self.log_prob(x[:, None])[:, 0]
+        off = x[:, :, None] - self.means[:, None]  # (N, S, K, D)
+        if self.below is None:
+            squares = (off * (-self.log_std).exp()[:, None]).square().sum(dim=-1)  # (N, S, K)
+        else:  # |L^-1 (x - mean)|^2
+            columns = off.permute(0, 2, 3, 1)  # (N, K, D, S)
+            white = torch.linalg.solve_triangular(self.scale_tril, columns, upper=False)
+            squares = white.square().sum(dim=2).transpose(1, 2)  # (N, S, K)
+        log_norm = self.log_std.sum(dim=-1) + 0.5 * self.means.shape[-1] * LOG_2PI  # (N, K)
+        return ((self.log_weights() - log_norm)[:, None] - 0.5 * squares).logsumexp(dim=-1)
+
+    def component(self, u: Tensor) -> Tensor:
+        """u in [0, 1), (N,) or (N, S) -> how many partial sums of the weights it reaches, a component: as u."""
+        sums = self.logits.softmax(dim=-1).cumsum(dim=-1)  # (N, K)
+        sums = sums / sums[:, -1:]  # ends at 1 sharp: no u falls behind it, onto a component without weight
+        at = u if u.ndim == 2 else u[:, None]
+        return torch.searchsorted(sums, at.contiguous(), right=True).clamp(max=sums.shape[-1] - 1).view_as(u)
+
+    def sample(self, u: Tensor, normal: Tensor, temperature: float = 1.0) -> Tensor:
+        """A component by u, then mean + temperature L normal: u (N,), normal (N, D) -> (N, D); or (N, S), (N, S, D).
+
+        The temperature scales standard deviations, never weights.
+        """
+        rows = torch.arange(len(u), device=u.device).view(-1, *[1] * (u.ndim - 1))  # as u, to index with
+        k = self.component(u)
+        off = self.log_std.exp()[rows, k] * normal
+        if self.below is not None:
+            off = off + (self.below[rows, k] @ normal[..., None])[..., 0]
+        return self.means[rows, k] + temperature * off
+
+    def nucleus(self, top_p: float) -> GaussianMixture:
+        """The heaviest components alone, as few as together weigh `top_p` or more; the others get no weight."""
+        if top_p >= 1:
+            return self
+        sorted_weights, order = self.logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # (N, K)
+        before = sorted_weights.cumsum(dim=-1) - sorted_weights
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
+        dropped = dropped.scatter(1, order[:, :1], False)  # rounding, or a tiny top_p, never takes the heaviest
+        return replace(self, logits=self.logits.masked_fill(dropped, -math.inf))
+
+    def select(self, rows: Tensor | slice) -> GaussianMixture:
+        """Some rows."""
+        below = None if self.below is None else self.below[rows]
+        return GaussianMixture(self.logits[rows], self.means[rows], self.log_std[rows], below)
+
+    def mean(self) -> Tensor:
+        """(N, D)."""
+        return (self.logits.softmax(dim=-1)[..., None] * self.means).sum(dim=1)
+
+    def variance(self) -> Tensor:
+        """Of each feature: (N, D)."""
+        weights, off = self.logits.softmax(dim=-1)[..., None], self.means - self.mean()[:, None]
+        inside = (2 * self.log_std).exp()  # (N, K, D)
+        if self.below is not None:
+            inside = inside + self.below.square().sum(dim=-1)
+        return (weights * (inside + off.square())).sum(dim=1)
+
+    def entropy(self) -> Tensor:
+        """Of one Gaussian, in nats: (N,). That of a mixture has no closed form."""
+        if self.logits.shape[-1] != 1:
+            raise UsageError(f"entropy: has no closed form for {self.logits.shape[-1]} components; only for 1")
+        return self.log_std[:, 0].sum(dim=-1) + 0.5 * self.means.shape[-1] * (1 + LOG_2PI)

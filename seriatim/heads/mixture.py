@@ -1,0 +1,176 @@
+"""The mixture head: a few Gaussians whose parameters a network computes from z, as in GIVT (Tschannen et al. 2023).
+
+p(x | z) = sum_k pi_k(z) N(x; mu_k(z), Sigma_k(z)), Sigma_k diagonal, or full by its Cholesky factor. The loss is the
+negative log-likelihood, exact; one pass of the network is all that a draw needs. Unusual:
+- nothing is clamped: a variance may become as small as training makes it;
+- guidance draws from p_c^w p_u^(1-w), which is no mixture: `guided.py` has the two ways;
+- depth 0 is one Linear of z, whose output is laid out as that of ARINAR's inner head (Zhao et al. 2025).
+
+Shapes: N tokens, D features, C width of z, W width of the network, d blocks, K components, S candidates.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seriatim.core.errors import NumericsError, UsageError, nearest
+from seriatim.core.random import Noise
+from seriatim.heads.base import Head, HeadLoss
+from seriatim.heads.gaussians import GaussianMixture
+from seriatim.heads.guided import resample_product, sample_product
+from seriatim.nn.blocks import MLP, NORM_EPS, xavier
+from seriatim.nn.linear import Linear
+
+COVARIANCES = ("diagonal", "full")
+GUIDANCE_MODES = ("exact", "resample")
+CANDIDATES = 1000  # S, as published
+
+
+class Mixture(Head):
+    """p(x | z) as K Gaussians, by d residual MLP blocks of width W; with d = 0 by one Linear."""
+
+    has_density = True
+    sample_options = frozenset({"top_p", "guidance_mode"})
+
+    def __init__(
+        self,
+        dim: int,  # D
+        components: int = 16,  # K
+        *,
+        width: int = 1024,  # W
+        depth: int = 3,  # d
+        covariance: str = "diagonal",  # or "full"
+        z_dim: int | None = None,  # C; None: the model tells
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("dim", dim, 1), ("components", components, 1), ("width", width, 1),
+                                   ("depth", depth, 0)):  # fmt: skip
+            if value < least:
+                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least {least}")
+        if covariance not in COVARIANCES:
+            raise UsageError(f"covariance: {covariance!r} is not known{nearest(str(covariance), COVARIANCES)}")
+        self.output, self.components, self.width, self.depth = dim, components, width, depth
+        self.full = covariance == "full"
+        self.config = {"dim": dim, "components": components, "width": width, "depth": depth, "covariance": covariance}
+        if z_dim is not None:
+            self.bind(z_dim)
+
+    def bind(self, z_dim: int) -> None:
+        if self.z_dim is None:
+            W, K, D = self.width, self.components, self.output
+            count = 2 * K * D + K + (K * D * (D - 1) // 2 if self.full else 0)
+            if self.depth:
+                self.z_embed = Linear(z_dim, W)
+                self.norms = nn.ModuleList(nn.LayerNorm(W, eps=NORM_EPS) for _ in range(self.depth + 1))
+                self.blocks = nn.ModuleList(MLP(W, 1.0) for _ in range(self.depth))
+                xavier(self)
+            # [K D means | K D log-variances | K logits | K D(D-1)/2 below the diagonal, row by row], by component
+            self.final = Linear(W if self.depth else z_dim, count)
+            nn.init.normal_(self.final.weight, std=0.02)
+            nn.init.zeros_(self.final.bias)
+            nn.init.normal_(self.final.bias[: K * D], std=0.5)  # apart, or they would learn the same
+        super().bind(z_dim)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """z (N, C) -> the parameters as they are laid out, float32: (N, 2 K D + K), more with full covariances."""
+        if self.depth:
+            z = self.z_embed(z)  # (N, W)
+            for norm, block in zip(self.norms, self.blocks, strict=False):
+                z = z + block(norm(z))
+            z = self.norms[-1](z)
+        with torch.autocast(z.device.type, enabled=False):  # a log-variance of three digits is none
+            return self.final(z.float())
+
+    def mixture(self, z: Tensor) -> GaussianMixture:
+        """z (N, C) -> p(x | z) of each row; NumericsError if a parameter is not finite."""
+        made = unpacked(self(z), self.components, self.output)
+        for name, values in (("log-variance", made.log_std), ("mean", made.means), ("logit", made.logits)):
+            if not bool(torch.isfinite(values).all()):
+                raise NumericsError(
+                    f"the Mixture head's {name} of a component is not finite: training has diverged, or the weights "
+                    "are damaged; lower the learning rate, or go back to an earlier checkpoint"
+                )
+        return made
+
+    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
+        """z (N, C), target (N, D) -> -log p(target | z), in nats, summed over features; `noise` is not used."""
+        nll = -self.log_prob(z, target)
+        return HeadLoss(nll, torch.ones_like(nll))
+
+    def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
+        """The normalised log density, in nats: z (N, C), target (N, D) -> (N,)."""
+        made = self.mixture(z)
+        with torch.autocast(z.device.type, enabled=False):
+            return made.log_prob(target.float())
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: Tensor,
+        noise: Noise,
+        z_null: Tensor | None = None,
+        guidance: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        *,
+        top_p: float = 1.0,  # of the weights: the lightest components that are not needed for it draw nothing
+        guidance_mode: str | None = None,  # "exact" or "resample"; None: exact where D = 1
+        **unknown: Any,
+    ) -> Tensor:
+        """Tokens (N, D). The temperature scales standard deviations, never weights.
+
+        A row whose scale is 1 draws a uniform number and D normal ones, a guided one a uniform number ("exact") or those
+        of its S candidates and one more ("resample"), whatever other rows do. `top_p` is of the conditional mixture.
+        """
+        if unknown:
+            raise UsageError(f"{sorted(unknown)[0]}: the Mixture head has no such sampling option")
+        scale = self.check_sampling(z, z_null, guidance, temperature)  # (N, 1) or None
+        self.check_options(temperature, top_p=top_p, guidance_mode=guidance_mode)
+        exact = (guidance_mode or GUIDANCE_MODES[self.output != 1]) == "exact"
+        with torch.autocast(z.device.type, enabled=False):
+            cond = self.mixture(z.float()).nucleus(top_p)
+            if scale is None or z_null is None:
+                return cond.sample(noise.uniform(), noise.normal(self.output), temperature)
+            w, drawn = scale[:, 0], z.new_empty(len(z), self.output, dtype=torch.float32)
+            plain, guided = (w == 1).nonzero()[:, 0], (w != 1).nonzero()[:, 0]
+            if len(plain):
+                of = noise.select(plain)
+                drawn[plain] = cond.select(plain).sample(of.uniform(), of.normal(self.output), temperature)
+            of, w, cond, null = noise.select(guided), w[guided], cond.select(guided), self.mixture(z_null[guided].float())
+            if exact:
+                drawn[guided] = sample_product(cond, null, w, of.uniform(), temperature)[:, None]
+            else:
+                candidates = of.uniform(CANDIDATES), of.normal(CANDIDATES, self.output)
+                drawn[guided] = resample_product(cond, null, w, candidates, of.uniform(), temperature)
+            return drawn
+
+    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
+        super().check_options(temperature)
+        top_p, mode = options.get("top_p", 1.0), options.get("guidance_mode")
+        if not 0 < top_p <= 1:
+            raise UsageError(f"top_p: {top_p!r} is not allowed; it must be above 0 and at most 1 (all components)")
+        if mode is not None and mode not in GUIDANCE_MODES:
+            raise UsageError(f"guidance_mode: {mode!r} is not known{nearest(str(mode), GUIDANCE_MODES)}")
+        if mode == "exact" and self.output != 1:
+            raise UsageError(
+                f"guidance_mode: 'exact' is for one feature, and this head draws {self.output}; use 'resample'"
+            )
+
+
+def unpacked(flat: Tensor, components: int, dim: int) -> GaussianMixture:
+    """[K D means | K D log-variances | K logits], (N, 2 K D + K), component by component; more is below the diagonal.
+
+    With full covariances the log-variances are those of L's diagonal: 2 log L_dd.
+    """
+    N, K, D = len(flat), components, dim
+    means, log_variances, logits, below = flat.split([K * D, K * D, K, flat.shape[1] - 2 * K * D - K], dim=1)
+    lower = None
+    if below.shape[1]:
+        row, column = torch.tril_indices(D, D, -1, device=flat.device)
+        lower = flat.new_zeros(N, K, D, D)
+        lower[:, :, row, column] = below.view(N, K, D * (D - 1) // 2)
+    return GaussianMixture(logits, means.view(N, K, D), 0.5 * log_variances.view(N, K, D), lower)
