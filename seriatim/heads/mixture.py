@@ -140,7 +140,12 @@ class Mixture(Head):
             if len(plain):
                 of = noise.select(plain)
                 drawn[plain] = cond.select(plain).sample(of.uniform(), of.normal(self.output), temperature)
-            of, w, cond, null = noise.select(guided), w[guided], cond.select(guided), self.mixture(z_null[guided].float())
+            of, w, cond, null = (
+                noise.select(guided),
+                w[guided],
+                cond.select(guided),
+                self.mixture(z_null[guided].float()),
+            )
             if exact:
                 drawn[guided] = sample_product(cond, null, w, of.uniform(), temperature)[:, None]
             else:

@@ -15,9 +15,7 @@ from seriatim.core.orders import check_permutation
 Parts = list[list[int]]  # T lists of g features each, the part drawn first in front
 
 
-def features(
-    dim: int, *, group: int = 1, order: Literal["natural", "reversed"] | Sequence[int] = "natural"
-) -> Parts:
+def features(dim: int, *, group: int = 1, order: Literal["natural", "reversed"] | Sequence[int] = "natural") -> Parts:
     """Groups of `group` neighbouring features; the order is that of the groups."""
     if group < 1 or dim % group:
         divisors = ", ".join(str(g) for g in range(1, dim + 1) if dim % g == 0)

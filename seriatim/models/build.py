@@ -24,7 +24,6 @@ from seriatim.backbones.build import BACKBONES
 from seriatim.core.construct import arguments, construct, pop_kind
 from seriatim.core.errors import ConfigError, nearest
 from seriatim.heads.build import HEADS, build_head
-from seriatim.heads.nested import Nested
 from seriatim.models.base import Model
 from seriatim.models.masked import MaskedModel
 from seriatim.nn.packed import PackedLinear

@@ -132,9 +132,7 @@ def test_fast_is_naive(schedule: str, guidance: float, split: dict[str, Any]) ->
     options: dict[str, Any] = {"feature_schedule": schedule}
     if guidance != 1:
         options["guidance_mode"] = "resample"
-    fast, naive = (
-        head.sample(z, noise(6), z_null, guidance, 0.9, naive=naive, **options) for naive in (False, True)
-    )
+    fast, naive = (head.sample(z, noise(6), z_null, guidance, 0.9, naive=naive, **options) for naive in (False, True))
     assert torch.allclose(fast, naive, atol=1e-4)
 
 
@@ -151,7 +149,9 @@ def test_guidance_of_each_row_and_the_schedule() -> None:
 def test_a_cold_token_is_the_likeliest_path() -> None:
     head = nested(head={"kind": "mixture", "components": 1, "depth": 0})
     z = vectors(3)[0]
-    assert torch.allclose(head.sample(z, noise(3), temperature=0.0), head.sample(z, Noise.shared(5, 3), temperature=0.0))
+    assert torch.allclose(
+        head.sample(z, noise(3), temperature=0.0), head.sample(z, Noise.shared(5, 3), temperature=0.0)
+    )
 
 
 @pytest.mark.parametrize("kind", FEATURE_SCHEDULES)
