@@ -34,14 +34,14 @@ from seriatim.sampling.editing import (
 from seriatim.sampling.loops import steps_of
 from seriatim.sampling.masked import FirstStep, Step, prepare_model
 from seriatim.sampling.metadata import versions
-from seriatim.sampling.request import Label, SampleRequest, clamped
+from seriatim.sampling.request import Label, SampleRequest, fitted
 from seriatim.sampling.result import Result, as_pil, check_output
 from seriatim.tokenizers.base import to_uint8
 
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
 
 HEAD_SETTINGS = ("num_diffusion_steps", "start_timestep", "solver", "top_k", "top_p", "guidance_mode")
-SHARED = ("num_diffusion_steps", "start_timestep", "solver")  # set in every request, whatever the head
+SHARED = "num_diffusion_steps"  # set in every request, whatever the head
 
 Start = tuple[Tensor, Tensor]  # tokens (B, L, D), and which are known (B, L)
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -97,12 +97,12 @@ class Pipeline:
         return self.checked(parse(SampleRequest, merged, error=UsageError))
 
     def checked(self, request: SampleRequest) -> SampleRequest:
-        """Refuse what this model can't do; more steps than it has tokens are clamped, with a warning."""
+        """Refuse what this model can't do; more steps than a masked model has tokens are clamped, with a warning."""
         for label in request.class_labels:
             self.label_index(label)
         request.check_order(self.model.tokens)
         self.model.head.check_options(temperature=request.temperature, **self._head_options(request))
-        return clamped(request, self.model.tokens)
+        return fitted(request, self.model.tokens, self.model.order if self.model.one_by_one else None)
 
     def _order(self, request: SampleRequest, images: slice) -> Tensor | str | None:
         """The order of these images as the samplers take it: on the tokenizer's grid, the first drawn first."""
@@ -119,7 +119,7 @@ class Pipeline:
         """What the request says to the head; what the head doesn't have is refused, unless all requests set it."""
         options = self.model.head.sample_options
         for name in HEAD_SETTINGS:
-            if getattr(request, name) is not None and name not in options and name not in SHARED:
+            if getattr(request, name) is not None and name not in options and name != SHARED:
                 kind = type(self.model.head).__name__
                 raise UsageError(f"{name}: the {kind} head has no such setting; leave it out")
         return {k: value for k in HEAD_SETTINGS if k in options and (value := getattr(request, k)) is not None}
@@ -350,7 +350,7 @@ class Pipeline:
         Settings are those of the result's request but for the seed, unless given.
         """
         check_output(output_type)
-        count, L, _ = result.tokens.shape
+        count, L = result.tokens.shape[:2]
         redraw = chosen_tokens(tokens, count, L)
         given = {k: plain(v) for k, v in settings.items() if v is not None}
         before = result.request.model_dump(exclude={"seed", "seeds"})  # all of it: the model's defaults have no say

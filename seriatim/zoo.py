@@ -13,6 +13,8 @@ from seriatim.core.errors import UsageError, nearest
 
 MAR = "Li et al. 2024, arXiv 2406.11838, table 4 (by the authors, not measured here)"
 
+LLAMAGEN = "Sun et al. 2024, arXiv 2406.06525, appendix (by the authors, not measured here)"
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -108,7 +110,7 @@ def _arinar(
 ) -> Preset:
     return Preset(
         name=f"arinar-{size}",
-        summary=f"ARINAR-{size.upper()}: {depth}+{depth} blocks of {width}, features one by one, 4 Gaussians each{note}",
+        summary=f"ARINAR-{size.upper()}: {depth}+{depth} blocks of {width}, feature by feature, 4 Gaussians each{note}",
         model={
             "kind": "masked",
             "tokens": 256,
@@ -143,6 +145,34 @@ def _arinar(
         published=published,
         proven=("names, shapes and counts of the official model; parity on golden tensors of small official models",),
         sampling={"guidance_schedule": "linear", "num_inference_steps": 64, **(sampling or {})},
+    )
+
+
+def _llamagen(
+    size: str, *, width: int, depth: int, heads: int, parameters: int, guidance: float, guided: tuple[float, float],
+    epochs: int,
+) -> Preset:  # fmt: skip
+    return Preset(
+        name=f"llamagen-{size}",
+        summary=f"LlamaGen-{size.upper()}: {depth} causal blocks of {width}, {heads} heads, codes of 16384",
+        model={
+            "kind": "causal",
+            "tokens": 256,
+            "vocab": 16384,
+            "width": width,
+            "depth": depth,
+            "heads": heads,
+            "rotate_prefix": False,  # as published: the prefix is looked at, but asks for nothing
+            "dropout": 0.1,
+            "classes": 1000,
+            "head": {"kind": "categorical", "bias": False},
+        },
+        parameters=parameters,
+        tokens=256,
+        image="ImageNet 256x256 as 16x16 codes of a VQ autoencoder",
+        published={"FID": guided[0], "IS": guided[1], "epochs": epochs, "source": LLAMAGEN},
+        proven=("names, shapes and counts of the official models; parity on golden tensors of small official models",),
+        sampling={"guidance_scale": guidance, "guidance_schedule": "constant"},
     )
 
 
@@ -191,6 +221,21 @@ _PRESETS = (
     _arinar(
         "l", width=1024, depth=18, heads=16, parameters=478_550_028,
         sampling={"guidance_scale": 3.7}, note="; the size of their code, nothing published",
+    ),
+    _llamagen(
+        "b", width=768, depth=12, heads=12, parameters=110_888_448, guidance=2.0, guided=(5.46, 193.6), epochs=300
+    ),
+    _llamagen(
+        "l", width=1024, depth=24, heads=16, parameters=342_910_976, guidance=1.75, guided=(3.80, 248.3), epochs=300
+    ),
+    _llamagen(
+        "xl", width=1280, depth=36, heads=20, parameters=774_699_520, guidance=1.75, guided=(3.39, 227.1), epochs=50
+    ),
+    _llamagen(
+        "xxl", width=1536, depth=48, heads=24, parameters=1_410_972_672, guidance=1.75, guided=(3.09, 253.6), epochs=50
+    ),
+    _llamagen(
+        "3b", width=3200, depth=24, heads=32, parameters=3_096_659_200, guidance=1.75, guided=(3.06, 279.7), epochs=50
     ),
 )  # fmt: skip
 

@@ -233,7 +233,7 @@ def test_samples_of_the_head(case: str, path: Path, naive: bool, monkeypatch: py
 @each(HEAD_SAMPLES)
 @torch.no_grad()
 def test_temperatures_and_candidates(case: str, path: Path) -> None:
-    """The schedule, the candidates and both log-densities of each, feature by feature, from the file's own parameters."""
+    """The schedule, the candidates and both their log-densities, by feature, from the file's own parameters."""
     head, file = head_of(case), load_file(path)
     assert isinstance(head.head, Mixture)
     cfg, temperature = (

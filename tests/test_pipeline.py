@@ -230,6 +230,13 @@ def test_solver_and_annealing_reach_the_head(pipe: Pipeline, bundle: Bundle) -> 
         assert torch.allclose(result.tokens, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_no_solver_is_the_heads_own(pipe: Pipeline) -> None:
+    options: dict[str, Any] = {"class_labels": [0], "seed": 3, "num_inference_steps": 3}
+    own = pipe(**options)
+    assert own.request.solver is None, "another head has another default"
+    assert torch.equal(own.tokens, pipe(**options, solver="ddpm").tokens)
+
+
 def test_a_stream_refuses_before_it_starts(pipe: Pipeline) -> None:
     with pytest.raises(UsageError):
         pipe.stream(class_labels=[0], batch_size=0)

@@ -12,8 +12,12 @@ from seriatim.training.optim import parameter_groups
 from seriatim.training.setup import build
 from seriatim.zoo import PRESETS, preset
 
-# reference: the released checkpoints
-OFFICIAL = {"mar-b": 207_924_768, "mar-l": 478_326_304, "mar-h": 942_403_104}
+# reference: the released checkpoints of MAR, the official models of LlamaGen
+OFFICIAL = {
+    "mar-b": 207_924_768, "mar-l": 478_326_304, "mar-h": 942_403_104,
+    "llamagen-b": 110_888_448, "llamagen-l": 342_910_976, "llamagen-xl": 774_699_520,
+    "llamagen-xxl": 1_410_972_672, "llamagen-3b": 3_096_659_200,
+}  # fmt: skip
 OFFICIAL_DECAYED = {"mar-b": 104, "mar-l": 136, "mar-h": 168}
 
 
@@ -25,7 +29,7 @@ def test_parameters_are_exact(name: str) -> None:
     assert model.tokens == PRESETS[name].tokens
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize("name", OFFICIAL_DECAYED)
 def test_weight_decay_falls_on_the_official_tensors(name: str) -> None:
     """Their number is that of the official training code: everything but vectors and the head."""
     with torch.device("meta"):
@@ -46,6 +50,13 @@ def test_a_preset_with_a_recipe_is_that_recipes_model() -> None:
 def test_published_figures_name_their_source() -> None:
     for entry in PRESETS.values():
         assert entry.published is None or "authors" in entry.published["source"]
+
+
+def test_a_text_model_has_the_official_size() -> None:
+    config = {**preset("llamagen-xl").model, "classes": 0, "caption_dim": 2048, "caption_tokens": 120}
+    with torch.device("meta"):
+        model = build_model(config)
+    assert parameter_count(model) == 777_678_080, "what stands for no caption is not trained"
 
 
 def test_unknown_presets_are_named() -> None:

@@ -32,6 +32,7 @@ class Backbone(nn.Module):
     width: int
     z_dim: int
     config: dict[str, Any]
+    causal = False  # sees only what comes before a token: has `sequence` and `step` (backbones/causal.py)
 
     @property
     def token_shape(self) -> tuple[int, ...]:

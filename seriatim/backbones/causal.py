@@ -71,6 +71,8 @@ class CausalState:
 class Causal(Backbone):
     """A decoder-only transformer; one token at a time, with a cache, or all of them in one pass."""
 
+    causal = True
+
     def __init__(
         self,
         tokens: int,  # L

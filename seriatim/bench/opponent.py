@@ -28,7 +28,7 @@ class Workload:
     schedule: str = "linear"
     temperature: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)  # of sampling, which the original hasn't
-    every: int = 1  # each so many steps are computed, the others skipped, and the time scaled
+    every: int = 1  # each so many steps are computed, the others skipped, and the time scaled; 1 where none can be
     last: bool = False  # the last step too, which holds most memory
 
     def computed(self) -> list[int]:
@@ -78,7 +78,7 @@ class Opponent:
     dtype: str
 
     def sample(self, workload: Workload, draws: Draws, stages: Stages | None = None) -> tuple[Tensor, float]:
-        """Draw a batch -> tokens (B, L, D) on the CPU, and seconds (scaled, where steps are skipped).
+        """Draw a batch -> tokens (B, L, D), or codes (B, L), on the CPU, and seconds (scaled, where steps are skipped).
 
         Replays `draws` if they hold any; ours fills them otherwise.
         """

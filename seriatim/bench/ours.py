@@ -15,6 +15,8 @@ from seriatim.heads.solvers import ODES
 from seriatim.models.base import Model
 from seriatim.sampling.loops import steps_of
 
+STAGES = (("encode", "encoder"), ("decode", "decoder"), ("step", "backbone"))  # of a backbone, and what they are called
+
 
 class Ours(Opponent):
     """The fast loop, as a pipeline calls it; nothing is kept from one run to the next."""
@@ -48,7 +50,8 @@ class Ours(Opponent):
                 synchronise(self.device)
                 seconds += (time.perf_counter() - begin) * gate.open
             steps.close()  # type: ignore[attr-defined]
-        return now.tokens.float().cpu(), seconds * workload.factor
+        tokens = now.tokens.cpu()
+        return tokens.float() if tokens.is_floating_point() else tokens, seconds * workload.factor
 
 
 class Gate:
@@ -73,7 +76,8 @@ class Gate:
             drawn = noise.normal(head.output, draws=draws)
             return drawn if draws is None else drawn[0]
 
-        parts = [(name, stage) for name, stage in (("encode", "encoder"), ("decode", "decoder"))
-                 if hasattr(backbone, name)]  # fmt: skip
-        inside = [(backbone, name, timed(self.stages, stage, getattr(backbone, name))) for name, stage in parts]
+        inside = [(backbone, name, timed(self.stages, stage, getattr(backbone, name)))
+                  for name, stage in STAGES if hasattr(backbone, name)]  # fmt: skip
+        if self.model.one_by_one:  # no step can be left out: each needs those before
+            return [(head, "sample", sample), *inside]
         return [(backbone, "z", gated_z), (head, "sample", gated_sample), *(inside if self.stages else ())]

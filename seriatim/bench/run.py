@@ -15,7 +15,10 @@ from typing import Any
 import torch
 
 from seriatim import __version__
-from seriatim.bench.mar import OfficialMAR, check_dtype
+from seriatim.backbones.causal import Causal
+from seriatim.bench.checkout import Official, check_dtype
+from seriatim.bench.llamagen import OfficialLlamaGen
+from seriatim.bench.mar import OfficialMAR
 from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
 from seriatim.bench.ours import Ours
 from seriatim.bench.timing import Stages, counting, matrix_peak, median, peak_resident_bytes, processor
@@ -86,8 +89,12 @@ def workload(of: Subject, ask: Ask) -> Workload:
     own = {k: of.defaults[k] for k in (*wanted, *MORE, "temperature") if k in of.defaults}
     if wanted["num_diffusion_steps"] is not None:  # the folder's last belongs to its own first
         own.pop("num_diffusion_steps_last", None)
+    if of.model.one_by_one and ask["every"] > 1:
+        raise UsageError("every: a step of a causal model needs all steps before it; leave it at 1")
     most = of.defaults.get("num_inference_steps", 64)
     own["num_inference_steps"] = min(of.model.tokens, most if of.weights == FOLDER else min(64, most))
+    if of.model.one_by_one:
+        own["num_inference_steps"] = of.model.tokens
     options = {**own, **{k: v for k, v in wanted.items() if v is not None}}
     schedule = options.get("guidance_schedule", "linear")
     if schedule not in SCHEDULES:
@@ -98,14 +105,15 @@ def workload(of: Subject, ask: Ask) -> Workload:
     return Workload(
         labels, request.num_inference_steps, request.num_diffusion_steps, request.guidance_scale,
         request.guidance_schedule, request.temperature, more(request, of.model, ask["official"]),
-        every=min(ask["every"], request.num_inference_steps),
+        every=1 if of.model.one_by_one else min(ask["every"], request.num_inference_steps),
     )  # fmt: skip
 
 
 def more(request: SampleRequest, model: Model, official: str | None) -> dict[str, Any]:
     """Settings of a folder that the original hasn't, where they differ from its own."""
-    usual = SampleRequest()
-    options = {name: getattr(request, name) for name in MORE if getattr(request, name) != getattr(usual, name)}
+    usual = SampleRequest(solver="ddpm")
+    options = {name: getattr(request, name) for name in MORE}
+    options = {name: value for name, value in options.items() if value not in (None, getattr(usual, name))}
     if options and official is not None:
         name, value = next(iter(options.items()))
         raise UsageError(
@@ -159,7 +167,7 @@ def bench(
     with with_threads(ask["threads"]), seeded(0):  # so that torch's own generator is left as it was
         of = subject(model, decode)
         work = workload(of, ask)
-        theirs = None if official is None else OfficialMAR(Path(official), of.model, where, work.head_steps)
+        theirs = None if official is None else original(Path(official), of.model, where, work)
         half = best_dtype(where) if dtype == "best" else pick_dtype(dtype, where)
         ask["dtype"] = str(half).removeprefix("torch.")
         ours = Ours(prepare_model(of.model.to(where), half), half, where)
@@ -185,11 +193,19 @@ def bench(
         result |= measured_memory(ask, theirs is not None) if memory else {}
         if theirs is None and batch > 1:
             alone = replace(work, labels=work.labels[:1])
-            ours.sample(replace(alone, every=work.steps), Draws())  # warm for this shape
+            warm = alone if of.model.one_by_one else replace(alone, every=work.steps)
+            ours.sample(warm, Draws())
             result["latency_seconds"] = statistics.median(ours.sample(alone, Draws())[1] for _ in range(repetitions))
         elif batch == 1:
             result["latency_seconds"] = result["seconds"]
     return result
+
+
+def original(path: Path, model: Model, device: torch.device, work: Workload) -> Official:
+    """The official code of such a model."""
+    if isinstance(model.backbone, Causal):
+        return OfficialLlamaGen(path, model, device)
+    return OfficialMAR(path, model, device, work.head_steps)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -201,28 +217,32 @@ def start_of(model: Model, head_steps: int) -> int | None:
     return None if chain is None else int(chain(head_steps).timesteps[-1])
 
 
-def compared(ours: Ours, theirs: Opponent | None, work: Workload, bar: Progress) -> dict[str, Any]:
-    """The same orders and noise through both, the original in float32: how far apart the tokens are."""
+def compared(ours: Ours, theirs: Official | None, work: Workload, bar: Progress) -> dict[str, Any]:
+    """The same orders and noise through both, the original in float32: how far apart the tokens are.
+
+    Of codes the likeliest ones, from step to step: how many are equal.
+    """
     draws = Draws()
+    work = replace(work, temperature=0.0) if ours.model.head.discrete else work
     tokens, seconds = ours.sample(work, draws)
     bar.advance(1, "first run")
     if theirs is None:
         return {}
     expected, official = theirs.sample(work, draws)
     bar.advance(1, "the original on the same draws")
+    both = {"replay_seconds": seconds, "official_float32_seconds": official}  # of that one run
+    if not tokens.is_floating_point():
+        return {**both, "equal_codes": float((tokens == expected).float().mean())}
     largest, difference = float(expected.abs().max()), float((tokens - expected).abs().max())
     return {
         "max_abs_difference": difference,
         "max_rel_difference": difference / largest,
         "largest_value": largest,
-        "replay_seconds": seconds,
-        "official_float32_seconds": official,  # of that one run
+        **both,
     }
 
 
-def timed_runs(
-    ours: Ours, theirs: OfficialMAR | None, work: Workload, repetitions: int, bar: Progress
-) -> dict[str, Any]:
+def timed_runs(ours: Ours, theirs: Official | None, work: Workload, repetitions: int, bar: Progress) -> dict[str, Any]:
     """Both in turn, several times; the median of each."""
     result: dict[str, Any] = {}
     seconds: list[float] = []
@@ -244,10 +264,10 @@ def timed_runs(
 
 
 def apart(
-    ours: Ours, theirs: Opponent | None, work: Workload, device: torch.device, half: torch.dtype
+    ours: Ours, theirs: Official | None, work: Workload, device: torch.device, half: torch.dtype
 ) -> dict[str, Any]:
     """Stages and FLOPs, from a few steps scaled to all."""
-    few = replace(work, every=max(work.every, work.steps // LOOKS))
+    few = work if ours.model.one_by_one else replace(work, every=max(work.every, work.steps // LOOKS))
     result: dict[str, Any] = {"stages": split(ours, few, device)}
     if theirs is not None:
         result["official_stages"] = split(theirs, few, device)
@@ -287,7 +307,10 @@ def split(opponent: Opponent, few: Workload, device: torch.device) -> dict[str, 
 
 @torch.no_grad()
 def decoding(tokenizer: Tokenizer, batch: int, device: torch.device) -> float:
-    tokens = torch.randn(batch, tokenizer.count, tokenizer.dim, device=device)
+    if tokenizer.vocab is None:
+        tokens = torch.randn(batch, tokenizer.count, tokenizer.dim, device=device)
+    else:
+        tokens = torch.arange(batch * tokenizer.count, device=device).view(batch, -1) % tokenizer.vocab
     return median(lambda: tokenizer.decode(tokens), device)
 
 
@@ -319,13 +342,15 @@ def child(ask: Ask) -> int | None:
     opponent: Opponent
     if ask["who"] == "official":
         of = sizes(ask["model"])
-        opponent = OfficialMAR(Path(ask["official"]), of.model, device, workload(of, ask).head_steps)
+        opponent = original(Path(ask["official"]), of.model, device, workload(of, ask))
         opponent.dtype = ask["official_dtype"]
     else:
         of, half = subject(ask["model"], decodes=False), DTYPES[ask["dtype"]]
         opponent = Ours(prepare_model(of.model.to(device), half), half, device)
     work = workload(of, ask)
-    opponent.sample(replace(work, every=max(1, work.steps // 4), last=True), Draws())
+    if not of.model.one_by_one:
+        work = replace(work, every=max(1, work.steps // 4), last=True)
+    opponent.sample(work, Draws())
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_resident_bytes()

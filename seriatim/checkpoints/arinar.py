@@ -155,7 +155,7 @@ def bundle_from_arinar(
     model = model_from_arinar(file, inner_heads=inner_heads, **options)
     mar.check_fit(model, tokenizer, class_names)
     preset = mar.named_preset(model_config(model), None, str(file.path), NAMES)
-    sampling = dict(preset.sampling) if preset else {"guidance_schedule": "linear"}
+    sampling: dict[str, Any] = dict(preset.sampling) if preset else {"guidance_schedule": "linear"}
     if "cfg" in file.arguments and not preset:
         sampling["guidance_scale"] = float(mar.argument(file, "cfg", 1.0))
     if "temperature" in file.arguments:

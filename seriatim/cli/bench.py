@@ -46,7 +46,9 @@ def bench(
         )  # fmt: skip
     if json:
         return print_json(result)
-    steps = f"{result['num_inference_steps']} steps x {result['num_diffusion_steps']} inside the head"
+    steps = f"{result['num_inference_steps']} steps"
+    if result["start_timestep"] is not None:
+        steps += f" x {result['num_diffusion_steps']} inside the head"
     guidance = f"guidance {result['guidance_scale']:g} {result['guidance_schedule']}"
     typer.echo(f"{model}, {steps}, {guidance}, batch {batch}")
     print_table(("", *columns(result)), rows(result))
@@ -79,7 +81,9 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     if not both and result["batch"] > 1:
         row("seconds of one image", f"{result['latency_seconds']:.2f}")
     row("dtype", result["dtype"] + ", head float32", result.get("official_dtype", ""))
-    if both:
+    if "equal_codes" in result:
+        row("equal codes, greedy", f"{result['equal_codes']:.4%}")
+    elif both:
         row("largest difference", f"{result['max_abs_difference']:.2e}", f"of {result['largest_value']:.3g}",
             f"{result['max_rel_difference']:.1e}")  # fmt: skip
     peak, other = result.get("peak_bytes"), result.get("official_peak_bytes")

@@ -140,6 +140,50 @@ def convert_llamagen_vq(
     report(found, json)
 
 
+@convert.command("llamagen")
+def convert_llamagen(
+    weights: Annotated[Path, typer.Argument(help="c2i_B_256.pt, a .pth or a safetensors file.")],
+    out: Out,
+    vq: Annotated[Path, typer.Option(help="Its tokenizer: a folder with one of codes, a tokenizer's or a model's.")],
+    ema: Annotated[bool, typer.Option("--ema", help="Averaged weights, where the file has them.")] = False,
+    preset: Annotated[str | None, typer.Option(help="llamagen-b, ...; usually told by the sizes.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, of a model that is no preset.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
+    overwrite: Overwrite = False,
+    json: JsonFlag = False,
+) -> None:
+    """LlamaGen (Sun et al. 2024), of classes or of text. Nothing in a file is run; every tensor must fit."""
+    from seriatim.checkpoints import llamagen
+    from seriatim.checkpoints.native import save_bundle
+    from seriatim.checkpoints.official import read_official
+    from seriatim.checkpoints.tokenizer import load_tokenizer
+    from seriatim.core.errors import UsageError, nearest
+    from seriatim.models.build import parameter_count
+
+    if preset is not None and preset not in llamagen.NAMES:
+        raise UsageError(f"preset: {preset!r} is not one of LlamaGen's{nearest(preset, llamagen.NAMES)}")
+    unused(out, overwrite)
+    if not vq.is_dir():
+        raise UsageError(f"vq: there is no folder {vq}; name a tokenizer's, or that of a model which has one")
+    say(f"reading {weights}")
+    file = read_official(weights, which="ema" if ema else None, entries=llamagen.ENTRIES)
+    bundle = llamagen.bundle_from_llamagen(
+        file, load_tokenizer(vq), read_names(class_names), heads=heads, preset=preset
+    )
+    save_bundle(bundle, out)
+    found = {
+        "model": str(out),
+        "weights": file.which,
+        "preset": bundle.provenance["preset"],
+        "parameters": parameter_count(bundle.model),
+        "tensors": len(file.tensors),
+        "tokens": bundle.model.tokens,
+        "classes": bundle.model.classes,
+        "image": list(bundle.tokenizer.size),
+    }
+    report(found, json)
+
+
 @export.command("mar")
 def export_mar(
     model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
@@ -152,6 +196,19 @@ def export_mar(
 
     tensors = mar_tensors(load_bundle(model).model)
     write_official(tensors, out, ENTRIES, overwrite)
+
+
+@export.command("llamagen")
+def export_llamagen(
+    model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
+    out: Annotated[Path, typer.Argument(help="The file: .safetensors, or .pt as the official code reads it.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """A causal model of codes in LlamaGen's form, for the official code."""
+    from seriatim.checkpoints.llamagen import llamagen_tensors
+    from seriatim.checkpoints.native import load_bundle
+
+    write_official(llamagen_tensors(load_bundle(model).model), out, ("model",), overwrite)
 
 
 @export.command("kl16")

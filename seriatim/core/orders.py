@@ -21,6 +21,7 @@ from seriatim.core.errors import UsageError, nearest
 from seriatim.core.random import Noise
 
 RANDOM = "random"  # no function of the grid: another permutation for each image, from its own generator
+RASTER = "raster"
 CONFIDENCE = "confidence"  # nor this: tokens are drawn all at once, and the likeliest stay; of codes alone
 
 
@@ -73,7 +74,7 @@ def walk(row: int, column: int) -> Iterator[tuple[int, int]]:
             yield row, column
 
 
-ORDERS: dict[str, Callable[[int, int], Sequence[int]]] = {"raster": raster, "halton": halton, "spiral": spiral}
+ORDERS: dict[str, Callable[[int, int], Sequence[int]]] = {RASTER: raster, "halton": halton, "spiral": spiral}
 
 
 # --- checking ---------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ class Noise:
         rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=len(lead))  # (draws, N, ...), by image
         if self._place is not None:
             rows = rows.index_select(len(lead), self._place)
-        return rows.to(self.device)
+        return rows.to(self.device, non_blocking=self.device.type == "cuda")  # which is not waited for
 
     def normal(self, *tail: int, draws: int | None = None) -> Tensor:
         """Standard normal numbers: (N, *tail), or (draws, N, *tail)."""

@@ -78,6 +78,18 @@ def check_token_schedule(name: str, min_tokens: int = 1) -> None:
         raise UsageError(f"min_tokens: {min_tokens!r} is not allowed; it must be at least 1")
 
 
+def check_one_a_step(steps: int | None, tokens: int, schedule: str = "cosine", min_tokens: int = 1) -> None:
+    """Refuse what makes no sense for a model that draws one token a step; None is as many steps as tokens."""
+    if steps is not None and steps != tokens:
+        raise UsageError(
+            f"num_inference_steps: {steps} steps asked of a causal model of {tokens} tokens, which draws one a step; "
+            "leave it out"
+        )
+    for name, value, default in (("token_schedule", schedule, "cosine"), ("min_tokens", min_tokens, 1)):
+        if value != default:
+            raise UsageError(f"{name}: {value!r} asked of a causal model, which draws one token a step; leave it out")
+
+
 # --- guidance over the image ------------------------------------------------------------------------------------
 #
 # Each is a scale at the known share u = (L - m) / L, with m of L tokens unknown after the step; w is the full scale.

@@ -19,24 +19,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
-from seriatim.heads.base import Head, HeadLoss
+from seriatim.heads.adaln import FREQUENCIES, AdaLNHead
+from seriatim.heads.base import HeadLoss
 from seriatim.heads.ddpm import Tables, full_chain, log_variance, predict_x0, respaced, restricted
 from seriatim.heads.solvers import ODES, SDES, SOLVERS, Predict, check_solver, from_noise
-from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
-from seriatim.nn.blocks import xavier
-from seriatim.nn.linear import Linear
-from seriatim.nn.packed import version
 from seriatim.nn.position import sinusoid
 
-FREQUENCIES = 256
-MODULATION_CAP = 1 << 22  # numbers held at once for the modulations of several steps: 16 MiB
 
-
-class Diffusion(Head):
+class Diffusion(AdaLNHead):
     """p(x | z) by denoising: d blocks of width W, `draws` timesteps for each token and training step."""
 
     sample_options = frozenset({"num_diffusion_steps", "start_timestep", "timesteps", "solver"})
@@ -51,38 +45,13 @@ class Diffusion(Head):
         train_steps: int = 1000,  # length of the full chain
         z_dim: int | None = None,  # C; None: the model tells
     ) -> None:
-        super().__init__()
-        for name, value in (("dim", dim), ("width", width), ("depth", depth), ("draws", draws)):
-            if value < 1:
-                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        super().__init__(dim, width, depth, draws, outputs=2 * dim)  # eps, and where the variance is
         if train_steps < 2:
             raise UsageError(f"train_steps: {train_steps!r} is not allowed; it must be at least 2")
-        self.output, self.width, self.draws, self.train_steps = dim, width, draws, train_steps
+        self.train_steps = train_steps
         self.config = {"dim": dim, "width": width, "depth": depth, "draws": draws, "train_steps": train_steps}
-        self.time_embed = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
-        self.x_embed = Linear(dim, width)
-        self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(AdaLNBlock(width) for _ in range(depth))  # type: ignore[assignment]
-        self.final = AdaLNOutput(width, 2 * dim)  # eps, and where between its bounds the variance is
-        self._times: tuple[Any, Tensor] | None = None
-        self.initialise()
         if z_dim is not None:
             self.bind(z_dim)
-
-    def initialise(self) -> None:
-        """Xavier; N(0, 0.02) for the time embedding; zero for modulations and output: eps = 0 at first."""
-        xavier(self)
-        for name, weight in self.time_embed.named_parameters():
-            if name.endswith("weight"):
-                nn.init.normal_(weight, std=0.02)
-        for layer in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def bind(self, z_dim: int) -> None:
-        if self.z_dim is None:
-            self.z_embed = Linear(z_dim, self.width)
-            xavier(self.z_embed)
-        super().bind(z_dim)
 
     # --- the network ----------------------------------------------------------------------------------------------
 
@@ -98,17 +67,9 @@ class Diffusion(Head):
         every = torch.arange(self.train_steps, device=t.device)
         return F.embedding(t, self.time_embed(sinusoid(every, FREQUENCIES)))
 
-    def modulations(self, y: Tensor) -> list[tuple[Tensor, ...]]:
-        """y (..., W), time plus condition -> shift, 1 + scale (and gate) of each block and the output, (..., W)."""
-        y = F.silu(y)
-        return [*(block.modulate(y) for block in self.blocks), self.final.modulate(y)]
-
     def denoise(self, x: Tensor, modulations: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
         """x (N, D) -> eps (N, D), v (N, D)."""
-        h = self.x_embed(x)  # (N, W)
-        for block, modulation in zip(self.blocks, modulations, strict=False):
-            h = block(h, *modulation)
-        eps, v = self.final(h, *modulations[-1]).chunk(2, dim=-1)
+        eps, v = self.network(x, modulations).chunk(2, dim=-1)
         return eps, v
 
     # --- training -------------------------------------------------------------------------------------------------
@@ -197,28 +158,8 @@ class Diffusion(Head):
         self.chain(**options)
 
     def _walk(self, chain: Tables, condition: Tensor) -> Iterator[tuple[int, list[list[Tensor]]]]:
-        """From the last step of `chain` to the first: its index, and shift, 1 + scale (and gate) of each block.
-
-        A modulation depends on t and z only: those of many steps are made in one product, as many as fit in memory.
-        """
-        times = self._times_of(chain, condition.device)  # (T, W)
-        per_step = len(condition) * self.width * (3 * len(self.blocks) + 2)
-        chunk = max(1, MODULATION_CAP // per_step)
-        for end in range(len(chain), 0, -chunk):
-            begin = max(0, end - chunk)
-            y = times[begin:end][:, None] + condition  # (chunk, N, W)
-            steps = [[part.unbind() for part in parts] for parts in self.modulations(y)]  # chunk times (N, W)
-            for i in range(end - 1, begin - 1, -1):
-                yield i, [[part[i - begin] for part in parts] for parts in steps]
-
-    def _times_of(self, chain: Tables, device: torch.device) -> Tensor:
-        """The embedded timesteps of a chain (T, W), kept for the next call, until the weights change."""
-        key = (device, chain.timesteps.tobytes(), version(self.time_embed))
-        held = self._times  # another thread may put its own there meanwhile
-        if held is None or held[0] != key:
-            t = torch.from_numpy(chain.timesteps).to(device)
-            held = self._times = (key, self.time_embed(sinusoid(t, FREQUENCIES)))
-        return held[1]
+        """From the last step of `chain` to the first: its index, and the modulations of all rows (N, W)."""
+        return self.walk(self.times_of(chain.timesteps, condition.device), condition)
 
 
 # --- formulas -----------------------------------------------------------------------------------------------------

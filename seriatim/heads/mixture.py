@@ -123,8 +123,8 @@ class Mixture(Head):
     ) -> Tensor:
         """Tokens (N, D). The temperature scales standard deviations, never weights.
 
-        A row whose scale is 1 draws a uniform number and D normal ones, a guided one a uniform number ("exact") or those
-        of its S candidates and one more ("resample"), whatever other rows do. `top_p` is of the conditional mixture.
+        A row whose scale is 1 draws a uniform number and D normal ones, a guided one a uniform number ("exact") or
+        those of its S candidates and one more ("resample"), whatever others do. `top_p` is of the conditional mixture.
         """
         if unknown:
             raise UsageError(f"{sorted(unknown)[0]}: the Mixture head has no such sampling option")

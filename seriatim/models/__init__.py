@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Loss", "MaskedModel", "Model", "build_model"]
+__all__ = ["Captions", "CausalModel", "Loss", "MaskedModel", "Model", "build_model"]
 
 
 __getattr__ = exporter(
     __name__,
     {
+        "Captions": "seriatim.models.captions",
+        "CausalModel": "seriatim.models.causal",
         "Loss": "seriatim.models.base",
         "MaskedModel": "seriatim.models.masked",
         "Model": "seriatim.models.base",

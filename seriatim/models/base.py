@@ -5,6 +5,7 @@ B images, L tokens, D features of a token or V codes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from seriatim.backbones.base import Backbone
 from seriatim.core.errors import UsageError
+from seriatim.core.orders import RANDOM
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head
 
@@ -29,9 +31,12 @@ class Loss:
 class Model(nn.Module):
     """Backbone + head + order -> `loss(tokens, labels, noise)` and `sample(labels, noise, ...)`."""
 
-    one_by_one = False  # draws one token a step, in an order of its own: no other number of steps, no known tokens
+    one_by_one = False  # draws one token a step: as many steps as there are tokens
+    order = RANDOM  # what is drawn when, unless a request says
 
-    def __init__(self, backbone: Backbone, head: Head, *, classes: int, label_dropout: float) -> None:
+    def __init__(
+        self, backbone: Backbone, head: Head, *, classes: int, label_dropout: float, no_class: bool = True
+    ) -> None:
         super().__init__()
         if classes < 0:
             raise UsageError(f"classes: {classes!r} is not allowed; it must be 0 (unconditional) or more")
@@ -49,7 +54,8 @@ class Model(nn.Module):
         head.bind(backbone.z_dim)
         self.backbone, self.head = backbone, head
         self.classes, self.label_dropout = classes, label_dropout
-        self.no_class = nn.Parameter(torch.randn(1, backbone.width) * 0.02)
+        if no_class:
+            self.no_class = nn.Parameter(torch.randn(1, backbone.width) * 0.02)
         if classes:
             self.class_embedding = nn.Parameter(torch.randn(classes, backbone.width) * 0.02)
 
@@ -61,6 +67,15 @@ class Model(nn.Module):
     def config(self) -> dict[str, object]:
         """The constructor's arguments but for backbone and head, as plain data."""
         return {"classes": self.classes, "label_dropout": self.label_dropout}
+
+    @staticmethod
+    def of_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
+        """A flat config as the backbone takes it, where a name of the model's says something to the backbone."""
+        return dict(config)
+
+    @property
+    def device(self) -> torch.device:
+        return self.no_class.device
 
     def condition(self, labels: Tensor | None, images: int) -> Tensor:
         """labels (B,), -1 for no class, or None -> (B, width)."""
@@ -106,7 +121,7 @@ class Model(nn.Module):
 
     def begin(self, images: int, tokens: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
         """What sampling begins from, copied: tokens (B, L, D), zero where unknown; known (B, L), by default none."""
-        B, L, device = images, self.backbone.tokens, self.no_class.device
+        B, L, device = images, self.backbone.tokens, self.device
         blank = self.backbone.blank(B, device)
         if tokens is None and known is None:
             return blank, torch.zeros(B, L, dtype=torch.bool, device=device)

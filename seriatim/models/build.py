@@ -2,7 +2,7 @@
 
 A model's config is one flat mapping, the same in a recipe, a preset and a model folder:
 
-    kind: masked            # MODELS
+    kind: masked            # MODELS: masked or causal
     backbone: masked        # BACKBONES; optional: each model kind has a default
     tokens, dim, width, ... # of the backbone
     classes, ...            # of the model
@@ -25,10 +25,11 @@ from seriatim.core.construct import arguments, construct, pop_kind
 from seriatim.core.errors import ConfigError, nearest
 from seriatim.heads.build import HEADS, build_head
 from seriatim.models.base import Model
+from seriatim.models.causal import CausalModel
 from seriatim.models.masked import MaskedModel
 from seriatim.nn.packed import PackedLinear
 
-MODELS: dict[str, type[Model]] = {"masked": MaskedModel}
+MODELS: dict[str, type[Model]] = {"masked": MaskedModel, "causal": CausalModel}
 
 
 def build_model(config: Mapping[str, Any], **known: Any) -> Model:
@@ -53,7 +54,8 @@ def build_model(config: Mapping[str, Any], **known: Any) -> Model:
         if name not in of_backbone and name not in of_model:
             hint = nearest(name, [*of_backbone, *of_model, "head", "backbone"])
             raise ConfigError(f"model: unknown key 'model.{name}'{hint}")
-    backbone = construct(BACKBONES[backbone_kind], {k: v for k, v in rest.items() if k in of_backbone}, "model")
+    told = {k: v for k, v in MODELS[kind].of_backbone(rest).items() if k in of_backbone}
+    backbone = construct(BACKBONES[backbone_kind], told, "model")
     head = build_head(head_config, dim=backbone.dim, vocab=backbone.vocab)
     own = {k: v for k, v in rest.items() if k in of_model}
     return construct(MODELS[kind], own, "model", backbone=backbone, head=head)

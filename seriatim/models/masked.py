@@ -50,6 +50,11 @@ class MaskedModel(Model):
         min_mask_ratio: float = 0.7,
         mask_ratio_std: float = 0.25,  # of the normal around 1 that is cut off at min_mask_ratio and 1
     ) -> None:
+        if backbone.causal:
+            raise UsageError(
+                f"backbone: {type(backbone).__name__} sees only what comes before a token; a masked model asks for "
+                "several at once, from all that is known: use the backbone `masked`, or the kind `causal`"
+            )
         super().__init__(backbone, head, classes=classes, label_dropout=label_dropout)
         if not 0 < min_mask_ratio <= 1:
             raise UsageError(f"min_mask_ratio: {min_mask_ratio!r} is not allowed; it must be in (0, 1]")

@@ -10,10 +10,12 @@ from torch import Tensor
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
 from seriatim.models.base import Model
+from seriatim.models.causal import CausalModel
 from seriatim.models.masked import MaskedModel
+from seriatim.sampling.causal import causal_steps
 from seriatim.sampling.masked import Step, masked_steps
 
-LOOPS: dict[type[Model], Callable[..., Iterator[Step]]] = {MaskedModel: masked_steps}
+LOOPS: dict[type[Model], Callable[..., Iterator[Step]]] = {MaskedModel: masked_steps, CausalModel: causal_steps}
 
 
 def steps_of(model: Model, labels: Tensor | None, noise: Noise, **settings: Any) -> Iterator[Step]:

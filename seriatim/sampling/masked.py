@@ -140,7 +140,7 @@ class FirstStep:
         if self.made_with != (now := version(self.model)):
             self.kept.clear()
             self.made_with = now
-        device = self.model.no_class.device
+        device = self.model.device
         half = torch.is_autocast_enabled(device.type)
         key = (label, torch.get_autocast_dtype(device.type) if half else None)
         z = self.kept.get(key)

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, StrictInt, model_validator
 
 from seriatim.core.errors import UsageError, caller_level
-from seriatim.core.orders import check_order_name, check_permutation
+from seriatim.core.orders import CONFIDENCE, RASTER, check_order_name, check_permutation
 from seriatim.core.random import derive_seed
-from seriatim.core.schedules import check_guidance, check_token_schedule
+from seriatim.core.schedules import check_guidance, check_one_a_step, check_token_schedule
 from seriatim.core.validation import Strict
 
 Label = StrictInt | str | None
@@ -51,7 +51,7 @@ class SampleRequest(Strict):
     temperature: float = Field(1.0, ge=0)
     num_diffusion_steps: StrictInt = Field(100, ge=1)  # inside a diffusion head
     num_diffusion_steps_last: StrictInt | None = Field(None, ge=1)  # when all but the last tokens are known; None: same
-    solver: str = "ddpm"  # of a diffusion head: ddpm, sde-dpm++, ddim or dpm++
+    solver: str | None = None  # of a diffusion head: ddpm, sde-dpm++, ddim or dpm++; None: the head's own default
     top_k: StrictInt | None = Field(None, ge=1)  # of a head of codes: the likeliest alone; None: all
     top_p: float | None = Field(None, gt=0, le=1)  # of such a head: the likeliest that together reach this
     guidance_mode: str | None = None  # of a mixture: exact or resample; None: the head's own
@@ -97,6 +97,32 @@ class SampleRequest(Strict):
     def image_labels(self) -> list[Label]:
         """The label of each image: all of the first label, then all of the second, ..."""
         return [label for label in self.class_labels for _ in range(self.num_images_per_label)]
+
+
+def fitted(request: SampleRequest, tokens: int, order: str | None = None) -> SampleRequest:
+    """The request for a model with this many tokens; `order` is that of a model that draws one token a step."""
+    return clamped(request, tokens) if order is None else one_a_step(request, tokens, order)
+
+
+def one_a_step(request: SampleRequest, tokens: int, order: str) -> SampleRequest:
+    """The request for a model that draws one token a step, in its own order: what isn't said follows from that."""
+    own = {"num_inference_steps": tokens, "order": order}
+    request = request.model_copy(update={k: v for k, v in own.items() if k not in request.model_fields_set})
+    check_one_a_step(request.num_inference_steps, tokens, request.token_schedule, request.min_tokens)
+    if request.order == CONFIDENCE:
+        raise UsageError("order: 'confidence' asked of a causal model, which draws one token a step; leave it out")
+    if order == RASTER and request.order != RASTER and not is_raster(request.order):
+        raise UsageError(
+            "order: a causal model of raster order draws in no other; leave it out, or train one with order=random"
+        )
+    return request
+
+
+def is_raster(order: Any) -> bool:
+    """Whether positions, or those of each image, count from 0."""
+    if isinstance(order, str) or not order:
+        return False
+    return all(tuple(row) == tuple(range(len(row))) for row in (order if isinstance(order[0], tuple) else (order,)))
 
 
 def clamped(request: SampleRequest, tokens: int) -> SampleRequest:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seriatim.backbones.build import BACKBONES
 from seriatim.checkpoints.native import Bundle, load_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
@@ -97,7 +98,8 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, Model]:
     with seeded(derive_seed(recipe.seed, "weights")):
         sizes: dict[str, Any] = {"tokens": tokenizer.count, "classes": len(data.class_names)}
         sizes |= {"dim": tokenizer.dim} if tokenizer.vocab is None else {"vocab": tokenizer.vocab}
-        if recipe.model.get("positions") == "sincos":
+        backbone = BACKBONES.get(str(recipe.model.get("backbone", recipe.model.get("kind"))))
+        if recipe.model.get("positions") == "sincos" or (backbone is not None and backbone.causal):
             sizes["grid"] = list(tokenizer.grid)
         model = build_model(recipe.model, **sizes)
     try:  # what every later request of this model begins with

@@ -28,7 +28,9 @@ from torch import Tensor, nn
 
 from seriatim.backbones.masked import Masked
 from seriatim.bench import run as bench_run
-from seriatim.bench.mar import MODULES, OfficialMAR, load_checkout, set_aside
+from seriatim.bench.checkout import set_aside
+from seriatim.bench.mar import MODULES, OfficialMAR
+from seriatim.bench.mar import official_mar as load_checkout
 from seriatim.bench.opponent import Draws, Workload
 from seriatim.bench.ours import Ours
 from seriatim.bench.run import bench, compared, flops, subject

@@ -10,7 +10,7 @@ from helpers import randomise
 
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise, ReplayNoise
-from seriatim.heads import diffusion
+from seriatim.heads import adaln, diffusion
 from seriatim.heads.ddpm import full_chain, respaced
 from seriatim.heads.diffusion import Diffusion, log_variance, normal_kl, predict_x0
 from seriatim.testing import check_head
@@ -61,7 +61,7 @@ def naive(
 @pytest.mark.parametrize("cap", [1, 5000, 1 << 24])
 def test_the_fast_sampler_is_the_naive_one(head: Diffusion, monkeypatch: pytest.MonkeyPatch, cap: int) -> None:
     """Modulations of many steps at once, in chunks of any size, change nothing."""
-    monkeypatch.setattr(diffusion, "MODULATION_CAP", cap)
+    monkeypatch.setattr(adaln, "MODULATION_CAP", cap)
     z, z_null, draws = torch.randn(6, 8), torch.randn(6, 8), torch.randn(21, 6, 4)
     x = head.sample(z, ReplayNoise(normal=[draws]), z_null, 2.5, 0.9, num_diffusion_steps=20)
     expected = naive(head, z, draws, 20, z_null, 2.5, 0.9)

@@ -1,8 +1,9 @@
-"""A head that nests: the contract, its density against the parts', the cache against the definition, what it refuses."""
+"""A head that nests: the contract, its density, the cache against the definition, what does not fit."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from helpers import randomise
 from torch import Tensor
 
+from seriatim.checkpoints.arinar import BLOCK
 from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.random import Noise
 from seriatim.heads.build import HEADS, build_head
@@ -22,9 +24,8 @@ from seriatim.nn.patch import patchify
 from seriatim.sampling.masked import masked_steps
 from seriatim.testing import check_head
 
-ARINAR = {"kind": "causal", "width": 32, "depth": 1, "heads": 4, "conditioning": "both", "norm": "layer",
-          "mlp": "gelu-tanh", "positions": "learned", "start_token": True, "bias": True, "attention_scale": 0.25}  # fmt: skip
 PLAIN = {"kind": "causal", "width": 32, "depth": 1, "heads": 4}
+ARINAR = {**PLAIN, **BLOCK}
 LEAF = {"kind": "mixture", "components": 3, "depth": 0}
 FEATURES = {"kind": "features"}
 C = 6
@@ -159,7 +160,7 @@ def test_schedules_over_features(kind: str) -> None:
     assert all(scheduled(kind, 1.0, i, 16) == 1.0 for i in range(1, 17))
     values = [scheduled(kind, 3.0, i, 16) for i in range(1, 17)]
     assert values[-1] == {"constant": 3.0, "linear": 4.0, "cosine": 1.0}[kind]
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(values)]
     assert all(math.copysign(1, s) == {"linear": 1, "cosine": -1}.get(kind, 1) for s in steps)
 
 

@@ -1,0 +1,195 @@
+"""LlamaGen's official checkpoints (Sun et al. 2024): class- and text-conditional transformers over codes.
+
+A `.pt` of the training script ("model", perhaps "ema"), one of DeepSpeed ("module"), a bare state dict (the larger
+models, from FSDP), or safetensors. The table says what each tensor is called there and here. Sizes follow from shapes;
+attention heads come from the preset with the same trunk, or from the caller; how many tokens an image has, no weight
+tells: it is the tokenizer's.
+
+What such files hold besides weights is dropped: `freqs_cis`, the rotary table, after a look at its length, and the
+keys and values that a sampling run left.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.backbones.causal import grid_of
+from seriatim.checkpoints.mar import argument
+from seriatim.checkpoints.native import Bundle
+from seriatim.checkpoints.official import OfficialFile, complain, renamed
+from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
+from seriatim.models.base import Model
+from seriatim.models.build import build_model, model_config
+from seriatim.models.causal import CausalModel
+from seriatim.tokenizers.base import Tokenizer
+from seriatim.zoo import PRESETS, Preset
+
+ENTRIES = ("model", "ema", "module")  # of an official file; its authors sample from the first
+NAMES = ("llamagen-b", "llamagen-l", "llamagen-xl", "llamagen-xxl", "llamagen-3b")
+CLASSES = "cls_embedding.embedding_table.weight"  # (classes + 1, C): the last row is no class
+NULL_CAPTION = "cls_embedding.uncond_embedding"  # (T, F)
+LEFT = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\.[kv]_cache")  # what is no weight
+
+# ours -> official; {i} is a number
+TABLE = {
+    "class_embedding": f"{CLASSES} but its last row",  # as `apart` calls them
+    "no_class": f"{CLASSES}, its last row",
+    "captions.null": NULL_CAPTION,
+    "captions.mlp.fc1.weight": "cls_embedding.cap_proj.fc1.weight",
+    "captions.mlp.down.weight": "cls_embedding.cap_proj.fc2.weight",
+    "backbone.token_embed.weight": "tok_embeddings.weight",
+    "backbone.blocks.{i}.norm1.weight": "layers.{i}.attention_norm.weight",
+    "backbone.blocks.{i}.attention.qkv.weight": "layers.{i}.attention.wqkv.weight",
+    "backbone.blocks.{i}.attention.proj.weight": "layers.{i}.attention.wo.weight",
+    "backbone.blocks.{i}.norm2.weight": "layers.{i}.ffn_norm.weight",
+    "backbone.blocks.{i}.mlp.gate.weight": "layers.{i}.feed_forward.w1.weight",
+    "backbone.blocks.{i}.mlp.down.weight": "layers.{i}.feed_forward.w2.weight",
+    "backbone.blocks.{i}.mlp.up.weight": "layers.{i}.feed_forward.w3.weight",
+    "backbone.norm.weight": "norm.weight",
+    "head.logits.weight": "output.weight",
+}
+# What a model must be to be LlamaGen's
+FORM = {
+    "kind": "causal", "backbone": "causal", "order": "raster", "condition_width": None, "conditioning": "prefix",
+    "norm": "rms", "mlp": "swiglu", "positions": "rope", "rotate_prefix": False, "start_token": False, "bias": False,
+    "attention_scale": 1.0,
+}  # fmt: skip
+
+
+def official_name(ours: str) -> str:
+    """What the official code calls our tensor."""
+    block = re.match(r"backbone\.blocks\.(\d+)\.", ours)
+    return TABLE[ours if block is None else ours.replace(f".{block[1]}.", ".{i}.", 1)].format(i=block and block[1])
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official weights, the class table as the two tensors that we have; what is no weight is left out."""
+    result = {name: tensor for name, tensor in tensors.items() if not LEFT.fullmatch(name)}
+    table = result.pop(CLASSES, None)
+    if table is not None and table.ndim == 2:
+        result[TABLE["class_embedding"]], result[TABLE["no_class"]] = table[:-1], table[-1:]
+    return result
+
+
+def model_from_llamagen(
+    file: OfficialFile,
+    *,
+    tokens: int,
+    grid: Sequence[int] | None = None,
+    heads: int | None = None,
+    preset: str | None = None,
+) -> CausalModel:
+    """The model of an official file, strictly: every weight is used, none is missing, all are finite.
+
+    Raises CheckpointError, one line that names the tensor.
+    """
+    where = str(file.path)
+    config = infer(file.tensors, where)
+    rows = config["prefix"] + tokens
+    if "freqs_cis" in file.tensors and len(file.tensors["freqs_cis"]) != rows:
+        raise CheckpointError(
+            f"{where}: was made for {len(file.tensors['freqs_cis']) - config['prefix']} tokens, the tokenizer makes "
+            f"{tokens}; give one for images of another size"
+        )
+    known = named_preset(config, preset, where)
+    if heads is None and known is None:
+        raise UsageError(
+            f"heads: {where} has {config['depth']} blocks of width {config['width']}, which is no preset's, and "
+            "weights don't tell the number of attention heads; give it"
+        )
+    config |= {"tokens": tokens, "grid": list(grid or grid_of(None, tokens))}
+    config["heads"] = heads if heads is not None or known is None else known.model["heads"]
+    config["dropout"] = float(argument(file, "dropout_p", 0.1, most=0.999))
+    config["label_dropout"] = float(argument(file, "class_dropout_prob", 0.1, most=1))
+    try:
+        with torch.device("meta"):  # no memory and no random numbers for weights that are about to come
+            model = build_model(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: its shapes make no model ({one_line(error)})") from error
+    assert isinstance(model, CausalModel)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    model.load_state_dict(renamed(apart(file.tensors), wanted, official_name, where), assign=True)
+    return model.eval()
+
+
+def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """Every size that shapes reveal, as a config of `build_model` without tokens and heads."""
+
+    def shape(name: str) -> list[int]:
+        if name not in tensors:
+            complain(where, "lacks", [name])
+        if tensors[name].ndim != 2 or not tensors[name].numel():
+            raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, not 2 axes")
+        return list(tensors[name].shape)
+
+    vocab, width = shape("tok_embeddings.weight")
+    hidden, _ = shape("layers.0.feed_forward.w1.weight")
+    blocks = {int(m[1]) for name in tensors if (m := re.match(r"layers\.(\d+)\.", name))}
+    if blocks != set(range(len(blocks))):
+        missing = min(set(range(len(blocks) + 1)) - blocks)
+        raise CheckpointError(f"{where} lacks tensor 'layers.{missing}.*'; is it another model's?")
+    if CLASSES not in tensors and NULL_CAPTION not in tensors:
+        complain(where, "lacks", [CLASSES])
+    condition: dict[str, Any] = {"prefix": 1}
+    if NULL_CAPTION in tensors:
+        T, F = shape(NULL_CAPTION)
+        condition = {"prefix": T, "classes": 0, "caption_dim": F, "caption_tokens": T}
+    else:
+        condition["classes"] = shape(CLASSES)[0] - 1
+    return {
+        **FORM, **condition, "vocab": vocab, "width": width, "depth": len(blocks), "hidden": hidden,
+        "head": {"kind": "categorical", "bias": False},
+    }  # fmt: skip
+
+
+def named_preset(config: Mapping[str, Any], name: str | None, where: str) -> Preset | None:
+    """LlamaGen's preset called `name`, or the one with the trunk of `config`; None: there is none."""
+
+    def fits(preset: Preset) -> bool:
+        return all(preset.model[key] == config[key] for key in ("width", "depth"))
+
+    if name is not None and not fits(PRESETS[name]):
+        raise CheckpointError(f"{where}: has {config['depth']} blocks of width {config['width']}, which is not {name}")
+    return next((PRESETS[n] for n in (NAMES if name is None else (name,)) if fits(PRESETS[n])), None)
+
+
+def bundle_from_llamagen(file: OfficialFile, tokenizer: Tokenizer, class_names: list[str], **options: Any) -> Bundle:
+    """A model folder's content: model, tokenizer, the authors' sampling settings where the sizes are a preset's."""
+    model = model_from_llamagen(file, tokens=tokenizer.count, grid=tokenizer.grid, **options)
+    if tokenizer.vocab != model.backbone.vocab:
+        makes = f"tokens of {tokenizer.dim} features" if tokenizer.vocab is None else f"codes of {tokenizer.vocab}"
+        raise UsageError(
+            f"vq: makes {makes}, the model takes codes of {model.backbone.vocab}; it is not the tokenizer "
+            "that this model was trained with"
+        )
+    if class_names and len(class_names) != model.classes:
+        raise UsageError(f"class_names: {len(class_names)} names for a model of {model.classes} classes")
+    preset = named_preset(model_config(model), None, str(file.path))
+    sampling = dict(preset.sampling) if preset and model.classes else {"guidance_schedule": "constant"}
+    provenance = {"converted_from": file.path.name, "weights": file.which, "preset": preset.name if preset else None}
+    return Bundle(model, tokenizer, class_names, sampling, provenance)
+
+
+def llamagen_tensors(model: Model) -> dict[str, Tensor]:
+    """The weights under their official names; raises UsageError for a model that isn't LlamaGen's."""
+    config = model_config(model)
+    head = config["head"]
+    form = {key: config.get(key) for key in FORM} | {"head.kind": head["kind"], "head.bias": head.get("bias")}
+    for key, value in (FORM | {"head.kind": "categorical", "head.bias": False}).items():
+        if form[key] != value:
+            raise UsageError(
+                f"model: can't be written as LlamaGen, whose {key} is {value!r}, not {form[key]!r}: its "
+                "code would draw something else"
+            )
+    if not model.classes and config.get("caption_dim") is None:
+        raise UsageError("model: can't be written as LlamaGen, which takes classes or captions; it has neither")
+    result = {official_name(ours): tensor.detach() for ours, tensor in model.state_dict().items()}
+    if model.classes:
+        parts = [result.pop(TABLE[name]) for name in ("class_embedding", "no_class")]
+        result[CLASSES] = torch.cat(parts)
+    return result

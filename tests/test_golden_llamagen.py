@@ -1,0 +1,204 @@
+"""LlamaGen against the official code: every file of golden/llamagen that is there, with sizes taken from the files.
+
+Made by the unmodified official modules on the CPU in float32. Logits 1e-5, gradients 1e-4 relative, greedy codes exact.
+Samples that were drawn from torch's own generator are left out: nothing here draws from it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import golden
+from safetensors.torch import load_file
+from torch import Tensor
+
+from seriatim.checkpoints.llamagen import CLASSES, llamagen_tensors, model_from_llamagen, official_name
+from seriatim.checkpoints.official import OfficialFile
+from seriatim.core.random import Noise
+from seriatim.heads.categorical import filtered
+from seriatim.models.build import build_model, parameter_count
+from seriatim.models.captions import Captions
+from seriatim.models.causal import CausalModel, Condition
+from seriatim.sampling.causal import causal_steps
+from seriatim.zoo import PRESETS
+
+FOLDER = golden("llamagen")
+LOGITS, GRADIENT = 1e-5, 1e-4
+GPT = sorted(FOLDER.glob("gpt_*.safetensors"))
+each_model = pytest.mark.parametrize("path", GPT, ids=[path.stem for path in GPT])
+
+
+def test_there_are_golden_files() -> None:
+    assert GPT, f"no golden tensors of LlamaGen in {FOLDER}"
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+class Case:
+    """A small official model, what went in and what came out."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = load_file(path)
+        self.config: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+        weights = {name[2:]: tensor for name, tensor in self.file.items() if name.startswith("w.")}
+        official = OfficialFile(path, weights, {"dropout_p": 0.0})
+        self.model = model_from_llamagen(
+            official, tokens=int(self.config["block_size"]), heads=int(self.config["n_head"])
+        )
+        self.codes = self.file["in.idx"].long()  # (B, L)
+        self.null = self.model.captions.none(len(self.codes), self.captions()) if self.model.captions else None
+
+    def captions(self) -> Captions | None:
+        """Features (B, T, F) and their mask, whatever the file calls them."""
+        if self.model.captions is None:
+            return None
+        shape = (len(self.file["in.idx"]), self.model.captions.tokens, self.model.captions.dim)
+        inputs = {name: tensor for name, tensor in self.file.items() if name.startswith("in.")}
+        features = next((t for t in inputs.values() if t.shape == shape), None)
+        masks = [t for t in inputs.values() if t.shape == shape[:2] and t.ndim == 2]
+        if features is None or not masks:
+            pytest.skip(f"inputs of a form not known: { ({k: tuple(v.shape) for k, v in inputs.items()}) }")
+        return Captions(features, masks[0].bool())
+
+    @property
+    def labels(self) -> Condition:
+        return self.captions() if self.model.captions else self.file["in.cls"].long()
+
+    def logits(self, labels: Condition) -> Tensor:
+        """In one pass: (B, L, V)."""
+        condition, _, valid = self.model.conditions(labels, len(self.codes))
+        z = self.model.backbone.sequence(condition, self.codes, valid=valid)
+        return self.model.head.logits(z)  # type: ignore[operator, no-any-return]
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    assert ours.shape == theirs.shape
+    worst = (ours - theirs).abs().max().item()
+    assert worst <= tolerance, f"differs by {worst:.3g}, allowed {tolerance:.3g}"
+
+
+# --- the network --------------------------------------------------------------------------------------------------
+
+
+@each_model
+@torch.no_grad()
+def test_logits_in_one_pass(path: Path) -> None:
+    case = Case(path)
+    close(case.logits(case.labels), case.file["out.train_logits"], LOGITS)
+    if "out.train_logits_null" in case.file:
+        close(case.logits(case.null), case.file["out.train_logits_null"], LOGITS)
+
+
+@each_model
+@torch.no_grad()
+def test_logits_with_a_cache(path: Path) -> None:
+    """Rows with the condition, then rows without, teacher-forced."""
+    case = Case(path)
+    condition, null, valid = case.model.conditions(case.labels, len(case.codes))
+    both = torch.cat([condition, null])
+    state = case.model.backbone.start(both, len(both), valid=None if valid is None else torch.cat([valid, valid]))
+    codes = case.codes.repeat(2, 1)
+    z = [case.model.backbone.step(state, codes[:, i - 1] if i else None) for i in range(codes.shape[1])]
+    ours = case.model.head.logits(torch.stack(z, dim=1))  # type: ignore[operator]
+    close(ours, case.file["out.cached_logits"], LOGITS)
+
+
+@each_model
+def test_loss_and_gradients(path: Path) -> None:
+    case = Case(path)
+    if "in.valid" in case.file and not bool(case.file["in.valid"].all()):
+        pytest.skip("a loss weighted by image")
+    case.model.requires_grad_(True)
+    loss = case.model.eval().loss(case.codes, case.labels, Noise.shared(0, len(case.codes))).mean
+    assert float(loss.detach()) == pytest.approx(float(case.file["out.train_loss"]), rel=1e-5)
+    loss.backward()  # type: ignore[no-untyped-call]
+    ours = {official_name(name): parameter.grad for name, parameter in case.model.named_parameters()}
+    if case.model.classes:
+        parts = (case.model.class_embedding, case.model.no_class)
+        ours[CLASSES] = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for p in parts])
+    theirs = {name[5:]: tensor for name, tensor in case.file.items() if name.startswith("grad.")}
+    assert theirs
+    for name, expected in theirs.items():
+        gradient = ours[name]
+        assert gradient is not None, name
+        close(gradient, expected, GRADIENT * expected.abs().max().item())
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+def greedy_runs() -> list[tuple[Path, str]]:
+    return [(path, name) for path in GPT for name in sorted(load_file(path)) if name.startswith("out.greedy")]
+
+
+@pytest.mark.parametrize(("path", "name"), greedy_runs(), ids=lambda value: getattr(value, "stem", value))
+@torch.no_grad()
+def test_greedy_codes(path: Path, name: str) -> None:
+    """Naive sampler and fast loop; `interval4`: guidance is off after decode step 4, counted from the second token."""
+    case = Case(path)
+    found = re.search(r"cfg([\d.]+)(?:_interval(\d+))?", name)
+    assert found is not None
+    L = case.model.tokens
+    options: dict[str, Any] = {"guidance_scale": float(found[1]), "guidance_schedule": "constant", "temperature": 0.0}
+    if found[2]:
+        options |= {"guidance_schedule": "interval", "guidance_interval": (0.0, (int(found[2]) + 2) / L)}
+    theirs = case.file[name].long()
+    noise = range(len(theirs))
+    assert torch.equal(case.model.sample(case.labels, Noise.per_image(noise), **options), theirs)
+    *_, last = causal_steps(case.model, case.labels, Noise.per_image(noise), **options)
+    assert torch.equal(last.tokens, theirs)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("sampling*.safetensors")), ids=lambda path: path.stem)
+def test_filters_and_the_mix_of_guidance(path: Path) -> None:
+    file = load_file(path)
+    filters = [name for name in file if name.startswith("filtered_")]
+    assert filters
+    for name in filters:
+        k, p = re.fullmatch(r"filtered_k(\d+)_p([\d.]+)", name).groups()  # type: ignore[union-attr]
+        ours = filtered(file["logits"], top_k=int(k) or None, top_p=float(p))
+        assert torch.equal(ours == -math.inf, file[name] == -math.inf), name
+        kept = ours > -math.inf
+        assert torch.equal(ours[kept], file[name][kept]), name
+    for name in (name for name in file if re.fullmatch(r"cfg_[\d.]+", name)):
+        scale = float(name[4:])
+        mixed = file["cfg_uncond"] + scale * (file["cfg_cond"] - file["cfg_uncond"])
+        close(mixed, file[name], 1e-6)
+
+
+# --- full size ----------------------------------------------------------------------------------------------------
+
+KEYS = sorted(FOLDER.glob("keys_GPT-*.json"))
+
+
+@pytest.mark.parametrize("path", KEYS, ids=[path.stem for path in KEYS])
+def test_presets_have_the_official_tensors(path: Path) -> None:
+    """Names and shapes, without allocating one of them."""
+    size, _, kind = path.stem.removeprefix("keys_GPT-").partition("_")
+    expected = {name: tuple(shape) for name, (shape, _) in json.loads(path.read_text()).items()}
+    config = dict(PRESETS[f"llamagen-{size.lower()}"].model)
+    if kind == "t2i":
+        config |= {"classes": 0, "caption_dim": 2048, "caption_tokens": 120}
+    with torch.device("meta"):
+        model = build_model(config)
+    assert isinstance(model, CausalModel)
+    ours = {name: tuple(tensor.shape) for name, tensor in llamagen_tensors(model).items()}
+    assert ours == expected
+    null = 0 if model.captions is None else model.captions.null.numel()
+    assert parameter_count(model) == sum(math.prod(shape) for shape in expected.values()) - null
+
+
+def test_a_fresh_model_finds_every_code_as_likely() -> None:
+    """The official code begins at exactly ln V too: its head is zero."""
+    model = build_model(
+        {**PRESETS["llamagen-b"].model, "width": 64, "depth": 1, "heads": 2, "tokens": 4, "grid": [2, 2]}
+    )
+    loss = model.loss(torch.randint(16384, (1, 4)), torch.tensor([3]), Noise.shared(0, 1)).mean
+    assert float(loss.detach()) == pytest.approx(9.704, abs=1e-3)
