@@ -18,7 +18,7 @@ _PUBLIC = {
     "FEATURES": "seriatim.evaluation.features",
     "FeatureExtractor": "seriatim.evaluation.base",
     "Features": "seriatim.evaluation.base",
-    "HEADS": "seriatim.models.build",
+    "HEADS": "seriatim.heads.build",
     "MODELS": "seriatim.models.build",
     "ORDERS": "seriatim.core.orders",
     "PRESETS": "seriatim.zoo",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Categorical", "Diffusion", "Head", "HeadLoss", "Nested"]
+__all__ = ["Categorical", "Diffusion", "Flow", "GaussianMixture", "Head", "HeadLoss", "Mixture", "Nested"]
 
 
 __getattr__ = exporter(
@@ -12,8 +12,11 @@ __getattr__ = exporter(
     {
         "Categorical": "seriatim.heads.categorical",
         "Diffusion": "seriatim.heads.diffusion",
+        "Flow": "seriatim.heads.flow",
+        "GaussianMixture": "seriatim.heads.gaussians",
         "Head": "seriatim.heads.base",
         "HeadLoss": "seriatim.heads.base",
+        "Mixture": "seriatim.heads.mixture",
         "Nested": "seriatim.heads.nested",
     },
 )

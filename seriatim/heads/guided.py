@@ -29,8 +29,11 @@ COLDEST = 1e-4  # a temperature below counts as this
 GRID = 104  # points over all components, but at least POINTS for one
 POINTS = 13
 INSIDE = 32  # parts of the cell in which the drawn number lies
+SMALL = 1e-3  # a difference of logarithms below which an exponential is a straight line
+LOWEST = -1e30  # in place of the logarithm of nothing
 CAP = 1 << 22  # numbers held at once, 16 MiB
-GAUSS = ((0.1127016653792583, 5 / 18), (0.5, 8 / 18), (0.8872983346207417, 5 / 18))  # of three nodes on [0, 1]
+LOBATTO = (0.2763932022500210, 0.7236067977499790)  # inner nodes on [0, 1]; with the ends: degree 5
+STEEP = 3.0  # a change of log f between nodes from which f is taken as exponential there, not as a polynomial
 
 
 def sample_product(
@@ -46,12 +49,12 @@ def sample_product(
     heaviest; for w <= 1, where the product always has a normaliser, also of mu_k +- REACH sigma_k over those of `null`.
     There it is the target, be it improper on the whole line or not.
 
-    Every component puts grid points where it is, so that narrow and far ones are seen; a cell's mass is by Gauss's
-    three nodes; the cell that u falls into is cut into INSIDE parts of linear density. Within 1e-3 of the true CDF for
-    w up to 10 (tests/heads/test_guided.py).
+    Every component puts grid points where it is, so that narrow and far ones are seen; a cell's mass is by Lobatto's
+    rule, or where the target is steep, such as at an end that an improper one climbs to, by exponential pieces; the
+    cell that u falls into is cut into INSIDE parts, each exponential. Errors: tests/heads/test_guided.py.
     """
     n = max(POINTS, GRID // (cond.logits.shape[-1] + null.logits.shape[-1]) | 1)
-    held = (cond.logits.shape[-1] + null.logits.shape[-1]) ** 2 * n * len(GAUSS)  # of one row
+    held = (cond.logits.shape[-1] + null.logits.shape[-1]) ** 2 * n * 3  # of one row
     rows = max(1, CAP // held)
     if len(u) <= rows:
         return _inverse_cdf(cond, null, w, u, temperature, n)
@@ -66,27 +69,50 @@ def _inverse_cdf(
 ) -> Tensor:
     target = Target(cond, null, w, max(temperature, COLDEST))
     x, inside = target.grid(n)  # (N, P), (N, P-1)
+    P = x.shape[1]
     left, width = x[:, :-1], x.diff(dim=1)
-    nodes = torch.cat([torch.addcmul(left, width, width.new_tensor(at)) for at, _ in GAUSS], dim=1)  # (N, 3 (P-1))
-    log_f = target.log_density(nodes).unflatten(1, (len(GAUSS), -1))  # (N, 3, P-1)
-    log_f = log_f.masked_fill((~inside | (width <= 0))[:, None], -math.inf)
-    f = (log_f - log_f.amax(dim=(1, 2), keepdim=True)).exp()
-    mass = width * sum(weight * f[:, i] for i, (_, weight) in enumerate(GAUSS))  # (N, P-1)
+    inner = [torch.addcmul(left, width, width.new_tensor(at)) for at in LOBATTO]
+    at_ends, *at_inner = target.log_density(torch.cat([x, *inner], dim=1)).split([P, P - 1, P - 1], dim=1)
+    log_f = torch.stack([at_ends[:, :-1], *at_inner, at_ends[:, 1:]])  # (4, N, P-1)
+    log_f = log_f.masked_fill(~inside | (width <= 0), -math.inf)
+    mass = width * _cell_mass(log_f - log_f.amax(dim=(0, 2), keepdim=True).clamp(min=LOWEST))  # (N, P-1)
     cell, level = find(mass, u)  # (N, 1) each
     left, width = left.gather(1, cell), width.gather(1, cell)
 
     steps = torch.linspace(0, 1, INSIDE + 1, dtype=x.dtype, device=x.device)
-    fine = torch.addcmul(left, width, steps)  # (N, INSIDE+1)
-    log_f = target.log_density(fine)
-    f = (log_f - log_f.amax(dim=1, keepdim=True)).exp()
-    part, level = find(0.5 * (f[:, :-1] + f[:, 1:]), level[:, 0])
-    a, b = f.gather(1, part), f.gather(1, part + 1)
-    # The share s of a part where a s + (b - a) s^2 / 2 is `level` of (a + b) / 2, of the two roots the stable one.
-    s = level * (a + b) / (a + (a * a + (b * b - a * a) * level).clamp(min=0).sqrt()).clamp(min=1e-30)
+    log_f = target.log_density(torch.addcmul(left, width, steps))  # (N, INSIDE+1)
+    log_f = log_f - log_f.amax(dim=1, keepdim=True)
+    part, level = find(exponential(log_f[:, :-1], log_f[:, 1:]), level[:, 0])
+    s = exponential_quantile(log_f.gather(1, part + 1) - log_f.gather(1, part), level)
     drawn = left + width * (part + s) / INSIDE  # (N, 1)
     # Where all is so narrow that the numbers have no room for a cell, the heaviest component is a point.
     heaviest = cond.means[..., 0].gather(1, cond.logits.argmax(dim=1, keepdim=True))
     return torch.where(mass.sum(dim=1, keepdim=True) == 0, heaviest, drawn)[:, 0]
+
+
+def _cell_mass(log_f: Tensor) -> Tensor:
+    """log f at the ends and the inner nodes of cells of width 1, (4, ...) -> its integral over each."""
+    f = log_f.exp()
+    smooth = (f[0] + f[3] + 5 * (f[1] + f[2])) / 12
+    lengths = log_f.new_tensor([LOBATTO[0], LOBATTO[1] - LOBATTO[0], LOBATTO[0]]).view(3, *[1] * (log_f.ndim - 1))
+    steep = (lengths * exponential(log_f[:-1], log_f[1:])).sum(dim=0)
+    return torch.where((log_f.diff(dim=0).abs() > STEEP).any(dim=0), steep, smooth)
+
+
+def exponential(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """The integral over [0, 1] of the exponential that is a at 0 and b at 1: (b - a) / (log b - log a)."""
+    top, drop = torch.maximum(log_a, log_b), (log_a - log_b).abs()
+    ratio = torch.where(drop < SMALL, 1 - drop / 2, -torch.expm1(-drop) / drop.clamp(min=SMALL))
+    return top.exp() * ratio.nan_to_num(0.0)  # where f is 0 at both ends: no mass
+
+
+def exponential_quantile(rise: Tensor, level: Tensor) -> Tensor:
+    """Where in [0, 1] an exponential that grows by e^rise has `level` of its mass behind it."""
+    fall = rise.abs()
+    share = torch.where(rise > 0, 1 - level, level)  # from the end where it is highest
+    s = -torch.log1p(share * torch.expm1(-fall)) / fall.clamp(min=SMALL)
+    s = torch.where(fall < SMALL, share, s.clamp(0, 1))
+    return torch.where(rise > 0, 1 - s, s)
 
 
 def find(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +180,9 @@ def _log_density(x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor) -> Tenso
     Not as a x^2 + b x + c, which takes as long and loses all digits of a narrow component far from 0.
     """
     y = torch.sub(x, mean[..., None]).mul_(rate[..., None])  # (K, N, G)
-    return torch.addcmul(weight[..., None], y, y, value=-0.5).logsumexp(dim=0)
+    y = torch.addcmul(weight[..., None], y, y, value=-0.5)
+    top = y.amax(dim=0)  # finite: `torch.logsumexp`, which expects anything, takes half as long again
+    return y.sub_(top).exp_().sum(dim=0).log_().add_(top)
 
 
 def _heavy(log_weight: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ from seriatim.core.construct import arguments, construct, pop_kind
 from seriatim.core.errors import ConfigError, UsageError, nearest
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head, HeadLoss
-from seriatim.heads.build import HEADS, build_head
 from seriatim.heads.splits import SPLITS, build_split
+from seriatim.heads.table import HEADS, build_head
 
 FEATURE_SCHEDULES = ("constant", "linear", "cosine")
 Value = TypeVar("Value", float, Tensor)

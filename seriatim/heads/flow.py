@@ -1,0 +1,211 @@
+"""The flow head: rectified flow, the same small MLP as the diffusion head's, without its tables.
+
+Liu et al. 2023 (Rectified Flow), Lipman et al. 2023 (Flow Matching): x_t = (1 - t) eps + t x, so that t = 0 is noise
+and t = 1 the token (Esser et al. 2024 count the other way); the network learns v = x - eps, and tokens are drawn by
+dx/dt = v(x_t, t, z) from t = 0 to 1. Unusual:
+- times of training are logit-normal (Esser et al. 2024, section 3.1): sigmoid of N(time_mean, time_std^2);
+- guidance acts on v; an ODE has no temperature;
+- it has a density, by the exact divergence of v (Chen et al. 2018), which costs D backward passes a step.
+
+Shapes: N tokens, D features, C width of z, W width of the network, M draws of t for a token, S steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seriatim.core.errors import UsageError, nearest
+from seriatim.core.random import Noise
+from seriatim.heads.adaln import FREQUENCIES, AdaLNHead
+from seriatim.heads.base import HeadLoss
+from seriatim.nn.position import sinusoid
+
+TIME_SCALE = 100.0  # the network is told 100 t; with 1000 t it draws no better, and its density needs more steps
+LARGEST = 32  # D up to which `log_prob` is worth its D backward passes
+DENSITY_STEPS = 32  # of Runge-Kutta in `log_prob`
+
+Velocity = Callable[[int, Tensor], Tensor]  # index of a time, x (N, D) -> v (N, D)
+
+
+class Flow(AdaLNHead):
+    """p(x | z) by a velocity field: d blocks of width W, `draws` times for each token and training step."""
+
+    tempers = False
+    has_density = True  # not beyond LARGEST features
+    sample_options = frozenset({"num_diffusion_steps", "solver"})
+
+    def __init__(
+        self,
+        dim: int,  # D
+        width: int = 1024,  # W
+        depth: int = 6,  # d
+        *,
+        draws: int = 4,  # M: times drawn for each token of a training step
+        time_mean: float = 0.0,  # of logit(t): above 0, more often near the token
+        time_std: float = 1.0,
+        z_dim: int | None = None,  # C; None: the model tells
+    ) -> None:
+        if not math.isfinite(time_mean):
+            raise UsageError(f"time_mean: {time_mean!r} is not allowed; it must be finite")
+        if not 0 < time_std < math.inf:
+            raise UsageError(f"time_std: {time_std!r} is not allowed; it must be above 0 and finite")
+        super().__init__(dim, width, depth, draws, outputs=dim)
+        self.time_mean, self.time_std, self.has_density = time_mean, time_std, dim <= LARGEST
+        self.config = {"dim": dim, "width": width, "depth": depth, "draws": draws}
+        self.config |= {"time_mean": time_mean, "time_std": time_std}
+        if z_dim is not None:
+            self.bind(z_dim)
+
+    def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+        """x (N, D) at times t (N,) in [0, 1], z (N, C) -> v (N, D)."""
+        y = self.embed_times(t) + self.z_embed(z)  # (N, W)
+        return self.network(x, self.modulations(y))
+
+    def embed_times(self, t: Tensor) -> Tensor:
+        """t (N,) in [0, 1] -> (N, W)."""
+        return self.time_embed(sinusoid(TIME_SCALE * t, FREQUENCIES))
+
+    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
+        """z (N, C), target (N, D) -> per token, summed over M draws: mean over D of (v - v_hat)^2."""
+        N, D = target.shape
+        M = self.draws
+        t = torch.sigmoid(self.time_mean + self.time_std * noise.normal(draws=M)).reshape(M * N)  # draw by draw
+        eps = noise.normal(D, draws=M).reshape(M * N, D)
+        x = target.float().repeat(M, 1)  # (M N, D)
+        y = self.embed_times(t) + self.z_embed(z).repeat(M, 1)  # (M N, W)
+        v = self.network(torch.lerp(eps, x, t[:, None]), self.modulations(y)).float()
+        mse = (x - eps - v).square().mean(dim=-1).view(M, N).sum(dim=0)  # (N,), Liu et al., eq. 1
+        return HeadLoss(mse, torch.full_like(mse, M))
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: Tensor,
+        noise: Noise,
+        z_null: Tensor | None = None,
+        guidance: float | Tensor = 1.0,
+        temperature: float = 1.0,
+        *,
+        num_diffusion_steps: int = 100,  # from noise to token; heun evaluates the network twice in each
+        solver: str = "euler",  # a name in FLOW_SOLVERS
+        **unknown: Any,
+    ) -> Tensor:
+        """From noise to tokens (N, D)."""
+        if unknown:
+            raise UsageError(f"{sorted(unknown)[0]}: the Flow head has no such sampling option")
+        scale = self.check_sampling(z, z_null, guidance, temperature)  # (N, 1) or None
+        self.check_options(temperature, num_diffusion_steps=num_diffusion_steps, solver=solver)
+        N = len(z)
+        start = noise.normal(self.output)  # (N, D)
+        with torch.autocast(z.device.type, enabled=False):
+            rows = z.float() if scale is None else torch.cat([z, z_null]).float()  # type: ignore[list-item]
+            at = self._visits(num_diffusion_steps, rows)
+
+            def velocity(i: int, x: Tensor) -> Tensor:
+                v = self.network(x if scale is None else torch.cat([x, x]), at(i))
+                return v if scale is None else v[N:] + scale * (v[:N] - v[N:])
+
+            return FLOW_SOLVERS[solver](velocity, start, num_diffusion_steps)
+
+    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
+        super().check_options(temperature)
+        steps, solver = options.get("num_diffusion_steps", 100), options.get("solver", "euler")
+        if not steps >= 1:
+            raise UsageError(f"num_diffusion_steps: {steps!r} is not allowed; it must be at least 1")
+        if solver not in FLOW_SOLVERS:
+            raise UsageError(f"solver: {solver!r} is not known to the Flow head{nearest(solver, FLOW_SOLVERS)}")
+
+    def _visits(self, steps: int, z: Tensor, backwards: bool = False) -> Callable[[int], Sequence[Sequence[Tensor]]]:
+        """The modulations of all rows at time i / steps, for i that is asked in order from 0, each maybe repeatedly.
+
+        Backwards, at time 1 - i / steps.
+        """
+        times = TIME_SCALE * np.arange(steps + 1) / steps  # as `walk` takes them: the first visited is the last
+        walk = self.walk(self.times_of(times if backwards else times[::-1].copy(), z.device), self.z_embed(z))
+        now: list[tuple[int, list[list[Tensor]]]] = [(-1, [])]
+
+        def at(i: int) -> list[list[Tensor]]:
+            if now[0][0] != i:
+                now[0] = i, next(walk)[1]
+            return now[0][1]
+
+        return at
+
+    # --- density --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def log_prob(self, z: Tensor, target: Tensor, steps: int = DENSITY_STEPS) -> Tensor:
+        """log p(target) (N,), without guidance, in nats: z (N, C), target (N, D), D at most LARGEST.
+
+        log p(x_1) = log N(x_0; 0, I) - int_0^1 tr(dv/dx) dt along dx/dt = v (Chen et al. 2018, eq. 8), from t = 1 back
+        to 0 by Runge-Kutta of the fourth order in `steps` equal steps, the trace exact. The error is that of the steps,
+        O(steps^-4): with 32, 1e-3 nats at most on heads trained on known mixtures (docs/heads.md).
+        """
+        D = self.output
+        if D > LARGEST:
+            raise UsageError(f"log_prob: the Flow head has {D} features, and its exact divergence is for {LARGEST}")
+        if not steps >= 1:
+            raise UsageError(f"steps: {steps!r} is not allowed; it must be at least 1")
+        with torch.autocast(z.device.type, enabled=False):
+            at = self._visits(2 * steps, z.float(), backwards=True)
+
+            def slope(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+                return velocity_and_divergence(lambda x: self.network(x, at(i)), x)
+
+            x, divergence = runge_kutta_back(slope, target.float(), steps)
+        return -0.5 * x.square().sum(dim=1) - 0.5 * D * math.log(2 * math.pi) - divergence
+
+
+# --- solvers: from x at t = 0 to x at t = 1; `velocity` is asked for times 0, 1 / steps, ..., in order ---------------
+
+
+def euler(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
+    """x' = x + h v(x, t): first order."""
+    for i in range(steps):
+        x = x + velocity(i, x) / steps
+    return x
+
+
+def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
+    """x' = x + h/2 (v(x, t) + v(x + h v(x, t), t + h)): second order."""
+    for i in range(steps):
+        v = velocity(i, x)
+        x = x + (v + velocity(i + 1, x + v / steps)) / (2 * steps)
+    return x
+
+
+FLOW_SOLVERS: dict[str, Callable[[Velocity, Tensor, int], Tensor]] = {"euler": euler, "heun": heun}
+
+
+def velocity_and_divergence(field: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """v(x) (N, D) and tr(dv/dx) (N,), exact: one backward pass for each feature; a row depends on itself alone."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        v = field(x)
+        diagonal = [
+            torch.autograd.grad(v[:, d].sum(), x, retain_graph=d + 1 < x.shape[1])[0][:, d] for d in range(x.shape[1])
+        ]
+    return v.detach(), torch.stack(diagonal).sum(dim=0)
+
+
+def runge_kutta_back(
+    slope: Callable[[int, Tensor], tuple[Tensor, Tensor]], x: Tensor, steps: int
+) -> tuple[Tensor, Tensor]:
+    """x at t = 0 from x at t = 1, and the integral of the divergence; `slope(i, x)` is at t = 1 - i / (2 steps)."""
+    h, total = 1 / steps, x.new_zeros(len(x))
+    for i in range(0, 2 * steps, 2):
+        k1, d1 = slope(i, x)
+        k2, d2 = slope(i + 1, x - h / 2 * k1)
+        k3, d3 = slope(i + 1, x - h / 2 * k2)
+        k4, d4 = slope(i + 2, x - h * k3)
+        x = x - h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        total = total + h / 6 * (d1 + 2 * d2 + 2 * d3 + d4)
+    return x, total
