@@ -8,6 +8,7 @@ Process CPU seconds of `arinar-b`'s head alone, with random weights, one thread:
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from typing import Any
 
@@ -47,14 +48,14 @@ def main() -> None:
     with seeded(0):
         head = build_head(PRESETS["arinar-b"].model["head"], dim=16, vocab=None)
         head.bind(768)
-        print(f"{'':28}" + "".join(f"{n:>8}" for n in arguments.tokens) + " tokens")
+        sys.stdout.write(f"{'':28}" + "".join(f"{n:>8}" for n in arguments.tokens) + " tokens\n")
         for packed in (False, True):
             if packed:
                 prepare(head)
             for name, options in ways.items():
                 found = [seconds(head, n, arguments.repetitions, **options) for n in arguments.tokens]
                 label = name + (", packed" if packed else "")
-                print(f"{label:28}" + "".join(f"{s:8.3f}" for s in found), flush=True)
+                sys.stdout.write(f"{label:28}" + "".join(f"{s:8.3f}" for s in found) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ from typing import Any
 from seriatim.core.construct import construct, pop_kind
 from seriatim.core.errors import ConfigError
 from seriatim.heads.base import Head
+from seriatim.heads.bins import Bins
 from seriatim.heads.categorical import Categorical
 from seriatim.heads.diffusion import Diffusion
 from seriatim.heads.flow import Flow
 from seriatim.heads.mixture import Mixture
 
 HEADS: dict[str, type[Head]] = {
+    "bins": Bins,
     "categorical": Categorical,
     "diffusion": Diffusion,
     "flow": Flow,
