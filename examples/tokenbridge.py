@@ -1,9 +1,9 @@
-"""TokenBridge's idea (Wang et al. 2025) as a composition: continuous latents, drawn channel by channel as one of 64 bins.
+"""TokenBridge's idea (Wang et al. 2025) as a composition: continuous latents, drawn feature by feature as bins.
 
     python examples/tokenbridge.py --steps 300 --out digits.png
 
 Nothing is quantised beforehand, and no codebook is trained: a masked backbone over continuous tokens, a head that nests
-(features one by one, a causal backbone), and `bins` as its leaf. `PAPER` is the published size; what is trained here in
+(features one by one, a causal backbone), and `bins` as its leaf. `LARGE` is about the published size (L: 486M, of which 94M in the head); what is trained here in
 a minute is the same thing for 8x8 digits, whose tokens are 2x2 pixels.
 """
 
@@ -24,8 +24,8 @@ from seriatim.pipeline import Pipeline
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.training.data import Digits
 
-# 94M in the head: 6 blocks of 1024, over the 16 channels of MAR's latents
-PAPER: dict[str, Any] = {
+# 6 blocks of 1024 in the head, over the 16 channels of MAR's latents
+LARGE: dict[str, Any] = {
     "kind": "masked", "tokens": 256, "dim": 16, "width": 1024, "depth": 16, "heads": 16, "buffer": 64, "classes": 1000,
     "head": {
         "kind": "nested",
@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     with torch.device("meta"):
-        paper = build_model(PAPER)
-    print(f"as published: {parameter_count(paper):,} parameters, {parameter_count(paper.head):,} in the head")
+        large = build_model(LARGE)
+    print(f"at full size: {parameter_count(large):,} parameters, {parameter_count(large.head):,} in the head")
 
     data, tokenizer = Digits(), Pixels(8, patch=2, channels=1)
     tokenizer.fit(data.some(data.count, 256))
@@ -71,9 +71,7 @@ def main() -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         if step % 100 == 0 or step + 1 == arguments.steps:
-            print(
-                f"step {step}: {loss.item() / SMALL['dim']:.3f} nats a feature, {math.log(64):.3f} if all bins were alike"
-            )
+            print(f"step {step}: {loss.item() / SMALL['dim']:.3f} nats a feature (all bins alike: {math.log(64):.3f})")
     pipe = Pipeline(Bundle(model.eval(), tokenizer, data.class_names))
     result = pipe(class_labels=data.class_names, num_images_per_label=4, num_inference_steps=16, guidance_scale=1.5)
     if arguments.out is not None:

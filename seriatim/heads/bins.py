@@ -80,7 +80,7 @@ class Bins(Head):
         return HeadLoss(nll, torch.ones_like(nll))
 
     def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
-        """The log density of the histogram, in nats: log mass of the bin less that of its width; -inf beyond the clip."""
+        """The log density of the histogram, in nats: the bin's mass over its width; -inf beyond the clip."""
         index = self.bin_of(target)  # (N, D)
         mass = self.logits(z).log_softmax(dim=-1).gather(2, index[..., None])[..., 0]
         density = mass - self.edges.diff().log().to(target.device)[index]
