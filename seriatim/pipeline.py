@@ -26,7 +26,6 @@ from seriatim.sampling.editing import (
     as_images,
     broadcast,
     chosen_tokens,
-    composite,
     pixel_mask,
     token_mask,
     token_pixels,
@@ -35,7 +34,7 @@ from seriatim.sampling.loops import steps_of
 from seriatim.sampling.masked import FirstStep, Step, prepare_model
 from seriatim.sampling.metadata import versions
 from seriatim.sampling.request import Label, SampleRequest, fitted
-from seriatim.sampling.result import Result, as_pil, check_output
+from seriatim.sampling.result import Result, arrays_of, as_pil, check_output, converted
 from seriatim.tokenizers.base import to_uint8
 
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
@@ -243,7 +242,8 @@ class Pipeline:
     ) -> Result:
         """Draw images. Arguments are those of a `SampleRequest`, diffusers' names where it has them.
 
-        `output_type` is "pil", "np" (uint8), "pt" (float in [-1, 1]) or "latent" (tokens).
+        `output_type` is "pil", "np" (uint8), "pt" (float in [-1, 1]) or "latent" (tokens). What is no picture comes
+        as the tokenizer's decode() gives it: a tensor with "pt", an array otherwise.
         `callback_on_step_end(pipeline, index, total, {"tokens", "known"})` is called after each step; "tokens" in the
         mapping that it may return replace the known ones, and sampling goes on from those.
         """
@@ -277,21 +277,13 @@ class Pipeline:
         finished.append(last.tokens)
         tokens = torch.cat(finished)  # (B, L, D)
         names = [self.label_name(label) for label in request.image_labels()]
-        images = tokens if output_type == "latent" else self._images(finished, output_type, keep)
+        images: Any = tokens
+        if output_type != "latent":
+            images = torch.cat([self._decode(some) for some in finished])  # (B, c, H, W)
+            images = converted(images, output_type, keep) if self.tokenizer.pictures else arrays_of(images, output_type)
         made = versions(self.device, self.dtype)
         sha = self.bundle.sha256
         return Result(images, names, request.image_seeds(), request, tokens, sha, made, edited, keep)
-
-    def _images(self, finished: list[Tensor], output_type: str, keep: tuple[Tensor, Tensor] | None) -> Any:
-        pictures = torch.cat([self._decode(some) for some in finished])  # (B, c, H, W)
-        if keep is None and output_type == "pt":
-            return pictures
-        arrays = to_uint8(pictures)  # (B, H, W, c)
-        if keep is not None:
-            arrays = composite(arrays, *keep)
-        if output_type == "pt":
-            return (arrays.permute(0, 3, 1, 2).float() / 127.5 - 1).to(pictures.device)
-        return arrays.numpy() if output_type == "np" else as_pil(arrays)
 
     # --- editing --------------------------------------------------------------------------------------------------
 
@@ -370,6 +362,8 @@ class Pipeline:
         return self.tokenizer.look(tokens.to(self.device), known)
 
     def _pil(self, tokens: Tensor, known: Tensor | None = None) -> list[Image.Image]:
+        if not self.tokenizer.pictures:
+            raise UsageError("preview: this model's tokens are no pictures; look at step.tokens")
         return as_pil(to_uint8(self._decode(tokens, known)))
 
     # --- keeping --------------------------------------------------------------------------------------------------

@@ -96,8 +96,9 @@ def test_readme_python(folder: Path, number: int) -> None:
         assert (folder / "three.png").exists() and (folder / "five.png").exists()
 
 
-def test_readme_head_of_ones_own() -> None:
-    code = "\n".join(blocks("python", (ROOT / "docs" / "heads.md").read_text()))
+@pytest.mark.parametrize("page", ["heads", "causal"])
+def test_readme_code_of_the_other_pages(page: str) -> None:
+    code = "\n".join(blocks("python", (ROOT / "docs" / f"{page}.md").read_text()))
     run([sys.executable, "-W", "error", "-c", code], ROOT)
 
 
@@ -119,23 +120,31 @@ def test_readme_links_and_pictures_exist() -> None:
 
 def test_readme_recipe_keys_are_all_there() -> None:
     """docs/recipes.md lists every key of a recipe and none that doesn't exist."""
+    from seriatim.backbones.causal import Causal
     from seriatim.backbones.masked import Masked
     from seriatim.core.construct import arguments
     from seriatim.evaluation.classifier import ResNet
+    from seriatim.heads.categorical import Categorical
     from seriatim.heads.diffusion import Diffusion
+    from seriatim.models.causal import CausalModel
     from seriatim.models.masked import MaskedModel
     from seriatim.tokenizers.build import TOKENIZERS
     from seriatim.training.config import ClassifierTraining, Training
 
     text = (ROOT / "docs" / "recipes.md").read_text()
     listed = set(re.findall(r"`((?:training|model)\.[a-z_.]+)`", text)) - {"training.png"}
-    derived = {"tokens", "dim", "classes", "channels", "backbone", "head", "z_dim"}
+    derived = {"tokens", "dim", "vocab", "classes", "channels", "backbone", "head", "z_dim"}
     expected = {f"training.{key}" for cls in (Training, ClassifierTraining) for key in cls.model_fields}
     expected |= {"model.kind", "model.head.kind"}
     expected |= {
-        f"model.{key}" for cls in (Masked, MaskedModel, ResNet) for key in arguments(cls) if key not in derived
+        f"model.{key}"
+        for cls in (Masked, MaskedModel, Causal, CausalModel, ResNet)
+        for key in arguments(cls)
+        if key not in derived
     }
-    expected |= {f"model.head.{key}" for key in arguments(Diffusion) if key not in derived}
+    expected |= {
+        f"model.head.{key}" for cls in (Diffusion, Categorical) for key in arguments(cls) if key not in derived
+    }
     assert listed == expected
 
     listed = set(re.findall(r"`(tokenizer\.[a-z0-9_]+)`", text))

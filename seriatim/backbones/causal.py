@@ -259,7 +259,8 @@ class Causal(Backbone):
         live = self.length if self.whole_cache else end
         table = self._rotation(state.order, begin, end, x.device)
         mask = self._step_mask(state, begin, end, live)
-        z = self.advance(x, table, mask, state.places[begin:end], live, state.caches, state.modulations)
+        at = state.places[begin:end] if self.whole_cache else None
+        z = self.advance(x, table, mask, at, live, state.caches, state.modulations)
         state.drawn += 1
         return z
 
@@ -268,7 +269,7 @@ class Causal(Backbone):
         x: Tensor,  # (B, n, C): new positions, embedded
         table: Tensor | None,  # their rotation
         mask: Tensor | None,  # (B or 1, 1, n, live)
-        at: Tensor,  # (n,): their places
+        at: Tensor | None,  # (n,): their places; None: the last of `live`
         live: int,  # places of the cache that are looked at
         caches: list[KVCache],
         modulations: list[tuple[Tensor, ...]],

@@ -13,8 +13,6 @@ from seriatim.cli.output import JsonFlag, print_json, print_table, say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from seriatim.checkpoints.native import Bundle
-    from seriatim.checkpoints.official import OfficialFile
     from seriatim.tokenizers.base import Tokenizer
 
 convert = typer.Typer(no_args_is_help=True, help="Turn official weights into a model folder.")
@@ -46,6 +44,7 @@ def convert_mar(
     from seriatim.checkpoints.native import save_bundle
     from seriatim.checkpoints.official import one_file, read_official
     from seriatim.core.errors import UsageError, nearest
+    from seriatim.models.build import parameter_count
 
     if preset is not None and preset not in mar.NAMES:
         raise UsageError(f"preset: {preset!r} is not one of MAR's{nearest(preset, mar.NAMES)}")
@@ -66,7 +65,17 @@ def convert_mar(
         file, tokenizer, read_names(class_names), heads=(heads[0], heads[-1]) if heads else None, preset=preset
     )
     save_bundle(bundle, out)
-    report(converted(bundle, file, out), json)
+    found = {
+        "model": str(out),
+        "weights": file.which,
+        "preset": bundle.provenance["preset"],
+        "parameters": parameter_count(bundle.model),
+        "tensors": len(file.tensors),
+        "tokens": bundle.model.tokens,
+        "classes": bundle.model.classes,
+        "image": list(tokenizer.size),
+    }
+    report(found, json)
 
 
 @convert.command("kl16")
@@ -95,6 +104,56 @@ def convert_kl16(
         "tokens": tokenizer.count,
         "features": tokenizer.dim,
         "scale": scale,
+    }
+    report(found, json)
+
+
+@convert.command("llamagen")
+def convert_llamagen(
+    weights: Annotated[Path, typer.Argument(help="c2i_B_256.pt, a .pth or a safetensors file.")],
+    out: Out,
+    vq: Annotated[
+        Path, typer.Option(help="Its tokenizer: vq_ds16_c2i.pt, or a folder that `convert llamagen-vq` made.")
+    ],
+    size: Annotated[int, typer.Option(help="Side of the images in pixels, where --vq is a file.")] = 256,
+    ema: Annotated[bool, typer.Option("--ema", help="Averaged weights, where the file has them.")] = False,
+    preset: Annotated[str | None, typer.Option(help="llamagen-b, ...; usually told by the sizes.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, of a model that is no preset.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
+    overwrite: Overwrite = False,
+    json: JsonFlag = False,
+) -> None:
+    """LlamaGen (Sun et al. 2024), of classes or of text. Nothing in a file is run; every tensor must fit."""
+    from seriatim.checkpoints import llamagen
+    from seriatim.checkpoints.llamagen_vq import ENTRIES, tokenizer_from_file
+    from seriatim.checkpoints.native import save_bundle
+    from seriatim.checkpoints.official import read_official
+    from seriatim.checkpoints.tokenizer import load_tokenizer
+    from seriatim.core.errors import UsageError, nearest
+    from seriatim.models.build import parameter_count
+
+    if preset is not None and preset not in llamagen.NAMES:
+        raise UsageError(f"preset: {preset!r} is not one of LlamaGen's{nearest(preset, llamagen.NAMES)}")
+    unused(out, overwrite)
+    if not vq.exists():
+        raise UsageError(f"vq: there is no {vq}; name vq_ds16_c2i.pt, or a folder that `convert llamagen-vq` made")
+    say(f"reading {weights}")
+    file = read_official(weights, which="ema" if ema else None, entries=llamagen.ENTRIES)
+    if vq.is_dir():
+        tokenizer = load_tokenizer(vq)
+    else:
+        tokenizer = tokenizer_from_file(read_official(vq, entries=ENTRIES), size=size)
+    bundle = llamagen.bundle_from_llamagen(file, tokenizer, read_names(class_names), heads=heads, preset=preset)
+    save_bundle(bundle, out)
+    found = {
+        "model": str(out),
+        "weights": file.which,
+        "preset": bundle.provenance["preset"],
+        "parameters": parameter_count(bundle.model),
+        "tensors": len(file.tensors),
+        "tokens": bundle.model.tokens,
+        "classes": bundle.model.classes,
+        "image": list(bundle.tokenizer.size),
     }
     report(found, json)
 
@@ -131,101 +190,6 @@ def convert_llamagen_vq(
     report(found, json)
 
 
-@convert.command("llamagen")
-def convert_llamagen(
-    weights: Annotated[Path, typer.Argument(help="c2i_B_256.pt, a .pth or a safetensors file.")],
-    out: Out,
-    vq: Annotated[Path, typer.Option(help="Its tokenizer: a folder with one of codes, a tokenizer's or a model's.")],
-    ema: Annotated[bool, typer.Option("--ema", help="Averaged weights, where the file has them.")] = False,
-    preset: Annotated[str | None, typer.Option(help="llamagen-b, ...; usually told by the sizes.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, of a model that is no preset.")] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
-    overwrite: Overwrite = False,
-    json: JsonFlag = False,
-) -> None:
-    """LlamaGen (Sun et al. 2024), of classes or of text. Nothing in a file is run; every tensor must fit."""
-    from seriatim.checkpoints import llamagen
-    from seriatim.checkpoints.native import save_bundle
-    from seriatim.checkpoints.official import read_official
-    from seriatim.checkpoints.tokenizer import load_tokenizer
-    from seriatim.core.errors import UsageError, nearest
-
-    if preset is not None and preset not in llamagen.NAMES:
-        raise UsageError(f"preset: {preset!r} is not one of LlamaGen's{nearest(preset, llamagen.NAMES)}")
-    unused(out, overwrite)
-    if not vq.is_dir():
-        raise UsageError(f"vq: there is no folder {vq}; name a tokenizer's, or that of a model which has one")
-    say(f"reading {weights}")
-    file = read_official(weights, which="ema" if ema else None, entries=llamagen.ENTRIES)
-    bundle = llamagen.bundle_from_llamagen(
-        file, load_tokenizer(vq), read_names(class_names), heads=heads, preset=preset
-    )
-    save_bundle(bundle, out)
-    report(converted(bundle, file, out), json)
-
-
-@convert.command("arinar")
-def convert_arinar(
-    weights: Annotated[Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder of such.")],
-    out: Out,
-    vae: Annotated[Path, typer.Option(help="Its autoencoder: kl16.ckpt, or a folder that `convert kl16` made.")],
-    heads: Annotated[
-        int | None,
-        typer.Option(help="Attention heads inside the head: 4 as first released (default), 16 as their code is today."),
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Some images: take the number of heads under which they are likelier.")
-    ] = None,
-    temperature_convention: Annotated[
-        str | None, typer.Option(help="What the file's temperature means: release (above 1 is sharper) or current.")
-    ] = None,
-    ema: Annotated[
-        bool | None, typer.Option("--ema/--raw", help="Averaged or last weights. Default: averaged, where there are.")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="arinar-b or arinar-l; usually told by the sizes.")] = None,
-    trunk_heads: Annotated[int | None, typer.Option(help="Attention heads, of a trunk that is no preset's.")] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
-    overwrite: Overwrite = False,
-    json: JsonFlag = False,
-) -> None:
-    """ARINAR (Zhao et al. 2025). Nothing in a file is run; every tensor must fit."""
-    from seriatim.checkpoints import arinar, mar
-    from seriatim.checkpoints.native import save_bundle
-    from seriatim.checkpoints.official import one_file, read_official
-    from seriatim.core.errors import UsageError, nearest
-
-    if preset is not None and preset not in arinar.NAMES:
-        raise UsageError(f"preset: {preset!r} is not one of ARINAR's{nearest(preset, arinar.NAMES)}")
-    if heads is not None and images is not None:
-        raise UsageError("images: tell how many heads there are; leave out heads, or images")
-    if heads is not None and heads < 1:
-        raise UsageError(f"heads: {heads} is not allowed; 4 as first released, 16 as the official code is today")
-    if temperature_convention is not None:
-        arinar.our_temperature(1.0, temperature_convention)
-    unused(out, overwrite)
-    if not vae.exists():
-        raise UsageError(f"vae: there is no {vae}; name kl16.ckpt, or a folder that `seriatim convert kl16` made")
-    path = one_file(weights, arinar.NAMES.get(preset or ""))
-    say(f"reading {path}")
-    file = read_official(path, which=None if ema is None else mar.ENTRIES[0 if ema else 1], entries=mar.ENTRIES)
-    config = arinar.infer(file.tensors, str(path))
-    tokenizer = vae_of(vae, config["tokens"], config["dim"])
-    losses = {}
-    if images is not None:
-        tokens = tokens_of(images, tokenizer)
-        losses = arinar.losses_by_heads(file, tokens, heads=trunk_heads, preset=preset)
-        heads = min(losses, key=losses.__getitem__)
-        each = ", ".join(f"{loss:.2f} with {n} heads" for n, loss in losses.items())
-        say(f"loss of {len(tokens)} images, in nats a token: {each}; taking {heads}")
-    bundle = arinar.bundle_from_arinar(
-        file, tokenizer, read_names(class_names), convention=temperature_convention,
-        inner_heads=heads or arinar.INNER_HEADS["release"], heads=trunk_heads, preset=preset,
-    )  # fmt: skip
-    save_bundle(bundle, out)
-    more: dict[str, object] = {"inner heads": bundle.provenance["inner_heads"]}
-    report({**converted(bundle, file, out), **more, **({"losses": losses} if losses else {})}, json)
-
-
 @export.command("mar")
 def export_mar(
     model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
@@ -251,21 +215,6 @@ def export_llamagen(
     from seriatim.checkpoints.native import load_bundle
 
     write_official(llamagen_tensors(load_bundle(model).model), out, ("model",), overwrite)
-
-
-@export.command("arinar")
-def export_arinar(
-    model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
-    out: Annotated[Path, typer.Argument(help="The file: .safetensors, or .pth as the official code reads it.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-) -> None:
-    """A masked model whose head is nested as ARINAR's, for the official ARINAR code."""
-    from seriatim.checkpoints import arinar, mar
-    from seriatim.checkpoints.native import load_bundle
-
-    made = load_bundle(model).model
-    write_official(arinar.arinar_tensors(made), out, mar.ENTRIES, overwrite)
-    say(f"its head has {arinar.inner_heads_of(made)} attention heads, which the official code must have too")
 
 
 @export.command("kl16")
@@ -348,38 +297,6 @@ def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str,
     else:
         atomic_write(out, lambda file: torch.save({entry: whole for entry in entries}, file))
     say(f"wrote {out}: {len(whole)} tensors")
-
-
-def tokens_of(folder: Path, tokenizer: Tokenizer, most: int = 64) -> Tensor:
-    """Tokens (B, L, D) of images from all over a folder."""
-    import torch
-
-    from seriatim.core.errors import UsageError
-    from seriatim.training.folder import Folder
-    from seriatim.training.loader import to_float
-
-    if not folder.is_dir():
-        raise UsageError(f"images: {folder} is not a folder; name one that holds images")
-    data = Folder(str(folder), size=list(tokenizer.size), channels=tokenizer.channels, check=False)
-    with torch.no_grad():
-        parts = [tokenizer.tokens(tokenizer.moments(to_float(part))) for part in data.some(most, 8)]
-    return torch.cat(parts)
-
-
-def converted(bundle: Bundle, file: OfficialFile, out: Path) -> dict[str, object]:
-    """What a converted model is, for `report`."""
-    from seriatim.models.build import parameter_count
-
-    return {
-        "model": str(out),
-        "weights": file.which,
-        "preset": bundle.provenance["preset"],
-        "parameters": parameter_count(bundle.model),
-        "tensors": len(file.tensors),
-        "tokens": bundle.model.tokens,
-        "classes": bundle.model.classes,
-        "image": list(bundle.tokenizer.size),
-    }
 
 
 def report(found: dict[str, object], json: bool) -> None:

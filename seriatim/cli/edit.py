@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
-from seriatim.cli.sample import SMALL, order_or_positions
+from seriatim.cli.sample import order_or_positions
+from seriatim.cli.threads import drawing_with
 
 
 def edit(
@@ -46,15 +47,11 @@ def edit(
     json: JsonFlag = False,
 ) -> None:
     """Inpaint, outpaint inside the frame, change the class of a region: black pixels of the mask stay as they are."""
-    import torch
-
     from seriatim.core.errors import UsageError
     from seriatim.core.files import writable_folder
     from seriatim.evaluation.grid import grid, save_png
-    from seriatim.models.build import parameter_count
     from seriatim.pipeline import load
     from seriatim.training.images import BadImage, read_image
-    from seriatim.training.precision import threads as using
 
     pipe = load(model, device=device, dtype=dtype)
     try:
@@ -64,7 +61,7 @@ def edit(
     taken = [file for file in (out / "grid.png", *sorted(out.glob("0*.png"))) if file.exists()]
     if taken and not overwrite:
         raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
-    with using(threads or (1 if parameter_count(pipe.model) < SMALL else torch.get_num_threads())):
+    with drawing_with(pipe, threads):
         result = pipe.edit(
             picture,
             mask=white,

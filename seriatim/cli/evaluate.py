@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table, say
-from seriatim.cli.sample import SMALL, order_or_positions
+from seriatim.cli.sample import order_or_positions
+from seriatim.cli.threads import drawing_with
 
 if TYPE_CHECKING:
     from seriatim.evaluation.blocks import Share
@@ -72,7 +73,7 @@ def evaluate(
 ) -> None:
     """Measure samples against real images, beside as many real ones; resumable, and shared between processes.
 
-    Of a tokenizer folder: what it loses, and what its tokens are like.
+    Of a tokenizer folder: what it loses, and what its tokens are like, or how its codes are used.
     """
     share = share_of(shard)
     of_model = {
@@ -92,17 +93,15 @@ def evaluate(
     if is_one:
         return evaluate_tokenizer(model, data, num, real_data, features, noise, seed, out, device, json)
 
-    import torch
-
     from seriatim.core.progress import duration
+    from seriatim.evaluation.base import check_pictures
     from seriatim.evaluation.features import open_features
     from seriatim.evaluation.figures import FIGURES
     from seriatim.evaluation.run import evaluate as run
-    from seriatim.models.build import parameter_count
     from seriatim.pipeline import load
-    from seriatim.training.precision import threads as using
 
     pipe = load(model, device=device_of(device), dtype=dtype)
+    check_pictures(pipe.tokenizer)
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
     settings = dict(
         guidance_scale=guidance_scale,
@@ -113,8 +112,7 @@ def evaluate(
     extractor = open_features(features, size=size, channels=channels)
     reference = open_data(data, size, channels, "data")
     others = None if real_data is None else only_images(open_data(real_data, size, channels, "real-data"), real_data)
-    count = threads or (1 if parameter_count(pipe.model) < SMALL else torch.get_num_threads())
-    with using(count):
+    with drawing_with(pipe, threads):
         done = run(
             pipe,
             reference,
@@ -169,11 +167,12 @@ def evaluate_tokenizer(
 ) -> None:
     from seriatim.checkpoints.tokenizer import load_tokenizer
     from seriatim.core.device import pick_device
+    from seriatim.evaluation.base import check_pictures
     from seriatim.evaluation.features import open_features
-    from seriatim.evaluation.tokenizers import NOISE
     from seriatim.evaluation.tokenizers import evaluate_tokenizer as run
 
     made = load_tokenizer(folder)
+    check_pictures(made)
     size, channels = made.size, made.channels
     done = run(
         made,
@@ -182,7 +181,7 @@ def evaluate_tokenizer(
         num=num,
         features=None if features == "none" else open_features(features, size=size, channels=channels),
         real=None if real_data is None else only_images(open_data(real_data, size, channels, "real-data"), real_data),
-        noise=noise or NOISE,
+        noise=noise,
         source=folder,
         seed=seed,
         device=pick_device(device),
@@ -195,7 +194,8 @@ def evaluate_tokenizer(
         for name, x in done.figures.items()
     ]
     rows += [(f"PSNR, noise {level:g}", f"{x.value:.4g} ± {x.error:.2g}", "") for level, x in done.noise.items()]
-    rows += [(f"tokens: {name}", f"{value:.4g}", "") for name, value in done.latents.items()]
+    kind = "tokens" if made.vocab is None else "codes"
+    rows += [(f"{kind}: {name}", f"{value:.4g}", "") for name, value in done.latents.items()]
     print_table(("figure", f"{done.report['num']:,} reconstructions", "the images themselves"), rows)
     typer.echo(done.report["markdown"])
     say(f"markdown and settings: {out / 'results.json'}")

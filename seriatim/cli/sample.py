@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
+from seriatim.cli.threads import threads_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from seriatim.sampling.metadata import Recorded
     from seriatim.sampling.request import SampleRequest
 
-# Parameters below which one thread draws: nearly as fast on an idle machine, ninety times faster on a busy one where
-# threads wait for each other (docs/log.md). A rule, not a measurement: the same command gives the same bits.
-SMALL = 4_000_000
 NEARLY = 2  # levels of 255 by which rounding in another batch, thread count or version may move a pixel
 
 
@@ -61,7 +59,9 @@ def sample(
         Path | None, typer.Option("--from", help="A PNG drawn before: repeat it, and compare the pixels.")
     ] = None,
     animate: Annotated[bool, typer.Option("--animate", help="Also write animation.gif: tokens appearing.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png.")] = Path("samples"),
+    out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png; for samples.npy of arrays.")] = Path(
+        "samples"
+    ),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
@@ -71,13 +71,10 @@ def sample(
     """Draw images into a folder, and all of them into one picture, grid.png. What isn't given, the model decides."""
     import time
 
-    import torch
-
     from seriatim.core.errors import UsageError
     from seriatim.core.files import writable_folder
     from seriatim.core.progress import Progress
     from seriatim.evaluation.grid import grid, save_png
-    from seriatim.models.build import parameter_count
     from seriatim.pipeline import load
     from seriatim.sampling.animation import save_animation
     from seriatim.sampling.metadata import versions
@@ -110,6 +107,8 @@ def sample(
     else:
         request = request_of(original[1], from_, pipe, [k for k, v in settings.items() if v is not None])
     steps = pipe.stream(request=request, batch_size=batch_size)  # checks everything before a folder is made
+    if not pipe.tokenizer.pictures:
+        return sample_arrays(pipe, request, out, batch_size, threads, animate=animate, overwrite=overwrite, json=json)
     out = writable_folder(out)
     names = [pipe.label_name(x) or "image" for x in request.image_labels()]
     files = [out / f"{i:04d}-{safe_name(name)}.png" for i, name in enumerate(names)]
@@ -120,7 +119,7 @@ def sample(
     if taken and not overwrite:
         raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
 
-    count = threads or (1 if parameter_count(pipe.model) < SMALL else torch.get_num_threads())
+    count = threads_of(pipe, threads)
     begin = time.monotonic()
     made = versions(pipe.device, pipe.dtype)
     columns = max(request.num_images_per_label, min(8, request.num_images))
@@ -170,6 +169,56 @@ def order_or_positions(text: str | None) -> str | list[int] | None:
     if text is None or not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text):
         return text
     return [int(position) for position in text.split(",")]
+
+
+def sample_arrays(
+    pipe: Pipeline,
+    request: SampleRequest,
+    out: Path,
+    batch_size: int | None,
+    threads: int | None,
+    *,
+    animate: bool,
+    overwrite: bool,
+    json: bool,
+) -> None:
+    """The same of what is no picture: samples.npy, one array of all, and samples.json, their request."""
+    import time
+
+    from seriatim.core.errors import UsageError
+    from seriatim.core.progress import Progress
+    from seriatim.sampling.result import SAMPLES, SAYS
+    from seriatim.training.precision import threads as using
+
+    if animate:
+        raise UsageError("animate: this model's tokens are no pictures; leave it out")
+    taken = [out / name for name in (SAMPLES, SAYS) if (out / name).exists()]
+    if taken and not overwrite:
+        raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
+    count = threads_of(pipe, threads)
+    begin, before = time.monotonic(), 0
+    with using(count), Progress(request.num_images, "sampling", "sequences", quiet=json) as bar:
+
+        def show(_: Pipeline, index: int, total: int, __: object) -> None:
+            nonlocal before
+            share = request.num_images * (index + 1) // total
+            bar.advance(share - before, f"step {index + 1} of {total}")
+            before = share
+
+        result = pipe(request=request, batch_size=batch_size, callback_on_step_end=show)
+    files = result.save(out)
+    report = {
+        "sequences": len(result.images),
+        "shape": list(result.images.shape),
+        "file": str(files[0]),
+        "seconds": round(time.monotonic() - begin, 3),
+        "seed": request.seed,
+        "threads": count,
+    }
+    if json:
+        extra = {"request": request.model_dump(mode="json"), "model_sha256": pipe.bundle.sha256}
+        return print_json(report | extra)
+    return print_table(("sampled", ""), list(report.items()))
 
 
 # --- repeating ----------------------------------------------------------------------------------------------------

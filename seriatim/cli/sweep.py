@@ -20,7 +20,7 @@ from seriatim.cli.evaluate import (
     share_of,
 )
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table, say
-from seriatim.cli.sample import SMALL
+from seriatim.cli.threads import drawing_with
 
 
 def sweep(
@@ -55,21 +55,16 @@ def sweep(
     share = share_of(shard)
     swept = {name: several(name, text) for name, text in map(parted, values)}
 
-    import torch
-
     from seriatim.evaluation.features import open_features
     from seriatim.evaluation.figures import FIGURES
     from seriatim.evaluation.sweep import CURVES, JSON, TABLE
     from seriatim.evaluation.sweep import sweep as run
-    from seriatim.models.build import parameter_count
     from seriatim.pipeline import load
-    from seriatim.training.precision import threads as using
 
     pipe = load(model, device=device_of(device), dtype=dtype)
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
     others = None if real_data is None else only_images(open_data(real_data, size, channels, "real-data"), real_data)
-    count = threads or (1 if parameter_count(pipe.model) < SMALL else torch.get_num_threads())
-    with using(count):
+    with drawing_with(pipe, threads):
         done = run(
             pipe,
             open_data(data, size, channels, "data"),

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from seriatim.core.errors import UsageError
-from seriatim.tokenizers.base import digest_of
+from seriatim.tokenizers.base import Tokenizer, digest_of
 
 
 class Features(NamedTuple):
@@ -61,3 +61,9 @@ class FeatureExtractor(nn.Module):
     def fingerprint(self) -> str:
         """sha256 of settings and weights."""
         return digest_of(type(self).__name__, self.config, self.state_dict())
+
+
+def check_pictures(tokenizer: Tokenizer) -> None:
+    """Refuse tokens that are no pictures, before anything is read."""
+    if not tokenizer.pictures:
+        raise UsageError("model: its tokens are no pictures, and every figure here is of pictures; look at samples.npy")

@@ -26,7 +26,7 @@ from torch import Tensor
 from seriatim.core.errors import UsageError, one_line
 from seriatim.core.files import writable_folder, write_json
 from seriatim.core.random import derive_seed
-from seriatim.evaluation.base import FeatureExtractor
+from seriatim.evaluation.base import FeatureExtractor, check_pictures
 from seriatim.evaluation.blocks import ALL, SIZE, Blocks, Share, eight_bits
 from seriatim.evaluation.figures import FIGURES, Reference, Set, check_count, check_figures, class_map, figures_of
 from seriatim.evaluation.memory import nearest_picture
@@ -84,6 +84,7 @@ def evaluate(
     Raises UsageError for another evaluation's folder, DataError for too few images or classes that don't match.
     """
     begin = time.monotonic()
+    check_pictures(pipe.tokenizer)
     request = asked(pipe, num, seed, settings)
     which = check_figures(figures)
     classes = pipe.model.classes

@@ -117,7 +117,7 @@ def curves(done: Sweep, path: Path) -> Path:
         panel.set_xlabel(over)
         panel.set_title(name)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="best")
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     return atomic_write(path, lambda file: drawing.savefig(file, format="png"))

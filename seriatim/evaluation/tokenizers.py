@@ -1,6 +1,6 @@
-"""What a tokenizer loses, and what its tokens are like.
+"""What a tokenizer loses, and what its tokens are like, or how its codes are used.
 
-B images, L tokens of D features, F features of an extractor.
+B images, L tokens of D features or L codes, F features of an extractor.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.files import writable_folder, write_json
 from seriatim.core.progress import Progress
 from seriatim.core.random import Noise, derive_seed
-from seriatim.evaluation.base import FeatureExtractor
+from seriatim.evaluation.base import FeatureExtractor, check_pictures
 from seriatim.evaluation.blocks import Vectors, eight_bits, extract
 from seriatim.evaluation.figures import Reference, Set, check_count, figures_of, named
 from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_error
 from seriatim.evaluation.reference import Images, Part, as_many, described, halves, whole
 from seriatim.sampling.metadata import versions
 from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.quantise import Usage
 
 BATCH = 32
 MOST_PSNR = 100.0  # dB: what an image that comes back exactly counts, since infinity has no mean
@@ -39,8 +40,8 @@ RESULTS = "results.json"
 class TokenizerEvaluation:
     figures: dict[str, Figure]  # PSNR, SSIM, and with an extractor rFD[name] and FD[name]
     real: dict[str, Figure]  # FD[name] of the images themselves
-    noise: dict[float, Figure]  # PSNR of what noisy tokens decode to, by the noise's standard deviation
-    latents: dict[str, float]
+    noise: dict[float, Figure]  # PSNR of what noisy tokens decode to, by the noise's standard deviation; none of codes
+    latents: dict[str, float]  # statistics of the tokens; of codes, their usage
     report: dict[str, Any]
 
 
@@ -52,7 +53,7 @@ def evaluate_tokenizer(
     num: int,
     features: FeatureExtractor | None = None,
     real: Images | None = None,
-    noise: Sequence[float] = NOISE,
+    noise: Sequence[float] | None = None,  # None: NOISE, and none where tokens are codes
     source: str = "",
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -68,6 +69,10 @@ def evaluate_tokenizer(
     begin = time.monotonic()
     if num < 2:
         raise UsageError(f"num: {num!r} is not allowed; it must be at least 2")
+    check_pictures(tokenizer)
+    if noise and tokenizer.vocab is not None:
+        raise UsageError("noise: is for continuous tokens, this tokenizer's are codes; leave it out")
+    noise = (NOISE if tokenizer.vocab is None else ()) if noise is None else noise
     if any(not (math.isfinite(level) and level > 0) for level in noise):
         raise UsageError(f"noise: {list(noise)!r} is not allowed; standard deviations are positive")
     for name, images in (("data", data), ("real_data", real)):
@@ -105,7 +110,7 @@ def evaluate_tokenizer(
             for name, x in figures.items()
         },
         "psnr_under_noise": {str(level): {"value": x.value, "error": x.error} for level, x in shaken.items()},
-        "latents": seen.latents,
+        "latents" if tokenizer.vocab is None else "codes": seen.latents,
         "num": count,
         "exact": float((seen.psnr >= MOST_PSNR).mean()),
         "error": "jackknife over 10 groups of the images",
@@ -151,12 +156,12 @@ def look(
     psnr, ssim = similarity()
     collected: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "decoded", "images")}
     noisy: list[list[Tensor]] = [[] for _ in noise]
-    latents = LatentStatistics(tokenizer.dim)
+    latents = LatentStatistics(tokenizer.dim) if tokenizer.vocab is None else Usage(tokenizer.vocab)
     with Progress(len(part), "reconstructing", "images", quiet=quiet) as bar:
         for first in range(0, len(part), BATCH):
             index = part.index[first : first + BATCH]
             images = eight_bits(part.data.images(index)).to(device)
-            tokens = tokenizer.tokens(tokenizer.moments(images))  # (B, L, D)
+            tokens = tokenizer.tokens(tokenizer.moments(images))  # (B, L, D), or codes (B, L)
             if not bool(torch.isfinite(tokens).all()):
                 raise NumericsError("tokenizer: its tokens are not finite; its weights do not fit these images")
             latents.add(tokens)
@@ -167,10 +172,11 @@ def look(
             if extractor is not None:
                 for name, pictures in (("decoded", decoded), ("images", images)):
                     collected[name].append(extract(extractor, pictures, device).features)
-            draws = Noise.per_image([derive_seed(seed, "latent noise", first + i) for i in range(len(index))], device)
-            shift = draws.normal(*tokens.shape[1:])  # (B, L, D): the same direction at every level
-            for values, level in zip(noisy, noise, strict=True):
-                values.append(psnr(eight_bits(tokenizer.decode(tokens + level * shift)), images))
+            if noise:
+                seeds = [derive_seed(seed, "latent noise", first + i) for i in range(len(index))]
+                shift = Noise.per_image(seeds, device).normal(*tokens.shape[1:])  # (B, L, D): as all levels have it
+                for values, level in zip(noisy, noise, strict=True):
+                    values.append(psnr(eight_bits(tokenizer.decode(tokens + level * shift)), images))
             bar.advance(len(index))
 
     def joined(parts: list[Tensor]) -> Array:
@@ -263,7 +269,10 @@ def row(source: str, report: dict[str, Any]) -> str:
     noise = report["psnr_under_noise"]
     names = [*figures, *(f"PSNR, noise {level}" for level in noise)]
     values = [*figures.values(), *noise.values()]
+    codes = report.get("codes", {})
+    names += [f"{name} of {codes['codes']:,} codes" for name in ("used", "perplexity") if codes]
     cells = [f"{x['value']:.4g} ± {x['error']:.2g}" + (f" ({x['real']:.4g})" if "real" in x else "") for x in values]
+    cells += [f"{codes['used']:.1%}", f"{codes['perplexity']:.4g}"] if codes else []
     path = Path(source)
     name = (path.parent.name if path.name == "model" else path.name) or "tokenizer"
     sha = report["settings"]["tokenizer"]["sha256"][:8]

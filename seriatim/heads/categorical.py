@@ -88,10 +88,9 @@ class Categorical(Head):
 
     def guided(self, z: Tensor, z_null: Tensor | None, scale: Tensor | None) -> Tensor:
         """Logits (N, V) in float32: u + s (c - u)."""
-        logits = self.logits(z).float()
         if scale is None or z_null is None:
-            return logits
-        null = self.logits(z_null).float()
+            return self.logits(z).float()
+        logits, null = self.logits(torch.cat([z, z_null])).float().chunk(2)  # one product: it is the weights that cost
         return null + scale * (logits - null)
 
     def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: float | Tensor) -> Tensor:
@@ -137,7 +136,5 @@ def filtered(logits: Tensor, temperature: float = 1.0, top_k: int | None = None,
 def draw_code(logits: Tensor, u: Tensor) -> Tensor:
     """Inverse CDF: the first code whose cumulative probability exceeds u (N,), of logits (N, V) -> (N,)."""
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # (N, V)
-    # rounding may leave the last sum below 1: u is taken as a share of it
-    index = torch.searchsorted(cumulative, (u[:, None].to(cumulative) * cumulative[:, -1:]), right=True)[:, 0]
-    last = logits.shape[-1] - 1 - logits.isfinite().flip(-1).to(torch.uint8).argmax(dim=-1)  # the last possible code
-    return index.minimum(last)
+    # Rounding may leave the last sum below 1: u, at most 1 - 2^-24, is taken as a share of it, and so lies below it.
+    return torch.searchsorted(cumulative, u[:, None].to(cumulative) * cumulative[:, -1:], right=True)[:, 0]

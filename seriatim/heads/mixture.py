@@ -46,8 +46,12 @@ class Mixture(Head):
         z_dim: int | None = None,  # C; None: the model tells
     ) -> None:
         super().__init__()
-        for name, value, least in (("dim", dim, 1), ("components", components, 1), ("width", width, 1),
-                                   ("depth", depth, 0)):  # fmt: skip
+        for name, value, least in (
+            ("dim", dim, 1),
+            ("components", components, 1),
+            ("width", width, 1),
+            ("depth", depth, 0),
+        ):
             if value < least:
                 raise UsageError(f"{name}: {value!r} is not allowed; it must be at least {least}")
         if covariance not in COVARIANCES:
@@ -123,8 +127,9 @@ class Mixture(Head):
     ) -> Tensor:
         """Tokens (N, D). The temperature scales standard deviations, never weights.
 
-        A row whose scale is 1 draws a uniform number and D normal ones, a guided one a uniform number ("exact") or
-        those of its S candidates and one more ("resample"), whatever others do. `top_p` is of the conditional mixture.
+        A row whose scale is 1 draws a uniform number and D normal ones; a guided one a uniform number ("exact"), or
+        those of its S candidates and one more ("resample"): whatever the other rows do. `top_p` is of the conditional
+        mixture. "exact" is so on the support that `sample_product` defines, "resample" approximate.
         """
         if unknown:
             raise UsageError(f"{sorted(unknown)[0]}: the Mixture head has no such sampling option")
@@ -135,22 +140,22 @@ class Mixture(Head):
             cond = self.mixture(z.float()).nucleus(top_p)
             if scale is None or z_null is None:
                 return cond.sample(noise.uniform(), noise.normal(self.output), temperature)
-            w, drawn = scale[:, 0], z.new_empty(len(z), self.output, dtype=torch.float32)
-            plain, guided = (w == 1).nonzero()[:, 0], (w != 1).nonzero()[:, 0]
+            drawn = z.new_empty(len(z), self.output, dtype=torch.float32)
+            plain, rows = (scale[:, 0] == 1).nonzero()[:, 0], (scale[:, 0] != 1).nonzero()[:, 0]
             if len(plain):
                 of = noise.select(plain)
                 drawn[plain] = cond.select(plain).sample(of.uniform(), of.normal(self.output), temperature)
             of, w, cond, null = (
-                noise.select(guided),
-                w[guided],
-                cond.select(guided),
-                self.mixture(z_null[guided].float()),
+                noise.select(rows),
+                scale[rows, 0],
+                cond.select(rows),
+                self.mixture(z_null[rows].float()),
             )
             if exact:
-                drawn[guided] = sample_product(cond, null, w, of.uniform(), temperature)[:, None]
+                drawn[rows] = sample_product(cond, null, w, of.uniform(), temperature)[:, None]
             else:
                 candidates = of.uniform(CANDIDATES), of.normal(CANDIDATES, self.output)
-                drawn[guided] = resample_product(cond, null, w, candidates, of.uniform(), temperature)
+                drawn[rows] = resample_product(cond, null, w, candidates, of.uniform(), temperature)
             return drawn
 
     def check_options(self, temperature: float = 1.0, **options: Any) -> None:

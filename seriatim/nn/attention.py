@@ -54,9 +54,10 @@ def attend(
     """softmax(scale q k^T) v; all (B, h, S, d). The fused kernel, except where a CPU is faster without.
 
     On a CPU the fused backward costs up to 7 times the explicit one in bfloat16, at every length measured, and
-    the explicit one wins in float32 up to `SHORT` positions (docs/log.md).
+    the explicit one wins in float32 up to `SHORT` positions (docs/log.md), and for one query over a cache.
     """
-    explicit = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or k.shape[-2] <= SHORT)
+    short = k.shape[-2] <= SHORT or q.shape[-2] == 1
+    explicit = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or short)
     if not explicit:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal)
     if causal:

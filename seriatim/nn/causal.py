@@ -30,8 +30,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = (y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + RMS_EPS)).to(x.dtype)
+        y = F.rms_norm(x.float(), x.shape[-1:], eps=RMS_EPS).to(x.dtype)
         return y if self.weight is None else y * self.weight
 
 
@@ -66,17 +65,17 @@ class CausalAttention(nn.Module):
     ) -> Tensor:
         """x (B, S, C) -> (B, S, C); mask (B or 1, 1, S, K), True where a key may be looked at.
 
-        With a cache, x holds the positions at (S,) and the keys are those of the first `live` places.
+        With a cache, x holds the positions at (S,), None: the last ones, and the keys are those of the first `live`.
         """
         B, S, C = x.shape
         qkv = self.qkv(x)  # (B, S, 3 C)
         if self.q_bias is not None and self.v_bias is not None:
             qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = qkv.view(B, S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, h, S, d)
+        heads = qkv.view(B, S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, h, S, d)
+        q, k, v = heads
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q, k = rotate(heads[:2], rotation)
         if cache is not None:
-            assert at is not None, "a cache is told where its new positions are"
             k, v = cache.put(k, v, at, live)
         x = attend(q, k, v, mask, scale=self.scale, causal=causal)  # (B, h, S, d)
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)

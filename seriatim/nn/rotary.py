@@ -38,8 +38,6 @@ def grid_places(grid: tuple[int, int], prefix: int, device: torch.device | str =
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x (B, h, S, d) turned by table (S, d/2, 2), or one for each sequence (B, 1, S, d/2, 2): in float32, and back."""
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, h, S, d/2, 2)
-    a, b = pairs.unbind(-1)
-    cos, sin = table.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+    """x (..., S, d) turned by table (S, d/2, 2), or by one that fits its leading axes: in float32, and back."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # (..., S, d/2)
+    return torch.view_as_real(pairs * torch.view_as_complex(table)).flatten(-2).to(x.dtype)

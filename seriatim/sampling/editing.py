@@ -84,6 +84,8 @@ def token_pixels(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
 
 def as_images(images: Any, tokenizer: Tokenizer) -> Tensor:
     """PIL pictures, arrays (B, H, W, c) uint8 or tensors (B, c, H, W) in [-1, 1] -> (B, H, W, c) uint8."""
+    if not tokenizer.pictures:
+        raise UsageError("image: this model's tokens are no pictures, which editing needs; use `regenerate`")
     many = list(images) if isinstance(images, (list, tuple)) else [images]
     if not many:
         raise UsageError("image: none given")

@@ -7,15 +7,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from seriatim.core.errors import UsageError, nearest
-from seriatim.core.files import atomic_write, writable_folder
+from seriatim.core.files import atomic_write, writable_folder, write_json
+from seriatim.sampling.editing import composite
 from seriatim.sampling.metadata import Recorded, alone, chunk, pixels_sha256
 from seriatim.sampling.request import SampleRequest
+from seriatim.tokenizers.base import to_uint8
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SAMPLES, SAYS = "samples.npy", "samples.json"  # of what is no picture
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Result:
     """Images in the order of the labels, and their tokens."""
 
     images: Any  # list of PIL images; or (B, H, W, c) uint8; or (B, c, H, W) in [-1, 1]; or tokens (B, L, D)
+    # ... of what is no picture: (B, L, D) in its own units, or codes (B, L)
     labels: list[str | None]  # the class of each image, by name
     seeds: list[int]  # of each image
     request: SampleRequest
@@ -33,12 +38,28 @@ class Result:
     kept: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # of an edit: pixels, and where others replace
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write the images as PNG files that carry their request; `seriatim sample MODEL --from FILE` repeats one."""
+        """Write the images as PNG files that carry their request; `seriatim sample MODEL --from FILE` repeats one.
+
+        What is no picture becomes samples.npy, an array, and samples.json, its request.
+        """
+        if isinstance(self.images, np.ndarray) and self.images.ndim < 4:
+            return self.save_arrays(writable_folder(Path(folder)))
         if not isinstance(self.images, list):
             raise UsageError("output_type: only PIL images are saved; call with output_type='pil'")
         root = writable_folder(Path(folder))
         files = [root / f"{i:04d}-{safe_name(label or 'image')}.png" for i, label in enumerate(self.labels)]
         return [save_image(self.images[i], file, self.recorded(i)) for i, file in enumerate(files)]
+
+    def save_arrays(self, folder: Path) -> list[Path]:
+        says = {
+            "request": self.request.model_dump(mode="json"),
+            "labels": self.labels,
+            "seeds": self.seeds,
+            "model_sha256": self.model_sha256,
+            "edited": self.edited,
+            "versions": self.versions,
+        }
+        return [save_array(self.images, folder / SAMPLES), write_json(folder / SAYS, says)]
 
     def recorded(self, i: int) -> Recorded:
         """What the PNG of image i says of it."""
@@ -70,6 +91,33 @@ def recorded(
 
 def save_image(image: Image.Image, path: Path | str, says: Recorded) -> Path:
     return atomic_write(path, lambda file: image.save(file, format="PNG", pnginfo=chunk(says)))
+
+
+def save_array(array: Any, path: Path | str) -> Path:
+    """A .npy file."""
+
+    def write(file: Path) -> None:
+        with open(file, "wb") as stream:  # given a name, numpy would append its own suffix
+            np.save(stream, array, allow_pickle=False)
+
+    return atomic_write(path, write)
+
+
+def converted(pictures: Tensor, output_type: str, keep: tuple[Tensor, Tensor] | None) -> Any:
+    """Pictures (B, c, H, W) in [-1, 1] as what a call was asked for; `keep`: what an edit puts back, and where not."""
+    if keep is None and output_type == "pt":
+        return pictures
+    arrays = to_uint8(pictures)  # (B, H, W, c)
+    if keep is not None:
+        arrays = composite(arrays, *keep)
+    if output_type == "pt":
+        return (arrays.permute(0, 3, 1, 2).float() / 127.5 - 1).to(pictures.device)
+    return arrays.numpy() if output_type == "np" else as_pil(arrays)
+
+
+def arrays_of(decoded: Tensor, output_type: str) -> Any:
+    """What is no picture (B, L, D) or (B, L): a tensor for "pt", an array otherwise."""
+    return decoded if output_type == "pt" else decoded.cpu().numpy()
 
 
 def safe_name(name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from seriatim.core.construct import construct, pop_kind
+from seriatim.tokenizers.arrays import Arrays
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.kmeans import KMeans
@@ -14,6 +15,7 @@ from seriatim.tokenizers.pretrained import Pretrained
 from seriatim.tokenizers.vq import VQ
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
+    "arrays": Arrays,
     "kl": KL,
     "kmeans": KMeans,
     "pixels": Pixels,

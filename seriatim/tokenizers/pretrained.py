@@ -21,11 +21,16 @@ from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
 from seriatim.tokenizers.latent import Latent, Statistics, given_scale
 
 AUTOENCODERS = {  # class -> module; one image in, one grid of continuous latents out
+    "AsymmetricAutoencoderKL": "diffusers.models.autoencoders.autoencoder_asym_kl",
     "AutoencoderDC": "diffusers.models.autoencoders.autoencoder_dc",
     "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
+    "AutoencoderKLFlux2": "diffusers.models.autoencoders.autoencoder_kl_flux2",
+    "AutoencoderKLHunyuanImage": "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage",
     "AutoencoderTiny": "diffusers.models.autoencoders.autoencoder_tiny",
 }
+POINTS = ("AutoencoderDC", "AutoencoderTiny")  # whose posterior has no variance
 CLASS, CONFIG = "_class_name", "config.json"
+MEAN, STD = "latents_mean", "latents_std"
 WEIGHTS = "diffusion_pytorch_model*.safetensors*"  # and the index of those in several files
 
 
@@ -56,6 +61,7 @@ class Pretrained(Latent):
         else:
             network = read(str(path), subfolder)
         described = describe(network)
+        described |= {key: value for key, value in (autoencoder or {}).items() if key in (MEAN, STD)}
         takes, z = int(described["in_channels"]), int(described["latent_channels"])
         if channels != takes:
             raise UsageError(
@@ -68,7 +74,7 @@ class Pretrained(Latent):
             channels,
             stride=stride_of(described),
             latent_channels=z,
-            gaussian=described[CLASS] == "AutoencoderKL",
+            gaussian=described[CLASS] not in POINTS,
             statistics=statistics,
             given=own_statistics(described) if scale is None else given_scale(scale, z),
         )
@@ -86,8 +92,9 @@ def class_of(config: Mapping[str, Any], where: str) -> Any:
 def build(config: Mapping[str, Any]) -> nn.Module:
     """An autoencoder with random weights from what `describe` wrote."""
     cls = class_of(config, "autoencoder")
-    arguments = {name: value for name, value in config.items() if name != CLASS}
-    unknown = sorted(arguments.keys() - inspect.signature(cls).parameters.keys())
+    taken = inspect.signature(cls).parameters.keys()
+    arguments = {name: value for name, value in config.items() if name in taken or name not in (CLASS, MEAN, STD)}
+    unknown = sorted(arguments.keys() - taken)
     if unknown:
         raise UsageError(f"autoencoder: {config[CLASS]} takes no {unknown[0]!r}; another version of diffusers wrote it")
     network: nn.Module = cls(**arguments)
@@ -95,11 +102,20 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 
 def describe(network: Any) -> dict[str, Any]:
-    """Class and constructor's arguments of an autoencoder, as plain data."""
+    """Class and arguments of an autoencoder as plain data, and what it keeps of its latents in a batch norm."""
     taken = inspect.signature(type(network)).parameters
     arguments = {name: value for name, value in network.config.items() if name in taken}
+    if (norm := getattr(network, "bn", None)) is not None and not norm.running_mean.is_meta:
+        arguments |= channel_statistics(norm, int(arguments["latent_channels"]))
     plain: dict[str, Any] = json.loads(json.dumps({CLASS: type(network).__name__, **arguments}))
     return plain
+
+
+def channel_statistics(norm: Any, z: int) -> dict[str, list[float]]:
+    """Mean and std of each channel from FLUX.2's batch norm over patches of latents, channel-major (z p p,)."""
+    means, variances = (t.double().view(z, -1) for t in (norm.running_mean, norm.running_var + norm.eps))
+    variance = variances.mean(dim=1) + means.var(dim=1, unbiased=False)  # within places of a patch, and between them
+    return {MEAN: means.mean(dim=1).tolist(), STD: variance.sqrt().tolist()}
 
 
 def read(path: str, subfolder: str | None) -> nn.Module:
@@ -174,10 +190,15 @@ def quiet() -> Iterator[None]:
 
 def stride_of(config: Mapping[str, Any]) -> int:
     """Pixels along a side of one latent."""
-    if config[CLASS] == "AutoencoderKL":
-        return int(2 ** (len(config["block_out_channels"]) - 1))
-    down = int(2 ** (len(config["encoder_block_out_channels"]) - 1))
-    up = int(config.get("upsampling_scaling_factor", 2) ** (len(config["decoder_block_out_channels"]) - 1))
+    if config[CLASS] == "AutoencoderKLHunyuanImage":
+        return int(config["spatial_compression_ratio"])
+    if config[CLASS] == "AsymmetricAutoencoderKL":
+        levels = [len(config[f"{way}_block_out_channels"]) for way in ("down", "up")]
+    elif config[CLASS].startswith("AutoencoderKL"):
+        levels = [len(config["block_out_channels"])] * 2
+    else:
+        levels = [len(config[f"{half}_block_out_channels"]) for half in ("encoder", "decoder")]
+    down, up = 2 ** (levels[0] - 1), int(config.get("upsampling_scaling_factor", 2) ** (levels[1] - 1))
     if up != down:
         raise CheckpointError(f"autoencoder: it shrinks images by {down} and enlarges latents by {up}")
     return down
@@ -186,6 +207,6 @@ def stride_of(config: Mapping[str, Any]) -> int:
 def own_statistics(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     """Mean and std, (z,) each, by which diffusers normalises the latents of this autoencoder."""
     z, scale = int(config["latent_channels"]), config.get("scaling_factor") or 1.0
-    if config.get("latents_mean") and config.get("latents_std"):
-        return list(config["latents_mean"]), [std / scale for std in config["latents_std"]]
+    if config.get(MEAN) and config.get(STD):
+        return list(config[MEAN]), [std / scale for std in config[STD]]
     return [config.get("shift_factor") or 0.0] * z, given_scale(scale, z)[1]

@@ -29,6 +29,7 @@ class ImageData:
       flips         mirror half of the images at random
       bad           files left out, with reasons
       cached        its "images" are a tokenizer's moments (B, m, h, w), float32 or int64 codes, ready for `tokens`
+      pictures      False where they are sequences of another kind: (1, L) of D features
     """
 
     count: int
@@ -38,6 +39,7 @@ class ImageData:
     flips = False
     bad: Mapping[str, str] = {}
     cached = False
+    pictures = True
 
     def images(self, index: Tensor) -> Tensor:
         """index (B,) -> (B, c, H, W): uint8, or float in [-1, 1]."""

@@ -72,7 +72,7 @@ def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> P
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     if terms:
-        axes.legend()
+        axes.legend(loc="upper right")  # "best" searches for seconds over a long run, and warns
     return atomic_write(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -86,7 +86,7 @@ def accuracy_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") 
     axes.set(xlabel="images seen", ylabel="recognised, %", title=title)
     axes.grid(alpha=0.3)
     if rows:
-        axes.legend()
+        axes.legend(loc="lower right")
     return atomic_write(path, lambda file: figure.savefig(file, format="png"))
 
 
@@ -114,30 +114,37 @@ def environment() -> dict[str, Any]:
 
 def model_card(recipe: Recipe, seen: int, parameters: int, rows: Sequence[dict[str, Any]], data: ImageData) -> str:
     """README.md of a model folder: what it is, what it was trained on, how to draw from it."""
-    kind = "unconditional-image-generation"
+    kind = "unconditional-image-generation" if data.pictures else "other"
     classes = ", ".join(data.class_names[:20]) + (", ..." if len(data.class_names) > 20 else "")
     example = repr(data.class_names[0]) if data.class_names else "None"
     count = f"{data.count:,}" if data.count else "a stream"
+    H, W = data.size
+    tags = "autoregressive, image-generation" if data.pictures else "autoregressive"
+    trained = f"images: {count}, {H}x{W} pixels, channels: {data.channels}; left out: {len(data.bad)}"
+    first = '.images[0].save("image.png")'
+    if not data.pictures:
+        trained = f"sequences: {count}, {W} tokens, numbers of a token: {data.channels}"
+        first = ".images  # an array"
     label = f' --label "{data.class_names[0]}"' if data.class_names else ""
     loss = f"{rows[-1]['loss']:.4f}" if rows else "not logged"
     return f"""---
 library_name: seriatim
 pipeline_tag: {kind}
-tags: [autoregressive, image-generation]
+tags: [{tags}]
 ---
 
 # {recipe.name}
 
 {recipe.description or "An autoregressive image model."} {parameters:,} parameters, trained with Seriatim {__version__}.
 
-- images: {count}, {data.size[0]}x{data.size[1]} pixels, channels: {data.channels}; left out: {len(data.bad)}
+- {trained}
 - classes: {classes or "none"}
 - seen in training: {seen:,} images; last loss {loss}
 
 ```python
 import seriatim
 
-seriatim.load("path/to/this/folder")(class_labels=[{example}], seed=0).images[0].save("image.png")
+seriatim.load("path/to/this/folder")(class_labels=[{example}], seed=0){first}
 ```
 
     seriatim sample path/to/this/folder{label} --out samples

@@ -9,17 +9,23 @@ from PIL import Image
 from seriatim.checkpoints.native import Bundle
 from seriatim.evaluation.grid import grid, save_png
 from seriatim.pipeline import Pipeline
+from seriatim.sampling.result import save_array
 
 IMAGES, COLUMNS = 32, 8
 SIDE = 32  # small images are enlarged to about this in a grid
 
 
 def draw_samples(bundle: Bundle, folder: Path, seen: int, device: str, seed: int) -> Path:
-    """Write `folder/<images seen>.png`: the same seeds and classes every time; then the timeline."""
+    """Write `folder/<images seen>.png`: the same seeds and classes every time; then the timeline.
+
+    Of sequences that are no pictures, `folder/<seen>.npy`.
+    """
     pipe = Pipeline(bundle, device=device)
     classes = pipe.model.classes
     labels = [i % classes for i in range(IMAGES)] if classes else [None] * IMAGES
     result = pipe(class_labels=labels, seed=seed)
+    if not pipe.tokenizer.pictures:
+        return save_array(result.images, folder / f"{seen:012d}.npy")
     path = save_png(grid(result.images, COLUMNS, side=SIDE), folder / f"{seen:012d}.png")
     timeline(folder)
     return path

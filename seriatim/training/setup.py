@@ -22,7 +22,7 @@ from seriatim.models.base import Model
 from seriatim.models.build import build_model, seeded
 from seriatim.pipeline import Pipeline
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.build import build_tokenizer
+from seriatim.tokenizers.build import TOKENIZERS, build_tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
 from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
@@ -35,7 +35,7 @@ from seriatim.training.sources import build_data
 FREE = {
     "description", "sampling", "training.images", "training.log_images", "training.save_images", "training.keep",
     "training.sample_images", "training.test_images", "training.tensorboard", "training.workers", "data.path",
-    "data.check", "data.max_bad", "data.test_path", "tokenizer.from", "tokenizer.path",
+    "data.labels", "data.check", "data.max_bad", "data.test_path", "tokenizer.from", "tokenizer.path",
 }  # fmt: skip
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
 LEFTOVERS = ("checkpoints", "samples", "tensorboard")
@@ -53,6 +53,7 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
     if source is not None and not isinstance(source, str):
         raise ConfigError(f"tokenizer.from: {source!r} is not allowed; name a tokenizer, model or run folder")
     if source is None:
+        check_kind(given.get("kind"), data)
         tokenizer = build_tokenizer(given)
         if isinstance(tokenizer, (KL, VQ)):
             raise ConfigError(
@@ -71,6 +72,14 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
         ours, theirs = (f"{x.channels} x {x.size[0]} x {x.size[1]}" for x in (tokenizer, data))
         raise ConfigError(f"tokenizer: made for images of {ours}, the data has {theirs}")
     return data, tokenizer
+
+
+def check_kind(kind: Any, data: ImageData) -> None:
+    """Refuse a tokenizer of pictures for other sequences, and the other way round; an unknown kind is named later."""
+    if kind in TOKENIZERS and TOKENIZERS[kind].pictures != data.pictures:
+        fitting = ", ".join(name for name, cls in TOKENIZERS.items() if cls.pictures == data.pictures)
+        what = "pictures" if data.pictures else "arrays, no pictures"
+        raise ConfigError(f"tokenizer.kind: {kind!r} is not allowed; the data holds {what}, which take {fitting}")
 
 
 def fit_tokenizer(tokenizer: Tokenizer, data: ImageData, *, quiet: bool = False) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from seriatim.core.construct import construct, pop_kind
+from seriatim.training.arrays import ArrayData
 from seriatim.training.data import Digits, ImageData
 from seriatim.training.folder import Folder
 from seriatim.training.hub import HuggingFace, HuggingFaceStream
 from seriatim.training.latents import Latents
 
 DATASETS: dict[str, type[ImageData]] = {
+    "arrays": ArrayData,
     "digits": Digits,
     "folder": Folder,
     "hf": HuggingFace,
@@ -21,6 +23,6 @@ DATASETS: dict[str, type[ImageData]] = {
 
 
 def build_data(config: Mapping[str, Any]) -> ImageData:
-    """`{"kind": "folder", "path": "photos/"}` -> a source of images."""
+    """`{"kind": "folder", "path": "photos/"}` -> a source of images, or of other sequences."""
     kind, rest = pop_kind(config, DATASETS, "data")
     return construct(DATASETS[kind], rest, "data")

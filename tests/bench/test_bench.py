@@ -46,7 +46,8 @@ from seriatim.models.masked import MaskedModel
 from seriatim.nn import packed
 from seriatim.nn.attention import SHORT, attend
 from seriatim.nn.packed import PackedLinear, packs
-from seriatim.sampling.masked import masked_steps, prepare_model
+from seriatim.sampling.loops import steps_of
+from seriatim.sampling.masked import prepare_model
 from seriatim.tokenizers.pixels import Pixels
 
 CPU = torch.device("cpu")
@@ -237,9 +238,9 @@ def test_a_folder_is_benched_as_it_samples(
 
     def watch(*arguments: Any, **options: Any) -> Any:
         seen.append(options)
-        return masked_steps(*arguments, **options)
+        return steps_of(*arguments, **options)
 
-    monkeypatch.setattr("seriatim.bench.ours.masked_steps", watch)
+    monkeypatch.setattr("seriatim.bench.ours.steps_of", watch)
     quick(folder)
     assert all((o["solver"], o["token_schedule"]) == ("dpm++", "linear") for o in seen) and seen
     with pytest.raises(UsageError, match=r"official: the original has no solver='dpm\+\+', .* leave it out"):

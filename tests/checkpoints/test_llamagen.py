@@ -24,6 +24,7 @@ from seriatim.checkpoints.llamagen import (
     model_from_llamagen,
     named_preset,
 )
+from seriatim.checkpoints.llamagen_vq import official_tensors
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.checkpoints.official import read_official
 from seriatim.cli.main import run
@@ -34,6 +35,7 @@ from seriatim.models.captions import Captions
 from seriatim.models.causal import CausalModel
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import TOKENIZERS
+from seriatim.tokenizers.vq import VQ
 from seriatim.zoo import PRESETS
 
 CONFIG: dict[str, Any] = {
@@ -237,7 +239,7 @@ def test_weights_in_images_out_weights_back(vq: Path, tmp_path: Path, capsys: py
     assert back.keys() == tensors().keys() and all(torch.equal(back[name], t) for name, t in tensors().items())
     capsys.readouterr()
     assert run(["convert", "llamagen", *files[:1], str(tmp_path / "x"), "--vq", str(tmp_path / "no")]) == 2
-    assert "vq: there is no folder" in capsys.readouterr().err
+    assert "vq: there is no " in capsys.readouterr().err
     assert run(["convert", "llamagen", *files, "--preset", "llamagen-c"]) == 2
     assert "is not one of LlamaGen's" in capsys.readouterr().err
 
@@ -249,3 +251,15 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
     files = [str(tmp_path / "c2i.pt"), str(tmp_path / "out"), "--vq", str(vq), "--heads", "2"]
     assert run(["convert", "llamagen", *files]) == 2
     assert "vq: makes codes of 20, the model takes codes of 21" in capsys.readouterr().err
+
+
+def test_the_tokenizer_may_be_an_official_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with seeded(0):
+        tokenizer = VQ(6, vocab=20, code_dim=4, latent_channels=32, block_out_channels=(32, 32), layers_per_block=1)
+    torch.save({"model": official_tensors(tokenizer)}, tmp_path / "vq.pt")
+    torch.save({"model": tensors()}, tmp_path / "c2i.pt")
+    files = [str(tmp_path / "c2i.pt"), str(tmp_path / "out"), "--vq", str(tmp_path / "vq.pt"), "--heads", "2"]
+    assert run(["convert", "llamagen", *files, "--size", "6"]) == 0
+    pipe = seriatim.load(tmp_path / "out", device="cpu")
+    assert pipe(class_labels=[1], seed=0).images[0].size == (6, 6)
+    assert run(["convert", "llamagen", *files[:3], str(tmp_path / "vq.pt"), "--overwrite", "--size", "8"]) == 2

@@ -50,7 +50,7 @@ def head() -> Flow:
 
 
 def test_the_contract_and_a_known_density() -> None:
-    trained = check_head(Flow, width=64, depth=2)
+    trained = check_head(Flow, width=48, depth=2)
     assert HEADS["flow"] is type(trained) is Flow
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, NumericsError, UsageError
 from seriatim.core.random import Noise
 from seriatim.tokenizers import latent as module
@@ -34,6 +36,16 @@ DEEP: dict[str, Any] = {
     "encoder_block_out_channels": (8, 16), "decoder_block_out_channels": (8, 16),
     "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
     "encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ()),
+}  # fmt: skip
+ASYMMETRIC: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "down_block_out_channels": (8, 8),
+    "up_block_types": ("UpDecoderBlock2D",) * 2, "up_block_out_channels": (8, 16), "layers_per_up_block": 2,
+    "norm_num_groups": 4, "latent_channels": 4, "scaling_factor": 0.25,
+}  # fmt: skip
+FLUX2: dict[str, Any] = {k: v for k, v in SMALL.items() if not k.endswith("_factor")}
+HUNYUAN: dict[str, Any] = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 32), "layers_per_block": 1,
+    "spatial_compression_ratio": 2, "sample_size": 16, "scaling_factor": 0.5,
 }  # fmt: skip
 
 
@@ -243,6 +255,9 @@ def test_bad_settings_are_one_line(settings: dict[str, Any], words: str) -> None
         ("AutoencoderKL", {**SMALL, "latents_mean": [1.0] * 4, "latents_std": [3.0] * 4}, 1.0, 6.0),
         ("AutoencoderTiny", TINY, 0.0, 1.0),
         ("AutoencoderDC", DEEP, 0.0, 0.5),
+        ("AsymmetricAutoencoderKL", ASYMMETRIC, 0.0, 4.0),
+        ("AutoencoderKLFlux2", FLUX2, 0.0, (1 + 1e-4) ** 0.5),
+        ("AutoencoderKLHunyuanImage", HUNYUAN, 0.0, 2.0),
     ],
 )
 @torch.no_grad()
@@ -253,10 +268,12 @@ def test_any_autoencoder_of_diffusers(
     capfd.readouterr()
     tokenizer = Pretrained(16, 2, path=str(tmp_path), subfolder="vae")
     assert capfd.readouterr() == ("", ""), "diffusers keeps its advice to itself"
-    assert tokenizer.mean.tolist() == [mean] * 4 and tokenizer.std.tolist() == [std] * 4
+    assert tokenizer.mean.tolist() == [mean] * 4 and tokenizer.std.tolist() == pytest.approx([std] * 4)
     assert (tokenizer.grid, tokenizer.dim) == ((4, 4), 16)
     out = network.encode(images)
-    latents = out.latent_dist.mean if kind == "AutoencoderKL" else getattr(out, "latents", getattr(out, "latent", None))
+    latents = (
+        out.latent_dist.mean if hasattr(out, "latent_dist") else getattr(out, "latents", getattr(out, "latent", None))
+    )
     tokens = tokenizer.tokens(tokenizer.moments(images))
     assert torch.allclose(tokenizer.posterior(tokenizer.moments(images))[0], latents, atol=1e-6)
     assert torch.allclose(tokenizer.decode(tokens), network.decode(latents).sample.clamp(-1, 1), atol=1e-5)
@@ -268,6 +285,52 @@ def test_any_autoencoder_of_diffusers(
     again.load_state_dict(tokenizer.state_dict(), assign=True)
     assert again.config == tokenizer.config
     assert torch.equal(again.tokens(again.moments(images)), tokens)
+
+
+@torch.no_grad()
+def test_statistics_that_flux2_keeps_in_a_batch_norm(tmp_path: Path) -> None:
+    """By channel and place in a 2x2 patch of latents; ours are by channel, and travel with the config."""
+    network = save("AutoencoderKLFlux2", tmp_path, **FLUX2)
+    samples = 3 * torch.randn(400, 4, 2, 2) + torch.arange(16.0).view(4, 2, 2)  # (N, z, p, p)
+    network.bn.running_mean.copy_(samples.flatten(1).mean(dim=0))
+    network.bn.running_var.copy_(samples.flatten(1).var(dim=0, unbiased=False) - network.bn.eps)
+    network.save_pretrained(tmp_path)
+    tokenizer = Pretrained(8, path=str(tmp_path))
+    assert torch.allclose(tokenizer.mean, samples.mean(dim=(0, 2, 3)), atol=1e-4)
+    assert torch.allclose(tokenizer.std, samples.std(dim=(0, 2, 3), unbiased=False), atol=1e-4)
+    with torch.device("meta"):
+        again = build_tokenizer(json.loads(json.dumps(tokenizer_config(tokenizer))))
+    assert isinstance(again, Latent) and again.config == tokenizer.config
+    assert torch.equal(again.mean, tokenizer.mean) and torch.equal(again.std, tokenizer.std)
+    folder = save_tokenizer(tokenizer, tmp_path / "kept")
+    loaded = load_tokenizer(folder)
+    images = torch.rand(1, 3, 8, 8)
+    assert torch.equal(loaded.tokens(loaded.moments(images)), tokenizer.tokens(tokenizer.moments(images)))
+
+
+def test_a_hub_repositorys_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline's repository as the hub's own cache keeps it: config and weights of the subfolder, no pickles."""
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        asked.update(options, repository=repository)
+        return str(tmp_path)
+
+    network = save("AutoencoderTiny", tmp_path / "vae", **TINY)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    tokenizer = Pretrained(8, path="somebody/a-pipeline", subfolder="vae")
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tokenizer.autoencoder.state_dict()[name], tensor), name
+    assert asked["repository"] == "somebody/a-pipeline"
+    names = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"]
+    names += ["vae/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors"]
+    chosen = [
+        name
+        for name in names
+        if any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])
+        and not any(fnmatch(name, pattern) for pattern in asked["ignore_patterns"])
+    ]
+    assert chosen == names[:2]
 
 
 def test_half_precision_weights_become_float32(tmp_path: Path) -> None:

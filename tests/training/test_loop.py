@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from seriatim.models.base import Loss
 from seriatim.models.masked import MaskedModel
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.data import Digits, Order
+from seriatim.training.log import accuracy_curve, loss_curve
 from seriatim.training.loop import train
 from seriatim.training.optim import averaged
 from seriatim.training.precision import fastest
@@ -28,6 +31,17 @@ TINY = [
 
 def tiny(*overrides: str) -> Recipe:
     return read_recipe("mar-digits", [*TINY, *overrides])
+
+
+def test_curves_do_not_warn_on_a_slow_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matplotlib warns where its search for a free corner takes over a second."""
+    import matplotlib.legend
+
+    clock = itertools.count(step=2.0)
+    monkeypatch.setattr(matplotlib.legend, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    rows = [{"images": i, "loss": 1 / i, "loss_mse": 0.5 / i, "accuracy": 0.5, "test_accuracy": 0.4} for i in (1, 2, 3)]
+    assert loss_curve(rows, tmp_path / "loss.png").exists()
+    assert accuracy_curve(rows, tmp_path / "accuracy.png").exists()
 
 
 def test_a_run_folder(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Who takes part in `known_density`: trunks x heads of about the same size, as `build_model` takes them.
+
+A further one is an entry of CONTESTANTS; what the package can't build yet is left out, and said so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from known_processes import Process
+from torch import Tensor
+
+from seriatim.backbones.build import BACKBONES
+from seriatim.core.random import Noise, derive_seed
+from seriatim.heads.build import HEADS
+from seriatim.models.base import Model
+from seriatim.models.build import MODELS, build_model, seeded
+
+HELD_OUT = 512
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model's config, as `build_model` takes it but for the sizes of the task, and how it is sampled."""
+
+    model: dict[str, Any]
+    order: str = "random"  # or raster: in which it samples and is scored
+    steps: int | None = None  # over a sequence; None: a token each
+    sampling: dict[str, Any] = field(default_factory=dict)  # of the head
+    codes: int | None = None  # k-means centres; None: tokens are features
+    scored: tuple[int, int] = (HELD_OUT, 64)  # held-out sequences for the gap, and D up to which it is computed
+
+    def missing(self) -> list[str]:
+        """What it needs and the package's tables lack."""
+        kinds = ((MODELS, self.model["kind"]), (BACKBONES, self.model.get("backbone", self.model["kind"])))
+        needs = (*kinds, (HEADS, self.model["head"]["kind"]))
+        return list(dict.fromkeys(name for table, name in needs if name not in table))
+
+    def build(self, process: Process, seed: int) -> Model:
+        sizes = {"vocab": self.codes} if self.codes else {"dim": process.dim}
+        with seeded(derive_seed("weights", seed)):
+            return build_model(self.model, tokens=process.tokens, classes=process.classes, **sizes)
+
+    def sample(self, model: Model, labels: Tensor, noise: Noise) -> Tensor:
+        """labels (B,) -> tokens (B, L, D) or codes (B, L)."""
+        options = dict(self.sampling)
+        if not model.one_by_one:
+            options |= {"steps": self.steps or model.tokens}
+            options |= {"order": list(range(model.tokens))} if self.order == "raster" else {}
+        return model.sample(labels, noise, **options)
+
+
+# Every mask ratio alike: with that the mean loss is the any-order likelihood's own (as MAR trains, few are ever known)
+MASKED = {"kind": "masked", "width": 64, "depth": [1, 2], "heads": 4, "buffer": 2, "dropout": 0.0, "label_dropout": 0.0,
+          "min_mask_ratio": 0.01, "mask_ratio_std": 10.0}  # fmt: skip
+CAUSAL = {"kind": "causal", "width": 64, "depth": 3, "heads": 4, "dropout": 0.0, "label_dropout": 0.0}
+TRUNKS: dict[str, tuple[dict[str, Any], str]] = {
+    "masked": (MASKED, "random"),
+    "causal": (CAUSAL | {"order": "raster"}, "raster"),
+    "causal-random": (CAUSAL | {"order": "random"}, "random"),
+}
+LEAVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # head, and how it samples
+    "diffusion": (
+        {"kind": "diffusion", "width": 64, "depth": 3, "draws": 2},
+        {"num_diffusion_steps": 20, "solver": "sde-dpm++"},
+    ),
+    "flow": ({"kind": "flow", "width": 64, "depth": 3, "draws": 2}, {"num_diffusion_steps": 20}),
+    "mixture1": ({"kind": "mixture", "components": 1, "width": 64, "depth": 3}, {}),
+    "mixture4": ({"kind": "mixture", "components": 4, "width": 64, "depth": 3}, {}),
+    "mixture16": ({"kind": "mixture", "components": 16, "width": 64, "depth": 3}, {}),
+}
+
+
+def table_of_contestants() -> dict[str, Contestant]:
+    pairs = [*product(("masked", "causal"), LEAVES), ("causal-random", "diffusion"), ("causal-random", "mixture4")]
+    made = {}
+    for trunk, leaf in pairs:
+        (model, order), (head, sampling) = TRUNKS[trunk], LEAVES[leaf]
+        # a flow's density costs D backward passes at each step of its solver
+        scored = (64, 2) if leaf == "flow" else (HELD_OUT, 64)
+        made[f"{trunk}-{leaf}"] = Contestant({**model, "head": head}, order, None, sampling, None, scored)
+    made["masked-categorical"] = Contestant({**MASKED, "head": {"kind": "categorical"}}, codes=256)
+    return made
+
+
+CONTESTANTS: dict[str, Contestant] = table_of_contestants()

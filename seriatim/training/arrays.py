@@ -1,0 +1,149 @@
+"""Tokens given as they are, in a .npy or .safetensors file: any sequence that is no picture.
+
+N sequences, L tokens of D features (N, L, D) in floating point, or L codes (N, L) as integers; labels (N,).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from seriatim.core.errors import ConfigError, DataError, one_line
+from seriatim.core.files import sha256
+from seriatim.tokenizers.arrays import Arrays
+from seriatim.tokenizers.base import Tokenizer
+from seriatim.training.data import ImageData
+
+TOKENS, LABELS = "tokens", "labels"  # in a safetensors file
+AT_ONCE = 1 << 22  # numbers looked at, to bound memory
+
+
+class ArrayData(ImageData):
+    """The tokens of `path`: an array of a .npy file, or `tokens` (and `labels`) of a .safetensors file.
+
+    `labels` names a .npy file of whole numbers from 0. Its "images" are moments (B, D, 1, L), or codes (B, 1, 1, L), of
+    the tokenizer `arrays`. Every number is looked at before training begins. A .npy file may be larger than memory.
+    """
+
+    cached = True
+    pictures = False
+
+    def __init__(self, path: str, labels: str | None = None) -> None:
+        self.root = Path(path).expanduser()
+        held = read(self.root, "data.path")
+        if TOKENS not in held:
+            raise DataError(f"data.path: {self.root} has no tensor {TOKENS!r}; it has {', '.join(map(repr, held))}")
+        self._rows: Any = held[TOKENS]  # (N, L, D) or (N, L)
+        shape, kind = tuple(self._rows.shape), str(self._rows.dtype).removeprefix("torch.")
+        floats, whole = kind.startswith(("float", "bfloat")), kind.startswith(("int", "uint"))
+        if not (floats or whole):
+            raise DataError(f"data.path: {self.root} holds {kind}; tokens are floating-point features or integer codes")
+        if len(shape) != (3 if floats else 2):
+            wanted = "(sequences, tokens, features)" if floats else "(sequences, tokens)"
+            raise DataError(f"data.path: {self.root} has shape {shape} of {kind}; {wanted} is wanted: reshape it")
+        if not all(shape):
+            raise DataError(f"data.path: {self.root} has shape {shape}: no tokens at all")
+        self.codes, self.count, self.size = whole, shape[0], (1, shape[1])
+        self.channels = 1 if whole else shape[2]
+        self.least, self.most = self._look_over()
+        self._labels, self._label_file = None, None
+        if labels is not None:
+            self._label_file = Path(labels).expanduser()
+            given = read(self._label_file, "data.labels")
+            self._labels = self._checked(given.get(LABELS, given.get(TOKENS)), str(self._label_file))
+        elif LABELS in held:
+            self._labels = self._checked(held[LABELS], str(self.root))
+        self.class_names = [] if self._labels is None else [str(i) for i in range(int(self._labels.max()) + 1)]
+
+    def _look_over(self) -> tuple[int, int]:
+        """The least and the largest code, 0 of features, all of which are finite."""
+        size = max(1, AT_ONCE // (self.size[1] * self.channels))
+        least, most = 0, 0
+        for first in range(0, self.count, size):
+            rows = self._read(slice(first, first + size))  # (n, L, D) or (n, L)
+            if self.codes:
+                least, most = min(least, int(rows.min())), max(most, int(rows.max()))
+                continue
+            bad = (~torch.isfinite(rows)).flatten(1).any(dim=1)
+            if bool(bad.any()):
+                row = first + int(bad.nonzero()[0])
+                raise DataError(f"data.path: {self.root}: row {row} has values that are not finite as float32; mend it")
+        return least, most
+
+    def _read(self, rows: Any) -> Tensor:
+        found = self._rows[rows]
+        if not isinstance(found, Tensor):
+            wanted = np.int64 if self.codes else np.float32
+            with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is named
+                found = torch.from_numpy(np.array(found, dtype=wanted))
+        return found.to(torch.int64 if self.codes else torch.float32)
+
+    def _checked(self, given: Any, where: str) -> Tensor:
+        labels = torch.as_tensor(np.array(given) if isinstance(given, np.ndarray) else given)
+        whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+        if labels.ndim != 1 or not whole:
+            kind = str(labels.dtype).removeprefix("torch.")
+            raise DataError(
+                f"data.labels: {where} has {kind} of shape {tuple(labels.shape)}; give {self.count} whole numbers"
+            )
+        if len(labels) != self.count:
+            raise DataError(f"data.labels: {where} has {len(labels)} labels for {self.count} sequences; give each one")
+        labels = labels.long()
+        if int(labels.min()) < 0:
+            raise DataError(f"data.labels: {where} has the label {int(labels.min())}; classes are numbered from 0")
+        return labels
+
+    def images(self, index: Tensor) -> Tensor:
+        """index (B,) -> moments (B, D, 1, L) float32, or codes (B, 1, 1, L) int64."""
+        rows = self._read(index.numpy())
+        return rows[:, None, None] if self.codes else rows.transpose(1, 2)[:, :, None]
+
+    def labels(self, index: Tensor) -> Tensor | None:
+        return None if self._labels is None else self._labels[index]
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        if not isinstance(tokenizer, Arrays):
+            raise ConfigError(
+                f"tokenizer: {type(tokenizer).__name__} takes pictures, {self.root} holds tokens; use kind: arrays"
+            )
+        if not self.codes and tokenizer.vocab is not None:
+            raise ConfigError(f"tokenizer.vocab: {self.root} holds features, not codes; leave it out")
+        if self.codes and tokenizer.vocab is None:
+            raise ConfigError(f"tokenizer.vocab: is required; {self.root} holds codes up to {self.most}: set how many")
+        if self.codes and tokenizer.vocab is not None and not 0 <= self.least <= self.most < tokenizer.vocab:
+            raise DataError(
+                f"data.path: {self.root} holds codes from {self.least} to {self.most}, outside the vocabulary of "
+                f"{tokenizer.vocab}; set tokenizer.vocab, or mend them"
+            )
+
+    def name(self, i: int) -> str:
+        return f"row {i}"
+
+    def fingerprint(self) -> str:
+        """sha256 of the files."""
+        files = [self.root, *([self._label_file] if self._label_file else [])]
+        return hashlib.sha256(" ".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def read(path: Path, argument: str) -> dict[str, Any]:
+    """The arrays of a file by name: `tokens` where it is a .npy, which is mapped into memory."""
+    if path.suffix not in (".npy", ".safetensors"):
+        raise DataError(f"{argument}: {path} is neither .npy nor .safetensors; save the array as one of these")
+    if not path.is_file():
+        raise DataError(f"{argument}: there is no file {path}")
+    try:
+        if path.suffix == ".npy":
+            return {TOKENS: np.load(path, mmap_mode="r", allow_pickle=False)}
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
+        reason = one_line(error)
+        if "allow_pickle" in reason:
+            reason = "it holds Python objects, which could run any program; nothing of it was run"
+        raise DataError(f"{argument}: {path} can't be read ({reason[:160]})") from error
