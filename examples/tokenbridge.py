@@ -3,8 +3,8 @@
     python examples/tokenbridge.py --steps 300 --out digits.png
 
 Nothing is quantised beforehand, and no codebook is trained: a masked backbone over continuous tokens, a head that nests
-(features one by one, a causal backbone), and `bins` as its leaf. `LARGE` is about the published size (L: 486M, 94M of it
-in the head); what is trained here in a minute is the same thing for 8x8 digits, whose tokens are 2x2 pixels.
+(features one by one, a causal backbone), and `bins` as its leaf. `LARGE` is about the published size (L: 486M, 94M in
+the head); what is trained here in a minute is the same thing for 8x8 digits, whose tokens are 2x2 pixels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Each example runs, in a process of its own."""
+"""The examples of heads run, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
 LINES = {"own_leaf": "nats of each feature", "tokenbridge": "at full size: 482,802,752"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
-def test_it_runs(path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", LINES)
+def test_it_runs(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
     done = subprocess.run(
         [sys.executable, str(path), "--steps", "2"],
         capture_output=True,
@@ -24,4 +24,4 @@ def test_it_runs(path: Path, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path.parent.parent)},
     )
     assert done.returncode == 0, done.stderr
-    assert LINES[path.stem] in done.stdout
+    assert LINES[name] in done.stdout
