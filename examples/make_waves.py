@@ -66,7 +66,7 @@ def main() -> None:
         labels = json.loads(says.read_text())["labels"] if says.exists() else [None]
         asked = None if None in labels else np.array(labels, dtype=int)
         for name, value in check(np.load(given.check, allow_pickle=False), asked).items():
-            print(f"{name:12} {value:.4g}")  # noqa: T201
+            print(f"{name:12} {value:.4g}")
         return
     tokens, labels = make(given.count, given.seed)
     np.save(given.out, tokens, allow_pickle=False)

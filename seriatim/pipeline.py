@@ -39,7 +39,7 @@ from seriatim.tokenizers.base import to_uint8
 
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
 
-HEAD_SETTINGS = ("num_diffusion_steps", "start_timestep", "solver", "top_k", "top_p", "guidance_mode")
+HEAD_SETTINGS = "num_diffusion_steps start_timestep solver top_k top_p guidance_mode feature_schedule".split()
 SHARED = "num_diffusion_steps"  # set in every request, whatever the head
 
 Start = tuple[Tensor, Tensor]  # tokens (B, L, D), and which are known (B, L)

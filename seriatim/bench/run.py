@@ -27,6 +27,7 @@ from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, nearest
 from seriatim.core.progress import Progress
 from seriatim.core.validation import parse
+from seriatim.heads.nested import Nested
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, seeded
 from seriatim.sampling.masked import prepare_model
@@ -205,6 +206,8 @@ def original(path: Path, model: Model, device: torch.device, work: Workload) -> 
     """The official code of such a model."""
     if isinstance(model.backbone, Causal):
         return OfficialLlamaGen(path, model, device)
+    if isinstance(model.head, Nested):
+        raise UsageError("official: there is no opponent for a head that nests; leave it out, to time this model alone")
     return OfficialMAR(path, model, device, work.head_steps)
 
 

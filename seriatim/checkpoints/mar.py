@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -66,16 +66,16 @@ TABLE = {
 UNSQUEEZED = {"mask_token", "encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"}
 
 
-def official_name(ours: str) -> str:
+def official_name(ours: str, table: Mapping[str, str] = TABLE) -> str:
     """What the official code calls our tensor."""
-    blocks = re.match(r"(backbone\.encoder|backbone\.decoder|head\.blocks)\.(\d+)\.", ours)
+    blocks = re.match(r"(backbone\.encoder|backbone\.decoder|head\.blocks|head\.backbone\.blocks)\.(\d+)\.", ours)
     number = blocks[2] if blocks else ""
     key = ours.replace(f".{number}.", ".{i}.", 1) if blocks else ours
-    if key not in TABLE:
+    if key not in table:
         stem, _, last = key.rpartition(".")
         key = f"{stem}.{{p}}"
-        return TABLE[key].format(i=number, p=last)
-    return TABLE[key].format(i=number)
+        return table[key].format(i=number, p=last)
+    return table[key].format(i=number)
 
 
 def model_from_mar(
@@ -86,7 +86,15 @@ def model_from_mar(
     Raises CheckpointError, one line that names the tensor.
     """
     config = infer(file.tensors, str(file.path))
-    known = named_preset(config, preset, str(file.path))
+    set_trunk(config, file, heads, named_preset(config, preset, str(file.path)))
+    config["head"]["draws"] = int(argument(file, "diffusion_batch_mul", 4, least=1))
+    return loaded(config, file, file.tensors, official_name)
+
+
+def set_trunk(
+    config: dict[str, Any], file: OfficialFile, heads: int | tuple[int, int] | None, known: Preset | None
+) -> None:
+    """What shapes don't reveal: attention heads, as given or as the preset has them, and what the script was told."""
     if heads is not None:
         config["heads"] = list(heads) if isinstance(heads, tuple) else [heads, heads]
     elif known is not None:
@@ -96,18 +104,23 @@ def model_from_mar(
             f"heads: {file.path} has {config['depth'][0]}+{config['depth'][1]} blocks of width {config['width'][0]}, "
             "which is no preset's, and weights don't tell the number of attention heads; give it"
         )
-    config["head"]["draws"] = int(argument(file, "diffusion_batch_mul", 4, least=1))
     for ours, theirs in (("dropout", "proj_dropout"), ("label_dropout", "label_drop_prob"),
                          ("min_mask_ratio", "mask_ratio_min")):  # fmt: skip
         if theirs in file.arguments:
             config[ours] = float(argument(file, theirs, 0.0, most=1))
+
+
+def loaded(
+    config: Mapping[str, Any], file: OfficialFile, tensors: Mapping[str, Tensor], official: Callable[[str], str]
+) -> Model:
+    """The model of a config, with official tensors strictly as its weights."""
     try:
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to come
             model = build_model(config)
     except ConfigError as error:
         raise CheckpointError(f"{file.path}: its shapes make no model ({one_line(error)})") from error
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    model.load_state_dict(renamed(file.tensors, wanted, official_name, str(file.path)), assign=True)
+    model.load_state_dict(renamed(tensors, wanted, official, str(file.path)), assign=True)
     return model.eval()
 
 
@@ -123,28 +136,18 @@ def argument(file: OfficialFile, name: str, default: float, *, least: float = 0,
 
 def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """Every size that shapes reveal, as a config of `build_model` without heads."""
+    config = infer_trunk(tensors, where)
+    width, _ = shape(tensors, "diffloss.net.input_proj.weight", 2, where)
+    config["head"] = {"kind": "diffusion", "width": width, "depth": count(tensors, "diffloss.net.res_blocks", where)}
+    return config
 
-    def shape(name: str, axes: int) -> list[int]:
-        if name not in tensors:
-            complain(where, "lacks", [name])
-        if tensors[name].ndim != axes:
-            raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, not {axes} axes")
-        if not tensors[name].numel():
-            raise CheckpointError(f"{where}: tensor {name!r} is empty")
-        return list(tensors[name].shape)
 
-    def count(prefix: str) -> int:
-        found = {int(m[1]) for name in tensors if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))}
-        if found != set(range(len(found))) or not found:
-            missing = min(set(range(len(found) + 1)) - found)
-            raise CheckpointError(f"{where} lacks tensor '{prefix}.{missing}.*'; is it another model's?")
-        return len(found)
-
-    width, dim = shape("z_proj.weight", 2)
-    _, tokens, z_dim = shape("diffusion_pos_embed_learned", 3)
-    _, rows, _ = shape("encoder_pos_embed_learned", 3)
-    hidden, _ = shape("encoder_blocks.0.mlp.fc1.weight", 2)
-    head_width, _ = shape("diffloss.net.input_proj.weight", 2)
+def infer_trunk(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """The same without the head, of which there are several kinds."""
+    width, dim = shape(tensors, "z_proj.weight", 2, where)
+    _, tokens, z_dim = shape(tensors, "diffusion_pos_embed_learned", 3, where)
+    _, rows, _ = shape(tensors, "encoder_pos_embed_learned", 3, where)
+    hidden, _ = shape(tensors, "encoder_blocks.0.mlp.fc1.weight", 2, where)
     if rows <= tokens:
         raise CheckpointError(f"{where}: 'encoder_pos_embed_learned' has {rows} rows for {tokens} tokens and a buffer")
     return {
@@ -152,16 +155,37 @@ def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
         "tokens": tokens,
         "dim": dim,
         "width": [width, z_dim],
-        "depth": [count("encoder_blocks"), count("decoder_blocks")],
+        "depth": [count(tensors, "encoder_blocks", where), count(tensors, "decoder_blocks", where)],
         "buffer": rows - tokens,
         "mlp_ratio": hidden / width,
-        "classes": shape("class_emb.weight", 2)[0] if "class_emb.weight" in tensors else 0,
-        "head": {"kind": "diffusion", "width": head_width, "depth": count("diffloss.net.res_blocks")},
+        "classes": shape(tensors, "class_emb.weight", 2, where)[0] if "class_emb.weight" in tensors else 0,
     }
 
 
-def named_preset(config: Mapping[str, Any], name: str | None, where: str) -> Preset | None:
-    """MAR's preset called `name`, or the one with the trunk of `config`, whatever its head; None: there is none."""
+def shape(tensors: Mapping[str, Tensor], name: str, axes: int, where: str) -> list[int]:
+    """The sizes of a tensor that must be there."""
+    if name not in tensors:
+        complain(where, "lacks", [name])
+    if tensors[name].ndim != axes:
+        raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, not {axes} axes")
+    if not tensors[name].numel():
+        raise CheckpointError(f"{where}: tensor {name!r} is empty")
+    return list(tensors[name].shape)
+
+
+def count(tensors: Mapping[str, Tensor], prefix: str, where: str) -> int:
+    """How many blocks there are under a name, numbered from 0."""
+    found = {int(m[1]) for name in tensors if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))}
+    if found != set(range(len(found))) or not found:
+        missing = min(set(range(len(found) + 1)) - found)
+        raise CheckpointError(f"{where} lacks tensor '{prefix}.{missing}.*'; is it another model's?")
+    return len(found)
+
+
+def named_preset(
+    config: Mapping[str, Any], name: str | None, where: str, among: Iterable[str] = NAMES
+) -> Preset | None:
+    """The preset called `name`, or the one with the trunk of `config`, whatever its head; None: there is none."""
 
     def trunk(model: Mapping[str, Any]) -> list[list[int]]:
         return [value if isinstance(value, list) else [value] * 2 for value in (model["width"], model["depth"])]
@@ -169,13 +193,25 @@ def named_preset(config: Mapping[str, Any], name: str | None, where: str) -> Pre
     if name is not None and trunk(PRESETS[name].model) != trunk(config):
         (width, _), (depth, _) = trunk(config)
         raise CheckpointError(f"{where}: has {depth} blocks of width {width}, which is not {name}")
-    names = NAMES if name is None else (name,)
+    names = among if name is None else (name,)
     return next((PRESETS[n] for n in names if trunk(PRESETS[n].model) == trunk(config)), None)
 
 
 def bundle_from_mar(file: OfficialFile, tokenizer: Tokenizer, class_names: list[str], **options: Any) -> Bundle:
     """A model folder's content: model, tokenizer, the authors' sampling settings where the sizes are a preset's."""
     model = model_from_mar(file, **options)
+    check_fit(model, tokenizer, class_names)
+    config = model_config(model)
+    preset = named_preset(config, None, str(file.path))
+    sampling = dict(preset.sampling) if preset else {"guidance_schedule": "linear", "num_diffusion_steps": 100}
+    if "cfg" in file.arguments and not preset:
+        sampling["guidance_scale"] = float(argument(file, "cfg", 1.0))
+    provenance = {"converted_from": file.path.name, "weights": file.which, "preset": preset.name if preset else None}
+    return Bundle(model, tokenizer, class_names, sampling, provenance)
+
+
+def check_fit(model: Model, tokenizer: Tokenizer, class_names: list[str]) -> None:
+    """Refuse a tokenizer of other tokens, and too many or too few names."""
     if (tokenizer.count, tokenizer.dim) != (model.backbone.tokens, model.backbone.dim):
         raise UsageError(
             f"vae: makes {tokenizer.count} tokens of {tokenizer.dim} features from {tokenizer.size[0]}x"
@@ -184,13 +220,6 @@ def bundle_from_mar(file: OfficialFile, tokenizer: Tokenizer, class_names: list[
         )
     if class_names and len(class_names) != model.classes:
         raise UsageError(f"class_names: {len(class_names)} names for a model of {model.classes} classes")
-    config = model_config(model)
-    preset = named_preset(config, None, str(file.path))
-    sampling = dict(preset.sampling) if preset else {"guidance_schedule": "linear", "num_diffusion_steps": 100}
-    if "cfg" in file.arguments and not preset:
-        sampling["guidance_scale"] = float(argument(file, "cfg", 1.0))
-    provenance = {"converted_from": file.path.name, "weights": file.which, "preset": preset.name if preset else None}
-    return Bundle(model, tokenizer, class_names, sampling, provenance)
 
 
 def mar_tensors(model: Model) -> dict[str, Tensor]:

@@ -50,6 +50,9 @@ def sample(
     solver: Annotated[
         str | None, typer.Option(help="Diffusion: ddpm, sde-dpm++, ddim or dpm++; flow: euler or heun.")
     ] = None,
+    feature_schedule: Annotated[
+        str | None, typer.Option(help="Of a nested head, over its parts: constant, linear or cosine.")
+    ] = None,
     start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
@@ -96,6 +99,7 @@ def sample(
         num_diffusion_steps=num_diffusion_steps,
         num_diffusion_steps_last=num_diffusion_steps_last,
         solver=solver,
+        feature_schedule=feature_schedule,
         start_timestep=start_timestep,
         temperature=temperature,
         seed=seed,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Categorical", "Diffusion", "Flow", "GaussianMixture", "Head", "HeadLoss", "Mixture"]
+__all__ = ["Bins", "Categorical", "Diffusion", "Flow", "GaussianMixture", "Head", "HeadLoss", "Mixture", "Nested"]
 
 
 __getattr__ = exporter(
     __name__,
     {
+        "Bins": "seriatim.heads.bins",
         "Categorical": "seriatim.heads.categorical",
         "Diffusion": "seriatim.heads.diffusion",
         "Flow": "seriatim.heads.flow",
@@ -17,5 +18,6 @@ __getattr__ = exporter(
         "Head": "seriatim.heads.base",
         "HeadLoss": "seriatim.heads.base",
         "Mixture": "seriatim.heads.mixture",
+        "Nested": "seriatim.heads.nested",
     },
 )

@@ -55,6 +55,7 @@ class SampleRequest(Strict):
     top_k: StrictInt | None = Field(None, ge=1)  # of a head of codes: the likeliest alone; None: all
     top_p: float | None = Field(None, gt=0, le=1)  # of such a head: the likeliest that together reach this
     guidance_mode: str | None = None  # of a mixture: exact or resample; None: the head's own
+    feature_schedule: str | None = None  # of a nested head: constant, linear or cosine over its parts; None: constant
     choice_temperature: float = Field(4.5, ge=0)  # of the order "confidence": noise on it, falling to 0
     start_timestep: StrictInt | None = Field(None, ge=0)  # None: the stable start; 999: as published
 

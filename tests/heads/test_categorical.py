@@ -115,7 +115,9 @@ def test_bad_arguments_are_named(options: dict[str, float]) -> None:
 
 
 def test_a_head_must_fit_the_tokens() -> None:
-    with pytest.raises(ConfigError, match=r"head.kind: 'categorical' draws codes, the tokens are 4 real features.*\(d"):
+    with pytest.raises(
+        ConfigError, match=r"head.kind: 'categorical' draws codes, the tokens are 4 real features.*diffusion"
+    ):
         build_head({"kind": "categorical"}, dim=4, vocab=None)
     with pytest.raises(ConfigError, match=r"head.kind: 'diffusion' draws real features, the tokens are codes of 9"):
         build_head({"kind": "diffusion"}, dim=None, vocab=9)

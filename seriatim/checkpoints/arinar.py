@@ -1,0 +1,203 @@
+"""ARINAR's official checkpoints (Zhao et al. 2025): MAR's trunk, and a head that draws a token's features one by one.
+
+Two things weights don't tell, and the authors changed both without a word:
+- the attention heads inside the head: 4 at first, 16 in their code of today; tensors have the same shapes;
+- a temperature above 1: it divided standard deviations at first (sharper), it multiplies them today. Ours multiplies.
+
+What was published first is called "release" here, the other "current".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.checkpoints import mar
+from seriatim.checkpoints.native import Bundle
+from seriatim.checkpoints.official import OfficialFile, as_float32, complain
+from seriatim.core.errors import CheckpointError, UsageError, nearest
+from seriatim.core.random import Noise
+from seriatim.heads.mixture import Mixture
+from seriatim.heads.nested import Nested
+from seriatim.models.base import Model
+from seriatim.models.build import model_config
+from seriatim.models.masked import MaskedModel
+from seriatim.tokenizers.base import Tokenizer
+
+NAMES = {"arinar-b": "arinar-base", "arinar-l": "arinar-large"}  # of files that hold one size each
+INNER_HEADS = {"release": 4, "current": 16}
+CONVENTIONS = tuple(INNER_HEADS)
+
+# The block of VAR (Tian et al. 2024) as the head has it; the rest follows from shapes
+BLOCK = {"conditioning": "both", "norm": "layer", "mlp": "gelu-tanh", "positions": "learned", "start_token": True,
+         "bias": True, "attention_scale": 0.25}  # fmt: skip
+
+# ours -> official; {i} is a number
+OF_HEAD = {
+    "head.backbone.start_token": "arhead.start_token",
+    "head.backbone.positions": "arhead.pos_embedding",
+    "head.backbone.token_embed.{p}": "arhead.input_proj.{p}",
+    "head.backbone.condition_embed.{p}": "arhead.cond_proj.{p}",
+    "head.backbone.blocks.{i}.attention.qkv.weight": "arhead.blocks.{i}.attn.mat_qkv.weight",
+    "head.backbone.blocks.{i}.attention.q_bias": "arhead.blocks.{i}.attn.q_bias",
+    "head.backbone.blocks.{i}.attention.v_bias": "arhead.blocks.{i}.attn.v_bias",
+    "head.backbone.blocks.{i}.attention.proj.{p}": "arhead.blocks.{i}.attn.proj.{p}",
+    "head.backbone.blocks.{i}.mlp.fc1.{p}": "arhead.blocks.{i}.ffn.fc1.{p}",
+    "head.backbone.blocks.{i}.mlp.down.{p}": "arhead.blocks.{i}.ffn.fc2.{p}",
+    "head.backbone.blocks.{i}.modulation.{p}": "arhead.blocks.{i}.ada_lin.1.{p}",
+    "head.backbone.norm.modulation.{p}": "arhead.head_nm.ada_lin.1.{p}",
+    "head.head.final.{p}": "arhead.head.{p}",
+}
+TABLE = {k: v for k, v in mar.TABLE.items() if not k.startswith("head.")} | OF_HEAD
+UNSQUEEZED = mar.UNSQUEEZED | {"arhead.start_token", "arhead.pos_embedding"}
+ZERO = "arhead.blocks.{i}.attn.zero_k_bias"  # a buffer: keys have no bias, and the file says so in zeros
+
+
+def official_name(ours: str) -> str:
+    """What the official code calls our tensor."""
+    return mar.official_name(ours, TABLE)
+
+
+def model_from_arinar(
+    file: OfficialFile,
+    *,
+    inner_heads: int = INNER_HEADS["release"],
+    heads: int | tuple[int, int] | None = None,
+    preset: str | None = None,
+) -> Model:
+    """The model of an official file, strictly: every tensor is used, none is missing, all are finite.
+
+    Raises CheckpointError, one line that names the tensor.
+    """
+    where = str(file.path)
+    config = infer(file.tensors, where)
+    mar.set_trunk(config, file, heads, mar.named_preset(config, preset, where, NAMES))
+    config["head"]["backbone"]["heads"] = inner_heads
+    return mar.loaded(config, file, without_zeros(file.tensors, where), official_name)
+
+
+def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
+    """Every size that shapes reveal, as a config of `build_model` without attention heads."""
+    flow = sorted(name for name in tensors if name.startswith("arhead.nf."))
+    if flow:
+        raise CheckpointError(f"{where}: {flow[0]!r} is of a flow inside the head (use_nf), which is not read here")
+    config = mar.infer_trunk(tensors, where)
+    width, group = mar.shape(tensors, "arhead.input_proj.weight", 2, where)
+    numbers, _ = mar.shape(tensors, "arhead.head.weight", 2, where)
+    hidden, _ = mar.shape(tensors, "arhead.blocks.0.ffn.fc1.weight", 2, where)
+    if numbers % (2 * group + 1):
+        raise CheckpointError(
+            f"{where}: 'arhead.head.weight' gives {numbers} numbers, no mixture of Gaussians of {group} features"
+        )
+    config["head"] = {
+        "kind": "nested",
+        "split": {"kind": "features", "group": group},
+        "backbone": {
+            "kind": "causal",
+            "width": width,
+            "depth": mar.count(tensors, "arhead.blocks", where),
+            "hidden": hidden,
+            **BLOCK,
+        },
+        "head": {"kind": "mixture", "components": numbers // (2 * group + 1), "depth": 0},
+    }
+    return config
+
+
+def without_zeros(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """All tensors but the buffers of zeros, each of which must be there and zero."""
+    rest = dict(tensors)
+    for i in range(mar.count(tensors, "arhead.blocks", where)):
+        name = ZERO.format(i=i)
+        if name not in rest:
+            complain(where, "lacks", [name])
+        if bool(as_float32(rest.pop(name), name, where).any()):
+            raise CheckpointError(
+                f"{where}: tensor {name!r} is not zero; the keys of this model have a bias, ours none"
+            )
+    return rest
+
+
+def our_temperature(value: float, convention: str) -> float:
+    """A temperature of the authors' as ours: below 1 is sharper."""
+    if convention not in CONVENTIONS:
+        raise UsageError(f"temperature_convention: {convention!r} is not known{nearest(convention, CONVENTIONS)}")
+    return 1 / value if convention == "release" and value else value
+
+
+@torch.no_grad()
+def losses_by_heads(file: OfficialFile, tokens: Tensor, *, draws: int = 4, **options: Any) -> dict[int, float]:
+    """The loss of tokens (B, L, D), in nats a token, under each number of heads that the files may mean.
+
+    Weights trained with the other number are so much worse that a few images tell.
+    """
+    found = {}
+    for heads in INNER_HEADS.values():
+        model = model_from_arinar(file, inner_heads=heads, **options)
+        noise = Noise.shared(0, len(tokens))  # the same masks for both
+        found[heads] = sum(float(model.loss(tokens, None, noise).mean) for _ in range(draws)) / draws
+    return found
+
+
+def bundle_from_arinar(
+    file: OfficialFile,
+    tokenizer: Tokenizer,
+    class_names: list[str],
+    *,
+    convention: str | None = None,  # of the temperature among the file's arguments; None: that of the inner heads
+    inner_heads: int = INNER_HEADS["release"],
+    **options: Any,
+) -> Bundle:
+    """A model folder's content: model, tokenizer, the authors' sampling settings where the sizes are a preset's."""
+    model = model_from_arinar(file, inner_heads=inner_heads, **options)
+    mar.check_fit(model, tokenizer, class_names)
+    preset = mar.named_preset(model_config(model), None, str(file.path), NAMES)
+    sampling: dict[str, Any] = dict(preset.sampling) if preset else {"guidance_schedule": "linear"}
+    if "cfg" in file.arguments and not preset:
+        sampling["guidance_scale"] = float(mar.argument(file, "cfg", 1.0))
+    if "temperature" in file.arguments:
+        usual = {heads: name for name, heads in INNER_HEADS.items()}.get(inner_heads, "current")
+        sampling["temperature"] = our_temperature(mar.argument(file, "temperature", 1.0, most=100), convention or usual)
+    if file.arguments.get("bilevel_schedule", "constant") != "constant":
+        sampling["feature_schedule"] = str(file.arguments["bilevel_schedule"])
+    provenance = {
+        "converted_from": file.path.name,
+        "weights": file.which,
+        "preset": preset.name if preset else None,
+        "inner_heads": inner_heads,
+    }
+    return Bundle(model, tokenizer, class_names, sampling, provenance)
+
+
+def arinar_tensors(model: Model) -> dict[str, Tensor]:
+    """The weights under their official names and shapes; raises UsageError for a model that isn't ARINAR's."""
+    if type(model) is not MaskedModel or model_config(model)["backbone"] != "masked":
+        raise UsageError(f"model: {type(model).__name__} can't be written as ARINAR; it must be a masked model")
+    head = model.head
+    if not isinstance(head, Nested) or not isinstance(head.head, Mixture):
+        raise UsageError(f"model: its head is {type(head).__name__}; ARINAR's is `nested` with a `mixture` inside")
+    split, block = head.config["split"], head.config["backbone"]
+    unlike = {f"backbone.{k}": v for k, v in BLOCK.items() if block[k] != v}
+    if (split["kind"], split.get("order")) != ("features", "natural"):
+        unlike["split"] = "features in natural order"
+    if head.head.depth or head.head.full:
+        unlike["head"] = "a mixture of depth 0, diagonal"
+    if unlike:
+        name, value = next(iter(unlike.items()))
+        raise UsageError(f"model: its head.{name} has no counterpart in ARINAR's code, whose is {value!r}")
+    result = {}
+    for ours, tensor in model.state_dict().items():
+        theirs = official_name(ours)
+        result[theirs] = tensor.detach()[None] if theirs in UNSQUEEZED else tensor.detach()
+    for i in range(block["depth"]):
+        result[ZERO.format(i=i)] = torch.zeros(block["width"])
+    return result
+
+
+def inner_heads_of(model: Model) -> int:
+    """How many attention heads its head has: what the official code must be told, and files don't say."""
+    assert isinstance(model.head, Nested), f"{type(model.head).__name__} has no backbone of its own"
+    return int(model.head.config["backbone"]["heads"])

@@ -1,0 +1,84 @@
+"""Bins: a real feature as one of B intervals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from seriatim.core.errors import UsageError
+from seriatim.core.random import Noise
+from seriatim.heads.bins import Bins, equal_bins
+from seriatim.heads.nested import Nested
+from seriatim.testing import check_head
+
+INSIDE = {"kind": "bins"}
+BACKBONE = {"kind": "causal", "width": 32, "depth": 1, "heads": 4}
+
+
+def test_it_is_a_head() -> None:
+    check_head(Bins, learn=False)
+
+
+def test_nested_it_learns_a_known_density() -> None:
+    check_head(Nested, split={"kind": "features"}, backbone=BACKBONE, head=INSIDE, steps=200)
+
+
+def test_bins_are_equally_likely() -> None:
+    """64 bins over +-3 standard deviations, which are +-5 of a feature; each stands for its mean."""
+    head = Bins(1)
+    assert head.edges.shape == (65,) and float(head.edges[0]) == -5 and float(head.edges[-1]) == 5
+    edges, means = equal_bins(64, 3.0)
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x[x.abs() < 3]
+    index = torch.bucketize(x, torch.tensor(edges[1:-1]))
+    counts = torch.bincount(index, minlength=64).double()
+    assert float((counts / len(x) * 64 - 1).abs().max()) < 0.1
+    measured = torch.zeros(64, dtype=torch.float64).index_add(0, index, x) / counts
+    assert float((measured - torch.tensor(means)).abs().max()) < 0.02
+    assert torch.equal(head.bin_of(head.means), torch.arange(64))
+    assert head.bin_of(torch.tensor([-9.0, 9.0])).tolist() == [0, 63]
+
+
+@torch.no_grad()
+def test_quantising_costs_little_and_the_density_is_one() -> None:
+    head = Bins(1, z_dim=4)
+    head.final.weight.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(1))
+    error = (head.means[head.bin_of(x)] - x).square().mean()
+    assert float(error) < 0.005, "of features with unit variance"
+    z = torch.randn(1, 4, generator=torch.Generator().manual_seed(2))
+    grid = torch.linspace(-6, 6, 24_001)[:, None]
+    density = head.log_prob(z.expand(len(grid), -1), grid).exp()
+    assert abs(float(density.sum()) * 12 / 24_000 - 1) < 5e-3
+    assert float(density[0]) == 0.0
+    loss = head.loss(z, torch.tensor([[0.3]]), Noise.per_image([0])).sum
+    width = head.edges.diff()[head.bin_of(torch.tensor(0.3))]
+    assert torch.allclose(loss, -head.log_prob(z, torch.tensor([[0.3]])) - width.log(), atol=1e-5)
+
+
+@torch.no_grad()
+def test_sampling() -> None:
+    """Odds are those of the softmax; guidance mixes logits; the coldest is the likeliest."""
+    head = Bins(1, bins=4, z_dim=4)
+    head.final.weight.copy_(torch.eye(4))
+    odds = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    z = odds.log().expand(4000, -1)
+    drawn = head.bin_of(head.sample(z, Noise.shared(0, 4000)))
+    assert torch.allclose(torch.bincount(drawn[:, 0], minlength=4) / 4000, odds, atol=0.03)
+    assert (head.bin_of(head.sample(z[:9], Noise.shared(0, 9), temperature=0.0)) == 3).all()
+    assert (head.bin_of(head.sample(z[:9], Noise.shared(0, 9), top_k=1)) == 3).all()
+    squared = head.bin_of(head.sample(z, Noise.shared(0, 4000), torch.zeros_like(z), 2.0))
+    share = torch.bincount(squared[:, 0], minlength=4) / 4000
+    assert torch.allclose(share, odds.square() / odds.square().sum(), atol=0.03)
+
+
+def test_what_is_not_allowed() -> None:
+    for arguments, message in (
+        ({"bins": 1}, "bins: 1 is not allowed; it must be at least 2"),
+        ({"clip": math.inf}, "clip: inf is not allowed"),
+        ({"sigmas": 0.0}, r"sigmas: 0\.0 is not allowed"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Bins(1, **arguments)  # type: ignore[arg-type]

@@ -1,0 +1,256 @@
+"""A head that nests: the contract, its density, the cache against the definition, what does not fit."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomise
+from torch import Tensor
+
+from seriatim.checkpoints.arinar import BLOCK
+from seriatim.core.errors import ConfigError, UsageError
+from seriatim.core.random import Noise
+from seriatim.heads.build import HEADS, build_head
+from seriatim.heads.nested import FEATURE_SCHEDULES, Nested, scheduled
+from seriatim.heads.splits import build_split
+from seriatim.models.build import build_model, model_config, seeded
+from seriatim.models.masked import MaskedModel
+from seriatim.nn.packed import packs, prepare
+from seriatim.nn.patch import patchify
+from seriatim.sampling.masked import masked_steps
+from seriatim.testing import check_head
+
+PLAIN = {"kind": "causal", "width": 32, "depth": 1, "heads": 4}
+ARINAR = {**PLAIN, **BLOCK}
+LEAF = {"kind": "mixture", "components": 3, "depth": 0}
+FEATURES = {"kind": "features"}
+C = 6
+
+
+def nested(dim: int = 4, **changes: Any) -> Nested:
+    with seeded(0):
+        head = Nested(dim, **{"split": FEATURES, "backbone": ARINAR, "head": LEAF, **changes}, z_dim=C)
+    randomise(head, scale=0.1)
+    return head
+
+
+def vectors(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, C, generator=g), torch.randn(rows, C, generator=g)
+
+
+def noise(rows: int) -> Noise:
+    return Noise.per_image(range(rows))
+
+
+# --- the contract -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"backbone": ARINAR, "head": LEAF},
+        {"backbone": PLAIN, "head": LEAF, "split": {"kind": "rgb"}},
+        {"backbone": PLAIN, "head": {"kind": "diffusion", "width": 24, "depth": 1}},
+        {
+            "split": {"kind": "features", "group": 3},
+            "backbone": PLAIN,
+            "head": {"kind": "nested", "split": FEATURES, "backbone": PLAIN, "head": LEAF},
+        },
+    ],
+    ids=["mixture", "rgb", "diffusion", "nested"],
+)
+def test_it_is_a_head(parts: dict[str, Any]) -> None:
+    check_head(Nested, **{"split": FEATURES, **parts}, learn=False)
+
+
+def test_it_learns_a_known_density() -> None:
+    check_head(Nested, split=FEATURES, backbone=ARINAR, head=LEAF, steps=200)
+
+
+# --- the density --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_log_prob_is_that_of_the_parts() -> None:
+    """Each factor by the leaf itself, from the z that the naive sampler would give it."""
+    head = nested()
+    z, _ = vectors(5)
+    x = torch.randn(5, 4)
+    following, total = head._anew(z), torch.zeros(5)
+    for i in range(4):
+        total += head.head.log_prob(following([x[:, j : j + 1] for j in range(i)]), x[:, i : i + 1])
+    assert torch.allclose(head.log_prob(z, x), total, atol=1e-5)
+    loss = head.loss(z, x, noise(5))
+    assert torch.allclose(loss.sum, -total, atol=1e-5) and torch.equal(loss.count, torch.ones(5))
+
+
+@torch.no_grad()
+def test_density_integrates_to_one() -> None:
+    """Over a grid of two features; this is what the constant is for."""
+    head = nested(2)
+    z = vectors(1)[0]
+    axis = torch.linspace(-12, 12, 161)
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).reshape(-1, 2)
+    density = head.log_prob(z.expand(len(grid), -1), grid).double().exp()
+    assert abs(float(density.sum()) * 0.15**2 - 1) < 1e-3
+
+
+@torch.no_grad()
+def test_later_features_do_not_change_earlier_factors() -> None:
+    for order, changed in (("natural", 3), ("reversed", 0), ([2, 0, 3, 1], 1)):
+        head = nested(split={"kind": "features", "order": order})
+        z, x = vectors(3)[0], torch.randn(3, 4)
+        y = x.clone()
+        y[:, changed] += 1  # the last one drawn
+        assert torch.equal(head.log_prob_of_parts(z, x)[:, :3], head.log_prob_of_parts(z, y)[:, :3]), order
+
+
+@torch.no_grad()
+def test_entropy_of_parts() -> None:
+    """One Gaussian for each part: -log p of what was drawn is its entropy, in the mean."""
+    head = nested(2, head={"kind": "mixture", "components": 1, "depth": 0})
+    z = vectors(1)[0].expand(4000, -1)
+    x = head.sample(z, Noise.shared(0, 4000))
+    surprise = -head.log_prob_of_parts(z, x).mean(dim=0)
+    entropy = head.head.mixture(head._anew(z[:1])([])).entropy()[0]
+    assert abs(float(surprise[0] - entropy)) < 0.05
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", FEATURE_SCHEDULES)
+@pytest.mark.parametrize("guidance", [1.0, 2.5], ids=["free", "guided"])
+@pytest.mark.parametrize("split", [FEATURES, {"kind": "features", "group": 2, "order": "reversed"}], ids=["1", "2"])
+def test_fast_is_naive(schedule: str, guidance: float, split: dict[str, Any]) -> None:
+    head = nested(split=split)
+    z, z_null = vectors(6)
+    options: dict[str, Any] = {"feature_schedule": schedule}
+    if guidance != 1:
+        options["guidance_mode"] = "resample"
+    fast, naive = (head.sample(z, noise(6), z_null, guidance, 0.9, naive=naive, **options) for naive in (False, True))
+    assert torch.allclose(fast, naive, atol=1e-4)
+
+
+def test_guidance_of_each_row_and_the_schedule() -> None:
+    """A row whose scale is 1 draws as it would alone; cosine leaves the last part unguided."""
+    head = nested()
+    z, z_null = vectors(4)
+    scale = torch.tensor([1.0, 2.0, 1.0, 3.0])
+    mixed, free = head.sample(z, noise(4), z_null, scale), head.sample(z, noise(4))
+    assert torch.allclose(mixed[::2], free[::2], atol=1e-5)
+    assert not torch.allclose(mixed[1::2], free[1::2], atol=1e-2)
+
+
+def test_a_cold_token_is_the_likeliest_path() -> None:
+    head = nested(head={"kind": "mixture", "components": 1, "depth": 0})
+    z = vectors(3)[0]
+    assert torch.allclose(
+        head.sample(z, noise(3), temperature=0.0), head.sample(z, Noise.shared(5, 3), temperature=0.0)
+    )
+
+
+@pytest.mark.parametrize("kind", FEATURE_SCHEDULES)
+def test_schedules_over_features(kind: str) -> None:
+    assert all(scheduled(kind, 1.0, i, 16) == 1.0 for i in range(1, 17))
+    values = [scheduled(kind, 3.0, i, 16) for i in range(1, 17)]
+    assert values[-1] == {"constant": 3.0, "linear": 4.0, "cosine": 1.0}[kind]
+    steps = [b - a for a, b in pairwise(values)]
+    assert all(math.copysign(1, s) == {"linear": 1, "cosine": -1}.get(kind, 1) for s in steps)
+
+
+def test_packed_for_sampling() -> None:
+    if not packs(torch.float32):
+        pytest.skip("no packed products in this build")
+    head = nested(backbone={**ARINAR, "width": 64})
+    z, z_null = vectors(5)
+    before = head.sample(z, noise(5), z_null, 2.0)
+    prepare(head)
+    assert torch.allclose(head.sample(z, noise(5), z_null, 2.0), before, atol=1e-4)
+
+
+def test_in_a_model_fast_loop_is_the_specification() -> None:
+    config = {
+        "kind": "masked", "tokens": 4, "dim": 4, "width": 32, "depth": 1, "heads": 2, "buffer": 2, "classes": 3,
+        "head": {"kind": "nested", "split": FEATURES, "backbone": ARINAR, "head": LEAF},
+    }  # fmt: skip
+    with seeded(0):
+        model = build_model(config)
+    assert isinstance(model, MaskedModel)
+    complete = model_config(model)
+    assert model_config(build_model(complete)) == complete
+    model.loss(torch.randn(3, 4, 4), torch.tensor([0, 1, 2])).mean.backward()
+    assert all(p.grad is not None for p in model.head.parameters())
+    model.eval()
+    labels = torch.tensor([0, 2])
+    naive = model.sample(labels, noise(2), steps=3, guidance_scale=2.0, feature_schedule="linear")
+    *_, last = masked_steps(model, labels, noise(2), steps=3, guidance_scale=2.0, feature_schedule="linear")
+    assert torch.allclose(last.tokens, naive, atol=1e-4)
+
+
+# --- splits -------------------------------------------------------------------------------------------------------
+
+
+def test_splits() -> None:
+    assert build_split(FEATURES, 3) == [[0], [1], [2]]
+    assert build_split({"kind": "features", "group": 2, "order": "reversed"}, 4) == [[2, 3], [0, 1]]
+    assert build_split({"kind": "features", "order": [2, 0, 1]}, 3) == [[2], [0], [1]]
+    images = torch.arange(3)[None, :, None, None].expand(1, 3, 2, 2).float()  # a patch whose pixels tell their colour
+    head = nested(12, split={"kind": "rgb"})
+    parts = head.cut(patchify(images, 2)[0])
+    assert parts.tolist() == [[[0.0] * 4, [1.0] * 4, [2.0] * 4]]
+    x = torch.randn(3, 6)
+    mixed = nested(6, split={"kind": "features", "group": 2, "order": [1, 2, 0]})
+    assert torch.equal(mixed.joined(mixed.cut(x)), x)
+
+
+# --- what does not fit --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": {"kind": "features", "group": 3}}, r"split\.group: 3 does not divide the 4 features .* 1, 2, 4"),
+        ({"split": {"kind": "features", "order": [0, 1, 1, 2]}}, r"split\.order: position 1 is given twice"),
+        ({"split": {"kind": "features", "order": "sideways"}}, r"split\.order: .*'sideways'"),
+        ({"split": {"kind": "rgb"}}, r"split\.kind: 'rgb' needs patches of three colours"),
+        ({"split": {"kind": "halves"}}, r"split\.kind: 'halves' is not known"),
+        ({"head": {"kind": "mixture", "components": 0}}, r"head\.components: 0 is not allowed; it must be at least 1"),
+        ({"head": {**LEAF, "dim": 2}}, r"head\.dim: 2 does not fit"),
+        ({"head": {"kind": "categorical"}}, r"head\.kind: 'categorical' draws codes"),
+        ({"backbone": {**ARINAR, "tokens": 8}}, r"backbone\.tokens: 8 does not fit a token of 4 features in 4 parts"),
+        ({"backbone": {**ARINAR, "dim": 2}}, r"backbone\.dim: 2 does not fit a token of 4 features"),
+        ({"backbone": {**ARINAR, "condition_width": 9}}, r"backbone\.condition_width: follows from"),
+        ({"backbone": {**ARINAR, "order": "any"}}, r"backbone\.order: 'any' is not allowed inside a token"),
+        ({"backbone": {**ARINAR, "heads": 5}}, r"backbone\.heads: 5 does not divide the width 32"),
+        ({"backbone": {"kind": "masked", "width": 32}}, r"backbone\.kind: 'masked' can't draw part after part"),
+        ({"backbone": {**ARINAR, "depht": 1}}, r"backbone: unknown key 'backbone\.depht'; did you mean 'depth'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_parts_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as failure:
+        nested(**changes)
+    assert "\n" not in str(failure.value)
+
+
+def test_the_path_in_a_config_is_whole() -> None:
+    config = {"kind": "nested", "split": FEATURES, "backbone": PLAIN, "head": {"kind": "mixture", "components": 0}}
+    with pytest.raises(ConfigError, match=r"^model\.head\.head\.components: 0 is not allowed"):
+        build_head(config, dim=4, vocab=None)
+    assert HEADS["nested"] is Nested
+
+
+def test_options_are_checked() -> None:
+    head, z = nested(), vectors(2)[0]
+    with pytest.raises(UsageError, match=r"feature_schedule: 'linaer' is not known; did you mean 'linear'"):
+        head.sample(z, noise(2), feature_schedule="linaer")
+    with pytest.raises(UsageError, match="top_q: the Mixture head inside has no such"):
+        head.sample(z, noise(2), top_q=1)
+    with pytest.raises(UsageError, match="has no density"):
+        nested(head={"kind": "diffusion", "width": 24, "depth": 1}).log_prob_of_parts(z, torch.zeros(2, 4))

@@ -1,0 +1,27 @@
+"""The examples of heads run, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LINES = {"own_leaf": "nats of each feature", "tokenbridge": "at full size: 482,802,752"}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_it_runs(name: str, tmp_path: Path) -> None:
+    path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
+    done = subprocess.run(
+        [sys.executable, str(path), "--steps", "2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path.parent.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert LINES[name] in done.stdout
