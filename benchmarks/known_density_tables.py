@@ -156,8 +156,14 @@ def speed(rows: Sequence[Row], tasks: Sequence[str], names: Sequence[str]) -> It
             yield row_of([name, *("-" if v is None else f"{v:.3g}" for v in cells)])
 
 
-def figure(rows: Sequence[Row], tasks: Sequence[str], names: Sequence[str], file: Path) -> None:
-    """A column for each task, distance above and gap below, both budgets."""
+def figure(
+    rows: Sequence[Row],
+    tasks: Sequence[str],
+    names: Sequence[str],
+    file: Path,
+    scores: Sequence[str] = ("distance", "gap"),
+) -> None:
+    """A column for each task, a row for each score, both budgets."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -166,10 +172,15 @@ def figure(rows: Sequence[Row], tasks: Sequence[str], names: Sequence[str], file
     results = Results(rows)
     height = 0.8 + 0.2 * len(names)
     canvas, panels = plt.subplots(
-        2, len(tasks), figsize=(3.2 * len(tasks) + 1.6, 2 * height), sharey=True, squeeze=False, layout="constrained"
+        len(scores),
+        len(tasks),
+        figsize=(3.2 * len(tasks) + 1.6, len(scores) * height),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for across, task in enumerate(tasks):
-        for panel, score in zip(panels[:, across], ("distance", "gap"), strict=True):
+        for panel, score in zip(panels[:, across], scores, strict=True):
             for budget, colour, shift in zip(BUDGETS, ("tab:blue", "tab:red"), (-0.13, 0.13), strict=True):
                 for place, name in enumerate(names):
                     value = results.score(task, name, budget, score)
