@@ -27,9 +27,7 @@ class Attention:
 
 
 class ARHead(nn.Module):
-    def __init__(
-        self, num_gaussians, token_embed_dim, decoder_embed_dim, inner_ar_width, inner_ar_depth, feature_group
-    ):
+    def __init__(self, num_gaussians, token_embed_dim, decoder_embed_dim, inner_ar_width, depth, feature_group):
         super().__init__()
         inside = {
             "kind": "causal", "width": inner_ar_width, "depth": depth, "heads": 16, "conditioning": "both",
@@ -40,11 +38,8 @@ class ARHead(nn.Module):
             token_embed_dim, split={"kind": "features", "group": feature_group}, backbone=inside,
             head={"kind": "mixture", "components": num_gaussians, "depth": 0}, z_dim=decoder_embed_dim,
         )  # fmt: skip
-        self.num_gaussians, self.num_groups, self.feature_group = (
-            num_gaussians,
-            token_embed_dim // feature_group,
-            feature_group,
-        )
+        self.num_gaussians, self.feature_group = num_gaussians, feature_group
+        self.num_groups = token_embed_dim // feature_group
         self.bilevel_schedule = "constant"
         self.blocks = [SimpleNamespace(attn=Attention(block.attention)) for block in self.nested.backbone.blocks]
 
