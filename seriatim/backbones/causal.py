@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from seriatim.backbones.base import Backbone, token_embedding
 from seriatim.backbones.masked import usual_heads
 from seriatim.core.errors import UsageError, nearest
+from seriatim.nn.ahead import Ahead
 from seriatim.nn.cache import KVCache, causal_mask
 from seriatim.nn.causal import MLPS, NORMS, CausalBlock, ModulatedNorm, make_norm
 from seriatim.nn.linear import Linear
@@ -54,6 +55,7 @@ class CausalState:
     valid: Tensor | None  # (B, P) bool: which prefix positions count; None: all
     places: Tensor = field(repr=False)  # 0 .. S-1, on the device
     drawn: int = 0  # how many z were given
+    ahead: Ahead | None = None  # of the first block
 
     def first(self, rows: int) -> CausalState:
         """That of the first `rows` images, in the same memory."""
@@ -65,6 +67,7 @@ class CausalState:
             None if self.valid is None else self.valid[:rows],
             self.places,
             self.drawn,
+            self.ahead and self.ahead.first(rows),
         )
 
 
@@ -128,6 +131,9 @@ class Causal(Backbone):
         self.tokens, self.dim, self.vocab = tokens, dim, vocab
         self.width, self.z_dim = A, C
         self.prefix, self.positions_kind, self.order, self.rotate_prefix = P, positions, order, rotate_prefix
+        # One number a token, and the first norm sees a line of it: its qkv can be made ahead
+        usual = {"norm": "layer", "positions": "learned", "order": "raster"}
+        self.scalar = dim == 1 and P == 1 and adaptive and usual.items() <= given.items()
         self.conditioning, self.length, self.head_dim, self.dropout = conditioning, S, C // heads, dropout
         # Every step over the whole cache, behind a mask: all steps have the same shapes, as torch.compile likes them
         self.whole_cache = False
@@ -237,7 +243,10 @@ class Causal(Backbone):
         prefix, modulations = self._condition(condition, valid)
         caches = [KVCache(self.length) for _ in self.blocks]
         places = torch.arange(self.length, device=prefix.device)
-        return CausalState(prefix, caches, modulations, self._order(order, B), valid, places)
+        state = CausalState(prefix, caches, modulations, self._order(order, B), valid, places)
+        if self.scalar and Ahead.fits(modulations[0], self.length):
+            state.ahead = Ahead(self.blocks[0], self.token_embed, self.positions[1:], modulations[0])  # type: ignore[arg-type]
+        return state
 
     @torch.no_grad()
     def step(self, state: CausalState, tokens: Tensor | None = None) -> Tensor:
@@ -260,7 +269,8 @@ class Causal(Backbone):
         table = self._rotation(state.order, begin, end, x.device)
         mask = self._step_mask(state, begin, end, live)
         at = state.places[begin:end] if self.whole_cache else None
-        z = self.advance(x, table, mask, at, live, state.caches, state.modulations)
+        qkv = state.ahead(i - 1, tokens) if state.ahead is not None and tokens is not None else None
+        z = self.advance(x, table, mask, at, live, state.caches, state.modulations, qkv)
         state.drawn += 1
         return z
 
@@ -273,11 +283,12 @@ class Causal(Backbone):
         live: int,  # places of the cache that are looked at
         caches: list[KVCache],
         modulations: list[tuple[Tensor, ...]],
+        qkv: Tensor | None = None,  # of the first block
     ) -> Tensor:
         """z of the last of them: (B, C). Nothing here waits for a device, and torch.compile takes it whole."""
         for i, block in enumerate(self.blocks):
             six = modulations[i] if modulations else ()
-            x = block(x, table, mask, cache=caches[i], at=at, live=live, modulation=six)
+            x = block(x, table, mask, cache=caches[i], at=at, live=live, modulation=six, qkv=None if i else qkv)
         return self._last(x[:, -1:], modulations)[:, 0]
 
     def z(self, state: CausalState, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:

@@ -90,14 +90,16 @@ class Mixture(Head):
 
     def mixture(self, z: Tensor) -> GaussianMixture:
         """z (N, C) -> p(x | z) of each row; NumericsError if a parameter is not finite."""
-        made = unpacked(self(z), self.components, self.output)
-        for name, values in (("log-variance", made.log_std), ("mean", made.means), ("logit", made.logits)):
-            if not bool(torch.isfinite(values).all()):
-                raise NumericsError(
-                    f"the Mixture head's {name} of a component is not finite: training has diverged, or the weights "
-                    "are damaged; lower the learning rate, or go back to an earlier checkpoint"
-                )
-        return made
+        flat = self(z)
+        made = unpacked(flat, self.components, self.output)
+        if bool(torch.isfinite(flat).all()):  # one look, at each part of each step
+            return made
+        named = {"log-variance": made.log_std, "mean": made.means, "logit": made.logits}
+        name = next((name for name, t in named.items() if not bool(torch.isfinite(t).all())), "covariance")
+        raise NumericsError(
+            f"the Mixture head's {name} of a component is not finite: training has diverged, or the weights "
+            "are damaged; lower the learning rate, or go back to an earlier checkpoint"
+        )
 
     def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
         """z (N, C), target (N, D) -> -log p(target | z), in nats, summed over features; `noise` is not used."""
@@ -140,23 +142,27 @@ class Mixture(Head):
             cond = self.mixture(z.float()).nucleus(top_p)
             if scale is None or z_null is None:
                 return cond.sample(noise.uniform(), noise.normal(self.output), temperature)
+            guided = scale[:, 0] != 1
+            if bool(guided.all()):  # as nearly always: nothing is picked and put back
+                return self._product(cond, z_null, scale[:, 0], noise, temperature, exact)
             drawn = z.new_empty(len(z), self.output, dtype=torch.float32)
-            plain, rows = (scale[:, 0] == 1).nonzero()[:, 0], (scale[:, 0] != 1).nonzero()[:, 0]
-            if len(plain):
-                of = noise.select(plain)
-                drawn[plain] = cond.select(plain).sample(of.uniform(), of.normal(self.output), temperature)
-            of, w, cond, null = (
-                noise.select(rows),
-                scale[rows, 0],
-                cond.select(rows),
-                self.mixture(z_null[rows].float()),
+            plain, rows = (~guided).nonzero()[:, 0], guided.nonzero()[:, 0]
+            of = noise.select(plain)
+            drawn[plain] = cond.select(plain).sample(of.uniform(), of.normal(self.output), temperature)
+            drawn[rows] = self._product(
+                cond.select(rows), z_null[rows], scale[rows, 0], noise.select(rows), temperature, exact
             )
-            if exact:
-                drawn[rows] = sample_product(cond, null, w, of.uniform(), temperature)[:, None]
-            else:
-                candidates = of.uniform(CANDIDATES), of.normal(CANDIDATES, self.output)
-                drawn[rows] = resample_product(cond, null, w, candidates, of.uniform(), temperature)
             return drawn
+
+    def _product(
+        self, cond: GaussianMixture, z_null: Tensor, w: Tensor, noise: Noise, temperature: float, exact: bool
+    ) -> Tensor:
+        """Tokens (N, D) of p_c^w p_u^(1-w); w (N,), none of them 1."""
+        null = self.mixture(z_null.float())
+        if exact:
+            return sample_product(cond, null, w, noise.uniform(), temperature)[:, None]
+        candidates = noise.uniform(CANDIDATES), noise.normal(CANDIDATES, self.output)
+        return resample_product(cond, null, w, candidates, noise.uniform(), temperature)
 
     def check_options(self, temperature: float = 1.0, **options: Any) -> None:
         super().check_options(temperature)

@@ -67,10 +67,32 @@ class CausalAttention(nn.Module):
 
         With a cache, x holds the positions at (S,), None: the last ones, and the keys are those of the first `live`.
         """
-        B, S, C = x.shape
-        qkv = self.qkv(x)  # (B, S, 3 C)
-        if self.q_bias is not None and self.v_bias is not None:
-            qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        return self.attended(self.projected(x), rotation, mask, causal, cache, at, live)
+
+    def bias(self) -> Tensor | None:
+        """Of queries, keys and values: (3 C,)."""
+        if self.q_bias is None or self.v_bias is None:
+            return None
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def projected(self, x: Tensor) -> Tensor:
+        """x (B, S, C) -> queries, keys, values (B, S, 3 C)."""
+        qkv: Tensor = self.qkv(x)
+        bias = self.bias()
+        return qkv if bias is None else qkv + bias
+
+    def attended(
+        self,
+        qkv: Tensor,
+        rotation: Tensor | None,
+        mask: Tensor | None,
+        causal: bool,
+        cache: KVCache | None,
+        at: Tensor | None,
+        live: int,
+    ) -> Tensor:
+        """What `projected` gave (B, S, 3 C) -> (B, S, C)."""
+        B, S, C = len(qkv), qkv.shape[1], qkv.shape[2] // 3
         heads = qkv.view(B, S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, h, S, d)
         q, k, v = heads
         if rotation is not None:
@@ -154,14 +176,19 @@ class CausalBlock(nn.Module):
         at: Tensor | None = None,
         live: int = 0,
         modulation: Sequence[Tensor] = (),
+        qkv: Tensor | None = None,
     ) -> Tensor:
-        """x (B, S, C) -> (B, S, C); the rest as in `CausalAttention`, and what `modulate` gave."""
+        """x (B, S, C) -> (B, S, C); the rest as in `CausalAttention`, and what `modulate` gave.
+
+        `qkv` is what the attention projects where the block is modulated, if that is known already.
+        """
         if not modulation:
             x = x + self.attention(self.norm1(x), rotation, mask, causal, cache, at, live)
             return x + self.mlp(self.norm2(x))
         g1, g2, s1, s2, b1, b2 = modulation
-        y = torch.addcmul(b1, self.norm1(x), s1)
-        x = torch.addcmul(x, g1, self.attention(y, rotation, mask, causal, cache, at, live))
+        if qkv is None:
+            qkv = self.attention.projected(torch.addcmul(b1, self.norm1(x), s1))
+        x = torch.addcmul(x, g1, self.attention.attended(qkv, rotation, mask, causal, cache, at, live))
         return torch.addcmul(x, g2, self.mlp(torch.addcmul(b2, self.norm2(x), s2)))
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from seriatim.backbones.causal import Causal, usual_hidden
 from seriatim.core.errors import UsageError
 from seriatim.models.build import seeded
+from seriatim.nn import ahead
 from seriatim.nn.packed import prepare
 from seriatim.nn.rotary import grid_places, rotate, rotation
 
@@ -176,6 +177,37 @@ def test_some_rows_go_on_alone() -> None:
         backbone.step(state, tokens[rows, order[:, i - 1]] if i else None)
     fewer = state.first(2)
     assert torch.allclose(backbone.step(fewer, tokens[rows[:2], order[:2, 4]]), z[:2, 5], atol=2e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@torch.no_grad()
+def test_a_number_a_token_is_projected_ahead(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as memory goes: with it and without, of all rows and of some, where the embedding is a line or nothing."""
+    backbone = make("var", depth=depth)
+    condition, tokens, _ = inputs(backbone)
+    tokens[0] = torch.linspace(-300, 300, L)[:, None]
+    for fault in ("none", "parallel", "zero"):
+        if fault == "parallel":  # x vanishes at f = 2
+            backbone.positions.copy_(-2 * backbone.token_embed.weight[:, 0].expand_as(backbone.positions))
+            backbone.token_embed.get_parameter("bias").zero_()
+            tokens[1] = torch.linspace(2 - 1e-3, 2 + 1e-3, L)[:, None]
+        elif fault == "zero":
+            backbone.token_embed.get_parameter("weight").zero_()
+        z = backbone.sequence(condition, tokens)
+        assert backbone.start(condition, 3).ahead is not None
+        atol = 5e-3 if fault == "parallel" else 2e-5  # of what is nearly 0 the norm magnifies rounding
+        assert torch.allclose(one_by_one(backbone, condition, tokens, None), z, atol=atol), fault
+    state = backbone.start(condition, 3)
+    for i in range(4):
+        backbone.step(state, tokens[:, i - 1] if i else None)
+    assert torch.allclose(backbone.step(state.first(2), tokens[:2, 3]), z[:2, 4], atol=2e-5)
+    assert backbone.double().start(condition.double(), 3).ahead is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backbone.float().start(condition, 3).ahead is None, "which rounds otherwise"
+    assert make("adaln").start(condition, 3).ahead is None
+    monkeypatch.setattr(ahead, "CAP", 3 * (2 + L) * 3 * C - 1)
+    assert backbone.start(condition, 3).ahead is None
+    assert torch.allclose(one_by_one(backbone, condition, tokens, None), z, atol=2e-5)
 
 
 @torch.no_grad()
