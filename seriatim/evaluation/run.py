@@ -114,7 +114,7 @@ def evaluate(
         "figures": list(which),
         "block": SIZE,
         "model": {"source": pipe.source, "sha256": pipe.bundle.sha256, "tokenizer": pipe.tokenizer.fingerprint()},
-        "request": request.model_dump(mode="json", exclude={"class_labels", "num_images_per_label", "seeds"}),
+        "request": said(request),
         **hashes,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
@@ -248,6 +248,11 @@ def check_shape(argument: str, images: Images, pipe: Pipeline) -> None:
         raise UsageError(f"{argument}: images are {theirs} (channels, H, W), the model draws {ours}; set data.size")
 
 
+def said(request: SampleRequest) -> dict[str, Any]:
+    """What settings.json says of a request."""
+    return request.model_dump(mode="json", exclude={"class_labels", "num_images_per_label", "seeds"})
+
+
 def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
     """Write what this evaluation is, or refuse to go on with another."""
     now = flat(chosen)
@@ -255,8 +260,10 @@ def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
         write_json(path, dict(chosen))
         return
     try:
-        before = flat(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        # A field that the version which began this did not know: it drew by what is now the default.
+        before = flat({**stored, "request": said(SampleRequest()) | stored["request"]})
+    except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"out: {path} is damaged ({one_line(error)[:80]}); choose another folder") from error
     for name in sorted(now.keys() | before.keys()):
         if name != "model.source" and before.get(name) != now.get(name):  # the same weights elsewhere are the same

@@ -142,6 +142,21 @@ def test_another_setting_is_refused_by_name(pipe: Pipeline, tmp_path: Path) -> N
             run(pipe, tmp_path, **{name: (1,)})
 
 
+def test_a_field_that_an_earlier_version_did_not_know_is_at_its_default(pipe: Pipeline, tmp_path: Path) -> None:
+    first = run(pipe, tmp_path)
+    path = tmp_path / "settings.json"
+    stored = json.loads(path.read_text())
+    del stored["request"]["choice_temperature"], stored["request"]["top_k"]
+    path.write_text(json.dumps(stored))
+    assert run(pipe, tmp_path).figures == first.figures
+    with pytest.raises(UsageError, match=r"^request.choice_temperature: 4.5 in .*, 2.0 now"):
+        run(pipe, tmp_path, choice_temperature=2.0)
+    for damaged in ("[]", "{}", '{"request": 1}', "{"):
+        path.write_text(damaged)
+        with pytest.raises(UsageError, match="is damaged"):
+            run(pipe, tmp_path)
+
+
 # --- what is said -------------------------------------------------------------------------------------------------
 
 
