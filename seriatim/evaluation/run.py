@@ -320,6 +320,18 @@ def drawn(pipe: Pipeline, request: SampleRequest, batch_size: int | None, block:
 # --- a row for people ---------------------------------------------------------------------------------------------
 
 
+NAMED = (
+    "guidance_schedule",
+    "token_schedule",
+    "order",
+    "solver",
+    "top_k",
+    "top_p",
+    "feature_schedule",
+    "guidance_mode",
+)
+
+
 def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
     """A table, one row for each report: figures with their standard error, and the real images' in brackets."""
     names = list(dict.fromkeys(name for report in reports for name in report["figures"]))
@@ -331,6 +343,10 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         sampling = f"guidance {request['guidance_scale']:g}, {request['num_inference_steps']} steps"
         if request["temperature"] != 1:
             sampling += f", temperature {request['temperature']:g}"
+        for name in NAMED:
+            value, usual = request.get(name), SampleRequest.model_fields[name].default
+            if value not in (None, usual):
+                sampling += f", {name} {value if isinstance(value, (str, int, float)) else 'given'}"
         reference = settings["reference"].get("file_sha256") or settings["reference"].get("sha256", "")
         cells = [
             f"{model_name(settings['model']['source'])} {settings['model']['sha256'][:8]}",

@@ -366,3 +366,24 @@ def test_what_makes_no_step_is_refused() -> None:
         backbone.step(state, tokens[:, 0])
     with pytest.raises(UsageError, match="one vector for each image, not 2"):
         make("adaln", prefix=2).start(torch.zeros(3, 2, 10), 3)
+
+
+@pytest.mark.parametrize(
+    ("condition", "valid", "words"),
+    [
+        ((3, 4, C), None, r"condition: shape \(3, 4, 32\) is not \(3, 32\) or \(3, 3, 32\), with a prefix of 3"),
+        ((3, 3, C + 1), None, "condition: shape"),
+        ((3, 3, C), torch.ones(3, 4, dtype=torch.bool), r"valid: torch.bool of shape \(3, 4\) is not bool \(3, 3\)"),
+        ((3, 3, C), torch.ones(3, 3), "valid: torch.float32 of shape"),
+    ],
+)
+def test_a_prefix_of_another_length_is_refused(condition: tuple[int, ...], valid: Tensor | None, words: str) -> None:
+    backbone = make("long-prefix")
+    _, tokens, _ = inputs(backbone)
+    for call in (
+        lambda c: backbone.sequence(c, tokens, valid=valid),
+        lambda c: backbone.start(c, 3, valid=valid),
+    ):
+        with pytest.raises(UsageError, match=words) as caught:
+            call(torch.zeros(condition))
+        assert "\n" not in str(caught.value)

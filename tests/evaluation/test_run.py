@@ -23,7 +23,7 @@ from seriatim.evaluation.features import FEATURES, PixelFeatures, open_features
 from seriatim.evaluation.figures import FIGURES, Reference, Set, figures_of
 from seriatim.evaluation.metrics import discrepancy
 from seriatim.evaluation.reference import ArrayImages, as_many, balanced, halves, read_statistics, whole
-from seriatim.evaluation.run import Evaluation, evaluate
+from seriatim.evaluation.run import Evaluation, evaluate, markdown
 from seriatim.pipeline import Pipeline
 
 NAMES = ["cat", "dog", "horse"]
@@ -173,6 +173,10 @@ def test_results_say_everything(pipe: Pipeline, tmp_path: Path) -> None:
     assert settings["request"]["guidance_scale"] == 1.5 and settings["request"]["num_diffusion_steps"] == 6
     assert {"torch", "seriatim", "threads", "dtype"} <= report["versions"].keys()
     assert done.report["markdown"].splitlines()[2].startswith("| mine 00000000 | guidance 1.5, 5 steps | 40 (40) |")
+    settings = done.report["settings"]
+    request = {**settings["request"], "temperature": 0.9, "order": (1, 0), "solver": "ddim", "top_k": 5}
+    row = markdown([{**done.report, "settings": {**settings, "request": request}}])
+    assert "| guidance 1.5, 5 steps, temperature 0.9, order given, solver ddim, top_k 5 |" in row
 
 
 def test_real_images_come_out_as_real(pipe: Pipeline, tmp_path: Path) -> None:
