@@ -22,6 +22,7 @@ from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
 from seriatim.core.random import Noise, generator
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import parse, plain
+from seriatim.models.masked import is_confidence
 from seriatim.sampling.editing import (
     as_images,
     broadcast,
@@ -100,6 +101,8 @@ class Pipeline:
         for label in request.class_labels:
             self.label_index(label)
         request.check_order(self.model.tokens)
+        if not self.model.one_by_one:  # the others refuse it as any order but their own
+            is_confidence(request.order, self.model.head)
         self.model.head.check_options(temperature=request.temperature, **self._head_options(request))
         return fitted(request, self.model.tokens, self.model.order if self.model.one_by_one else None)
 

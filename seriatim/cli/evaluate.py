@@ -39,7 +39,9 @@ def evaluate(
     features: FeaturesOption = "inception",
     figures: Annotated[
         list[str] | None,
-        typer.Option(help="frechet, kernel, manifold, score, accuracy, diversity, nearest; repeat it. Default: all."),
+        typer.Option(
+            help="frechet, kernel, manifold, score, accuracy, diversity, nearest; repeat it. Default: what can be had."
+        ),
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; higher is more typical.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
@@ -96,7 +98,6 @@ def evaluate(
     from seriatim.core.progress import duration
     from seriatim.evaluation.base import check_pictures
     from seriatim.evaluation.features import open_features
-    from seriatim.evaluation.figures import FIGURES
     from seriatim.evaluation.run import evaluate as run
     from seriatim.pipeline import load
 
@@ -120,7 +121,7 @@ def evaluate(
             num=num,
             features=extractor,
             real=others,
-            figures=figures or tuple(FIGURES),
+            figures=figures or (),
             seed=seed,
             batch_size=batch_size,
             share=share,
@@ -135,6 +136,8 @@ def evaluate(
     if json:
         return print_json(done.report)
     print_figures(done.report, f"{num:,} samples")
+    if neighbours or any(name.startswith("nearest") for name in done.figures):
+        say(f"nearest: the way to {done.report['nearest_to']}")
     say(f"markdown and settings: {out / 'results.json'} ({duration(done.seconds)})")
     return None
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
+WIDE = 1000  # columns of what is no terminal: a line of a table there is a line
+
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
 
 
@@ -21,10 +23,15 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")  # on a narrow terminal a word goes on below, none is cut
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(highlight=False, markup=False).print(table)  # a figure is called FD[pixels]
+    console = Console(highlight=False, markup=False)  # a figure is called FD[pixels]
+    if not console.is_terminal:
+        console.width = WIDE
+    console.print(table)
 
 
 def say(text: str) -> None:

@@ -34,7 +34,9 @@ def sweep(
     features: FeaturesOption = "inception",
     figures: Annotated[
         list[str] | None,
-        typer.Option(help="frechet, kernel, manifold, score, accuracy, diversity, nearest; repeat it. Default: all."),
+        typer.Option(
+            help="frechet, kernel, manifold, score, accuracy, diversity, nearest; repeat it. Default: what can be had."
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the request that is the same everywhere; repeat it.")
@@ -56,7 +58,6 @@ def sweep(
     swept = {name: several(name, text) for name, text in map(parted, values)}
 
     from seriatim.evaluation.features import open_features
-    from seriatim.evaluation.figures import FIGURES
     from seriatim.evaluation.sweep import CURVES, JSON, TABLE
     from seriatim.evaluation.sweep import sweep as run
     from seriatim.pipeline import load
@@ -73,7 +74,7 @@ def sweep(
             num=num,
             features=open_features(features, size=size, channels=channels),
             real=others,
-            figures=figures or tuple(FIGURES),
+            figures=figures or (),
             seed=seed,
             batch_size=batch_size,
             share=share,

@@ -1,4 +1,4 @@
-"""Features of many images, block by block on the disk: another process, or another day, goes on where one stopped.
+"""What is computed of many images, block by block on the disk: another process, or another day, goes on with it.
 
 A block is a file; it is there as a whole or not at all. Image i is in block i // SIZE whoever computes it.
 
@@ -7,17 +7,20 @@ B images of a block, F features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from seriatim.core.errors import NumericsError
+from seriatim.checkpoints.native import write_tensors
+from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.files import atomic_write
 from seriatim.core.progress import Progress
 from seriatim.evaluation.base import FeatureExtractor, Features
@@ -26,6 +29,9 @@ from seriatim.evaluation.metrics import Array
 SIZE = 256  # images of a block: a stop loses less than that
 AT_ONCE = 64  # images that go through an extractor: 299 pixels a side take memory
 NAMES = Features._fields
+PIXELS = "pixels"  # sha256 of a block's images in 8 bits, as 32 numbers
+
+ImagesOf = Callable[[range], Iterator[Tensor]]  # of a block: images (b, c, H, W) in [-1, 1] of 8 bits, a few at a time
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Vectors:
     features: Array  # (n, F)
     logits: Array | None = None  # (n, K)
     spatial: Array | None = None  # (n, S)
+    pixels: str = ""  # sha256 of the sha256 of each block's images: the same pictures, wherever their files are
 
     def __len__(self) -> int:
         return len(self.features)
@@ -56,7 +63,7 @@ class Vectors:
 
 
 class Blocks:
-    """The features of `count` images under `folder`."""
+    """What is known of `count` images, under `folder`."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
@@ -72,12 +79,10 @@ class Blocks:
 
     def fill(
         self,
-        images_of: Callable[[range], Iterator[Tensor]],  # images (b, c, H, W) in [-1, 1], a few at a time
-        extractor: FeatureExtractor,
+        tensors_of: Callable[[range, Progress], Mapping[str, Tensor]],  # of a block; it moves the bar on
         what: str,
         *,
         share: Share = ALL,
-        device: torch.device | str = "cpu",
         quiet: bool = False,
     ) -> None:
         """Compute this process's blocks that are not there."""
@@ -86,13 +91,48 @@ class Blocks:
         total, left = (sum(len(block) for block in blocks) for blocks in (mine, todo))
         with Progress(total, what, "images", done=total - left, quiet=quiet) as bar:
             for block in todo:
-                parts: list[Features] = []
-                for images in images_of(block):
-                    parts += [extract(extractor, some, device) for some in images.split(AT_ONCE)]
-                    bar.advance(len(images))
-                self.write(block, parts, extractor, what)
+                tensors = tensors_of(block, bar)
+                atomic_write(self.path(block), partial(write_tensors, tensors=tensors))
 
-    def write(self, block: range, parts: list[Features], extractor: FeatureExtractor, what: str) -> None:
+    def arrays(self) -> dict[str, Array]:
+        """The tensors of all blocks by name, in float64, one block's rows after another's.
+
+        A block that can't be read is removed, so that the next call computes it again.
+        """
+        found: dict[str, list[Array]] = {}
+        for block in self.ranges():
+            try:
+                tensors = load_file(self.path(block))
+            except (SafetensorError, OSError) as error:
+                self.path(block).unlink(missing_ok=True)
+                raise NumericsError(
+                    f"{self.path(block)} was damaged and is removed; the same command computes it"
+                ) from error
+            for name, value in tensors.items():
+                found.setdefault(name, []).append(value.numpy().astype(np.float64))
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def read(self) -> Vectors:
+        """Of blocks that `features_of` computed: all together."""
+        arrays = self.arrays()
+        digests = arrays.get(PIXELS, np.empty(0)).astype(np.uint8)
+        whole = len(digests) == 32 * len(self.ranges())  # an earlier version wrote none
+        pixels = hashlib.sha256(digests.tobytes()).hexdigest() if whole else ""
+        return Vectors(arrays["features"], arrays.get("logits"), arrays.get("spatial"), pixels)
+
+
+def features_of(
+    images_of: ImagesOf, extractor: FeatureExtractor, what: str, device: torch.device | str = "cpu"
+) -> Callable[[range, Progress], dict[str, Tensor]]:
+    """Of a block: its images' features, for `Blocks.fill`."""
+
+    def tensors_of(block: range, bar: Progress) -> dict[str, Tensor]:
+        parts: list[Features] = []
+        seen = hashlib.sha256()
+        for images in images_of(block):
+            seen.update(levels(images).to(torch.uint8).cpu().numpy().tobytes())
+            parts += [extract(extractor, some, device) for some in images.split(AT_ONCE)]
+            bar.advance(len(images))
         tensors = {}
         for name in NAMES:
             given = [getattr(part, name) for part in parts]
@@ -106,33 +146,30 @@ class Blocks:
                     f"features: {extractor.name} gives {name} that are not finite for image {image} ({what}); "
                     "try dtype float32, other features or other weights"
                 )
-            tensors[name] = value.contiguous()
-        atomic_write(self.path(block), lambda file: save_file(tensors, file))
+            tensors[name] = value
+        return tensors | {PIXELS: torch.tensor(list(seen.digest()), dtype=torch.uint8)}
 
-    def read(self) -> Vectors:
-        """All blocks together. One that can't be read is removed, so that the next call computes it again."""
-        found: dict[str, list[Array]] = {name: [] for name in NAMES}
-        for block in self.ranges():
-            try:
-                tensors = load_file(self.path(block))
-            except (SafetensorError, OSError) as error:
-                self.path(block).unlink(missing_ok=True)
-                raise NumericsError(
-                    f"{self.path(block)} was damaged and is removed; the same command computes it"
-                ) from error
-            for name, value in tensors.items():
-                found[name].append(value.numpy().astype(np.float64))
-        return Vectors(*(np.concatenate(found[name]) if found[name] else None for name in NAMES))  # type: ignore[arg-type]
+    return tensors_of
 
 
 @torch.no_grad()
 def extract(extractor: FeatureExtractor, images: Tensor, device: torch.device | str = "cpu") -> Features:
     """Features on the CPU in float32 of images (B, c, H, W) in [-1, 1]."""
     given: Features = extractor(images.to(device))
+    shape = tuple(given.features.shape) if isinstance(given, Features) else type(given).__name__
+    if shape != (len(images), extractor.dim):
+        raise UsageError(
+            f"features: {extractor.name} gives {shape} for {len(images)} images, not Features(features=...) of shape "
+            f"{(len(images), extractor.dim)}; its forward and its dim must agree"
+        )
     return Features(*(None if x is None else x.float().cpu() for x in given))  # type: ignore[arg-type]
 
 
 def eight_bits(images: Tensor) -> Tensor:
     """uint8, or float in [-1, 1] -> float in [-1, 1] with the 256 values that a picture's file can hold."""
-    levels = images.float() if images.dtype == torch.uint8 else ((images.float() + 1) * 127.5).round().clamp(0, 255)
-    return levels / 127.5 - 1
+    return levels(images) / 127.5 - 1
+
+
+def levels(images: Tensor) -> Tensor:
+    """uint8, or float in [-1, 1] -> the 256 values as float."""
+    return images.float() if images.dtype == torch.uint8 else ((images.float() + 1) * 127.5).round().clamp(0, 255)

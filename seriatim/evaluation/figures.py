@@ -31,9 +31,10 @@ from seriatim.evaluation.metrics import (
     within_class_variance,
 )
 from seriatim.evaluation.neighbours import covered, neighbours, radii, usual_way
-from seriatim.evaluation.reference import Labels
+from seriatim.evaluation.reference import Labels, Part
 
 K_NEAREST = 3  # of precision and recall
+SPLIT = 5000  # images of which one inception score is: ADM's evaluator; torch-fidelity's ten of 50,000
 WHOLE, SUBSET = 5000, 1000  # up to so many samples the kernel distance is of all; then of subsets, as in its paper
 SOME = 4  # images that one class at least must have for its variance to be seen with a tenth left out
 MANIFOLD = 10_000  # images of each side whose neighbours are sought; as many as ADM's reference batches hold
@@ -127,8 +128,13 @@ def manifold(samples: Set, reference: Reference) -> dict[str, Measure]:
 
 
 def score(samples: Set, reference: Reference) -> dict[str, Measure]:
+    """The mean over random parts of about SPLIT images, as it is published: a score grows with the images it is of."""
     logits = samples.vectors.logits
-    return {} if logits is None else {"IS": lambda i: inception_score(logits[i])}
+    if logits is None:
+        return {}
+    parts = max(1, round(len(logits) / SPLIT))
+    part = np.random.default_rng(0).permutation(len(logits)) % parts  # of each image, whichever others are left out
+    return {"IS": lambda i: float(np.mean([inception_score(logits[i[part[i] == p]]) for p in range(parts)]))}
 
 
 def conditional(samples: Set, reference: Reference) -> dict[str, Measure]:
@@ -199,6 +205,24 @@ def check_figures(which: Sequence[str]) -> tuple[str, ...]:
         if kind not in FIGURES:
             raise UsageError(f"figures: {kind!r} is not known{nearest(kind, FIGURES)}")
     return tuple(dict.fromkeys(which)) or tuple(FIGURES)
+
+
+def check_possible(
+    which: Sequence[str], extractor: FeatureExtractor, classes: int, names: Sequence[str], real: Part | None, file: str
+) -> None:
+    """Refuse figures that somebody asks for by name and that these features or this reference can't give."""
+    lacks = {
+        "score": "" if extractor.classes else f"class probabilities, which {extractor.name!r} has not",
+        "accuracy": ""
+        if class_map(extractor, classes, names) is not None
+        else f"an extractor that knows the model's classes, {extractor.name!r} does not",
+        "diversity": "" if real is not None and real.labels is not None else "classes, of the model and of the data",
+    }
+    if real is None:
+        lacks |= dict.fromkeys(("kernel", "manifold", "diversity", "nearest"), f"images, which {file} has not")
+    for kind in which:
+        if lacks.get(kind):
+            raise UsageError(f"figures: {kind} needs {lacks[kind]}; leave it out, or choose other features or data")
 
 
 def check_count(argument: str, count: int, extractor: FeatureExtractor, which: Sequence[str]) -> None:

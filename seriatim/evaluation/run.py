@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,20 @@ from seriatim.core.errors import UsageError, one_line
 from seriatim.core.files import writable_folder, write_json
 from seriatim.core.random import derive_seed
 from seriatim.evaluation.base import FeatureExtractor, check_pictures
-from seriatim.evaluation.blocks import ALL, SIZE, Blocks, Share, eight_bits
-from seriatim.evaluation.figures import FIGURES, Reference, Set, check_count, check_figures, class_map, figures_of
+from seriatim.evaluation.blocks import ALL, SIZE, Blocks, ImagesOf, Share, eight_bits, features_of
+from seriatim.evaluation.figures import (
+    Reference,
+    Set,
+    check_count,
+    check_figures,
+    check_possible,
+    class_map,
+    figures_of,
+)
 from seriatim.evaluation.memory import nearest_picture
 from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, described, halves, whole
+from seriatim.evaluation.rows import markdown
 from seriatim.pipeline import BATCH_TOKENS, Pipeline
 from seriatim.sampling.metadata import versions
 from seriatim.sampling.request import SampleRequest
@@ -65,7 +74,7 @@ def evaluate(
     num: int,
     features: FeatureExtractor,
     real: Images | None = None,
-    figures: Sequence[str] = tuple(FIGURES),
+    figures: Sequence[str] = (),
     seed: int = 0,
     batch_size: int | None = None,
     share: Share = ALL,
@@ -79,7 +88,8 @@ def evaluate(
     `data` is the reference, as a rule the training images: all of them. `real` are others, such as a test set; without
     it each class of `data` is halved, and one half is the reference. Image i has the seed hash(seed, i) in whatever
     batch or process; `settings` are those of a request. The same call goes on where another was stopped; features of
-    real images are kept in `cache` (default: `out`), which several evaluations may share. `neighbours` is how many
+    real images are kept in `cache` (default: `out`), which several evaluations may share. `figures` are all that can
+    be had here, or those of FIGURES that are named. `neighbours` is how many
     samples neighbours.png shows beside the images of `data` that they are nearest to.
     Raises UsageError for another evaluation's folder, DataError for too few images or classes that don't match.
     """
@@ -98,6 +108,8 @@ def evaluate(
             )
         check_count("data", len(reference), features, which)
     check_count("real_data", len(comparison), features, which)
+    if figures:
+        check_possible(figures, features, classes, pipe.class_names, reference, str(getattr(data, "path", "data")))
 
     folder = writable_folder(out)
     cached = Path(cache) if cache is not None else folder
@@ -114,7 +126,7 @@ def evaluate(
         "figures": list(which),
         "block": SIZE,
         "model": {"source": pipe.source, "sha256": pipe.bundle.sha256, "tokenizer": pipe.tokenizer.fingerprint()},
-        "request": request.model_dump(mode="json", exclude={"class_labels", "num_images_per_label", "seeds"}),
+        "request": said(request),
         **hashes,
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
@@ -125,12 +137,12 @@ def evaluate(
     parts = [part for part in (reference, comparison) if part is not None]
     stores = [Blocks(cached / "real" / key(extractor, part), len(part)) for part in parts]
     names = ("reference", "real images")[-len(parts) :]
-    works: list[tuple[Blocks, Callable[[range], Iterator[Tensor]], str]] = [
+    works: list[tuple[Blocks, ImagesOf, str]] = [
         (store, partial(pictures, part), name) for part, store, name in zip(parts, stores, names, strict=True)
     ]
     works.append((samples, partial(drawn, pipe, request, batch_size), "samples"))
     for store, images_of, name in works:
-        store.fill(images_of, extractor, name, share=share, device=pipe.device, quiet=quiet)
+        store.fill(features_of(images_of, extractor, name, pipe.device), name, share=share, quiet=quiet)
     missing = sum(len(block) for store in (samples, *stores) for block in store.missing())
     if missing:
         return Evaluation(folder, chosen, missing=missing, seconds=time.monotonic() - begin)
@@ -162,6 +174,7 @@ def evaluate(
         against,
         extractor,
         which,
+        near_what(pipe, data, reference),
         versions(pipe.device, pipe.dtype) | {"threads": str(torch.get_num_threads())},
         begin,
         quiet,
@@ -175,6 +188,7 @@ def judged(
     against: Reference,
     extractor: FeatureExtractor,
     which: Sequence[str],
+    nearest_to: str,
     machine: Mapping[str, str],
     begin: float,
     quiet: bool,
@@ -199,6 +213,12 @@ def judged(
         "num_real": count,
         "error": "standard error: jackknife over 10 groups of the images measured, the reference taken as given; of a "
         "kernel distance over subsets, their spread",
+        "nearest_to": nearest_to,
+        "pixels_sha256": {
+            "samples": samples.vectors.pixels,
+            "reference": "" if against.vectors is None else against.vectors.pixels,
+            "real": beside.vectors.pixels,
+        },
         "settings": made.settings,
         "versions": dict(machine),
         "seconds": seconds,
@@ -242,10 +262,27 @@ def sides(pipe: Pipeline, data: Images | Statistics, real: Images | None, num: i
     return reference, as_many(rest, num, classes)
 
 
+def near_what(pipe: Pipeline, data: Images | Statistics, reference: Part | None) -> str:
+    """What `nearest` is the way to: it tells of copies only where that is all of the training images."""
+    if reference is None:
+        return "no images"
+    trained_on = pipe.bundle.provenance.get("data", {}).get("fingerprint")
+    if isinstance(data, Statistics) or data.fingerprint() != trained_on:
+        return f"{len(reference):,} images, not known to be those of training: copies of others are not seen"
+    if len(reference) < data.count:
+        return f"{len(reference):,} of {data.count:,} training images: copies of the rest are not seen; name real_data"
+    return f"all {data.count:,} training images"
+
+
 def check_shape(argument: str, images: Images, pipe: Pipeline) -> None:
     theirs, ours = (images.channels, *images.size), (pipe.tokenizer.channels, *pipe.tokenizer.size)
     if theirs != ours:
         raise UsageError(f"{argument}: images are {theirs} (channels, H, W), the model draws {ours}; set data.size")
+
+
+def said(request: SampleRequest) -> dict[str, Any]:
+    """What settings.json says of a request."""
+    return request.model_dump(mode="json", exclude={"class_labels", "num_images_per_label", "seeds"})
 
 
 def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
@@ -255,8 +292,10 @@ def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
         write_json(path, dict(chosen))
         return
     try:
-        before = flat(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        # A field that the version which began this did not know: it drew by what is now the default.
+        before = flat({**stored, "request": said(SampleRequest()) | stored["request"]})
+    except (ValueError, TypeError, KeyError) as error:
         raise UsageError(f"out: {path} is damaged ({one_line(error)[:80]}); choose another folder") from error
     for name in sorted(now.keys() | before.keys()):
         if name != "model.source" and before.get(name) != now.get(name):  # the same weights elsewhere are the same
@@ -311,40 +350,3 @@ def drawn(pipe: Pipeline, request: SampleRequest, batch_size: int | None, block:
 
 
 # --- a row for people ---------------------------------------------------------------------------------------------
-
-
-def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
-    """A table, one row for each report: figures with their standard error, and the real images' in brackets."""
-    names = list(dict.fromkeys(name for report in reports for name in report["figures"]))
-    lines = ["| model | sampling | images | " + " | ".join(names) + " | features, reference |"]
-    lines.append("|---" * (len(names) + 4) + "|")
-    for report in reports:
-        settings = report["settings"]
-        request = settings["request"]
-        sampling = f"guidance {request['guidance_scale']:g}, {request['num_inference_steps']} steps"
-        if request["temperature"] != 1:
-            sampling += f", temperature {request['temperature']:g}"
-        reference = settings["reference"].get("file_sha256") or settings["reference"].get("sha256", "")
-        cells = [
-            f"{model_name(settings['model']['source'])} {settings['model']['sha256'][:8]}",
-            sampling,
-            f"{report['num']:,} ({report['num_real']:,})",
-            *(cell(report["figures"].get(name)) for name in names),
-            f"{settings['features']['sha256'][:8]}, {reference[:8]}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def model_name(source: str) -> str:
-    """The folder's name; of `runs/cats/model`, that of the run."""
-    path = Path(source)
-    return (path.parent.name if path.name == "model" else path.name) or "model"
-
-
-def cell(figure: Mapping[str, float] | None) -> str:
-    """`0.595 ± 0.021 (0.248)`."""
-    if figure is None:
-        return ""
-    text = f"{figure['value']:.4g} ± {figure['error']:.2g}"
-    return text + (f" ({figure['real']:.4g})" if "real" in figure else "")

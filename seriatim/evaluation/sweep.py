@@ -12,7 +12,8 @@ from typing import Any
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.files import atomic_write, writable_folder, write_json, write_text
 from seriatim.evaluation.reference import Images, Statistics
-from seriatim.evaluation.run import Evaluation, evaluate, markdown
+from seriatim.evaluation.rows import markdown, model_name
+from seriatim.evaluation.run import Evaluation, evaluate
 from seriatim.pipeline import Pipeline
 from seriatim.sampling.request import SampleRequest
 
@@ -99,6 +100,9 @@ def curves(done: Sweep, path: Path) -> Path:
     rows = -(-len(names) // columns)
     drawing = Drawing(figsize=(4 * columns, 3 * rows), dpi=120, layout="constrained")
     FigureCanvasAgg(drawing)
+    report = done.points[0][1].report
+    says = f"{model_name(report['settings']['model']['source'])}, {report['num']:,} samples a point"
+    drawing.suptitle(f"{says}, {report['num_real']:,} real images beside them", fontsize=9)
     panels = drawing.subplots(rows, columns, squeeze=False).ravel()
     lines: dict[str, list[tuple[Any, Evaluation]]] = {}
     for point, made in done.points:
@@ -107,17 +111,20 @@ def curves(done: Sweep, path: Path) -> Path:
     numeric = all(isinstance(value, (int, float)) for value in done.values[over])
     for panel, name in zip(panels, names, strict=False):
         for label, line in lines.items():
+            line = sorted(line, key=lambda point: point[0]) if numeric else line
             x = [value if numeric else str(value) for value, _ in line]
             figures = [made.figures[name] for _, made in line if made.figures is not None]
             y, errors = ([float(part) for part in parts] for parts in zip(*figures, strict=True))
-            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, label=label or None)
+            between = "-" if numeric else "none"  # from one name to the next there is no way
+            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, linestyle=between, label=label or None)
         real = done.points[0][1].real or {}
         if name in real:
             panel.axhline(real[name].value, color="grey", linestyle="--", linewidth=1, label="real images")
         panel.set_xlabel(over)
         panel.set_title(name)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7, loc="best")
+        if name in real or len(lines) > 1:
+            panel.legend(fontsize=7, loc="best")
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     return atomic_write(path, lambda file: drawing.savefig(file, format="png"))

@@ -69,6 +69,10 @@ class ImageData:
         """Changes when the images or their order do: a run resumes on what it began with."""
         return f"{type(self).__name__} {self.count}"
 
+    def images_fingerprint(self) -> str:
+        """That of the images themselves, where these are made from them."""
+        return self.fingerprint()
+
 
 def mirror(images: Tensor, chosen: Tensor) -> Tensor:
     """Images (B, c, H, W), the chosen (B,) of them mirrored left to right."""

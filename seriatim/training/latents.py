@@ -230,3 +230,6 @@ class Latents(ImageData):
     def fingerprint(self) -> str:
         """sha256 of the manifest, which has those of all files."""
         return sha256(self.root / MANIFEST)
+
+    def images_fingerprint(self) -> str:
+        return self.info.data_fingerprint

@@ -121,9 +121,10 @@ def train(
         log = MetricsLog(out / "metrics.jsonl", run.seen, settings.tensorboard)
         began, started = run.seen, time.monotonic()
         logged, waited = started, 0.0
+        trained_on = {"count": data.count, "fingerprint": data.images_fingerprint()}
 
         def bundle() -> Bundle:
-            provenance = {"recipe": recipe.model_dump(mode="json"), "images": run.seen}
+            provenance = {"recipe": recipe.model_dump(mode="json"), "images": run.seen, "data": trained_on}
             trained = cast(Model, average.module)
             return Bundle(trained, tokenizer, data.class_names, recipe.sampling, provenance)
 

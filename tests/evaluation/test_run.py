@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,14 +16,16 @@ import seriatim.evaluation.blocks as blocks
 import seriatim.evaluation.figures as figures
 from seriatim.checkpoints.native import save_bundle
 from seriatim.cli import main
+from seriatim.cli.output import print_table
 from seriatim.core.errors import DataError, NumericsError, UsageError
 from seriatim.core.random import derive_seed
 from seriatim.evaluation.base import FeatureExtractor, Features
 from seriatim.evaluation.blocks import Blocks, Share, Vectors, eight_bits
 from seriatim.evaluation.features import FEATURES, PixelFeatures, open_features
 from seriatim.evaluation.figures import FIGURES, Reference, Set, figures_of
-from seriatim.evaluation.metrics import discrepancy
+from seriatim.evaluation.metrics import Figure, discrepancy, inception_score
 from seriatim.evaluation.reference import ArrayImages, as_many, balanced, halves, read_statistics, whole
+from seriatim.evaluation.rows import markdown
 from seriatim.evaluation.run import Evaluation, evaluate
 from seriatim.pipeline import Pipeline
 
@@ -142,6 +145,21 @@ def test_another_setting_is_refused_by_name(pipe: Pipeline, tmp_path: Path) -> N
             run(pipe, tmp_path, **{name: (1,)})
 
 
+def test_a_field_that_an_earlier_version_did_not_know_is_at_its_default(pipe: Pipeline, tmp_path: Path) -> None:
+    first = run(pipe, tmp_path)
+    path = tmp_path / "settings.json"
+    stored = json.loads(path.read_text())
+    del stored["request"]["choice_temperature"], stored["request"]["top_k"]
+    path.write_text(json.dumps(stored))
+    assert run(pipe, tmp_path).figures == first.figures
+    with pytest.raises(UsageError, match=r"^request.choice_temperature: 4.5 in .*, 2.0 now"):
+        run(pipe, tmp_path, choice_temperature=2.0)
+    for damaged in ("[]", "{}", '{"request": 1}', "{"):
+        path.write_text(damaged)
+        with pytest.raises(UsageError, match="is damaged"):
+            run(pipe, tmp_path)
+
+
 # --- what is said -------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +175,16 @@ def test_results_say_everything(pipe: Pipeline, tmp_path: Path) -> None:
     assert settings["features"]["sha256"] == Mean().fingerprint() and len(settings["reference"]["sha256"]) == 64
     assert settings["request"]["guidance_scale"] == 1.5 and settings["request"]["num_diffusion_steps"] == 6
     assert {"torch", "seriatim", "threads", "dtype"} <= report["versions"].keys()
+    pixels = (Memory(90).images(torch.arange(90)).add(1) * 127.5).round().to(torch.uint8).numpy()
+    digests = b"".join(hashlib.sha256(pixels[i : i + 16].tobytes()).digest() for i in range(0, 90, 16))
+    assert report["pixels_sha256"]["reference"] == hashlib.sha256(digests).hexdigest(), "wherever the files are"
+    assert f"{report['pixels_sha256']['reference'][:8]} |" in report["markdown"]
+    assert len({*report["pixels_sha256"].values()}) == 3
     assert done.report["markdown"].splitlines()[2].startswith("| mine 00000000 | guidance 1.5, 5 steps | 40 (40) |")
+    settings = done.report["settings"]
+    request = {**settings["request"], "temperature": 0.9, "order": (1, 0), "solver": "ddim", "top_k": 5}
+    row = markdown([{**done.report, "settings": {**settings, "request": request}}])
+    assert "| guidance 1.5, 5 steps, temperature 0.9, order given, solver ddim, top_k 5 |" in row
 
 
 def test_real_images_come_out_as_real(pipe: Pipeline, tmp_path: Path) -> None:
@@ -168,6 +195,15 @@ def test_real_images_come_out_as_real(pipe: Pipeline, tmp_path: Path) -> None:
     assert done.real["nearest[mean]"].value == pytest.approx(1, abs=0.3)
     assert done.real["diversity[mean]"].value == pytest.approx(1, abs=0.3)
     assert done.real["precision[mean]"].value > 0.7
+
+
+def test_what_nearest_is_near_to_is_said(pipe: Pipeline, tmp_path: Path) -> None:
+    """Its ratio tells of copies only where the reference is all that the model was trained on."""
+    said = run(pipe, tmp_path / "a").report["nearest_to"]
+    assert said == "90 images, not known to be those of training: copies of others are not seen"
+    pipe.bundle.provenance["data"] = {"count": 90, "fingerprint": Memory(90).fingerprint()}
+    assert run(pipe, tmp_path / "a").report["nearest_to"] == "all 90 training images"
+    assert run(pipe, tmp_path / "b", real=None).report["nearest_to"].startswith("45 of 90 training images: copies of")
 
 
 def test_fewer_real_images_than_samples(pipe: Pipeline, tmp_path: Path) -> None:
@@ -246,6 +282,39 @@ def test_bad_input_is_one_line(pipe: Pipeline, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="num: 0"):
         run(pipe, tmp_path, num=0)
     assert not any(tmp_path.iterdir()), "all of it before anything is written"
+
+
+def test_figures_that_cannot_be_had_are_refused_where_they_are_named(pipe: Pipeline, tmp_path: Path) -> None:
+    """All figures without a name are those that can be had."""
+    plain = PixelFeatures((8, 8), 1)
+    for figure, words in (
+        ("score", "score needs class probabilities, which 'pixels' has not"),
+        ("accuracy", "accuracy needs an extractor that knows the model's classes, 'pixels' does not"),
+    ):
+        with pytest.raises(UsageError, match=f"^figures: {words}"):
+            run(pipe, tmp_path, num=70, features=plain, figures=["kernel", figure])
+    with pytest.raises(UsageError, match=r"^figures: diversity needs classes"):
+        evaluate(pipe, Memory(90, []), tmp_path, num=40, features=Mean(), figures=["diversity"], quiet=True)
+    mean, cov = np.zeros(2), np.eye(2)
+    np.savez(tmp_path / "ref.npz", mu=mean, sigma=cov)
+    known = Mean("inception")
+    known.standard = True
+    with pytest.raises(UsageError, match=r"^figures: manifold needs images, which .*ref.npz has not"):
+        evaluate(
+            pipe, read_statistics(tmp_path / "ref.npz"), tmp_path / "out", num=40, features=known, real=Memory(60),
+            figures=["manifold"], quiet=True,
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [torch.zeros(16, 3), Features(torch.zeros(16, 3)), Features(torch.zeros(2))])
+def test_an_extractor_that_breaks_the_contract_is_one_line(pipe: Pipeline, tmp_path: Path, given: object) -> None:
+    class Wrong(Mean):
+        def forward(self, images: Tensor) -> Features:
+            return given  # type: ignore[return-value]
+
+    with pytest.raises(UsageError, match=r"^features: mean gives .*\(16, 2\); its forward and its dim must agree"):
+        run(pipe, tmp_path, features=Wrong())
 
 
 def test_features_that_are_not_finite_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
@@ -329,6 +398,12 @@ def test_reference_files_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "y.npz").write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match="not a readable"):
         read_statistics(tmp_path / "y.npz")
+    np.savez_compressed(tmp_path / "w.npz", mu=np.random.default_rng(0).normal(size=2000), sigma=np.eye(2000))
+    whole_file = (tmp_path / "w.npz").read_bytes()
+    for first in (60, 200, 5000):  # an array's header, its numbers
+        (tmp_path / "w.npz").write_bytes(whole_file[:first] + bytes(30) + whole_file[first + 30 :])
+        with pytest.raises(DataError, match="not a readable"):
+            read_statistics(tmp_path / "w.npz")
     with pytest.raises(UsageError, match="is no file"):
         read_statistics(tmp_path / "z.npz")
 
@@ -367,6 +442,31 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     ):
         code, _, err = command(capsys, *common, *arguments)
         assert code == exit_code and err.count("\n") == 1 and all(word in err for word in words), err
+
+
+def test_an_inception_score_is_the_mean_over_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A score of few images is lower; published ones are of 5000 each, whatever their number."""
+    monkeypatch.setattr(figures, "SPLIT", 100)
+    logits = np.random.default_rng(0).normal(size=(1000, 20)) * 3
+
+    def score(x: np.ndarray) -> Figure:
+        return figures_of(Set(Vectors(x[:, :2], x)), Reference(None), Mean(), ["score"])["IS[mean]"]
+
+    tenths = [inception_score(part) for part in logits.reshape(10, 100, 20)]
+    found = score(logits)
+    assert found.value == pytest.approx(np.mean(tenths), rel=0.03) and found.value < 0.99 * inception_score(logits)
+    assert found.error == pytest.approx(np.std(tenths) / 10**0.5, rel=0.7)
+    assert score(logits[:140]).value == inception_score(logits[:140]), "of one part"
+
+
+def test_a_table_is_not_cut_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    names = [f"precision[classifier-{i}]" for i in range(9)]
+    print_table(names, [["0.1234 ± 0.01"] * 9])
+    heads, cells = capsys.readouterr().out.splitlines()
+    assert heads.split() == names and cells.count("0.1234 ± 0.01") == 9
 
 
 @pytest.mark.parametrize("most", [5000, 100])

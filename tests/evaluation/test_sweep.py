@@ -73,10 +73,12 @@ def test_sweeps_that_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
         ({"guidance_scale": [1, 1]}, "given twice"),
         ({"num_inference_steps": [1], "seed": [1]}, "seed"),
         ({}, "fields: is empty"),
+        ({"temperature": [1.0]}, "^figures: score needs class probabilities"),
     ):
         with pytest.raises(UsageError, match=message):
-            sweep(pipe, pictures(40), tmp_path / "s", fields, **settings, **({"seed": 0} if "seed" in fields else {}))
-    assert not (tmp_path / "s").exists(), "before anything is written"
+            more = {"seed": 0} if "seed" in fields else {"figures": ["score"]} if "temperature" in fields else {}
+            sweep(pipe, pictures(160), tmp_path / "s", fields, **settings, **more)
+    assert not list((tmp_path / "s").glob("*")), "before anything is written"
 
 
 def test_sweep_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

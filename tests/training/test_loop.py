@@ -62,6 +62,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
     assert pipe.class_names == [str(d) for d in range(10)] and pipe.defaults["guidance_scale"] == 2.0
     assert pipe(class_labels=["7"], num_inference_steps=2, num_diffusion_steps=3, seed=0).labels == ["7"]
     assert pipe.bundle.provenance["images"] == 3200
+    assert pipe.bundle.provenance["data"] == {"count": 1437, "fingerprint": Digits().fingerprint()}
 
 
 @pytest.mark.parametrize("threads", [1, 2])
