@@ -12,7 +12,8 @@ from seriatim.core.files import write_json
 from seriatim.sampling.request import SampleRequest
 
 SETTINGS = "settings.json"
-SOURCES = ("model.source", "tokenizer.source")  # the same weights elsewhere are the same
+# The same weights, images or file elsewhere are the same: their hashes are compared.
+SOURCES = {"model.source", "tokenizer.source", "reference.path", "real.path", "reference.file"}
 
 
 def said(request: SampleRequest) -> dict[str, Any]:

@@ -142,6 +142,9 @@ def test_another_setting_is_refused_by_name(pipe: Pipeline, tmp_path: Path) -> N
     for name in ("class_labels", "seeds"):
         with pytest.raises(UsageError, match=name):
             run(pipe, tmp_path, **{name: (1,)})
+    moved = Memory(60, seed=1)
+    moved.root = tmp_path  # type: ignore[attr-defined]
+    run(pipe, tmp_path, real=moved)  # the same images elsewhere
 
 
 def test_a_field_that_an_earlier_version_did_not_know_is_at_its_default(pipe: Pipeline, tmp_path: Path) -> None:
