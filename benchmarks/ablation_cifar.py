@@ -34,7 +34,7 @@ from seriatim.core.files import write_json
 from seriatim.core.progress import Progress
 from seriatim.core.random import Noise, derive_seed
 from seriatim.evaluation.base import FeatureExtractor
-from seriatim.evaluation.blocks import Blocks, eight_bits
+from seriatim.evaluation.blocks import Blocks, eight_bits, features_of
 from seriatim.evaluation.features import open_features
 from seriatim.evaluation.figures import Reference, Set, class_map, figures_of
 from seriatim.evaluation.grid import grid, save_png
@@ -151,9 +151,10 @@ def truths(task: Task, data: Folder, real: Folder) -> None:
     stores = []
     for part, what in ((reference, "features of the reference"), (beside, "features of real images")):
         stores.append(Blocks(task.out / "real" / key(extractor, part), len(part)))  # where `evaluate` looks
-        stores[-1].fill(partial(pictures, part), extractor, what)
+        stores[-1].fill(features_of(partial(pictures, part), extractor, what), what)
     coded = Blocks(task.out / "judged" / "codes", len(beside))
-    coded.fill(partial(reconstructions, beside, tokenizer), extractor, "features of decoded codes")
+    what = "features of decoded codes"
+    coded.fill(features_of(partial(reconstructions, beside, tokenizer), extractor, what), what)
     held_out = stores[1].read()
     numbers = class_map(extractor, classes, names)
     against = Reference(stores[0].read(), reference.labels, class_map=numbers, held_out=held_out)

@@ -71,6 +71,16 @@ LEAVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # head, and how it
     "mixture4": ({"kind": "mixture", "components": 4, "width": 64, "depth": 3}, {}),
     "mixture16": ({"kind": "mixture", "components": 16, "width": 64, "depth": 3}, {}),
 }
+INNER = {"kind": "causal", "width": 64, "depth": 1, "heads": 4, "norm": "layer", "mlp": "gelu-tanh",
+         "positions": "learned", "conditioning": "both"}  # fmt: skip
+MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the masked trunk alone
+    "full4": ({"kind": "mixture", "components": 4, "covariance": "full", "width": 64, "depth": 3}, {}),
+    # feature by feature: ARINAR's head, TokenBridge's
+    "arinar4": ({"kind": "nested", "split": {"kind": "features"}, "backbone": INNER,
+                 "head": {"kind": "mixture", "components": 4, "depth": 0}}, {}),
+    "tokenbridge": ({"kind": "nested", "split": {"kind": "features"}, "backbone": INNER,
+                     "head": {"kind": "bins", "bins": 64}}, {}),
+}  # fmt: skip
 
 
 def table_of_contestants() -> dict[str, Contestant]:
@@ -81,6 +91,8 @@ def table_of_contestants() -> dict[str, Contestant]:
         # a flow's density costs D backward passes at each step of its solver
         scored = (64, 2) if leaf == "flow" else (HELD_OUT, 64)
         made[f"{trunk}-{leaf}"] = Contestant({**model, "head": head}, order, None, sampling, None, scored)
+    for leaf, (head, sampling) in MORE.items():
+        made[f"masked-{leaf}"] = Contestant({**MASKED, "head": head}, "random", None, sampling)
     made["masked-categorical"] = Contestant({**MASKED, "head": {"kind": "categorical"}}, codes=256)
     return made
 

@@ -302,8 +302,11 @@ class Causal(Backbone):
     def _condition(self, condition: Tensor, valid: Tensor | None) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """condition (B, A) or (B, P, A) -> the prefix (B, P, C), and the modulations of all blocks and the norm."""
         B, P, A = len(condition), self.prefix, self.width
-        assert condition.shape in ((B, A), (B, P, A)), f"condition {tuple(condition.shape)} is not {(B, P, A)}"
-        assert valid is None or valid.shape == (B, P), f"valid {tuple(valid.shape)} is not {(B, P)}"
+        if condition.shape not in ((B, A), (B, P, A)):
+            shape = tuple(condition.shape)
+            raise UsageError(f"condition: shape {shape} is not ({B}, {A}) or ({B}, {P}, {A}), with a prefix of {P}")
+        if valid is not None and (valid.shape != (B, P) or valid.dtype != torch.bool):
+            raise UsageError(f"valid: {valid.dtype} of shape {tuple(valid.shape)} is not bool ({B}, {P})")
         each = condition[:, None].expand(-1, P, -1) if condition.ndim == 2 else condition  # (B, P, A)
         if self.conditioning == "adaln":
             prefix = each.new_zeros(B, P, self.z_dim)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
+from seriatim.bench.opponent import Draws, Opponent, Pair, Workload, replaced
 from seriatim.core.errors import ConfigError, SeriatimError, UsageError, nearest, one_line
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
@@ -48,6 +48,16 @@ class Official(Opponent):
     def few(self, workload: Workload) -> Workload:
         """A workload of the same kind that takes less time."""
         raise NotImplementedError(f"{type(self).__name__} lacks few()")
+
+    def replay(self, ours: Opponent, workload: Workload) -> tuple[list[Pair], float, float]:
+        """What must be alike where both run with the same random numbers, and the seconds of ours and of the original.
+
+        Here it is the tokens.
+        """
+        draws = Draws()
+        tokens, seconds = ours.sample(workload, draws)
+        expected, official = self.sample(workload, draws)
+        return [(tokens, expected)], seconds, official
 
     def choose(self, dtype: str | None, workload: Workload) -> str:
         """The dtype to be timed in: the one named, or that in which it is fastest, from a few steps of each."""

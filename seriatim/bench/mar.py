@@ -111,7 +111,10 @@ class OfficialMAR(Official):
 
 
 class Gate:
-    """Replays draws, skips the steps that a workload doesn't compute, times the rest."""
+    """Replays draws, skips the steps that a workload doesn't compute, times the rest.
+
+    Of MAR's loop, which others took over with a head of their own.
+    """
 
     def __init__(
         self, model: Any, workload: Workload, draws: Draws, stages: Stages | None, device: torch.device
@@ -119,7 +122,7 @@ class Gate:
         self.model, self.draws, self.device = model, draws, device
         self.computed, self.step, self.seconds, self.begin = set(workload.computed()), -1, 0.0, 0.0
         self.skips, self.stages = workload.every > 1, stages
-        self.left = list(draws.normal)
+        self.left, self.replays = list(draws.normal), bool(draws.normal)
         self.guided = workload.guidance != 1.0
 
     @property
@@ -132,12 +135,13 @@ class Gate:
         orders = self.draws.orders
         if orders is not None:
             changes.append((model, "sample_orders", lambda bsz: orders.to(self.device)))
+        head, name = self.head()
         encoder, decoder, sample = (
             timed(self.stages, stage, function)
             for stage, function in (
                 ("encoder", model.forward_mae_encoder),
                 ("decoder", model.forward_mae_decoder),
-                ("head", model.diffloss.sample),
+                ("head", getattr(head, name)),
             )
         )
 
@@ -152,30 +156,39 @@ class Gate:
                 return decoder(x, mask)
             return x.new_zeros(*mask.shape, model.decoder_norm.normalized_shape[0])
 
-        def gated_sample(z: Tensor, temperature: float, cfg: Any) -> Tensor:
-            rows = len(z) // 2 if self.guided else len(z)
-            drawn = self.left.pop(0).to(self.device) if self.left else None  # (T+1, N, D)
+        def gated_sample(z: Tensor, temperature: float = 1.0, cfg: Any = 1.0, **more: Any) -> Tensor:
             if self.open:
-                with self.playing(drawn):
-                    tokens: Tensor = sample(z, temperature, cfg)
+                with self.playing(z, cfg):
+                    tokens: Tensor = sample(z, temperature, cfg, **more)
                 synchronise(self.device)
                 self.seconds += time.perf_counter() - self.begin
                 return tokens
-            tokens = torch.randn(rows, model.diffloss.in_channels, device=self.device) if drawn is None else drawn[0]
+            tokens = self.instead(len(z) // 2 if self.guided else len(z))
             return tokens.repeat(2, 1) if self.guided else tokens
 
-        if self.skips or self.stages or self.left:
+        if self.skips or self.stages or self.replays:
             changes += [
                 (model, "forward_mae_encoder", gated_encoder),
                 (model, "forward_mae_decoder", gated_decoder),
-                (model.diffloss, "sample", gated_sample),
+                (head, name, gated_sample),
             ]
         return changes
 
-    def playing(self, drawn: Tensor | None) -> contextlib.AbstractContextManager[None]:
-        """Inside, torch's normal numbers are those of `drawn` (T+1, N, D): the start, then one for each step."""
-        if drawn is None:
+    def head(self) -> tuple[Any, str]:
+        """What draws tokens, and under which name."""
+        return self.model.diffloss, "sample"
+
+    def instead(self, rows: int) -> Tensor:
+        """Tokens (N, D) of a step that is skipped."""
+        if self.left:
+            return self.left.pop(0)[0].to(self.device)
+        return torch.randn(rows, self.model.diffloss.in_channels, device=self.device)
+
+    def playing(self, z: Tensor, cfg: Any) -> contextlib.AbstractContextManager[None]:
+        """Inside, torch's normal numbers are the next that were drawn (T+1, N, D): the start, then one a step."""
+        if not self.left:
             return contextlib.nullcontext()
+        drawn = self.left.pop(0).to(self.device)
         steps = iter(drawn[1:])
 
         def start(*shape: int, **_: Any) -> Tensor:

@@ -49,6 +49,9 @@ class Draws:
     normal: list[Tensor] = field(default_factory=list)  # each (T+1, N, D)
 
 
+Pair = tuple[Tensor, Tensor]  # ours and the original's, which must be alike
+
+
 class RecordedNoise(Noise):
     """`Noise` that remembers."""
 

@@ -16,6 +16,7 @@ import torch
 
 from seriatim import __version__
 from seriatim.backbones.causal import Causal
+from seriatim.bench.arinar import OfficialARINAR
 from seriatim.bench.checkout import Official, check_dtype
 from seriatim.bench.llamagen import OfficialLlamaGen
 from seriatim.bench.mar import OfficialMAR
@@ -37,12 +38,15 @@ from seriatim.tokenizers.kl import KL
 from seriatim.training.precision import threads as with_threads
 from seriatim.zoo import PRESETS
 
+WEAK = 1e-4  # of random weights: rows below begin as zeros, or so near that skipping them would not show
 LOOKS = 8  # steps of a run that is taken apart: stages, FLOPs
 LATENTS = "latents of a KL autoencoder"  # of a preset: decoded by MAR's
 SCHEDULES = ("linear", "constant")  # of guidance: those that the original has
 
 FOLDER = "the folder's"
+ASKED = ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "guidance_schedule", "guidance_mode")
 MORE = ("solver", "start_timestep", "num_diffusion_steps_last", "token_schedule", "min_tokens")
+INSIDE = ("guidance_mode", "feature_schedule")  # of a nested head; its original has them, or another way to the same
 
 Ask = dict[str, Any]  # what `bench` was asked, as plain data: a process of its own measures memory from it
 
@@ -69,8 +73,11 @@ def subject(name: str, decodes: bool = True) -> Subject:
         model = build_model(preset.model).eval()
         with torch.no_grad():
             for weight in model.parameters():
-                if weight.ndim > 1 and not bool(weight.any()):  # else a fresh head does nothing, whatever z is
-                    weight.normal_(std=0.02)
+                if (
+                    weight.ndim > 1
+                ):  # else a fresh head does nothing, whatever z is; or a block inside it next to nothing
+                    weak = weight.abs().amax(dim=tuple(range(1, weight.ndim))) < WEAK
+                    weight[weak] = 0.02 * torch.randn(int(weak.sum()), *weight.shape[1:])
         tokenizer = KL() if decodes and preset.image.endswith(LATENTS) else None
     return Subject(model, tokenizer, dict(preset.sampling), "random")
 
@@ -86,8 +93,10 @@ def sizes(name: str) -> Subject:
 
 def workload(of: Subject, ask: Ask) -> Workload:
     """The settings asked for, else the model's own; of a preset 64 steps where its authors publish figures with 256."""
-    wanted = {k: ask[k] for k in ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "guidance_schedule")}
-    own = {k: of.defaults[k] for k in (*wanted, *MORE, "temperature") if k in of.defaults}
+    wanted = {k: ask[k] for k in ASKED}
+    own = {k: of.defaults[k] for k in (*wanted, *MORE, *INSIDE, "temperature") if k in of.defaults}
+    if ask["guidance_mode"] is not None and "guidance_mode" not in of.model.head.sample_options:
+        raise UsageError(f"guidance_mode: the {type(of.model.head).__name__} head has no such option; leave it out")
     if wanted["num_diffusion_steps"] is not None:  # the folder's last belongs to its own first
         own.pop("num_diffusion_steps_last", None)
     if of.model.one_by_one and ask["every"] > 1:
@@ -113,16 +122,19 @@ def workload(of: Subject, ask: Ask) -> Workload:
 def more(request: SampleRequest, model: Model, official: str | None) -> dict[str, Any]:
     """Settings of a folder that the original hasn't, where they differ from its own."""
     usual = SampleRequest(solver="ddpm")
-    options = {name: getattr(request, name) for name in MORE}
+    options = {name: getattr(request, name) for name in (*MORE, *INSIDE)}
     options = {name: value for name, value in options.items() if value not in (None, getattr(usual, name))}
-    if options and official is not None:
-        name, value = next(iter(options.items()))
+    unlike = {name: value for name, value in options.items() if name not in INSIDE}
+    if unlike and official is not None:
+        name, value = next(iter(unlike.items()))
         raise UsageError(
             f"official: the original has no {name}={value!r}, which this folder samples with; leave it out"
         )
     of_head = model.head.sample_options
     return {
-        name: value for name, value in options.items() if name in of_head or name not in ("solver", "start_timestep")
+        name: value
+        for name, value in options.items()
+        if name in of_head or name not in ("solver", "start_timestep", *INSIDE)
     }
 
 
@@ -135,6 +147,7 @@ def bench(
     num_diffusion_steps: int | None = None,
     guidance_scale: float | None = None,
     guidance_schedule: str | None = None,
+    guidance_mode: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     official_dtype: str | None = None,
@@ -157,8 +170,8 @@ def bench(
     ask: Ask = {
         "model": model, "official": official, "batch": batch, "num_inference_steps": num_inference_steps,
         "num_diffusion_steps": num_diffusion_steps, "guidance_scale": guidance_scale,
-        "guidance_schedule": guidance_schedule, "every": every, "device": str(pick_device(device)),
-        "threads": threads or torch.get_num_threads(),
+        "guidance_schedule": guidance_schedule, "guidance_mode": guidance_mode, "every": every,
+        "device": str(pick_device(device)), "threads": threads or torch.get_num_threads(),
     }  # fmt: skip
     where = torch.device(ask["device"])
     if official_dtype is not None:
@@ -176,7 +189,8 @@ def bench(
             "model": model, "weights": of.weights, "device": processor(where), "threads": ask["threads"],
             "batch": batch, "num_inference_steps": work.steps, "num_diffusion_steps": work.head_steps,
             "guidance_scale": work.guidance, "guidance_schedule": work.schedule, "temperature": work.temperature,
-            "every": work.every, "repetitions": repetitions, "dtype": ours.dtype, "head_dtype": "float32",
+            "guidance_mode": work.options.get("guidance_mode"), "every": work.every, "repetitions": repetitions,
+            "dtype": ours.dtype, "head_dtype": "float32",
             "start_timestep": start_of(of.model, work.head_steps),
             "versions": {"seriatim": __version__, "torch": torch.__version__},
         }  # fmt: skip
@@ -207,7 +221,7 @@ def original(path: Path, model: Model, device: torch.device, work: Workload) -> 
     if isinstance(model.backbone, Causal):
         return OfficialLlamaGen(path, model, device)
     if isinstance(model.head, Nested):
-        raise UsageError("official: there is no opponent for a head that nests; leave it out, to time this model alone")
+        return OfficialARINAR(path, model, device)
     return OfficialMAR(path, model, device, work.head_steps)
 
 
@@ -221,22 +235,22 @@ def start_of(model: Model, head_steps: int) -> int | None:
 
 
 def compared(ours: Ours, theirs: Official | None, work: Workload, bar: Progress) -> dict[str, Any]:
-    """The same orders and noise through both, the original in float32: how far apart the tokens are.
+    """Both on the same draws, the original in float32: how far apart the tokens are, or what they are drawn from.
 
     Of codes the likeliest ones, from step to step: how many are equal.
     """
-    draws = Draws()
     work = replace(work, temperature=0.0) if ours.model.head.discrete else work
-    tokens, seconds = ours.sample(work, draws)
-    bar.advance(1, "first run")
     if theirs is None:
+        ours.sample(work, Draws())
+        bar.advance(1, "first run")
         return {}
-    expected, official = theirs.sample(work, draws)
-    bar.advance(1, "the original on the same draws")
+    pairs, seconds, official = theirs.replay(ours, work)
+    bar.advance(2, "both on the same draws")
     both = {"replay_seconds": seconds, "official_float32_seconds": official}  # of that one run
-    if not tokens.is_floating_point():
-        return {**both, "equal_codes": float((tokens == expected).float().mean())}
-    largest, difference = float(expected.abs().max()), float((tokens - expected).abs().max())
+    if ours.model.head.discrete:
+        return {**both, "equal_codes": float((pairs[0][0] == pairs[0][1]).float().mean())}
+    found = [(float((a - b).abs().max()), max(1e-30, float(b.abs().max()))) for a, b in pairs]
+    difference, largest = max(found, key=lambda each: each[0] / each[1])
     return {
         "max_abs_difference": difference,
         "max_rel_difference": difference / largest,

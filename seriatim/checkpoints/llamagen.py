@@ -3,7 +3,7 @@
 A `.pt` of the training script ("model", perhaps "ema"), one of DeepSpeed ("module"), a bare state dict (the larger
 models, from FSDP), or safetensors. The table says what each tensor is called there and here. Sizes follow from shapes;
 attention heads come from the preset with the same trunk, or from the caller; how many tokens an image has, no weight
-tells: it is the tokenizer's.
+tells: it is the tokenizer's, and must be what the file says of it, where it does.
 
 What such files hold besides weights is dropped: `freqs_cis`, the rotary table, after a look at its length, and the
 keys and values that a sampling run left.
@@ -90,11 +90,11 @@ def model_from_llamagen(
     """
     where = str(file.path)
     config = infer(file.tensors, where)
-    rows = config["prefix"] + tokens
-    if "freqs_cis" in file.tensors and len(file.tensors["freqs_cis"]) != rows:
+    made_for = said_tokens(file, config["prefix"])
+    if made_for not in (None, tokens):
         raise CheckpointError(
-            f"{where}: was made for {len(file.tensors['freqs_cis']) - config['prefix']} tokens, the tokenizer makes "
-            f"{tokens}; give one for images of another size"
+            f"{where}: was made for {made_for} tokens, the tokenizer makes {tokens}; give one for images of another "
+            "size (--size, where it is a file)"
         )
     known = named_preset(config, preset, where)
     if heads is None and known is None:
@@ -115,6 +115,16 @@ def model_from_llamagen(
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     model.load_state_dict(renamed(apart(file.tensors), wanted, official_name, where), assign=True)
     return model.eval()
+
+
+def said_tokens(file: OfficialFile, prefix: int) -> int | None:
+    """How many tokens an image has, where its rotary table or the training script's arguments tell."""
+    if "freqs_cis" in file.tensors:
+        return len(file.tensors["freqs_cis"]) - prefix
+    size, stride = (file.arguments.get(name) for name in ("image_size", "downsample_size"))
+    if isinstance(size, int) and isinstance(stride, int) and size >= stride > 0:
+        return (size // stride) ** 2
+    return None
 
 
 def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:

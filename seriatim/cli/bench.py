@@ -25,6 +25,9 @@ def bench(
     num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
     guidance_schedule: Annotated[str | None, typer.Option(help="linear or constant.")] = None,
+    guidance_mode: Annotated[
+        str | None, typer.Option(help="Of a head of mixtures: exact or resample. Default: the head's own.")
+    ] = None,
     device: DeviceOption = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
     repetitions: Annotated[int, typer.Option(help="Timed runs of each; the median counts.")] = 3,
@@ -41,8 +44,8 @@ def bench(
         result = run(
             model, official=official, batch=batch, dtype=dtype, official_dtype=official_dtype,
             num_inference_steps=num_inference_steps, num_diffusion_steps=num_diffusion_steps,
-            guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, device=device, threads=threads,
-            repetitions=repetitions, every=every, decode=decode, quiet=json,
+            guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, guidance_mode=guidance_mode,
+            device=device, threads=threads, repetitions=repetitions, every=every, decode=decode, quiet=json,
         )  # fmt: skip
     if json:
         return print_json(result)

@@ -29,7 +29,13 @@ def edit(
     solver: Annotated[
         str | None, typer.Option(help="Diffusion: ddpm, sde-dpm++, ddim or dpm++; flow: euler or heun.")
     ] = None,
+    feature_schedule: Annotated[
+        str | None, typer.Option(help="Of a nested head, over its parts: constant, linear or cosine.")
+    ] = None,
+    guidance_mode: Annotated[str | None, typer.Option(help="Of a mixture: exact or resample.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of codes: the likeliest alone.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of codes: the likeliest that together reach this.")] = None,
     guidance_schedule: Annotated[str | None, typer.Option(help="Of the known share; see docs/sampling.md.")] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None, typer.Option(help="Known shares, of the schedule interval.")
@@ -37,7 +43,10 @@ def edit(
     guidance_power: Annotated[float | None, typer.Option(help="Of the schedule power-cosine.")] = None,
     token_schedule: Annotated[str | None, typer.Option(help="cosine or linear: tokens of each step.")] = None,
     min_tokens: Annotated[int | None, typer.Option(help="What a step draws at least.")] = None,
-    order: Annotated[str | None, typer.Option(help="random, raster, halton, spiral, or positions: 3,1,0,2.")] = None,
+    order: Annotated[
+        str | None, typer.Option(help="random, raster, halton, spiral, of codes confidence; or positions: 3,1,0,2.")
+    ] = None,
+    choice_temperature: Annotated[float | None, typer.Option(help="Noise on the order confidence.")] = None,
     start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
@@ -78,11 +87,16 @@ def edit(
             token_schedule=token_schedule,
             min_tokens=min_tokens,
             order=order_or_positions(order),
+            choice_temperature=choice_temperature,
             num_diffusion_steps=num_diffusion_steps,
             num_diffusion_steps_last=num_diffusion_steps_last,
             solver=solver,
             start_timestep=start_timestep,
+            feature_schedule=feature_schedule,
+            guidance_mode=guidance_mode,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             seed=seed,
         )
     out = writable_folder(out)

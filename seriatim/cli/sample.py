@@ -41,8 +41,10 @@ def sample(
     token_schedule: Annotated[str | None, typer.Option(help="cosine or linear: tokens of each step.")] = None,
     min_tokens: Annotated[int | None, typer.Option(help="Tokens that each step draws at least.")] = None,
     order: Annotated[
-        str | None, typer.Option(help="random, raster, halton, spiral; or positions, the first drawn first: 3,1,0,2")
+        str | None,
+        typer.Option(help="random, raster, halton, spiral, of codes confidence; or positions as drawn: 3,1,0,2"),
     ] = None,
+    choice_temperature: Annotated[float | None, typer.Option(help="Noise on the order confidence.")] = None,
     num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
     num_diffusion_steps_last: Annotated[
         int | None, typer.Option(help="Where they end, falling as the image gets known.")
@@ -54,7 +56,10 @@ def sample(
         str | None, typer.Option(help="Of a nested head, over its parts: constant, linear or cosine.")
     ] = None,
     start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
+    guidance_mode: Annotated[str | None, typer.Option(help="Of a mixture: exact or resample.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of codes: the likeliest alone.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of codes: the likeliest that together reach this.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
     from_: Annotated[
@@ -96,12 +101,16 @@ def sample(
         token_schedule=token_schedule,
         min_tokens=min_tokens,
         order=order_or_positions(order),
+        choice_temperature=choice_temperature,
         num_diffusion_steps=num_diffusion_steps,
         num_diffusion_steps_last=num_diffusion_steps_last,
         solver=solver,
         feature_schedule=feature_schedule,
         start_timestep=start_timestep,
+        guidance_mode=guidance_mode,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         seed=seed,
     )
     if original is None:

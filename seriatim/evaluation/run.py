@@ -39,6 +39,7 @@ from seriatim.evaluation.figures import (
 from seriatim.evaluation.memory import nearest_picture
 from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, described, halves, whole
+from seriatim.evaluation.rows import markdown
 from seriatim.evaluation.settings import SETTINGS, said, same_settings
 from seriatim.pipeline import BATCH_TOKENS, Pipeline
 from seriatim.sampling.metadata import versions
@@ -313,41 +314,3 @@ def drawn(pipe: Pipeline, request: SampleRequest, batch_size: int | None, block:
 
 
 # --- a row for people ---------------------------------------------------------------------------------------------
-
-
-def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
-    """A table, one row for each report: figures with their standard error, and the real images' in brackets."""
-    names = list(dict.fromkeys(name for report in reports for name in report["figures"]))
-    lines = ["| model | sampling | images | " + " | ".join(names) + " | features, reference |"]
-    lines.append("|---" * (len(names) + 4) + "|")
-    for report in reports:
-        settings = report["settings"]
-        request = settings["request"]
-        sampling = f"guidance {request['guidance_scale']:g}, {request['num_inference_steps']} steps"
-        if request["temperature"] != 1:
-            sampling += f", temperature {request['temperature']:g}"
-        pixels = report["pixels_sha256"]["reference"]  # none where an earlier version computed the features
-        reference = settings["reference"].get("file_sha256") or pixels or settings["reference"].get("sha256", "")
-        cells = [
-            f"{model_name(settings['model']['source'])} {settings['model']['sha256'][:8]}",
-            sampling,
-            f"{report['num']:,} ({report['num_real']:,})",
-            *(cell(report["figures"].get(name)) for name in names),
-            f"{settings['features']['sha256'][:8]}, {reference[:8]}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def model_name(source: str) -> str:
-    """The folder's name; of `runs/cats/model`, that of the run."""
-    path = Path(source)
-    return (path.parent.name if path.name == "model" else path.name) or "model"
-
-
-def cell(figure: Mapping[str, float] | None) -> str:
-    """`0.595 ± 0.021 (0.248)`."""
-    if figure is None:
-        return ""
-    text = f"{figure['value']:.4g} ± {figure['error']:.2g}"
-    return text + (f" ({figure['real']:.4g})" if "real" in figure else "")

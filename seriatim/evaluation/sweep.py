@@ -12,7 +12,8 @@ from typing import Any
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.files import atomic_write, writable_folder, write_json, write_text
 from seriatim.evaluation.reference import Images, Statistics
-from seriatim.evaluation.run import Evaluation, evaluate, markdown, model_name
+from seriatim.evaluation.rows import markdown, model_name
+from seriatim.evaluation.run import Evaluation, evaluate
 from seriatim.pipeline import Pipeline
 from seriatim.sampling.request import SampleRequest
 

@@ -25,6 +25,7 @@ from seriatim.evaluation.blocks import ALL, SIZE, Blocks, Share, Vectors, eight_
 from seriatim.evaluation.figures import Reference, Set, check_count, figures_of, named
 from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_error
 from seriatim.evaluation.reference import Images, Part, as_many, described, halves, whole
+from seriatim.evaluation.rows import tokenizer_row
 from seriatim.evaluation.run import key, pictures
 from seriatim.evaluation.settings import SETTINGS, same_settings
 from seriatim.sampling.metadata import versions
@@ -152,7 +153,7 @@ def evaluate_tokenizer(
         "versions": versions(torch.device(device)) | {"threads": str(torch.get_num_threads())},
         "seconds": round(time.monotonic() - begin, 2),
     }
-    report["markdown"] = row(source, report)
+    report["markdown"] = tokenizer_row(report)
     write_json(folder / RESULTS, report)
     return TokenizerEvaluation(figures, beside, shaken, latents, report)
 
@@ -286,25 +287,3 @@ def together(tally: Tally, arrays: Mapping[str, Array]) -> Tally:
 
 def spread(values: Array) -> Figure:
     return with_error(lambda i: float(values[i].mean()), len(values))
-
-
-def row(source: str, report: dict[str, Any]) -> str:
-    """A markdown table of one row."""
-    figures = report["figures"]
-    noise = report["psnr_under_noise"]
-    names = [*figures, *(f"PSNR, noise {level}" for level in noise)]
-    values = [*figures.values(), *noise.values()]
-    codes = report.get("codes", {})
-    names += [f"{name} of {codes['codes']:,} codes" for name in ("used", "perplexity") if codes]
-    cells = [f"{x['value']:.4g} ± {x['error']:.2g}" + (f" ({x['real']:.4g})" if "real" in x else "") for x in values]
-    cells += [f"{codes['used']:.1%}", f"{codes['perplexity']:.4g}"] if codes else []
-    path = Path(source)
-    name = (path.parent.name if path.name == "model" else path.name) or "tokenizer"
-    sha = report["settings"]["tokenizer"]["sha256"][:8]
-    hashes = "none"
-    if report["settings"]["features"] is not None:
-        reference = report["pixels_sha256"]["reference"] or report["settings"]["reference"]["sha256"]
-        hashes = f"{report['settings']['features']['sha256'][:8]}, {reference[:8]}"
-    lines = ["| tokenizer | images | " + " | ".join(names) + " | features, reference |"]
-    lines.append("|---" * (len(names) + 3) + "|")
-    return "\n".join([*lines, f"| {name} {sha} | {report['num']:,} | " + " | ".join(cells) + f" | {hashes} |"])

@@ -282,21 +282,19 @@ def test_a_step_compiles_into_one_graph_for_all_positions(variant: str) -> None:
 @pytest.mark.parametrize("path", sorted(golden("llamagen").glob("rope2d*.safetensors")), ids=lambda p: p.stem)
 def test_rotary_positions_are_those_of_the_official_code(path: Any) -> None:
     file = load_file(path)
-    for name, theirs in file.items():
-        if not name.startswith("freqs_"):
-            continue
+    tables = {name: theirs for name, theirs in file.items() if name.startswith("freqs_")}
+    assert tables
+    for name, theirs in tables.items():
         parts = name.split("_")
         side, d, prefix = int(parts[1][1:]), int(parts[2][2:]), int(parts[3][3:])
         ours = rotation(grid_places((side, side), prefix), d)
         ours[:prefix] = 0
         if "rows" in parts:
             ours = ours[[int(row) for row in parts[parts.index("rows") + 1 :]]]
+        elif "rope_in" in file and file["rope_in"].shape[1::2] == (len(ours), d):  # (B, S, h, d)
+            turned = rotate(file["rope_in"].transpose(1, 2), ours).transpose(1, 2)
+            assert torch.allclose(turned, file["rope_out"], atol=1e-6), name
         assert torch.allclose(ours, theirs, atol=1e-6), name
-    d = file["rope_in"].shape[-1]
-    table = rotation(grid_places((4, 4), 1), d)
-    table[:1] = 0
-    ours = rotate(file["rope_in"].transpose(1, 2), table).transpose(1, 2)
-    assert torch.allclose(ours, file["rope_out"], atol=1e-6)
 
 
 def test_rotation_keeps_lengths_and_tells_differences_alone() -> None:
@@ -368,3 +366,24 @@ def test_what_makes_no_step_is_refused() -> None:
         backbone.step(state, tokens[:, 0])
     with pytest.raises(UsageError, match="one vector for each image, not 2"):
         make("adaln", prefix=2).start(torch.zeros(3, 2, 10), 3)
+
+
+@pytest.mark.parametrize(
+    ("condition", "valid", "words"),
+    [
+        ((3, 4, C), None, r"condition: shape \(3, 4, 32\) is not \(3, 32\) or \(3, 3, 32\), with a prefix of 3"),
+        ((3, 3, C + 1), None, "condition: shape"),
+        ((3, 3, C), torch.ones(3, 4, dtype=torch.bool), r"valid: torch.bool of shape \(3, 4\) is not bool \(3, 3\)"),
+        ((3, 3, C), torch.ones(3, 3), "valid: torch.float32 of shape"),
+    ],
+)
+def test_a_prefix_of_another_length_is_refused(condition: tuple[int, ...], valid: Tensor | None, words: str) -> None:
+    backbone = make("long-prefix")
+    _, tokens, _ = inputs(backbone)
+    for call in (
+        lambda c: backbone.sequence(c, tokens, valid=valid),
+        lambda c: backbone.start(c, 3, valid=valid),
+    ):
+        with pytest.raises(UsageError, match=words) as caught:
+            call(torch.zeros(condition))
+        assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -97,6 +98,15 @@ def test_what_is_no_weight_is_left_out(tmp_path: Path) -> None:
     assert equal(load(tmp_path / "c2i.pt"), small_model())
     with pytest.raises(CheckpointError, match="was made for 9 tokens, the tokenizer makes 16"):
         load(tmp_path / "c2i.pt", tokens=16)
+
+
+def test_the_training_scripts_arguments_tell_the_size_of_images(tmp_path: Path) -> None:
+    for size in (48, 384):
+        args = argparse.Namespace(gpt_model="GPT-B", image_size=size, downsample_size=16, dropout_p=0.2)
+        torch.save({"model": tensors(), "args": args}, tmp_path / f"{size}.pt")
+    assert load(tmp_path / "48.pt").backbone.dropout == 0.2
+    with pytest.raises(CheckpointError, match=r"was made for 576 tokens, the tokenizer makes 9; give one for .*--size"):
+        load(tmp_path / "384.pt")
 
 
 def test_sizes_follow_from_shapes(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from seriatim.evaluation.features import FEATURES, PixelFeatures, open_features
 from seriatim.evaluation.figures import FIGURES, Reference, Set, figures_of
 from seriatim.evaluation.metrics import Figure, discrepancy, inception_score
 from seriatim.evaluation.reference import ArrayImages, as_many, balanced, halves, read_statistics, whole
+from seriatim.evaluation.rows import markdown
 from seriatim.evaluation.run import Evaluation, evaluate
 from seriatim.pipeline import Pipeline
 
@@ -183,6 +184,10 @@ def test_results_say_everything(pipe: Pipeline, tmp_path: Path) -> None:
     assert f"{report['pixels_sha256']['reference'][:8]} |" in report["markdown"]
     assert len({*report["pixels_sha256"].values()}) == 3
     assert done.report["markdown"].splitlines()[2].startswith("| mine 00000000 | guidance 1.5, 5 steps | 40 (40) |")
+    settings = done.report["settings"]
+    request = {**settings["request"], "temperature": 0.9, "order": (1, 0), "solver": "ddim", "top_k": 5}
+    row = markdown([{**done.report, "settings": {**settings, "request": request}}])
+    assert "| guidance 1.5, 5 steps, temperature 0.9, order given, solver ddim, top_k 5 |" in row
 
 
 def test_real_images_come_out_as_real(pipe: Pipeline, tmp_path: Path) -> None:

@@ -72,7 +72,12 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
-CASES = {"plain": [], "workers": ["training.workers=2"], "accumulate": ["training.accumulate=3"]}
+CASES = {
+    "plain": [], "workers": ["training.workers=2"], "accumulate": ["training.accumulate=3"],
+    "codes": ["tokenizer={kind: kmeans, patch: 2, levels: 17, vocab: 32}", "model.head={kind: categorical}"],
+    "causal": ["model={kind: causal, order: random, width: 32, depth: 1, heads: 2, dropout: 0.1, "
+               "head: {kind: diffusion, width: 32, depth: 1}}"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,82 @@
+"""`sample` and `edit` take every field of a request, and say so in one line where the model can't."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from PIL import Image
+
+from seriatim.checkpoints.native import Bundle, save_bundle
+from seriatim.cli.main import app, run
+from seriatim.models.build import build_model, seeded
+from seriatim.sampling.metadata import read_recorded
+from seriatim.sampling.request import SampleRequest
+from seriatim.tokenizers.kmeans import KMeans
+from seriatim.tokenizers.pixels import Pixels
+
+SMALL = {"tokens": 16, "width": 16, "depth": 1, "heads": 2}
+
+
+def save(folder: Path, **config: Any) -> Path:
+    """A model of 8x8 pixels with random weights: of codes where the config has a vocabulary."""
+    with seeded(0):
+        model = build_model({**SMALL, **config})
+    tokenizer: Any = Pixels(size=8, patch=2, channels=1)
+    if "vocab" in config:
+        tokenizer = KMeans(8, 2, 1, vocab=config["vocab"])
+        tokenizer.centres.uniform_(-1, 1)
+        tokenizer.measured.fill_(True)
+    return save_bundle(Bundle(model.eval(), tokenizer, []), folder)
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    codes = {"kind": "categorical"}
+    save(tmp_path / "codes", kind="masked", vocab=9, buffer=2, head=codes)
+    save(tmp_path / "raster", kind="causal", vocab=9, head=codes)
+    save(tmp_path / "random", kind="causal", dim=4, order="random", head={"kind": "mixture", "components": 2})
+    Image.new("L", (8, 8), 90).save("image.png")
+    mask = Image.new("L", (8, 8), 0)
+    mask.paste(255, (4, 0, 8, 8))
+    mask.save("mask.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("verb", ["sample", "edit"])
+def test_every_field_of_a_request_is_an_option(verb: str) -> None:
+    options = {parameter.name for parameter in typer.main.get_command(app).commands[verb].params}  # type: ignore[attr-defined]
+    assert SampleRequest.model_fields.keys() - {"class_labels", "seeds"} <= options and "label" in options
+
+
+def test_codes_are_filtered_and_chosen_from_the_command_line(work: Path) -> None:
+    words = ["sample", "codes", "--seed", "3", "--num-inference-steps", "4", "--temperature", "0.9"]
+    filters = ["--top-k", "3", "--top-p", "0.8"]
+    order = ["--order", "confidence", "--choice-temperature", "2"]
+    assert run([*words, *filters, *order, "--out", "out"]) == 0
+    request = read_recorded(work / "out" / "0000-image.png")[1].sample_request()
+    assert (request.top_k, request.top_p, request.order, request.choice_temperature) == (3, 0.8, "confidence", 2.0)
+    assert run(["edit", "codes", "image.png", "--mask", "mask.png", "--num-inference-steps", "4", *filters]) == 0
+    assert run(["sample", "random", "--guidance-mode", "resample", "--out", "mixture"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["sample", "random", "--top-k", "3"], "top_k: the Mixture head has no such setting; leave it out"),
+        (["sample", "codes", "--top-k", "0"], "top_k"),
+        (["sample", "codes", "--guidance-mode", "exact"], "guidance_mode: the Categorical head has no such setting"),
+        (["edit", "raster", "image.png", "--mask", "mask.png"], "to repaint, use a masked model, or a causal one"),
+        (["sample", "raster", "--num-inference-steps", "32"], "32 steps asked of a causal model of 16 tokens"),
+    ],
+)
+def test_what_a_model_cannot_do_is_one_line(
+    work: Path, capsys: pytest.CaptureFixture[str], words: list[str], says: str
+) -> None:
+    assert run([*words, "--out", "never"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and says in lines[0], lines
+    assert not (work / "never").exists()
