@@ -35,12 +35,14 @@ from seriatim.sampling.masked import prepare_model
 from seriatim.sampling.request import SampleRequest, clamped
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
+from seriatim.tokenizers.vq import VQ
 from seriatim.training.precision import threads as with_threads
 from seriatim.zoo import PRESETS
 
 WEAK = 1e-4  # of random weights: rows below begin as zeros, or so near that skipping them would not show
 LOOKS = 8  # steps of a run that is taken apart: stages, FLOPs
-LATENTS = "latents of a KL autoencoder"  # of a preset: decoded by MAR's
+# What a preset's tokens are -> what decodes them, with random weights: MAR's, LlamaGen's
+DECODERS: dict[str, type[Tokenizer]] = {"latents of a KL autoencoder": KL, "codes of a VQ autoencoder": VQ}
 SCHEDULES = ("linear", "constant")  # of guidance: those that the original has
 
 FOLDER = "the folder's"
@@ -73,12 +75,11 @@ def subject(name: str, decodes: bool = True) -> Subject:
         model = build_model(preset.model).eval()
         with torch.no_grad():
             for weight in model.parameters():
-                if (
-                    weight.ndim > 1
-                ):  # else a fresh head does nothing, whatever z is; or a block inside it next to nothing
+                if weight.ndim > 1:  # else a fresh head does nothing, whatever z is; or a block in it next to nothing
                     weak = weight.abs().amax(dim=tuple(range(1, weight.ndim))) < WEAK
                     weight[weak] = 0.02 * torch.randn(int(weak.sum()), *weight.shape[1:])
-        tokenizer = KL() if decodes and preset.image.endswith(LATENTS) else None
+        kinds = [kind for tokens, kind in DECODERS.items() if decodes and preset.image.endswith(tokens)]
+        tokenizer = kinds[0]() if kinds else None
     return Subject(model, tokenizer, dict(preset.sampling), "random")
 
 

@@ -60,7 +60,7 @@ def generator_plan(recipe: Recipe) -> dict[str, Any]:
     return {
         "parameters": parameter_count(model),
         "tokens": tokenizer.count,
-        "features": tokenizer.dim,
+        **({"features": tokenizer.dim} if tokenizer.vocab is None else {"codes": tokenizer.vocab}),
         "classes": len(data.class_names),
         "training_images": data.count,
     }

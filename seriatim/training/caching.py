@@ -95,6 +95,8 @@ def write_cache(
         raise UsageError(f"dtype: {dtype!r} is not allowed; it must be {' or '.join(DTYPES)}")
     if isinstance(data, StreamData):
         raise ConfigError("data.kind: a stream has no images by number and can't be cached; use hf or folder")
+    if not data.pictures:
+        raise ConfigError("data.kind: arrays hold tokens already and need no cache; train from them")
     if data.cached:
         raise ConfigError("data.kind: latents are a cache already; name the images")
     out, where = writable_folder(out), pick_device(device)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from seriatim.bench import run as bench_run
 from seriatim.bench.llamagen import OfficialLlamaGen
 from seriatim.bench.opponent import Draws, Workload
 from seriatim.bench.ours import Ours
-from seriatim.bench.run import bench, compared
+from seriatim.bench.run import DECODERS, bench, compared
 from seriatim.cli.main import run as command
 from seriatim.core.errors import UsageError
 from seriatim.core.progress import Progress
@@ -27,6 +29,7 @@ from seriatim.heads.categorical import Categorical
 from seriatim.models.build import seeded
 from seriatim.models.causal import CausalModel
 from seriatim.sampling.masked import prepare_model
+from seriatim.tokenizers.vq import VQ
 from seriatim.zoo import PRESETS, Preset
 
 CPU = torch.device("cpu")
@@ -122,6 +125,17 @@ def test_features_are_not_for_it() -> None:
         model = CausalModel(Causal(16, 4, width=32, depth=1, heads=2), Diffusion(4, 16, 1), classes=2)
     with pytest.raises(UsageError, match="official: LlamaGen draws codes, of a square of tokens"):
         OfficialLlamaGen(DOUBLE, model, CPU)
+
+
+def test_decoding_is_timed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = next(name for name, kind in DECODERS.items() if kind is VQ)
+    assert PRESETS["llamagen-b"].image.endswith(tokens)
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["tiny"], image=f"4x4 {tokens}"))
+    small = partial(VQ, 8, vocab=40, code_dim=4, latent_channels=8, block_out_channels=(32, 32), layers_per_block=1)
+    monkeypatch.setitem(DECODERS, tokens, small)
+    found = quick(decode=True)
+    assert found["stages"]["decoding"] > 0
+    assert "decoding" not in quick(decode=False)["stages"]
 
 
 @pytest.mark.skipif(not os.environ.get("SERIATIM_LLAMAGEN"), reason="SERIATIM_LLAMAGEN names no checkout")

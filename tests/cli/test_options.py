@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from PIL import Image
@@ -80,3 +82,18 @@ def test_what_a_model_cannot_do_is_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and says in lines[0], lines
     assert not (work / "never").exists()
+
+
+def test_a_plan_of_codes_counts_them(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    codes = ["tokenizer={kind: kmeans, patch: 2, vocab: 24}", "model.head={kind: categorical}"]
+    for words, key, count in ((codes, "codes", 24), ([], "features", 4)):
+        assert run(["train", "mar-digits", *words, "--dry-run", "--json", "--out", "never"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert plan[key] == count and len(plan.keys() & {"codes", "features"}) == 1
+
+
+def test_arrays_need_no_cache(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(work / "waves.npy", np.zeros((4, 3, 2), dtype=np.float32))
+    assert run(["cache", "mar-waves", "data.path=waves.npy", "--out", "never"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and "arrays hold tokens already and need no cache" in lines[0], lines
