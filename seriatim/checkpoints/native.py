@@ -10,9 +10,10 @@ A folder appears whole or not at all. Nothing in it is executed: no pickle is re
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,26 +54,54 @@ def save_bundle(bundle: Bundle, folder: Path | str, *, card: str | None = None) 
 
     `card` becomes its README.md, which the manifest leaves out: people may edit it.
     """
-    folder = replaceable(folder)
-    for name, module in (("model", bundle.model), ("tokenizer", bundle.tokenizer)):
-        check_finite_weights(module, name)
     config = {
-        "format": FORMAT,
-        "seriatim": __version__,
         "model": model_config(bundle.model),
         "tokenizer": tokenizer_config(bundle.tokenizer),
         "class_names": bundle.class_names,
         "sampling": bundle.sampling,
         "provenance": bundle.provenance,
     }
+    return save_folder(replaceable(folder), config, {MODEL: bundle.model, TOKENIZER: bundle.tokenizer}, card)
+
+
+def save_folder(
+    folder: Path, config: Mapping[str, Any], modules: Mapping[str, nn.Module], card: str | None = None
+) -> Path:
+    """Write a config and the weights of modules, each under its file's name, and a manifest; whole or not at all."""
+    for file, module in modules.items():
+        check_finite_weights(module, Path(file).stem)
     with atomic_folder(folder) as temporary:
-        write_json(temporary / CONFIG, config)
-        write_tensors(temporary / MODEL, bundle.model.state_dict())
-        write_tensors(temporary / TOKENIZER, bundle.tokenizer.state_dict())
+        write_json(temporary / CONFIG, {"format": FORMAT, "seriatim": __version__, **config})
+        for file, module in modules.items():
+            write_tensors(temporary / file, module.state_dict())
         if card is not None:
             write_text(temporary / CARD, card)
-        write_manifest(temporary, (CONFIG, MODEL, TOKENIZER))
+        write_manifest(temporary, (CONFIG, *modules))
     return folder
+
+
+@contextlib.contextmanager
+def opened(folder: Path, *files: str) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """The config of a folder and the sha256 of its files, all checked; `files` are those it must have.
+
+    What goes wrong inside with the config becomes a CheckpointError, one line that names the file.
+    """
+    hashes = verify_manifest(folder, needed=(CONFIG, *files))
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config["format"] != FORMAT:
+            raise ValueError(
+                f"format {config['format']!r} is not {FORMAT}; it was written by seriatim {config.get('seriatim')!r}, "
+                f"this is {__version__}"
+            )
+        yield config, hashes
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        hint = "; register your class before loading" if isinstance(error, ConfigError) else ""
+        raise CheckpointError(f"{path} cannot be used: {what}{hint}") from error
 
 
 def replaceable(folder: Path | str, parts: Sequence[str] = PARTS, what: str = "a model") -> Path:
@@ -119,26 +148,12 @@ def load_bundle(folder: Path | str) -> Bundle:
     folder = find_bundle(Path(folder))
     if (folder / CLASSIFIER).exists():
         raise CheckpointError(f"{folder} holds a classifier, which draws nothing; name a model folder")
-    hashes = verify_manifest(folder, needed=(CONFIG, MODEL, TOKENIZER))
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path}: format {config['format']!r} is not {FORMAT}; "
-                f"it was written by seriatim {config.get('seriatim')!r}, this is {__version__}"
-            )
+    with opened(folder, MODEL, TOKENIZER) as (config, hashes):
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
             model = build_model(config["model"])
             tokenizer = build_tokenizer(config["tokenizer"])
         class_names = [str(name) for name in config["class_names"]]
         sampling, provenance = dict(config["sampling"]), dict(config["provenance"])
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
-        hint = "; register your class before loading" if isinstance(error, ConfigError) else ""
-        raise CheckpointError(f"{path} cannot be used: {what}{hint}") from error
     fill(model, folder / MODEL)
     fill(tokenizer, folder / TOKENIZER)
     return Bundle(model.eval(), tokenizer.eval(), class_names, sampling, provenance, hashes[MODEL])

@@ -9,27 +9,23 @@ A model folder holds the same, and more: it can stand in for one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from seriatim import __version__
 from seriatim.checkpoints.native import (
     CONFIG,
-    FORMAT,
     MODEL,
     TOKENIZER,
-    check_finite_weights,
     fill,
     find_bundle,
+    opened,
     replaceable,
-    write_tensors,
+    save_folder,
 )
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
-from seriatim.core.files import atomic_folder, verify_manifest, write_json, write_manifest
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.latent import Latent
@@ -37,19 +33,8 @@ from seriatim.tokenizers.latent import Latent
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path | str, provenance: Mapping[str, Any] | None = None) -> Path:
     """Write a tokenizer folder, replacing one that is there only when the new one is complete."""
-    folder = writable(folder)
-    check_finite_weights(tokenizer, "tokenizer")
-    config = {
-        "format": FORMAT,
-        "seriatim": __version__,
-        "tokenizer": tokenizer_config(tokenizer),
-        "provenance": dict(provenance or {}),
-    }
-    with atomic_folder(folder) as temporary:
-        write_json(temporary / CONFIG, config)
-        write_tensors(temporary / TOKENIZER, tokenizer.state_dict())
-        write_manifest(temporary, (CONFIG, TOKENIZER))
-    return folder
+    config = {"tokenizer": tokenizer_config(tokenizer), "provenance": dict(provenance or {})}
+    return save_folder(writable(folder), config, {TOKENIZER: tokenizer})
 
 
 def writable(folder: Path | str) -> Path:
@@ -96,13 +81,5 @@ def read_provenance(folder: Path | str) -> dict[str, Any]:
 def read(folder: Path | str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder that holds the files, the tokenizer's config and the provenance; every file is checked."""
     folder = find_bundle(Path(folder))
-    verify_manifest(folder, needed=(CONFIG, TOKENIZER))
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["format"] != FORMAT:
-            raise ValueError(f"format {config['format']!r} is not {FORMAT}; this is seriatim {__version__}")
+    with opened(folder, TOKENIZER) as (config, _):
         return folder, dict(config["tokenizer"]), dict(config["provenance"])
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
-        raise CheckpointError(f"{path} cannot be used: {what}") from error

@@ -86,14 +86,12 @@ def evaluate(
         "temperature": temperature,
         "set": set_,
         "batch_size": batch_size,
-        "cache": cache,
-        "shard": share.processes > 1 or None,
         "neighbours": neighbours or None,
     }
     is_one = tokenizer or is_tokenizer(Path(model))
     refuse_given(of_model if is_one else {"noise": noise}, "a tokenizer" if is_one else "a model")
     if is_one:
-        return evaluate_tokenizer(model, data, num, real_data, features, noise, seed, out, device, json)
+        return evaluate_tokenizer(model, data, num, real_data, features, noise, seed, out, share, cache, device, json)
 
     from seriatim.core.progress import duration
     from seriatim.evaluation.base import check_pictures
@@ -131,8 +129,7 @@ def evaluate(
             **settings,
         )
     if done.figures is None:
-        say(f"this share is done; {done.missing:,} images are left to the others: who ends last writes results.json")
-        return print_json({"folder": str(out), "missing": done.missing}) if json else None
+        return say_missing(out, done.missing, json)
     if json:
         return print_json(done.report)
     print_figures(done.report, f"{num:,} samples")
@@ -165,6 +162,8 @@ def evaluate_tokenizer(
     noise: list[float] | None,
     seed: int,
     out: Path,
+    share: Share,
+    cache: Path | None,
     device: str,
     json: bool,
 ) -> None:
@@ -187,9 +186,13 @@ def evaluate_tokenizer(
         noise=noise,
         source=folder,
         seed=seed,
-        device=pick_device(device),
+        share=share,
+        cache=cache,
+        device=pick_device(device_of(device)),
         quiet=json,
     )
+    if done.missing:
+        return say_missing(out, done.missing, json)
     if json:
         return print_json(done.report)
     rows = [
@@ -203,6 +206,12 @@ def evaluate_tokenizer(
     typer.echo(done.report["markdown"])
     say(f"markdown and settings: {out / 'results.json'}")
     return None
+
+
+def say_missing(out: Path, missing: int, json: bool) -> None:
+    say(f"this share is done; {missing:,} images are left to the others: who ends last writes results.json")
+    if json:
+        print_json({"folder": str(out), "missing": missing})
 
 
 def print_figures(report: dict[str, Any], title: str) -> None:

@@ -8,7 +8,6 @@ pooling in place of each stride and a whitened input, since a CPU has to train i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,21 +17,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seriatim import __version__
 from seriatim.checkpoints.native import (
     CARD,
     CLASSIFIER,
     CONFIG,
-    FORMAT,
-    check_finite_weights,
     fill,
     find_bundle,
+    opened,
     replaceable,
-    write_tensors,
+    save_folder,
 )
 from seriatim.core.construct import construct, pop_kind
-from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
-from seriatim.core.files import MANIFEST, atomic_folder, verify_manifest, write_json, write_manifest, write_text
+from seriatim.core.errors import CheckpointError, ConfigError, UsageError
+from seriatim.core.files import MANIFEST
 from seriatim.evaluation.base import FeatureExtractor, Features
 
 PARTS = (CONFIG, CLASSIFIER, CARD, MANIFEST)  # of a classifier's folder
@@ -182,11 +179,7 @@ class TrainedClassifier:
 
 def save_classifier(trained: TrainedClassifier, folder: Path | str, *, card: str | None = None) -> Path:
     """Write a classifier's folder, replacing one that is there only when the new one is complete."""
-    folder = replaceable(folder, PARTS, "a classifier")
-    check_finite_weights(trained.net, "classifier")
     config = {
-        "format": FORMAT,
-        "seriatim": __version__,
         "name": trained.name,
         "classifier": classifier_config(trained.net),
         "size": list(trained.size),
@@ -194,13 +187,7 @@ def save_classifier(trained: TrainedClassifier, folder: Path | str, *, card: str
         "accuracy": trained.accuracy,
         "provenance": trained.provenance,
     }
-    with atomic_folder(folder) as temporary:
-        write_json(temporary / CONFIG, config)
-        write_tensors(temporary / CLASSIFIER, trained.net.state_dict())
-        if card is not None:
-            write_text(temporary / CARD, card)
-        write_manifest(temporary, (CONFIG, CLASSIFIER))
-    return folder
+    return save_folder(replaceable(folder, PARTS, "a classifier"), config, {CLASSIFIER: trained.net}, card)
 
 
 def load_classifier(folder: Path | str) -> TrainedClassifier:
@@ -213,12 +200,7 @@ def load_classifier(folder: Path | str) -> TrainedClassifier:
         raise CheckpointError(
             f"{folder} holds no {CLASSIFIER}: it is no classifier; train one with `seriatim train classifier-cifar10`"
         )
-    verify_manifest(folder, needed=(CONFIG, CLASSIFIER))
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["format"] != FORMAT:
-            raise ValueError(f"format {config['format']!r} is not {FORMAT}; this is seriatim {__version__}")
+    with opened(folder, CLASSIFIER) as (config, _):
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
             net = build_classifier(config["classifier"])
         height, width = (int(side) for side in config["size"])
@@ -228,10 +210,6 @@ def load_classifier(folder: Path | str) -> TrainedClassifier:
         trained = TrainedClassifier(
             net, str(config["name"]), (height, width), class_names, dict(config["accuracy"]), dict(config["provenance"])
         )
-    except (KeyError, TypeError, ValueError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
-        hint = "; register your class before loading" if isinstance(error, ConfigError) else ""
-        raise CheckpointError(f"{path} cannot be used: {what}{hint}") from error
     fill(net, folder / CLASSIFIER)
     channels_last(net.eval())
     return trained

@@ -48,10 +48,28 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def model_name(source: str) -> str:
+def tokenizer_row(report: Mapping[str, Any]) -> str:
+    """A table of one row, of a tokenizer's evaluation."""
+    settings, codes = report["settings"], report.get("codes")
+    noise = {f"PSNR, noise {level}": x for level, x in report["psnr_under_noise"].items()}
+    cells = {name: cell(x) for name, x in (report["figures"] | noise).items()}
+    if codes:
+        cells[f"used of {codes['codes']:,} codes"] = f"{codes['used']:.1%}"
+        cells[f"perplexity of {codes['codes']:,} codes"] = f"{codes['perplexity']:.4g}"
+    hashes = "none"
+    if settings["features"] is not None:
+        reference = report["pixels_sha256"]["reference"] or settings["reference"]["sha256"]
+        hashes = f"{settings['features']['sha256'][:8]}, {reference[:8]}"
+    name = f"{model_name(settings['tokenizer']['source'], 'tokenizer')} {settings['tokenizer']['sha256'][:8]}"
+    row = [name, f"{report['num']:,}", *cells.values(), hashes]
+    lines = ["tokenizer", "images", *cells, "features, reference"], ["---"] * len(row), row
+    return "\n".join(f"|{'|'.join(line)}|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
+
+
+def model_name(source: str, otherwise: str = "model") -> str:
     """The folder's name; of `runs/cats/model`, that of the run."""
     path = Path(source)
-    return (path.parent.name if path.name == "model" else path.name) or "model"
+    return (path.parent.name if path.name == "model" else path.name) or otherwise
 
 
 def cell(figure: Mapping[str, float] | None) -> str:

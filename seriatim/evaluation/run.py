@@ -12,7 +12,6 @@ n images, F features, K classes.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.core.errors import UsageError, one_line
+from seriatim.core.errors import UsageError
 from seriatim.core.files import writable_folder, write_json
 from seriatim.core.random import derive_seed
 from seriatim.evaluation.base import FeatureExtractor, check_pictures
@@ -41,12 +40,13 @@ from seriatim.evaluation.memory import nearest_picture
 from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, described, halves, whole
 from seriatim.evaluation.rows import markdown
+from seriatim.evaluation.settings import SETTINGS, said, same_settings
 from seriatim.pipeline import BATCH_TOKENS, Pipeline
 from seriatim.sampling.metadata import versions
 from seriatim.sampling.request import SampleRequest
 
 FORMAT = 1
-SETTINGS, RESULTS, NEIGHBOURS = "settings.json", "results.json", "neighbours.json"
+RESULTS, NEIGHBOURS = "results.json", "neighbours.json"
 OURS = ("class_labels", "num_images_per_label", "seeds", "generator")  # evaluation chooses these itself
 READ_AT_ONCE = 64  # real images
 
@@ -278,42 +278,6 @@ def check_shape(argument: str, images: Images, pipe: Pipeline) -> None:
     theirs, ours = (images.channels, *images.size), (pipe.tokenizer.channels, *pipe.tokenizer.size)
     if theirs != ours:
         raise UsageError(f"{argument}: images are {theirs} (channels, H, W), the model draws {ours}; set data.size")
-
-
-def said(request: SampleRequest) -> dict[str, Any]:
-    """What settings.json says of a request."""
-    return request.model_dump(mode="json", exclude={"class_labels", "num_images_per_label", "seeds"})
-
-
-def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
-    """Write what this evaluation is, or refuse to go on with another."""
-    now = flat(chosen)
-    if not path.exists():
-        write_json(path, dict(chosen))
-        return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        # A field that the version which began this did not know: it drew by what is now the default.
-        before = flat({**stored, "request": said(SampleRequest()) | stored["request"]})
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"out: {path} is damaged ({one_line(error)[:80]}); choose another folder") from error
-    for name in sorted(now.keys() | before.keys()):
-        if name != "model.source" and before.get(name) != now.get(name):  # the same weights elsewhere are the same
-            raise UsageError(
-                f"{name}: {before.get(name)!r} in {path}, {now.get(name)!r} now; go on with the same settings, or "
-                "choose another folder"
-            )
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"request.guidance_scale": 2.0, ...}`, as JSON would give them back."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = json.loads(json.dumps(value))
-    return found
 
 
 def balanced_names(pipe: Pipeline) -> list[str]:

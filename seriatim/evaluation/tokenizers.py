@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,10 +21,13 @@ from seriatim.core.files import writable_folder, write_json
 from seriatim.core.progress import Progress
 from seriatim.core.random import Noise, derive_seed
 from seriatim.evaluation.base import FeatureExtractor, check_pictures
-from seriatim.evaluation.blocks import Vectors, eight_bits, extract
+from seriatim.evaluation.blocks import ALL, SIZE, Blocks, Share, Vectors, eight_bits, extract, features_of
 from seriatim.evaluation.figures import Reference, Set, check_count, figures_of, named
 from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_error
 from seriatim.evaluation.reference import Images, Part, as_many, described, halves, whole
+from seriatim.evaluation.rows import tokenizer_row
+from seriatim.evaluation.run import key, pictures
+from seriatim.evaluation.settings import SETTINGS, same_settings
 from seriatim.sampling.metadata import versions
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.quantise import Usage
@@ -38,11 +41,14 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class TokenizerEvaluation:
+    """What `evaluate_tokenizer` gives; figures are empty as long as other processes have not done their share."""
+
     figures: dict[str, Figure]  # PSNR, SSIM, and with an extractor rFD[name] and FD[name]
     real: dict[str, Figure]  # FD[name] of the images themselves
     noise: dict[float, Figure]  # PSNR of what noisy tokens decode to, by the noise's standard deviation; none of codes
     latents: dict[str, float]  # statistics of the tokens; of codes, their usage
     report: dict[str, Any]
+    missing: int = 0  # images that other processes still owe
 
 
 def evaluate_tokenizer(
@@ -56,6 +62,8 @@ def evaluate_tokenizer(
     noise: Sequence[float] | None = None,  # None: NOISE, and none where tokens are codes
     source: str = "",
     seed: int = 0,
+    share: Share = ALL,
+    cache: Path | str | None = None,
     device: torch.device | str = "cpu",
     quiet: bool = False,
 ) -> TokenizerEvaluation:
@@ -64,7 +72,7 @@ def evaluate_tokenizer(
     PSNR, SSIM    of the reconstructions, in 8 bits
     rFD[name]     Frechet distance of the reconstructions to the images that they are of
     FD[name]      to the reference `data`, which doesn't hold them; beside it that of the images themselves
-    Tokens are the posterior's mode.
+    Tokens are the posterior's mode. Stopped, shared and cached as `evaluate` is.
     """
     begin = time.monotonic()
     if num < 2:
@@ -84,25 +92,51 @@ def evaluate_tokenizer(
     if features is not None:
         check_count("num", len(part), features, ("frechet",))
         check_count("data", len(reference), features, ("frechet",))
+    similarity()  # torchmetrics is there, or said to be missing now
     folder = writable_folder(out)
     tokenizer = tokenizer.to(device).eval()
     extractor = None if features is None else features.to(device).eval()
-    seen = look(tokenizer, part, extractor, noise, seed, device, quiet)
-    of_reference = None if extractor is None else originals(extractor, reference, device, quiet)
+    settings: dict[str, Any] = {
+        "tokenizer": {"source": source, "sha256": tokenizer.fingerprint(), "config": tokenizer.config},
+        "features": None
+        if extractor is None
+        else {"name": extractor.name, "sha256": extractor.fingerprint(), "config": extractor.config},
+        "reference": described(data, reference),
+        "real": described(real or data, part),
+        "noise": list(noise),
+        "block": SIZE,
+        "seed": seed,
+    }
+    same_settings(folder / SETTINGS, settings)
 
-    count = len(part)
-    figures = {"PSNR": spread(seen.psnr)} | ({"SSIM": spread(seen.ssim)} if len(seen.ssim) else {})
+    stores = [Blocks(folder / "reconstructions", len(part))]
+    stores[0].fill(look(tokenizer, part, extractor, noise, seed, device), "reconstructing", share=share, quiet=quiet)
+    if extractor is not None:
+        cached = Path(cache) if cache is not None else folder
+        stores.append(Blocks(cached / "real" / key(extractor, reference), len(reference)))
+        work = features_of(partial(pictures, reference), extractor, "reference", device)
+        stores[1].fill(work, "reference", share=share, quiet=quiet)
+    missing = sum(len(block) for store in stores for block in store.missing())
+    if missing:
+        return TokenizerEvaluation({}, {}, {}, {}, {}, missing)
+    seen = stores[0].arrays()
+
+    count, psnr = len(part), seen["psnr"]
+    figures = {"PSNR": spread(psnr)} | ({"SSIM": spread(seen["ssim"])} if "ssim" in seen else {})
     beside: dict[str, Figure] = {}
-    if extractor is not None and of_reference is not None:
-        decoded, images_of = seen.decoded, seen.images
+    reference_pixels = ""
+    if extractor is not None:
+        decoded, images_of = seen["decoded"], seen["images"]
         both = [Set(Vectors(vectors)) for vectors in (decoded, images_of)]
         pairs = with_error(lambda i: frechet_distance(decoded[i], images_of[i]), count)  # both of a pair left out
         figures["rFID" if extractor.standard else f"rFD[{extractor.name}]"] = pairs
-        against = Reference(Vectors(of_reference))
+        vectors = stores[1].read()
+        against, reference_pixels = Reference(vectors), vectors.pixels
         made, true = (figures_of(side, against, extractor, ("frechet",)) for side in both)
         figures |= made
         beside = {name: true[name] for name in (named("FD", extractor),)}
-    shaken = {level: spread(values) for level, values in zip(noise, seen.noisy, strict=True)}
+    shaken = {level: spread(seen["noisy"][:, i]) for i, level in enumerate(noise)}
+    latents = together(tally_of(tokenizer), seen).summary()
     report = {
         "figures": {
             name: {"value": x.value, "error": x.error}
@@ -110,40 +144,20 @@ def evaluate_tokenizer(
             for name, x in figures.items()
         },
         "psnr_under_noise": {str(level): {"value": x.value, "error": x.error} for level, x in shaken.items()},
-        "latents" if tokenizer.vocab is None else "codes": seen.latents,
+        "latents" if tokenizer.vocab is None else "codes": latents,
         "num": count,
-        "exact": float((seen.psnr >= MOST_PSNR).mean()),
+        "exact": float((psnr >= MOST_PSNR).mean()),
         "error": "jackknife over 10 groups of the images",
-        "settings": {
-            "tokenizer": {"source": source, "sha256": tokenizer.fingerprint(), "config": tokenizer.config},
-            "features": None
-            if extractor is None
-            else {"name": extractor.name, "sha256": extractor.fingerprint(), "config": extractor.config},
-            "reference": described(data, reference),
-            "real": described(real or data, part),
-            "seed": seed,
-        },
+        "pixels_sha256": {"reference": reference_pixels},
+        "settings": settings,
         "versions": versions(torch.device(device)) | {"threads": str(torch.get_num_threads())},
         "seconds": round(time.monotonic() - begin, 2),
     }
-    report["markdown"] = row(source, report)
+    report["markdown"] = tokenizer_row(report)
     write_json(folder / RESULTS, report)
-    return TokenizerEvaluation(figures, beside, shaken, seen.latents, report)
+    return TokenizerEvaluation(figures, beside, shaken, latents, report)
 
 
-@dataclass
-class Seen:
-    """What one pass over the images gives, a value or vector for each."""
-
-    psnr: Array
-    ssim: Array
-    noisy: list[Array]  # PSNR at each level of noise
-    decoded: Array  # (n, F); (n, 0) without an extractor
-    images: Array  # the same of the images themselves
-    latents: dict[str, float]
-
-
-@torch.no_grad()
 def look(
     tokenizer: Tokenizer,
     part: Part,
@@ -151,49 +165,41 @@ def look(
     noise: Sequence[float],
     seed: int,
     device: torch.device | str,
-    quiet: bool,
-) -> Seen:
+) -> Callable[[range, Progress], dict[str, Tensor]]:
+    """Of a block of images, for `Blocks.fill`: psnr, ssim (b,); noisy (b, levels), PSNR at each level of noise;
+    decoded, images (b, F), features of both; and what is known of the tokens.
+    """
     psnr, ssim = similarity()
-    collected: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "decoded", "images")}
-    noisy: list[list[Tensor]] = [[] for _ in noise]
-    latents = LatentStatistics(tokenizer.dim) if tokenizer.vocab is None else Usage(tokenizer.vocab)
-    with Progress(len(part), "reconstructing", "images", quiet=quiet) as bar:
-        for first in range(0, len(part), BATCH):
-            index = part.index[first : first + BATCH]
+
+    @torch.no_grad()
+    def tensors_of(block: range, bar: Progress) -> dict[str, Tensor]:
+        found: dict[str, list[Tensor]] = {}
+        tally = tally_of(tokenizer)
+        for first in range(block.start, block.stop, BATCH):
+            index = part.index[first : min(first + BATCH, block.stop)]
             images = eight_bits(part.data.images(index)).to(device)
             tokens = tokenizer.tokens(tokenizer.moments(images))  # (B, L, D), or codes (B, L)
             if not bool(torch.isfinite(tokens).all()):
                 raise NumericsError("tokenizer: its tokens are not finite; its weights do not fit these images")
-            latents.add(tokens)
+            tally.add(tokens)
             decoded = eight_bits(tokenizer.decode(tokens))
-            collected["psnr"].append(psnr(decoded, images))
+            values = {"psnr": psnr(decoded, images)}
             if min(tokenizer.size) >= SSIM_SIDE:
-                collected["ssim"].append(ssim(decoded, images))
+                values["ssim"] = ssim(decoded, images)
             if extractor is not None:
-                for name, pictures in (("decoded", decoded), ("images", images)):
-                    collected[name].append(extract(extractor, pictures, device).features)
+                for name, shown in (("decoded", decoded), ("images", images)):
+                    values[name] = extract(extractor, shown, device).features
             if noise:
                 seeds = [derive_seed(seed, "latent noise", first + i) for i in range(len(index))]
                 shift = Noise.per_image(seeds, device).normal(*tokens.shape[1:])  # (B, L, D): as all levels have it
-                for values, level in zip(noisy, noise, strict=True):
-                    values.append(psnr(eight_bits(tokenizer.decode(tokens + level * shift)), images))
+                shaken = [psnr(eight_bits(tokenizer.decode(tokens + level * shift)), images) for level in noise]
+                values["noisy"] = torch.stack(shaken, dim=1)  # (B, levels)
+            for name, value in values.items():
+                found.setdefault(name, []).append(value.cpu())
             bar.advance(len(index))
+        return {name: torch.cat(parts) for name, parts in found.items()} | rows_of(tally)
 
-    def joined(parts: list[Tensor]) -> Array:
-        return np.asarray(torch.cat(parts).double().cpu().numpy()) if parts else np.empty((0,))
-
-    found = {name: joined(parts) for name, parts in collected.items()}
-    return Seen(**found, noisy=[joined(values) for values in noisy], latents=latents.summary())
-
-
-def originals(extractor: FeatureExtractor, part: Part, device: torch.device | str, quiet: bool) -> Array:
-    """Features (n, F) of real images."""
-    found = []
-    with Progress(len(part), "reference", "images", quiet=quiet) as bar:
-        for index in part.index.split(BATCH):
-            found.append(extract(extractor, eight_bits(part.data.images(index)), device).features)
-            bar.advance(len(index))
-    return np.asarray(torch.cat(found).double().numpy())
+    return tensors_of
 
 
 def similarity() -> tuple[Any, Any]:
@@ -222,10 +228,9 @@ class LatentStatistics:
     """Moments of tokens, added batch by batch, in float64."""
 
     def __init__(self, dim: int) -> None:
-        self.count = 0
+        self.count, self.largest = torch.tensor(0), torch.tensor(0.0, dtype=torch.float64)
         self.total, self.fourth = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
         self.products = torch.zeros(dim, dim, dtype=torch.float64)
-        self.largest = 0.0
 
     def add(self, tokens: Tensor) -> None:
         x = tokens.detach().cpu().double().flatten(0, 1)  # (B L, D)
@@ -233,7 +238,7 @@ class LatentStatistics:
         self.total += x.sum(dim=0)
         self.fourth += (x**4).sum(dim=0)
         self.products += x.T @ x
-        self.largest = max(self.largest, float(x.abs().max()))
+        self.largest = torch.maximum(self.largest, x.abs().max())
 
     def summary(self) -> dict[str, float]:
         """mean, std             of all features together
@@ -253,28 +258,32 @@ class LatentStatistics:
             "std": float(whole_variance.clamp(min=0).sqrt()),
             "std_least": float(std.min()),
             "std_most": float(std.max()),
-            "largest": self.largest,
+            "largest": float(self.largest),
             "fourth": float((self.fourth / self.count).mean() / square.mean().square().clamp(min=1e-30)),
             "directions": float(values.sum().square() / values.square().sum().clamp(min=1e-30)),
         }
 
 
+Tally = LatentStatistics | Usage
+
+
+def tally_of(tokenizer: Tokenizer) -> Tally:
+    """What counts a tokenizer's tokens, or codes, as long as there are none."""
+    return LatentStatistics(tokenizer.dim) if tokenizer.vocab is None else Usage(tokenizer.vocab)
+
+
+def rows_of(tally: Tally) -> dict[str, Tensor]:
+    """Its tensors as one row each, for a block's file."""
+    return {name: value[None] for name, value in vars(tally).items()}
+
+
+def together(tally: Tally, arrays: Mapping[str, Array]) -> Tally:
+    """Fill it with the rows of all blocks."""
+    for name, value in vars(tally).items():
+        rows = torch.from_numpy(arrays[name])
+        setattr(tally, name, (rows.amax(dim=0) if name == "largest" else rows.sum(dim=0)).to(value.dtype))
+    return tally
+
+
 def spread(values: Array) -> Figure:
     return with_error(lambda i: float(values[i].mean()), len(values))
-
-
-def row(source: str, report: dict[str, Any]) -> str:
-    """A markdown table of one row."""
-    figures = report["figures"]
-    noise = report["psnr_under_noise"]
-    names = [*figures, *(f"PSNR, noise {level}" for level in noise)]
-    values = [*figures.values(), *noise.values()]
-    codes = report.get("codes", {})
-    names += [f"{name} of {codes['codes']:,} codes" for name in ("used", "perplexity") if codes]
-    cells = [f"{x['value']:.4g} ± {x['error']:.2g}" + (f" ({x['real']:.4g})" if "real" in x else "") for x in values]
-    cells += [f"{codes['used']:.1%}", f"{codes['perplexity']:.4g}"] if codes else []
-    path = Path(source)
-    name = (path.parent.name if path.name == "model" else path.name) or "tokenizer"
-    sha = report["settings"]["tokenizer"]["sha256"][:8]
-    lines = ["| tokenizer | images | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
-    return "\n".join([*lines, f"| {name} {sha} | {report['num']:,} | " + " | ".join(cells) + " |"])

@@ -15,7 +15,9 @@ from seriatim.core.files import atomic_write, sha256
 from seriatim.core.progress import Progress
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
-DIGEST = "6726825d"  # what its sha256 begins with, as its name says
+DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # sha256
+FIDELITY = "weights-inception-2015-12-05-6726825d.pth"  # the same file as torch-fidelity calls it
+SHOWN = 8  # digits of a sha256
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
 VARIABLE = "SERIATIM_INCEPTION"
 TIMEOUT = 30.0  # seconds without an answer
@@ -41,17 +43,18 @@ def find_weights(path: Path | None = None) -> tuple[Path, str]:
 
 
 def places() -> list[Path]:
-    """Where the file may lie already: our cache, torch's."""
+    """Where the file may lie already: our cache, torch's (of pytorch-fid, of torch-fidelity and torchmetrics)."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [cache / "seriatim" / FILE, Path(torch.hub.get_dir()) / "checkpoints" / FILE]
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    return [cache / "seriatim" / FILE, hub / FILE, hub / FIDELITY]
 
 
 def checked(path: Path) -> str:
     digest = sha256(path)
-    if not digest.startswith(DIGEST):
+    if digest != DIGEST:
         raise CheckpointError(
-            f"{path}: its sha256 begins with {digest[: len(DIGEST)]}, that of {FILE} with {DIGEST}: other weights or a "
-            f"damaged copy; download {URL}"
+            f"{path}: its sha256 begins with {digest[:SHOWN]}, that of {FILE} with {DIGEST[:SHOWN]}: other weights or "
+            f"a damaged copy; download {URL}"
         )
     return digest
 
@@ -69,7 +72,7 @@ def download(target: Path) -> None:
         with open(file, "wb") as out:
             for piece in pieces(ways):
                 out.write(piece)
-        if not sha256(file).startswith(DIGEST):
+        if sha256(file) != DIGEST:
             raise CheckpointError(f"features: {URL} gave another file than {FILE}; {ways}")
 
     atomic_write(target, write)

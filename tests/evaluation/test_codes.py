@@ -52,7 +52,9 @@ def test_more_codes_lose_less(tmp_path: Path) -> None:
     for vocab in (4, 64):
         tokenizer = KMeans(8, 2, 1, vocab=vocab)
         tokenizer.fit(Digits().some(1000, 500))
-        found = evaluate_tokenizer(tokenizer, Digits(True), tmp_path, num=100, features=features, quiet=True)
+        found = evaluate_tokenizer(
+            tokenizer, Digits(True), tmp_path / str(vocab), num=100, features=features, quiet=True
+        )
         psnr.append(found.figures["PSNR"].value)
         distance.append(found.figures["rFD[pixels]"].value)
         assert 0 < found.latents["used"] <= 1 < found.latents["perplexity"] <= vocab

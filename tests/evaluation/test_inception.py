@@ -159,7 +159,7 @@ def test_a_weights_file_is_found_checked_and_loaded(
     file = nowhere / "source.pth"
     torch.save(network.state_dict(), file)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    monkeypatch.setattr(weights, "DIGEST", digest[:8])
+    monkeypatch.setattr(weights, "DIGEST", digest)
     monkeypatch.setattr(weights, "URL", file.as_uri())
     monkeypatch.delenv("HF_HUB_OFFLINE")
     loaded = open_features("inception", size=(8, 8), channels=3)  # fetched
@@ -168,6 +168,9 @@ def test_a_weights_file_is_found_checked_and_loaded(
     same(loaded, network)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert open_features("inception-pytorch-fid", size=(8, 8), channels=3).standard, "now from the cache"
+    (nowhere / "torch" / "hub" / "checkpoints").mkdir(parents=True)
+    (nowhere / "cache" / "seriatim" / weights.FILE).rename(nowhere / "torch" / "hub" / "checkpoints" / weights.FIDELITY)
+    assert open_features("inception", size=(8, 8), channels=3).standard, "torch-fidelity's copy"
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_bundle
+from PIL import Image
 from torch import Tensor
 
 import seriatim.evaluation.blocks as blocks
@@ -143,6 +144,9 @@ def test_another_setting_is_refused_by_name(pipe: Pipeline, tmp_path: Path) -> N
     for name in ("class_labels", "seeds"):
         with pytest.raises(UsageError, match=name):
             run(pipe, tmp_path, **{name: (1,)})
+    moved = Memory(60, seed=1)
+    moved.root = tmp_path  # type: ignore[attr-defined]
+    run(pipe, tmp_path, real=moved)  # the same images elsewhere
 
 
 def test_a_field_that_an_earlier_version_did_not_know_is_at_its_default(pipe: Pipeline, tmp_path: Path) -> None:
@@ -457,6 +461,41 @@ def test_an_inception_score_is_the_mean_over_parts(monkeypatch: pytest.MonkeyPat
     assert found.value == pytest.approx(np.mean(tenths), rel=0.03) and found.value < 0.99 * inception_score(logits)
     assert found.error == pytest.approx(np.std(tenths) / 10**0.5, rel=0.7)
     assert score(logits[:140]).value == inception_score(logits[:140]), "of one part"
+
+
+@pytest.mark.parametrize(
+    ("features", "num", "data", "exit_code", "words"),
+    [
+        ("pixels", "40", "digits", 3, "num: 40 images are too few for the 64 features"),
+        ("broken", "40", "digits", 5, "features: mean gives features that are not finite for image 0"),
+        ("pixels", "100", "photos", 3, "classes: the model has 10, the data 1; the data lacks '0'"),
+        ("other.pth", "100", "digits", 4, "other.pth: its sha256 begins with d9298a10"),
+    ],
+)
+def test_bad_input_is_one_line_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    features: str,
+    num: str,
+    data: str,
+    exit_code: int,
+    words: str,
+) -> None:
+    class Broken(Mean):
+        def forward(self, images: Tensor) -> Features:
+            return Features(super().forward(images).features * float("nan"))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(FEATURES, "broken", Broken)
+    bundle = make_bundle(classes=10)
+    bundle.class_names = [str(i) for i in range(10)]
+    save_bundle(bundle, tmp_path / "model")
+    (tmp_path / "other.pth").write_bytes(b"other")
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    Image.new("L", (8, 8)).save(tmp_path / "photos" / "cat" / "1.png")
+    code, _, err = command(capsys, "model", "--data", data, "--num", num, "--features", features)
+    assert code == exit_code and err.count("\n") == 1 and err.startswith(f"error: {words}"), err
 
 
 def test_a_table_is_not_cut_where_there_is_no_terminal(

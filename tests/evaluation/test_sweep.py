@@ -16,6 +16,7 @@ from seriatim.checkpoints.native import save_bundle
 from seriatim.checkpoints.tokenizer import save_tokenizer
 from seriatim.cli import main
 from seriatim.core.errors import NumericsError, UsageError
+from seriatim.evaluation import blocks
 from seriatim.evaluation.blocks import Share, Vectors
 from seriatim.evaluation.features import PixelFeatures
 from seriatim.evaluation.memory import nearest_picture
@@ -24,6 +25,7 @@ from seriatim.evaluation.run import evaluate
 from seriatim.evaluation.sweep import sweep
 from seriatim.evaluation.tokenizers import LatentStatistics, evaluate_tokenizer, similarity
 from seriatim.pipeline import Pipeline
+from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
 
 SIZE = (8, 8)
@@ -200,15 +202,44 @@ def test_tokenizer_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     out = capsys.readouterr().out
     for word in ("PSNR", "SSIM", "rFD[pixels]", "PSNR, noise 0.3", "tokens: std"):
         assert word in out
-    assert main.run([*common[:-1], "none", "--json"]) == 0
-    assert "rFD[pixels]" not in json.loads(capsys.readouterr().out)["figures"]
+    assert main.run([*common[:-1], "none", "--noise", "0.3"]) == 2, "another evaluation's folder"
+    assert "features.name: 'pixels' in evaluation/settings.json, None now" in capsys.readouterr().err
+    assert main.run([*common[:-1], "none", "--json", "--out", "others"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "rFD[pixels]" not in report["figures"] and report["markdown"].endswith(" | none |")
     assert main.run([*common, "--noise", "-1"]) == 2 and "noise:" in capsys.readouterr().err
     assert main.run(["evaluate", "tokenizer", "--data", "digits", "--num", "40", "--features", "pixels"]) == 3
     assert "num: 40 images are too few for the 64 features" in capsys.readouterr().err
-    for option in (["--guidance-scale", "2"], ["--shard", "0/2"], ["--neighbours", "2"]):
+    for option in (["--guidance-scale", "2"], ["--batch-size", "2"], ["--neighbours", "2"]):
         assert (
             main.run([*common, *option]) == 2 and "is not for the evaluation of a tokenizer" in capsys.readouterr().err
         )
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_a_tokenizers_evaluation_is_shared_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: bool
+) -> None:
+    monkeypatch.setattr(blocks, "SIZE", 32)
+    data = pictures(260)
+    tokenizer = KMeans(8, 2, 1, vocab=16) if codes else Pixels(size=8, patch=4, channels=1, components=3)
+    tokenizer.fit([data.images(torch.arange(200)).float() / 127.5 - 1])
+    settings = {"num": 100, "features": PixelFeatures(SIZE, 1), "quiet": True}
+    alone = evaluate_tokenizer(tokenizer, data, tmp_path / "a", **settings)  # type: ignore[arg-type]
+    first = evaluate_tokenizer(tokenizer, data, tmp_path / "b", share=Share(1, 2), **settings)  # type: ignore[arg-type]
+    assert first.missing == 64 + 66 and not first.figures and not (tmp_path / "b" / "results.json").exists()
+    left = evaluate_tokenizer(tokenizer, data, tmp_path / "b", share=Share(0, 2), **settings)  # type: ignore[arg-type]
+    for name in ("figures", "real", "noise", "latents"):
+        assert getattr(left, name) == getattr(alone, name), name
+
+    def never(*arguments: object) -> Tensor:
+        raise AssertionError("nothing is left to do")
+
+    monkeypatch.setattr(type(tokenizer), "decode", never)
+    again = evaluate_tokenizer(tokenizer, data, tmp_path / "b", **settings)  # type: ignore[arg-type]
+    assert again.figures == alone.figures
+    with pytest.raises(UsageError, match=r"^seed: 0 in"):
+        evaluate_tokenizer(tokenizer, data, tmp_path / "b", seed=1, **settings)  # type: ignore[arg-type]
 
 
 def test_tokens_that_are_not_finite_are_refused(tmp_path: Path) -> None:
