@@ -83,6 +83,22 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the masked trun
 }  # fmt: skip
 
 
+def arinar(components: int = 4, depth: int = 1, order: str = "natural") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Feature by feature, one mixture each (Zhao et al. 2025): as "arinar4", with other settings."""
+    nested, sampling = MORE["arinar4"]
+    changed = {"split": {"kind": "features", "order": order}, "backbone": INNER | {"depth": depth}}
+    return {**nested, **changed, "head": {"kind": "mixture", "components": components, "depth": 0}}, sampling
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the masked trunk alone; only where they are named
+    "arinar1": arinar(components=1),
+    "arinar2": arinar(components=2),
+    "arinar8": arinar(components=8),
+    "arinar4-deep": arinar(depth=2),
+    "arinar4-reversed": arinar(order="reversed"),
+}
+
+
 def table_of_contestants() -> dict[str, Contestant]:
     pairs = [*product(("masked", "causal"), LEAVES), ("causal-random", "diffusion"), ("causal-random", "mixture4")]
     made = {}
@@ -94,7 +110,10 @@ def table_of_contestants() -> dict[str, Contestant]:
     for leaf, (head, sampling) in MORE.items():
         made[f"masked-{leaf}"] = Contestant({**MASKED, "head": head}, "random", None, sampling)
     made["masked-categorical"] = Contestant({**MASKED, "head": {"kind": "categorical"}}, codes=256)
+    for leaf, (head, sampling) in VARIANTS.items():
+        made[f"masked-{leaf}"] = Contestant({**MASKED, "head": head}, "random", None, sampling)
     return made
 
 
 CONTESTANTS: dict[str, Contestant] = table_of_contestants()
+USUAL = [name for name in CONTESTANTS if name.removeprefix("masked-") not in VARIANTS]

@@ -46,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from known_contestants import CONTESTANTS, HELD_OUT, Contestant
+from known_contestants import CONTESTANTS, HELD_OUT, USUAL, Contestant
 from known_density_scores import Codes, Ruler, log_likelihood
 from known_density_tables import BUDGETS, figure, is_truth, tables
 from known_processes import TASKS, Process
@@ -308,7 +308,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add: Callable[..., Any] = parser.add_argument
     add("--out", type=Path, default=Path("runs/known_density"))
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=", ".join(TASKS))
-    add("--only", nargs="+", default=list(CONTESTANTS), metavar="NAME", help=", ".join(CONTESTANTS))
+    add("--only", nargs="+", default=list(USUAL), metavar="NAME",
+        help=f"{', '.join(CONTESTANTS)}; default: all but the last {len(CONTESTANTS) - len(USUAL)}")  # fmt: skip
     add("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
     add("--images", type=int, default=IMAGES, help="sequences of training, the one budget")
     add("--seconds", type=float, default=SECONDS, help="of updates, the other")

@@ -131,7 +131,7 @@ class Causal(Backbone):
         self.tokens, self.dim, self.vocab = tokens, dim, vocab
         self.width, self.z_dim = A, C
         self.prefix, self.positions_kind, self.order, self.rotate_prefix = P, positions, order, rotate_prefix
-        # One number a token, and the first norm sees a line of it: its qkv can be made ahead
+        # One number a token, and the first norm sees a line of it: `Ahead`
         usual = {"norm": "layer", "positions": "learned", "order": "raster"}
         self.scalar = dim == 1 and P == 1 and adaptive and usual.items() <= given.items()
         self.conditioning, self.length, self.head_dim, self.dropout = conditioning, S, C // heads, dropout
@@ -217,10 +217,7 @@ class Causal(Backbone):
             x = self._embed(tokens[:, :-1], torch.arange(L - 1, device=prefix.device))  # (B, L-1, C)
         else:
             index = order[:, :-1]
-            before = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1])) if self.vocab is None else (
-                tokens.gather(1, index)
-            )  # fmt: skip
-            x = self._embed(before, index)
+            x = self._embed(tokens[torch.arange(len(index), device=index.device)[:, None], index], index)
         x = torch.cat([prefix.to(x.dtype), x], dim=1)  # (B, S, C)
         if order is not None:
             asked = F.embedding(order, self.ask_positions)  # (B, L, C)
