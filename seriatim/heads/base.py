@@ -76,6 +76,13 @@ class Head(nn.Module):
         """The normalised log density (or probability) of target (N, D) given z (N, C), in nats: (N,)."""
         raise UsageError(f"the {type(self).__name__} head has no density: log_prob is not defined for it")
 
+    def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
+        """That of each feature given z (N, C) and, where a head nests, the features of `tokens` (N, D) drawn before it.
+
+        In nats: (N, D), or (N, 1) of codes (N,). Of p itself, before guidance and temperature.
+        """
+        raise UsageError(f"the {type(self).__name__} head has no density: entropy is not defined for it")
+
     def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: float | Tensor) -> Tensor:
         """log p of drawn codes (N,) under the guided distribution (N,): for the order "confidence", of codes alone."""
         raise UsageError(f"the {type(self).__name__} head draws no codes: it has no confidence in them")

@@ -71,7 +71,7 @@ class Bins(Head):
 
     def bin_of(self, x: Tensor) -> Tensor:
         """Features of any shape -> the bin of each, int64."""
-        return torch.bucketize(x.float(), self.edges[1:-1].to(x.device), right=True)
+        return torch.bucketize(x.float().contiguous(), self.edges[1:-1].to(x.device), right=True)
 
     def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
         """z (N, C), target (N, D) -> cross-entropy of the bins, in nats, summed over features."""
@@ -85,6 +85,12 @@ class Bins(Head):
         mass = self.logits(z).log_softmax(dim=-1).gather(2, index[..., None])[..., 0]
         density = mass - self.edges.diff().log().to(target.device)[index]
         return density.masked_fill(target.abs() > self.clip, -math.inf).sum(dim=1)
+
+    @torch.no_grad()
+    def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
+        """The histogram's differential entropy, of each feature given z: (N, D)."""
+        mass = self.logits(z).log_softmax(dim=-1)  # (N, D, B)
+        return -(mass.exp() * (mass - self.edges.diff().log().to(z.device))).sum(dim=-1)
 
     @torch.no_grad()
     def sample(

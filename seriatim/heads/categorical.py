@@ -67,6 +67,12 @@ class Categorical(Head):
         return -F.cross_entropy(self.logits(z).float(), target, reduction="none")
 
     @torch.no_grad()
+    def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
+        """Of the code: (N, 1)."""
+        log_p = self.logits(z).float().log_softmax(dim=-1)
+        return -(log_p.exp() * log_p).sum(dim=-1, keepdim=True)
+
+    @torch.no_grad()
     def sample(
         self,
         z: Tensor,

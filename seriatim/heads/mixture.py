@@ -112,6 +112,12 @@ class Mixture(Head):
         with torch.autocast(z.device.type, enabled=False):
             return made.log_prob(target.float())
 
+    @torch.no_grad()
+    def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
+        """Of each feature given z alone, by quadrature (`GaussianMixture.feature_entropy`): (N, D)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.mixture(z.float()).feature_entropy()
+
     # --- sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -139,6 +139,12 @@ class Nested(Head):
             return super().log_prob(z, target)
         return self.head.log_prob(*self.inner(z, target)).view(len(z), self.parts)
 
+    @torch.no_grad()
+    def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
+        """That of each feature given z and the parts of `tokens` drawn before its own: (N, D), in nats."""
+        inner, parts = self.inner(z.float(), tokens)
+        return self.joined(self.head.entropy(inner, parts).view(len(z), self.parts, self.part_dim))
+
     # --- sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from seriatim.core.random import Noise
 from seriatim.core.schedules import check_guidance, check_one_a_step, guidance_at
 from seriatim.models.causal import CausalModel, Condition
 from seriatim.models.masked import draw
-from seriatim.sampling.masked import Step
+from seriatim.sampling.masked import Drawn, Step
 
 
 @torch.no_grad()
@@ -78,7 +78,8 @@ def causal_steps(
             tokens = tokens.flatten(0, 1).index_copy(0, flat, drawn).view_as(tokens)
             known = known.scatter(1, places[:, None], True)
         before = version(tokens)
-        yield Step(i, L, "tokens", tokens, known)
+        of = Drawn(model.head, z, drawn, rows, places[rows]) if len(rows) else None
+        yield Step(i, L, "tokens", tokens, known, drawn=of)
         if version(tokens) != before:  # who looked at the step wrote other tokens: the cache is of those before
             passes.begin()
     if not bool(torch.isfinite(tokens).all()):

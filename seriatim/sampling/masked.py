@@ -22,12 +22,24 @@ from seriatim.core.errors import NumericsError
 from seriatim.core.orders import order_vectors
 from seriatim.core.random import Noise
 from seriatim.core.schedules import check_guidance, check_token_schedule, guidance_at, unknown_after
+from seriatim.heads.base import Head
 from seriatim.models.base import Model
 from seriatim.models.masked import CHOICE_TEMPERATURE, MaskedModel, draw, is_confidence, surest
 from seriatim.nn.packed import prepare, version
 
 M = TypeVar("M", bound=Model)
 FEW_CLASSES = 8  # of a batch: with more, one pass of all images costs less than one for each class
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The N tokens of a step, and what they were drawn from."""
+
+    head: Head
+    z: Tensor  # (N, C), of the condition
+    tokens: Tensor  # (N, D), or codes (N,)
+    rows: Tensor  # (N,): the image of each
+    places: Tensor  # (N,): and where in it
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,25 @@ class Step:
     known: Tensor  # (B, L) bool
     images: range = field(default=range(0))  # which images of the request this batch holds
     decode: Callable[[Tensor, Tensor], list[Image.Image]] | None = field(default=None, repr=False)
+    drawn: Drawn | None = field(default=None, repr=False)  # in this step; None: nothing was
 
     def preview(self) -> list[Image.Image]:
         """The images as known so far; unknown tokens show as the mean of the training images."""
         assert self.decode is not None, "this step was made without a tokenizer"
         return self.decode(self.tokens, self.known)
+
+    def entropy(self) -> Tensor:
+        """What the model did not know, in nats: (B, L, D), or (B, L, 1) of codes; NaN but for tokens of this step.
+
+        Of each feature given all that was drawn before it, under the class, before guidance and temperature: of
+        mixtures, bins, and heads that nest them, and of codes. Of features in units of the model's tokens.
+        """
+        shape = (*self.known.shape, 1 if self.tokens.ndim == 2 else self.tokens.shape[-1])
+        result = torch.full(shape, torch.nan, device=self.tokens.device)
+        if self.drawn is not None:
+            d = self.drawn
+            result[d.rows.to(result.device), d.places.to(result.device)] = d.head.entropy(d.z, d.tokens).float()
+        return result
 
 
 @torch.no_grad()
@@ -106,10 +132,12 @@ def masked_steps(
                 keep = surest(sure, rows, noise.select(rows), left, choice_temperature * (1 - (step + 1) / steps))
                 kept = keep.cpu()
                 ask, drawn, rows, places = ask.masked_scatter(ask, kept), drawn[keep], rows[kept], places[kept]
+                z = z[keep]
             flat = (rows * L + places).to(device, non_blocking=True)
             tokens = tokens.flatten(0, 1).index_copy(0, flat, drawn).view_as(tokens)
             known = known | ask
-        yield Step(step, steps, "tokens", tokens, known)
+        of = Drawn(model.head, z, drawn, rows, places) if len(rows) else None
+        yield Step(step, steps, "tokens", tokens, known, drawn=of)
     if not bool(torch.isfinite(tokens).all()):
         raise NumericsError(
             "the sampled tokens are not finite: the model is not trained enough for these settings; "

@@ -82,3 +82,16 @@ def test_what_is_not_allowed() -> None:
     ):
         with pytest.raises(UsageError, match=message):
             Bins(1, **arguments)  # type: ignore[arg-type]
+
+
+def test_the_entropy_is_that_of_its_histogram() -> None:
+    head = Bins(2, bins=16, z_dim=3)
+    torch.nn.init.normal_(head.final.weight, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    tokens = head.means[:, None].expand(-1, 2)  # each bin once, of both features
+    for n in range(5):
+        log_p = torch.stack([Bins.log_prob(head, z[n : n + 1], t[None]) for t in tokens])  # the two features together
+        mass = head.logits(z[n : n + 1]).softmax(dim=-1)[0]  # (2, B)
+        single = (mass.log() - head.edges.diff().log()).T  # (B, 2)
+        assert torch.allclose(single.sum(dim=1), log_p[:, 0], atol=1e-4)
+        assert torch.allclose(head.entropy(z, tokens)[n], -(mass.T * single).sum(dim=0), atol=1e-4)

@@ -128,3 +128,10 @@ def test_a_head_must_fit_the_tokens() -> None:
 def test_features_have_no_confidence() -> None:
     with pytest.raises(UsageError, match="draws no codes"):
         Head().confidence(torch.zeros(1, 1), torch.zeros(1), None, 1.0)
+
+
+def test_the_entropy_of_a_code() -> None:
+    z, codes = torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    expected = torch.distributions.Categorical(logits=head().logits(z)).entropy()
+    assert torch.allclose(head().entropy(z, codes), expected[:, None], atol=1e-5)
+    assert torch.allclose(Categorical(5, z_dim=3).entropy(z, codes), torch.full((4, 1), math.log(5)))

@@ -81,3 +81,29 @@ def test_entropy() -> None:
     assert torch.allclose(one.entropy(), -one.log_prob(x).mean(dim=1), atol=0.05)
     with pytest.raises(UsageError, match="entropy: has no closed form for 4 components"):
         made().entropy()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_entropy_of_each_feature(full: bool) -> None:
+    """Of one Gaussian, whose form is closed; of several against a dense sum over one feature's own density."""
+    one = made(K=1, D=3, full=full)
+    closed = 0.5 * (1 + math.log(2 * math.pi) + one.variance().log())
+    assert torch.allclose(one.feature_entropy(), closed, atol=1e-4)
+    mixture = made(K=4, D=3, full=full)
+    std = (mixture.scale_tril.square().sum(dim=-1)).sqrt()  # (N, K, D), of the features alone
+    x = torch.linspace(-60, 60, 400_001)
+    for n in range(3):
+        for d in range(3):
+            parts = distributions.Normal(mixture.means[n, :, d], std[n, :, d])
+            density = distributions.MixtureSameFamily(distributions.Categorical(logits=mixture.logits[n]), parts)
+            log_p = density.log_prob(x)
+            expected = -torch.trapezoid(log_p.exp() * log_p, x)
+            assert float(mixture.feature_entropy()[n, d]) == pytest.approx(float(expected), abs=2e-3), (n, d)
+
+
+def test_the_entropy_of_a_spike_beside_a_plain() -> None:
+    """Widths that differ by 1000, in one place: log 2 more than the mean of both, nearly."""
+    log_std = torch.tensor([0.0, -math.log(1000)])
+    mixture = GaussianMixture(torch.zeros(1, 2), torch.zeros(1, 2, 1), log_std.view(1, 2, 1))
+    each = 0.5 * (1 + math.log(2 * math.pi)) + log_std
+    assert float(mixture.feature_entropy()) == pytest.approx(float(each.mean()) + math.log(2), abs=0.01)

@@ -21,6 +21,7 @@ from seriatim.models.build import build_model, model_config, seeded
 from seriatim.models.masked import MaskedModel
 from seriatim.nn.packed import packs, prepare
 from seriatim.nn.patch import patchify
+from seriatim.sampling.loops import steps_of
 from seriatim.sampling.masked import masked_steps
 from seriatim.testing import check_head
 
@@ -254,3 +255,48 @@ def test_options_are_checked() -> None:
         head.sample(z, noise(2), top_q=1)
     with pytest.raises(UsageError, match="has no density"):
         nested(head={"kind": "diffusion", "width": 24, "depth": 1}).log_prob_of_parts(z, torch.zeros(2, 4))
+
+
+# --- entropy ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leaf", [LEAF, {"kind": "bins", "bins": 16}])
+def test_entropies_are_what_draws_are_surprised_by(leaf: dict[str, Any]) -> None:
+    """The mean over draws of -log p of a part is the mean of its entropy: the same number in two ways."""
+    head = nested(3, head=leaf, split={**FEATURES, "order": [2, 0, 1]})
+    z = vectors(1)[0].expand(20_000, -1)
+    drawn = head.sample(z, Noise.shared(0, len(z)))
+    surprise = -head.log_prob_of_parts(z, drawn)  # (N, T), as drawn
+    entropy = head.entropy(z, drawn)[:, [2, 0, 1]]  # (N, D) by feature
+    error = (surprise - entropy).std(dim=0) / math.sqrt(len(z))
+    assert (((surprise - entropy).mean(dim=0).abs()) < 5 * error + 1e-3).all()
+    assert float(entropy[:, 0].std()) < 1e-5, "the first part is drawn from z alone"
+    assert (entropy[:, 1:].std(dim=0) > 1e-4).all(), "the others see what was drawn"
+
+
+def test_without_a_density_there_is_no_entropy() -> None:
+    head = nested(3, head={"kind": "diffusion", "width": 24, "depth": 1})
+    with pytest.raises(UsageError, match="the Diffusion head has no density: entropy is not defined for it"):
+        head.entropy(vectors(2)[0], torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["masked", "causal"])
+def test_a_stream_tells_the_entropy_of_what_each_step_drew(kind: str) -> None:
+    config = {"kind": kind, "width": 16, "depth": 1, "heads": 2, "head": {"kind": "nested", "split": FEATURES,
+              "backbone": PLAIN, "head": LEAF}}  # fmt: skip
+    with seeded(0):
+        model = build_model(config, tokens=4, dim=3, classes=2)
+    randomise(model, scale=0.1)
+    model.eval()
+    before, seen = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.long)
+    for step in steps_of(model, torch.tensor([0, 1]), noise(2), steps=4, guidance_scale=2.0):
+        entropy = step.entropy()  # (B, L, D)
+        assert torch.equal(entropy.isfinite().all(dim=-1), step.known & ~before)
+        assert torch.equal(entropy.isfinite().any(dim=-1), step.known & ~before)
+        drawn = step.known & ~before
+        state = model.backbone.start(model.condition(torch.tensor([0, 1]), 2), 2)
+        if kind == "masked" and drawn.any():
+            z = model.backbone.z(state, step.tokens, before, drawn)
+            assert torch.allclose(entropy[drawn], model.head.entropy(z, step.tokens[drawn]), atol=1e-4)
+        before, seen = step.known, seen + drawn
+    assert (seen == 1).all()

@@ -19,6 +19,7 @@ from seriatim.core.random import Noise
 from seriatim.models.build import build_model, seeded
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.pipeline import Pipeline
+from seriatim.sampling.loops import steps_of
 from seriatim.sampling.metadata import read_recorded
 from seriatim.sampling.request import SampleRequest
 from seriatim.tokenizers.base import Tokenizer
@@ -185,3 +186,14 @@ def test_the_command_line(tmp_path: Path, seriatim: Any) -> None:
     report = json.loads(done.stdout)
     assert report["request"]["num_inference_steps"] == 16 and report["request"]["order"] == "raster"
     one_line(seriatim("sample", "model", "--num-inference-steps", "8", "--out", "x"), 2, "8 steps asked", "16 tokens")
+
+
+def test_a_stream_tells_the_entropy_of_codes() -> None:
+    with seeded(0):
+        model = build_model({"kind": "causal", "width": 16, "depth": 1, "heads": 2, "head": {"kind": "categorical"}},
+                            tokens=4, vocab=8, classes=2).eval()  # fmt: skip
+    found = [step.entropy() for step in steps_of(model, torch.tensor([0, 1]), Noise.per_image([0, 1]))]
+    assert all(entropy.shape == (2, 4, 1) for entropy in found)
+    for i, entropy in enumerate(found):  # raster order; a head that has learnt nothing knows nothing
+        assert torch.equal(entropy[..., 0].isfinite(), torch.arange(4).expand(2, -1) == i)
+        assert torch.allclose(entropy[:, i], torch.tensor(8.0).log())
