@@ -3,7 +3,7 @@
     python benchmarks/arinar_head.py --tokens 1 4 64 --threads 2
     python benchmarks/arinar_head.py --threads 2 --official path/to/Arinar --json
 
-Milliseconds of `arinar-b`'s head alone, random weights, float32: the best of some repetitions. With a checkout of the
+Milliseconds of `arinar-b`'s head alone, random weights, float32: medians of some repetitions. With a checkout of the
 original its head too, on the same weights, in turn with ours.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -50,15 +51,15 @@ def theirs(head: Any, guidance: float) -> Call:
 
 
 def timed(calls: dict[str, Call], tokens: int, repetitions: int) -> dict[str, float]:
-    """Seconds of each, the best of some: in turn, so that what slows the machine down slows all of them."""
+    """Median seconds of each: in turn, so that what slows the machine down slows all of them."""
     z, z_null = torch.randn(2, tokens, 768)
-    best = dict.fromkeys(calls, float("inf"))
+    took: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(1 + repetitions):
         for name, call in calls.items():
             begin = time.perf_counter()
             call(z, z_null)
-            best[name] = min(best[name], time.perf_counter() - begin)
-    return best
+            took[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(seconds[1:]) for name, seconds in took.items()}  # the first warms up
 
 
 def main() -> None:

@@ -39,7 +39,11 @@ BUILT = 16  # attention heads inside the head, as the code has it; a file of the
 
 
 class OfficialARINAR(Official):
-    """The official sampler on our weights; in half precision under autocast, as its own scripts."""
+    """The official sampler on our weights; in half precision under autocast, as its own scripts.
+
+    Mixtures are then read from float32: a CPU's autocast leaves their softmax in bfloat16, where a GPU's does not, and
+    weights that sum to 1 only nearly are refused by torch's `Categorical`.
+    """
 
     def __init__(self, path: Path, model: Model, device: torch.device) -> None:
         super().__init__(device)
@@ -190,7 +194,17 @@ class FeatureGate(Gate):
         self.schedule = str(workload.options.get("feature_schedule", "constant"))
 
     def changes(self) -> list[tuple[Any, str, Any]]:
-        return [(self.model.arhead, "bilevel_schedule", self.schedule), *super().changes()]
+        head = self.model.arhead
+        extract = head.extract_gmm
+
+        def in_float(prediction: Tensor, rows: int) -> Any:
+            return extract(prediction.float(), rows)
+
+        return [
+            (head, "bilevel_schedule", self.schedule),
+            (head, "extract_gmm", in_float),
+            *super().changes(),
+        ]
 
     def head(self) -> tuple[Any, str]:
         return self.model, "next_layer_sample"

@@ -205,6 +205,22 @@ def test_timed_the_original_draws_as_it_does() -> None:
     assert type(theirs.model.arhead).sample_from_gmm is theirs.model.arhead.sample_from_gmm.__func__
 
 
+def test_in_half_precision_its_mixtures_are_not(monkeypatch: Patch) -> None:
+    """Weights rounded to bfloat16 sum to 1 only nearly, which torch's Categorical, that the original has, refuses."""
+    theirs = OfficialARINAR(DOUBLE, make(), CPU)
+    theirs.dtype, head, given = "bfloat16", theirs.model.arhead, []
+    extract = head.extract_gmm
+
+    def watched(prediction: torch.Tensor, rows: int) -> Any:
+        given.append(prediction.dtype)
+        return extract(prediction, rows)
+
+    monkeypatch.setattr(head, "extract_gmm", watched)
+    tokens, _ = theirs.sample(WORK, Draws())
+    assert bool(torch.isfinite(tokens).all())
+    assert set(given) == {torch.float32}
+
+
 def test_the_command_prints_json_alone(capfd: pytest.CaptureFixture[str], monkeypatch: Patch) -> None:
     """Memory is measured here, not in a process each: that knows no tiny preset."""
     monkeypatch.setattr(bench_run, "memory_of", bench_run.child)

@@ -72,6 +72,8 @@ class ARHead(nn.Module):
         parts = z.new_zeros(len(z), self.num_groups, self.feature_group)
         for i in range(self.num_groups):
             flat = self.nested.head(self.nested.backbone.sequence(z, parts)[:, i])
+            if torch.is_autocast_enabled("cpu"):  # as a Linear gives it
+                flat = flat.to(torch.get_autocast_dtype("cpu"))
             three = self.extract_gmm(flat[:, None], len(z))
             warmth = self.schedule(temperature, i + 1, self.num_groups)
             if cfg == 1.0:
