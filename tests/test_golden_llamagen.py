@@ -196,7 +196,7 @@ def test_presets_have_the_official_tensors(path: Path) -> None:
     if f"llamagen-{size.lower()}" not in PRESETS:
         pytest.skip(f"no preset of the size {size}")
     expected = {name: tuple(shape) for name, (shape, _) in json.loads(path.read_text()).items()}
-    config = dict(PRESETS[f"llamagen-{size.lower()}"].model)
+    config = PRESETS[f"llamagen-{size.lower()}"].original()
     if kind == "t2i":
         config |= {"classes": 0, "caption_dim": 2048, "caption_tokens": 120}
     with torch.device("meta"):

@@ -59,6 +59,15 @@ def test_a_text_model_has_the_official_size() -> None:
     assert parameter_count(model) == 777_678_080, "what stands for no caption is not trained"
 
 
+def test_llamagen_presets_rotate_their_prefix_and_the_authors_weights_do_not() -> None:
+    for size in ("b", "l", "xl", "xxl", "3b"):
+        entry = preset(f"llamagen-{size}")
+        assert "rotate_prefix" not in entry.model and entry.original() == {**entry.model, "rotate_prefix": False}
+    with torch.device("meta"):
+        assert build_model(preset("llamagen-b").model).backbone.rotate_prefix is True
+    assert preset("mar-b").original() == preset("mar-b").model
+
+
 def test_unknown_presets_are_named() -> None:
     with pytest.raises(UsageError, match="did you mean 'mar-b'"):
         preset("marb")

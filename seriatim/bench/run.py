@@ -72,7 +72,7 @@ def subject(name: str, decodes: bool = True) -> Subject:
         raise UsageError(f"model: {name!r} is no folder or preset{nearest(name, PRESETS)}")
     preset = PRESETS[name]
     with seeded(0):
-        model = build_model(preset.model).eval()
+        model = build_model(preset.original()).eval()
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.ndim > 1:  # else a fresh head does nothing, whatever z is; or a block in it next to nothing
@@ -87,7 +87,7 @@ def sizes(name: str) -> Subject:
     """The same without weights."""
     with torch.device("meta"):
         if name in PRESETS and not Path(name).is_dir():
-            return Subject(build_model(PRESETS[name].model), None, dict(PRESETS[name].sampling), "none")
+            return Subject(build_model(PRESETS[name].original()), None, dict(PRESETS[name].sampling), "none")
         config = json.loads((find_bundle(Path(name)) / CONFIG).read_text(encoding="utf-8"))
         return Subject(build_model(config["model"]), None, dict(config["sampling"]), FOLDER)
 

@@ -130,7 +130,7 @@ def test_heads_come_from_the_preset_or_the_caller(tmp_path: Path) -> None:
         load(tmp_path / "c2i.pt", heads=5)
     for name in NAMES:
         with torch.device("meta"):
-            official = llamagen_tensors(build_model(PRESETS[name].model))
+            official = llamagen_tensors(build_model(PRESETS[name].original()))
         found = named_preset(infer(official, name), None, name)
         assert found is not None and found.name == name
 
