@@ -69,7 +69,7 @@ def head_of(case: str) -> Nested:
         "head": {"kind": "diffusion", "width": 8, "depth": 1},
     }  # fmt: skip
     made = {n: t for n, t in mar_tensors(build_model(trunk)).items() if not n.startswith("diffloss.")}
-    model = model_from_arinar(OfficialFile(path, made | own), inner_heads=inner_heads(case), heads=1)
+    model = model_from_arinar(OfficialFile(path, made | own), inner_heads=inner_heads(case), trunk_heads=1)
     assert isinstance(model.head, Nested)
     back = arinar_tensors(model)
     assert all(torch.equal(back[name], tensor) for name, tensor in own.items())
@@ -82,7 +82,7 @@ def tiny_model(case: str) -> tuple[dict[str, Tensor], MaskedModel]:
         pytest.skip(f"no weights of {case}")
     file, config = load_file(path), META.get(case, {})
     heads = (int(config.get("encoder_num_heads", 4)), int(config.get("decoder_num_heads", 4)))
-    model = model_from_arinar(OfficialFile(path, weights_of(file)), inner_heads=inner_heads(case), heads=heads)
+    model = model_from_arinar(OfficialFile(path, weights_of(file)), inner_heads=inner_heads(case), trunk_heads=heads)
     assert isinstance(model, MaskedModel)
     return file, model
 

@@ -171,7 +171,7 @@ def test_components_too_narrow_for_numbers_are_points() -> None:
 
 @pytest.mark.parametrize("w", [-1.0, 0.0, 0.5, 1.5, 4.5])
 def test_widths_whose_squares_overflow_still_draw(w: float) -> None:
-    """A pixel that never changes is learned as an ever narrower Gaussian; beside it, or under it, others may be wide."""
+    """A pixel that never changes is learned as an ever narrower Gaussian; others beside it may be wide."""
     u = torch.linspace(0.01, 0.99, 9)
     rows = {width: mixture((1.0, 0.3, 1.0)) for width in (-60.0, 0.0, 50.0)}
     for width, row in rows.items():

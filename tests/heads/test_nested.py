@@ -229,7 +229,10 @@ def test_splits() -> None:
     [
         ({"split": {"kind": "features", "group": 3}}, r"split\.group: 3 does not divide the 4 features .* 1, 2, 4"),
         ({"split": {"kind": "features", "order": [0, 1, 1, 2]}}, r"split\.order: position 1 is given twice"),
-        ({"split": {"kind": "features", "order": [0, 1]}}, r"split\.order: 2 positions given for 4 parts; .* from 0 to 3"),
+        (
+            {"split": {"kind": "features", "order": [0, 1]}},
+            r"split\.order: 2 positions given for 4 parts; .* from 0 to 3",
+        ),
         ({"split": {"kind": "features", "order": "sideways"}}, r"split\.order: .*'sideways'"),
         ({"split": {"kind": "rgb"}}, r"split\.kind: 'rgb' needs patches of three colours"),
         ({"split": {"kind": "halves"}}, r"split\.kind: 'halves' is not known"),
