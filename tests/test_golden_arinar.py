@@ -69,7 +69,7 @@ def head_of(case: str) -> Nested:
         "head": {"kind": "diffusion", "width": 8, "depth": 1},
     }  # fmt: skip
     made = {n: t for n, t in mar_tensors(build_model(trunk)).items() if not n.startswith("diffloss.")}
-    model = model_from_arinar(OfficialFile(path, made | own), inner_heads=inner_heads(case), heads=1)
+    model = model_from_arinar(OfficialFile(path, made | own), inner_heads=inner_heads(case), trunk_heads=1)
     assert isinstance(model.head, Nested)
     back = arinar_tensors(model)
     assert all(torch.equal(back[name], tensor) for name, tensor in own.items())
@@ -82,7 +82,7 @@ def tiny_model(case: str) -> tuple[dict[str, Tensor], MaskedModel]:
         pytest.skip(f"no weights of {case}")
     file, config = load_file(path), META.get(case, {})
     heads = (int(config.get("encoder_num_heads", 4)), int(config.get("decoder_num_heads", 4)))
-    model = model_from_arinar(OfficialFile(path, weights_of(file)), inner_heads=inner_heads(case), heads=heads)
+    model = model_from_arinar(OfficialFile(path, weights_of(file)), inner_heads=inner_heads(case), trunk_heads=heads)
     assert isinstance(model, MaskedModel)
     return file, model
 
@@ -98,6 +98,13 @@ def named(path: Path, key: str, pattern: str, default: str) -> str:
     """A setting of a sampling run: of meta.json, or of the file's name."""
     found = re.search(pattern, path.stem.partition("_sample_")[2])
     return str(META.get(path.stem, {}).get(key, found[1] if found else default))
+
+
+def warmth_of(path: Path, file: dict[str, Tensor], schedule: str, parts: int) -> float:
+    """The temperature of a sampling run; where nothing names it, that of which the file's first is a scheduled one."""
+    rate = scheduled(schedule, 2.0, 1, parts) - 1  # a schedule multiplies the distance from 1
+    first = file.get("feat00_temperature", torch.tensor(1.0))
+    return float(named(path, "temperature", r"_t([\d.]+)", str(1 + (float(first) - 1) / rate)))
 
 
 HEADS = [(p.stem, p) for p in sorted(FOLDER.glob("head_*.safetensors")) if "_sample_" not in p.name]
@@ -214,7 +221,7 @@ def test_samples_of_the_head(case: str, path: Path, naive: bool, monkeypatch: py
     head, file = head_of(case), load_file(path)
     z, cfg = file["z"], float(named(path, "cfg", r"cfg([\d.]+)", "1"))
     schedule = named(path, "bilevel_schedule", r"(linear|cosine)", "constant")
-    temperature = float(named(path, "temperature", r"_t([\d.]+)", "1"))
+    temperature = warmth_of(path, file, schedule, head.parts)
     monkeypatch.setattr(leaf, "CANDIDATES", candidates(file))
     N = len(z) if cfg == 1 else len(z) // 2
     noise, parameters = Official(file, head), []
@@ -236,10 +243,11 @@ def test_temperatures_and_candidates(case: str, path: Path) -> None:
     """The schedule, the candidates and both their log-densities, by feature, from the file's own parameters."""
     head, file = head_of(case), load_file(path)
     assert isinstance(head.head, Mixture)
-    cfg, temperature = (
-        float(named(path, k, p, "1")) for k, p in (("cfg", r"cfg([\d.]+)"), ("temperature", r"_t([\d.]+)"))
+    cfg, schedule = (
+        float(named(path, "cfg", r"cfg([\d.]+)", "1")),
+        named(path, "bilevel_schedule", r"(linear|cosine)", "constant"),
     )
-    schedule = named(path, "bilevel_schedule", r"(linear|cosine)", "constant")
+    temperature = warmth_of(path, file, schedule, head.parts)
     N = len(file["z"]) if cfg == 1 else len(file["z"]) // 2
     draws = [file[name] for name in sorted(file) if re.match(r"draw\d+_", name)]
     for i in range(head.parts):

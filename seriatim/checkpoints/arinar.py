@@ -65,7 +65,7 @@ def model_from_arinar(
     file: OfficialFile,
     *,
     inner_heads: int = INNER_HEADS["release"],
-    heads: int | tuple[int, int] | None = None,
+    trunk_heads: int | tuple[int, int] | None = None,
     preset: str | None = None,
 ) -> Model:
     """The model of an official file, strictly: every tensor is used, none is missing, all are finite.
@@ -74,7 +74,7 @@ def model_from_arinar(
     """
     where = str(file.path)
     config = infer(file.tensors, where)
-    mar.set_trunk(config, file, heads, mar.named_preset(config, preset, where, NAMES))
+    mar.set_trunk(config, file, trunk_heads, mar.named_preset(config, preset, where, NAMES), "trunk_heads")
     config["head"]["backbone"]["heads"] = inner_heads
     return mar.loaded(config, file, without_zeros(file.tensors, where), official_name)
 

@@ -92,7 +92,11 @@ def model_from_mar(
 
 
 def set_trunk(
-    config: dict[str, Any], file: OfficialFile, heads: int | tuple[int, int] | None, known: Preset | None
+    config: dict[str, Any],
+    file: OfficialFile,
+    heads: int | tuple[int, int] | None,
+    known: Preset | None,
+    name: str = "heads",  # of the argument that gives them
 ) -> None:
     """What shapes don't reveal: attention heads, as given or as the preset has them, and what the script was told."""
     if heads is not None:
@@ -101,7 +105,7 @@ def set_trunk(
         config["heads"] = [known.model["heads"]] * 2
     else:
         raise UsageError(
-            f"heads: {file.path} has {config['depth'][0]}+{config['depth'][1]} blocks of width {config['width'][0]}, "
+            f"{name}: {file.path} has {config['depth'][0]}+{config['depth'][1]} blocks of width {config['width'][0]}, "
             "which is no preset's, and weights don't tell the number of attention heads; give it"
         )
     for ours, theirs in (("dropout", "proj_dropout"), ("label_dropout", "label_drop_prob"),

@@ -34,7 +34,9 @@ def convert_arinar(
         bool | None, typer.Option("--ema/--raw", help="Averaged or last weights. Default: averaged, where there are.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="arinar-b or arinar-l; usually told by the sizes.")] = None,
-    trunk_heads: Annotated[int | None, typer.Option(help="Attention heads, of a trunk that is no preset's.")] = None,
+    trunk_heads: Annotated[
+        list[int] | None, typer.Option(help="Attention heads, of a trunk that is no preset's; twice: encoder, decoder.")
+    ] = None,
     class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
     overwrite: Overwrite = False,
     json: JsonFlag = False,
@@ -52,6 +54,11 @@ def convert_arinar(
         raise UsageError("images: tell how many heads there are; leave out heads, or images")
     if heads is not None and heads < 1:
         raise UsageError(f"heads: {heads} is not allowed; 4 as first released, 16 as the official code is today")
+    if trunk_heads and len(trunk_heads) > 2:
+        raise UsageError(
+            f"trunk_heads: {trunk_heads} is not allowed; give one number, or two: of the encoder, of the decoder"
+        )
+    trunk = (trunk_heads[0], trunk_heads[-1]) if trunk_heads else None
     if temperature_convention is not None:
         arinar.our_temperature(1.0, temperature_convention)
     unused(out, overwrite)
@@ -65,13 +72,13 @@ def convert_arinar(
     losses = {}
     if images is not None:
         tokens = tokens_of(images, tokenizer)
-        losses = arinar.losses_by_heads(file, tokens, heads=trunk_heads, preset=preset)
+        losses = arinar.losses_by_heads(file, tokens, trunk_heads=trunk, preset=preset)
         heads = min(losses, key=losses.__getitem__)
         each = ", ".join(f"{loss:.2f} with {n} heads" for n, loss in losses.items())
         say(f"loss of {len(tokens)} images, in nats a token: {each}; taking {heads}")
     bundle = arinar.bundle_from_arinar(
         file, tokenizer, read_names(class_names), convention=temperature_convention,
-        inner_heads=heads or arinar.INNER_HEADS["release"], heads=trunk_heads, preset=preset,
+        inner_heads=heads or arinar.INNER_HEADS["release"], trunk_heads=trunk, preset=preset,
     )  # fmt: skip
     save_bundle(bundle, out)
     found = {

@@ -34,8 +34,10 @@ def edit(
     ] = None,
     guidance_mode: Annotated[str | None, typer.Option(help="Of a mixture: exact or resample.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Of codes: the likeliest alone.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of codes: the likeliest that together reach this.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of codes, or bins: the likeliest alone.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Of codes, bins or Gaussians: the likeliest that together reach this.")
+    ] = None,
     guidance_schedule: Annotated[str | None, typer.Option(help="Of the known share; see docs/sampling.md.")] = None,
     guidance_interval: Annotated[
         tuple[float, float] | None, typer.Option(help="Known shares, of the schedule interval.")

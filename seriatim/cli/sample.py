@@ -58,8 +58,10 @@ def sample(
     start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
     guidance_mode: Annotated[str | None, typer.Option(help="Of a mixture: exact or resample.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Of codes: the likeliest alone.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of codes: the likeliest that together reach this.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of codes, or bins: the likeliest alone.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Of codes, bins or Gaussians: the likeliest that together reach this.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
     from_: Annotated[

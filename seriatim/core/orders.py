@@ -86,11 +86,11 @@ def check_order_name(name: str) -> None:
         raise UsageError(f"order: {name!r} is not known{nearest(name, names)}; or give the positions")
 
 
-def check_permutation(positions: Sequence[int], tokens: int, name: str = "order") -> None:
+def check_permutation(positions: Sequence[int], tokens: int, name: str = "order", of: str = "tokens") -> None:
     """Refuse what does not name each of 0..tokens-1 once."""
     what_to_do = f"name each position from 0 to {tokens - 1} once"
     if len(positions) != tokens:
-        raise UsageError(f"{name}: {len(positions)} positions given for {tokens} tokens; {what_to_do}")
+        raise UsageError(f"{name}: {len(positions)} positions given for {tokens} {of}; {what_to_do}")
     seen: set[int] = set()
     for position in positions:
         if not 0 <= position < tokens:

@@ -26,6 +26,7 @@ from seriatim.heads.gaussians import GaussianMixture
 REACH = 5.0  # standard deviations from a mean to where the support ends
 RAREST = 1e-4  # a component's weight beside the heaviest one's from which it has a say in the support
 COLDEST = 1e-4  # a temperature below counts as this
+NARROWEST = 20.0  # |log| of a standard deviation from which it counts as this: its square has room, far from it too
 GRID = 104  # points over all components, but at least POINTS for one
 POINTS = 13
 INSIDE = 32  # parts of the cell in which the drawn number lies
@@ -46,8 +47,9 @@ def sample_product(
     """The inverse CDF of the target at u, for D = 1: (N,), in the dtype of the parameters.
 
     The support is the union of mu_k +- REACH T sigma_k over the components of `cond` that weigh at least RAREST of the
-    heaviest; for w <= 1, where the product always has a normaliser, also of mu_k +- REACH sigma_k over those of `null`.
-    There it is the target, be it improper on the whole line or not.
+    heaviest; for w <= 1, where p_u too says where the product lies, also of mu_k +- REACH sigma_k over those of `null`.
+    There it is the target, be it improper on the whole line (as it may be for w > 1, and for w < 0) or not. Standard
+    deviations are kept within exp(+-NARROWEST), which is where tokens in float32 know neither points nor ends.
 
     Every component puts grid points where it is, so that narrow and far ones are seen; a cell's mass is by Lobatto's
     rule, or where the target is steep, such as at an end that an improper one climbs to, by exponential pieces; the
@@ -170,7 +172,7 @@ Scaled = tuple[Tensor, Tensor, Tensor]  # (K, N) each: log(weight / std), mean, 
 
 
 def _scaled(mixture: GaussianMixture, temperature: float) -> Scaled:
-    log_std = mixture.log_std[..., 0].T + math.log(temperature)
+    log_std = (mixture.log_std[..., 0].T + math.log(temperature)).clamp(-NARROWEST, NARROWEST)
     return (mixture.log_weights().T - log_std, mixture.means[..., 0].T, (-log_std).exp())
 
 

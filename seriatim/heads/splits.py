@@ -24,7 +24,7 @@ def features(dim: int, *, group: int = 1, order: Literal["natural", "reversed"] 
     if isinstance(order, str):
         places: Sequence[int] = range(count) if order == "natural" else range(count)[::-1]
     else:
-        check_permutation(order, count)
+        check_permutation(order, count, of="parts")
         places = order
     return [list(range(place * group, (place + 1) * group)) for place in places]
 

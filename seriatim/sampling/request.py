@@ -52,8 +52,8 @@ class SampleRequest(Strict):
     num_diffusion_steps: StrictInt = Field(100, ge=1)  # inside a diffusion head
     num_diffusion_steps_last: StrictInt | None = Field(None, ge=1)  # when all but the last tokens are known; None: same
     solver: str | None = None  # diffusion: ddpm, sde-dpm++, ddim or dpm++; flow: euler or heun; None: the head's own
-    top_k: StrictInt | None = Field(None, ge=1)  # of a head of codes: the likeliest alone; None: all
-    top_p: float | None = Field(None, gt=0, le=1)  # of such a head: the likeliest that together reach this
+    top_k: StrictInt | None = Field(None, ge=1)  # of codes, or bins: the likeliest alone; None: all
+    top_p: float | None = Field(None, gt=0, le=1)  # of codes, bins or Gaussians: the likeliest that together reach this
     guidance_mode: str | None = None  # of a mixture: exact or resample; None: the head's own
     feature_schedule: str | None = None  # of a nested head: constant, linear or cosine over its parts; None: constant
     choice_temperature: float = Field(4.5, ge=0)  # of the order "confidence": noise on it, falling to 0

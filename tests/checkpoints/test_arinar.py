@@ -64,7 +64,7 @@ def as_file(tensors: dict[str, Tensor]) -> OfficialFile:
 
 
 def read(tensors: dict[str, Tensor], **options: Any) -> Model:
-    return model_from_arinar(as_file(tensors), heads=(4, 3), **options)
+    return model_from_arinar(as_file(tensors), trunk_heads=(4, 3), **options)
 
 
 def same(a: Model, b: Model) -> bool:
@@ -99,7 +99,7 @@ def test_both_layouts_load_and_images_tell_them_apart() -> None:
         tokens = model.sample(None, Noise.per_image(range(24)), steps=1)
         file = as_file(official(model))
         file.arguments["mask_ratio_min"] = 1.0  # so that z is that of which they were drawn
-        losses = losses_by_heads(file, tokens, heads=(4, 3))
+        losses = losses_by_heads(file, tokens, trunk_heads=(4, 3))
         assert losses.keys() == {4, 16} and min(losses, key=losses.__getitem__) == heads
         assert inner_heads_of(read(file.tensors)) == 4 and inner_heads_of(read(file.tensors, inner_heads=16)) == 16
 
@@ -181,7 +181,7 @@ def folder(tmp_path: Path) -> Path:
 
 def convert(folder: Path, out: str, *more: str) -> int:
     files = [str(folder / "arinar.pth"), str(folder / out), "--vae", str(folder / "vae.ckpt")]
-    return run(["convert", "arinar", *files, "--trunk-heads", "4", *more])
+    return run(["convert", "arinar", *files, *([] if "--trunk-heads" in more else ["--trunk-heads", "4"]), *more])
 
 
 def test_weights_in_images_out_weights_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,6 +221,17 @@ def test_images_choose_the_layout(folder: Path, capsys: pytest.CaptureFixture[st
     assert str(found["inner heads"]) == best and "loss of 3 images" in captured.err
 
 
+def test_a_trunk_of_no_preset(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The number that is missing is asked for by its option's name: `--heads` are those inside the head."""
+    files = [str(folder / "arinar.pth"), str(folder / "made"), "--vae", str(folder / "vae.ckpt")]
+    assert run(["convert", "arinar", *files, "--heads", "4"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: trunk_heads: ") and "2+1 blocks of width 32, which is no preset's" in error
+    assert convert(folder, "made", "--trunk-heads", "4", "--trunk-heads", "3") == 0
+    config = model_config(seriatim.load(folder / "made", device="cpu").model)
+    assert config["heads"] == [4, 3] and config["head"]["backbone"]["heads"] == 4
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -228,6 +239,7 @@ def test_images_choose_the_layout(folder: Path, capsys: pytest.CaptureFixture[st
         (["--heads", "0"], "heads: 0 is not allowed"),
         (["--images", "nowhere"], "images: nowhere is not a folder"),
         (["--temperature-convention", "old"], "temperature_convention: 'old' is not known"),
+        (["--trunk-heads", "4", "--trunk-heads", "3", "--trunk-heads", "2"], "trunk_heads: [4, 3, 2] is not allowed"),
         (["--preset", "mar-b"], "preset: 'mar-b' is not one of ARINAR's"),
     ],
 )

@@ -95,7 +95,7 @@ def check(cond: GaussianMixture, null: GaussianMixture, w: float, temperature: f
 
 
 @pytest.mark.parametrize("K", [1, 2, 4, 8])
-@pytest.mark.parametrize("w", [0.0, 0.5, 1.5, 3.0, 4.5, 8.0])
+@pytest.mark.parametrize("w", [-1.0, 0.0, 0.5, 1.5, 3.0, 4.5, 8.0])
 def test_exact_against_quadrature(K: int, w: float) -> None:
     g = torch.Generator().manual_seed(100 * K + int(10 * w))
     for temperature in (1.0, 0.8, 1.2):
@@ -167,6 +167,24 @@ def test_a_temperature_of_zero_draws_means() -> None:
 def test_components_too_narrow_for_numbers_are_points() -> None:
     cond, null = mixture((1.0, 3.0, 1e-12)), mixture((1.0, 3.0, 1.0))
     assert float(sample_product(cond, null, torch.tensor([2.0]), torch.tensor([0.7]))) == 3.0
+
+
+@pytest.mark.parametrize("w", [-1.0, 0.0, 0.5, 1.5, 4.5])
+def test_widths_whose_squares_overflow_still_draw(w: float) -> None:
+    """A pixel that never changes is learned as an ever narrower Gaussian; others beside it may be wide."""
+    u = torch.linspace(0.01, 0.99, 9)
+    rows = {width: mixture((1.0, 0.3, 1.0)) for width in (-60.0, 0.0, 50.0)}
+    for width, row in rows.items():
+        row.log_std.fill_(width)
+    both = mixture((0.5, 0.0, 1.0), (0.5, -0.2, 1.0))
+    both.log_std[:, 0] = -60.0
+    for cond in (*rows.values(), both):
+        for null in (*rows.values(), both):
+            x = sample_product(repeated(cond, 9), repeated(null, 9), torch.full((9,), w), u)
+            assert x.isfinite().all() and (x.diff() >= 0).all(), "finite, and the inverse of what only grows"
+    point = sample_product(repeated(rows[-60.0], 9), repeated(rows[0.0], 9), torch.full((9,), w), u)
+    if w >= 0.5:
+        assert torch.allclose(point, torch.tensor(0.3)), "where it is, be it ever so narrow"
 
 
 def test_no_rows() -> None:

@@ -139,13 +139,24 @@ def test_fast_is_naive(schedule: str, guidance: float, split: dict[str, Any]) ->
 
 
 def test_guidance_of_each_row_and_the_schedule() -> None:
-    """A row whose scale is 1 draws as it would alone; cosine leaves the last part unguided."""
+    """A row whose scale is 1 draws as it would alone; cosine leaves the last part as free as a scale of 1."""
     head = nested()
     z, z_null = vectors(4)
     scale = torch.tensor([1.0, 2.0, 1.0, 3.0])
     mixed, free = head.sample(z, noise(4), z_null, scale), head.sample(z, noise(4))
     assert torch.allclose(mixed[::2], free[::2], atol=1e-5)
     assert not torch.allclose(mixed[1::2], free[1::2], atol=1e-2)
+    asked: list[Tensor] = []
+    inner = head.head.sample
+
+    def watched(z: Tensor, noise: Noise, null: Tensor, w: Tensor, *more: Any, **options: Any) -> Tensor:
+        asked.append(w)
+        return inner(z, noise, null, w, *more, **options)
+
+    head.head.sample = watched  # type: ignore[method-assign]
+    head.sample(z, noise(4), z_null, scale, feature_schedule="cosine")
+    assert all(torch.equal(w[::2], torch.ones(2)) for w in asked) and torch.equal(asked[-1], torch.ones(4))
+    assert (asked[0][1::2] > asked[1][1::2]).all()
 
 
 def test_a_cold_token_is_the_likeliest_path() -> None:
@@ -218,6 +229,10 @@ def test_splits() -> None:
     [
         ({"split": {"kind": "features", "group": 3}}, r"split\.group: 3 does not divide the 4 features .* 1, 2, 4"),
         ({"split": {"kind": "features", "order": [0, 1, 1, 2]}}, r"split\.order: position 1 is given twice"),
+        (
+            {"split": {"kind": "features", "order": [0, 1]}},
+            r"split\.order: 2 positions given for 4 parts; .* from 0 to 3",
+        ),
         ({"split": {"kind": "features", "order": "sideways"}}, r"split\.order: .*'sideways'"),
         ({"split": {"kind": "rgb"}}, r"split\.kind: 'rgb' needs patches of three colours"),
         ({"split": {"kind": "halves"}}, r"split\.kind: 'halves' is not known"),
