@@ -81,7 +81,9 @@ class Head(nn.Module):
 
         In nats: (N, D), or (N, 1) of codes (N,). Of p itself, before guidance and temperature.
         """
-        raise UsageError(f"the {type(self).__name__} head has no density: entropy is not defined for it")
+        lacks = "has no density: entropy is not defined for it"
+        why = "can't tell the entropy of each feature" if self.has_density else lacks
+        raise UsageError(f"the {type(self).__name__} head {why}")
 
     def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: float | Tensor) -> Tensor:
         """log p of drawn codes (N,) under the guided distribution (N,): for the order "confidence", of codes alone."""

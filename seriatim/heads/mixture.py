@@ -89,13 +89,18 @@ class Mixture(Head):
             return self.final(z.float())
 
     def mixture(self, z: Tensor) -> GaussianMixture:
-        """z (N, C) -> p(x | z) of each row; NumericsError if a parameter is not finite."""
+        """z (N, C) -> p(x | z) of each row; NumericsError if a parameter, or what it is made from, is not finite."""
         flat = self(z)
         made = unpacked(flat, self.components, self.output)
         if bool(torch.isfinite(flat).all()):  # one look, at each part of each step
             return made
         named = {"log-variance": made.log_std, "mean": made.means, "logit": made.logits}
         name = next((name for name, t in named.items() if not bool(torch.isfinite(t).all())), "covariance")
+        if not bool(torch.isfinite(z).all()):  # in a nested head, also for a token that isn't finite
+            raise NumericsError(
+                "the Mixture head is given a z that is not finite: training has diverged, or tokens or weights are "
+                "damaged; check the data, lower the learning rate, or go back to an earlier checkpoint"
+            )
         raise NumericsError(
             f"the Mixture head's {name} of a component is not finite: training has diverged, or the weights "
             "are damaged; lower the learning rate, or go back to an earlier checkpoint"

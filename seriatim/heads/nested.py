@@ -104,6 +104,11 @@ class Nested(Head):
 
     def cut(self, tokens: Tensor) -> Tensor:
         """Tokens (N, D) -> their parts as they are drawn: (N, T, g)."""
+        if tokens.ndim != 2 or tokens.shape[1] != self.output:
+            raise UsageError(
+                f"tokens: shape {tuple(tokens.shape)} does not fit a head of {self.parts} parts of {self.part_dim}; "
+                f"give (N, {self.output})"
+            )
         x = tokens if self._order is None else tokens[:, self._order]
         return x.reshape(len(x), self.parts, self.part_dim)
 

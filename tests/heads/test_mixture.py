@@ -182,6 +182,14 @@ def test_a_parameter_that_is_not_finite_is_named(at: int, name: str, value: floa
         assert "\n" not in str(caught.value)
 
 
+def test_a_z_that_is_not_finite_is_not_blamed_on_the_parameters() -> None:
+    z = some(2)
+    z[1, 3] = math.nan
+    with pytest.raises(NumericsError, match="the Mixture head is given a z that is not finite") as caught:
+        made().log_prob(z, torch.zeros(2, 1))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [

@@ -255,6 +255,15 @@ def test_parts_that_do_not_fit(changes: dict[str, Any], message: str) -> None:
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize("shape", [(2, 5), (2, 3), (2, 2, 2)])
+def test_tokens_that_do_not_fit_its_parts(shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        UsageError, match=r"tokens: shape .* does not fit a head of 4 parts of 1; give \(N, 4\)"
+    ) as failure:
+        nested().log_prob(vectors(2)[0], torch.zeros(shape))
+    assert "\n" not in str(failure.value)
+
+
 def test_the_path_in_a_config_is_whole() -> None:
     config = {"kind": "nested", "split": FEATURES, "backbone": PLAIN, "head": {"kind": "mixture", "components": 0}}
     with pytest.raises(ConfigError, match=r"^model\.head\.head\.components: 0 is not allowed"):
@@ -292,6 +301,9 @@ def test_entropies_are_what_draws_are_surprised_by(leaf: dict[str, Any]) -> None
 def test_without_a_density_there_is_no_entropy() -> None:
     head = nested(3, head={"kind": "diffusion", "width": 24, "depth": 1})
     with pytest.raises(UsageError, match="the Diffusion head has no density: entropy is not defined for it"):
+        head.entropy(vectors(2)[0], torch.zeros(2, 3))
+    head = nested(3, head={"kind": "flow", "width": 24, "depth": 1})
+    with pytest.raises(UsageError, match="the Flow head can't tell the entropy of each feature"):
         head.entropy(vectors(2)[0], torch.zeros(2, 3))
 
 
