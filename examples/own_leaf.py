@@ -2,8 +2,7 @@
 
     python examples/own_leaf.py --steps 300
 
-A nested head asks little of a leaf: z in, one part out, with a density if it has one. Guidance, a temperature and what
-is refused are the leaf's business, part by part.
+A nested head asks little of a leaf: z in, one part out, with a density if it has one.
 """
 
 from __future__ import annotations
@@ -59,14 +58,13 @@ seriatim.HEADS["laplace"] = Laplace
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
-    steps = parser.parse_args().steps
     check_head(Laplace, learn=False)
     backbone = {"kind": "causal", "width": 32, "depth": 1, "heads": 4}
     head = Nested(3, split={"kind": "features"}, backbone=backbone, head={"kind": "laplace"}, z_dim=6)
     optimiser = torch.optim.Adam(head.parameters(), lr=3e-3)
-    for step in range(steps):
+    for step in range(parser.parse_args().steps):
         noise = Noise.shared(step, 128)
         z = noise.normal(6)
         loss = head.loss(z, known_density(z, noise, 3), noise).sum.mean()
@@ -76,10 +74,7 @@ def main() -> None:
     noise = Noise.shared(10**6, 1000)
     z = noise.normal(6)
     nats = -head.log_prob_of_parts(z, known_density(z, noise, 3)).mean(dim=0)
-    drawn = head.sample(z, noise) - z[:, :1]
     print("nats of each feature, given those before it:", ", ".join(f"{x:.2f}" for x in nats.tolist()))
-    alike = (drawn > 0).float().mean(dim=1)
-    print(f"tokens whose features agree on the side: {((alike == 0) | (alike == 1)).float().mean():.0%}")
 
 
 if __name__ == "__main__":
