@@ -179,6 +179,6 @@ def picture(folder: Path, rows: Sequence[Row], cells: Sequence[str], budget: str
         panel.set_ylabel(name, rotation=0, ha="right", va="center")
         panel.set(xticks=[], yticks=[])
         panel.spines[:].set_visible(False)
-    canvas.savefig(file, dpi=120)
+    canvas.savefig(file, dpi=120, bbox_inches="tight")
     plt.close(canvas)
     return True
