@@ -97,9 +97,9 @@ def explain(error: BaseException) -> int:
         say(one_line(error) if isinstance(error, Stopped) else f"error: {one_line(error)}")
         return error.exit_code
     if hasattr(error, "format_message"):  # the argument parser's own; its classes are private to typer
-        text = one_line(Exception(error.format_message()))
+        text = error.format_message()
         if text:
-            say(f"error: {text.rstrip('.')}; see `seriatim --help`")
+            say(f"error: {one_line(Exception(text)).rstrip('.')}; see `seriatim --help`")
         else:
             show: Any = getattr(error, "show", lambda: None)
             show()

@@ -121,6 +121,8 @@ def order_vectors(order: Tensor | Sequence[int] | str | None, noise: Noise, know
 def positions_of(order: Tensor | Sequence[int] | str, images: int, tokens: int) -> Tensor:
     """A given order as a tensor (L,) or (B, L), checked."""
     if isinstance(order, str):
+        if order not in ORDERS:  # "random" and "confidence" are no functions of a grid
+            raise UsageError(f"order: {order!r} is not allowed here; give the positions, or leave it out")
         raise UsageError(f"order: {order!r} needs a grid here; give seriatim.ORDERS[{order!r}](h, w)")
     given = torch.as_tensor(order)
     if given.ndim not in (1, 2) or given.is_floating_point() or (given.ndim == 2 and len(given) != images):

@@ -89,8 +89,10 @@ class Model(nn.Module):
             return
         if labels.shape != (images,):
             raise UsageError(f"labels: shape {tuple(labels.shape)} is not ({images},), one for each image")
-        if bool((labels >= self.classes).any()) or bool((labels < -1).any()):
-            raise UsageError(f"labels: must be from 0 to {self.classes - 1}, or -1 for no class")
+        wrong = labels[(labels >= self.classes) | (labels < -1)].tolist()
+        if wrong:
+            allowed = f"from 0 to {self.classes - 1}, or -1 for no class" if self.classes else "-1, without classes"
+            raise UsageError(f"labels: {wrong[0]} is not allowed; they must be {allowed}")
 
     def check_tokens(self, tokens: Tensor, images: int | None = None) -> None:
         """Refuse what is not (B, L, D), or codes (B, L) of the vocabulary."""

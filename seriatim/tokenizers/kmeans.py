@@ -45,6 +45,8 @@ class KMeans(Tokenizer):
         seed: int = 0,  # of the draws that k-means makes
     ) -> None:
         super().__init__()
+        if not isinstance(size, int) and len(size) != 2:
+            raise UsageError(f"size: {list(size)} is not allowed; give one side, or height and width")
         H, W = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
         if channels not in (1, 3):
             raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")

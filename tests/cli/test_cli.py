@@ -265,3 +265,10 @@ def test_debug_shows_the_traceback(seriatim: Run) -> None:
 def test_it_runs_as_a_module_and_without_arguments() -> None:
     done = subprocess.run([sys.executable, "-m", "seriatim"], capture_output=True, text=True)
     assert "demo" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", [(), ("recipes",), ("convert",), ("export",)])
+def test_without_a_verb_help_is_all_it_says(verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verb) == 2
+    found = capsys.readouterr()
+    assert "--help" in found.out and "error" not in found.out + found.err

@@ -113,6 +113,7 @@ def test_known_tokens_come_last(seed: int, data: st.DataObject, tokens: int) -> 
         ([0.0, 1.0, 2.0, 3.0], "order: torch.float32 of shape (4,) is not allowed"),
         (3, "order: torch.int64 of shape () is not allowed"),
         ("spiral", "order: 'spiral' needs a grid here; give seriatim.ORDERS['spiral'](h, w)"),
+        ("confidence", "order: 'confidence' is not allowed here; give the positions, or leave it out"),
     ],
 )
 def test_what_is_no_order_is_named(order: Any, words: str) -> None:

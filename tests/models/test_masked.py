@@ -127,11 +127,17 @@ def test_unconditional_models_need_no_labels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"), [([0, 3], "from 0 to 2"), ([0, -2], "from 0 to 2"), ([0, 1, 2], "one for each image")]
+    ("labels", "classes", "words"),
+    [
+        ([0, 3], 3, "labels: 3 is not allowed; they must be from 0 to 2, or -1 for no class"),
+        ([0, -2], 3, "labels: -2 is not allowed; they must be from 0 to 2"),
+        ([0, -1], 0, "labels: 0 is not allowed; they must be -1, without classes"),
+        ([0, 1, 2], 3, "one for each image"),
+    ],
 )
-def test_bad_labels_are_named(labels: list[int], words: str) -> None:
+def test_bad_labels_are_named(labels: list[int], classes: int, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        make().loss(torch.randn(2, L, D), torch.tensor(labels))
+        make(classes=classes).loss(torch.randn(2, L, D), torch.tensor(labels))
 
 
 def test_bad_models_are_named() -> None:
