@@ -32,8 +32,9 @@ def main() -> None:
     torch.set_num_threads(1)
     pipe = load(a.model, device="cpu")
     names = a.classes or pipe.class_names[:4]
+    request = {"class_labels": names, "num_images_per_label": a.per_class, "seed": a.seed, "guidance_scale": 1.0}
     entropy = torch.zeros(0)
-    for step in pipe.stream(class_labels=names, num_images_per_label=a.per_class, seed=a.seed, guidance_scale=1.0):
+    for step in pipe.stream(**request, batch_size=len(names) * a.per_class):  # all in each step
         drawn = step.entropy().mean(dim=-1)  # (B, L)
         if step.index == 0:
             entropy = torch.full_like(drawn, torch.nan)

@@ -12,7 +12,6 @@ N tokens asked for (2 N rows where guided), D features, T parts of g features, K
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seriatim.bench.checkout import Official, explained, here, load_checkout, numpy_left_alone
-from seriatim.bench.mar import Gate
+from seriatim.bench.checkout import explained, here, load_checkout
+from seriatim.bench.mar import Gate, MARLoop
 from seriatim.bench.opponent import Draws, Opponent, Pair, Workload, replaced
-from seriatim.bench.timing import Stages, synchronise
+from seriatim.bench.timing import Stages
 from seriatim.checkpoints.arinar import arinar_tensors, inner_heads_of
 from seriatim.core.errors import UsageError
 from seriatim.heads.gaussians import GaussianMixture
 from seriatim.models.base import Model
-from seriatim.models.build import model_config, seeded
+from seriatim.models.build import model_config
 
 SOURCE = "git clone https://github.com/Qinyu-Allen-Zhao/Arinar"
 MODULES = ("backbone", "model_head", "module", "diffusion", "util")  # top-level names of a checkout
@@ -38,12 +37,14 @@ MAIN = "backbone.mar"
 BUILT = 16  # attention heads inside the head, as the code has it; a file of theirs may mean another number
 
 
-class OfficialARINAR(Official):
+class OfficialARINAR(MARLoop):
     """The official sampler on our weights; in half precision under autocast, as its own scripts.
 
     Mixtures are then read from float32: a CPU's autocast leaves their softmax in bfloat16, where a GPU's does not, and
     weights that sum to 1 only nearly are refused by torch's `Categorical`.
     """
+
+    source = SOURCE
 
     def __init__(self, path: Path, model: Model, device: torch.device) -> None:
         super().__init__(device)
@@ -88,8 +89,10 @@ class OfficialARINAR(Official):
             attention.scale = inner["attention_scale"] / each**0.5
         return official
 
-    def few(self, workload: Workload) -> Workload:
-        return replace(workload, every=max(workload.every, -(-workload.steps // 3)))
+    def gate(self, workload: Workload, draws: Draws, stages: Stages | None) -> Gate:
+        if self.group > 1 and workload.guidance != 1.0:
+            raise UsageError("guidance_scale: the original can't guide parts of several features; use 1")
+        return FeatureGate(self.model, workload, draws, stages, self.device, self.seen)
 
     def replay(self, ours: Opponent, workload: Workload) -> tuple[list[Pair], float, float]:
         options = {k: v for k, v in workload.options.items() if k != "guidance_mode"}  # the exact draw is compared
@@ -104,33 +107,6 @@ class OfficialARINAR(Official):
             self.seen = None
         assert not seen.parts, "the official code drew fewer parts than ours"
         return seen.pairs(), seconds, official
-
-    @torch.no_grad()
-    def sample(self, workload: Workload, draws: Draws, stages: Stages | None = None) -> tuple[Tensor, float]:
-        B = len(workload.labels)
-        if self.group > 1 and workload.guidance != 1.0:
-            raise UsageError("guidance_scale: the original can't guide parts of several features; use 1")
-        dtype = getattr(torch, self.dtype)
-        labels = torch.tensor(workload.labels, device=self.device) if max(workload.labels) >= 0 else None
-        gate = FeatureGate(self.model, workload, draws, stages, self.device, self.seen)
-        whole = workload.every == 1 and stages is None
-        with (
-            explained(SOURCE),
-            seeded(0),
-            numpy_left_alone(),
-            here(self.device),
-            replaced(*gate.changes()),
-            torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32),
-        ):
-            synchronise(self.device)
-            begin = time.perf_counter()
-            tokens = self.model.sample_tokens(
-                B, workload.steps, workload.guidance, workload.schedule, labels, workload.temperature
-            )
-            synchronise(self.device)
-            seconds = time.perf_counter() - begin
-        tokens = tokens.float().cpu().flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, L, D)
-        return tokens, seconds if whole else gate.seconds * workload.factor
 
 
 @dataclass

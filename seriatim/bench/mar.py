@@ -35,11 +35,51 @@ def official_mar(path: Path) -> dict[str, types.ModuleType]:
     return load_checkout(path, names, inside=MODULES, has=("models.mar", "MAR"), source=SOURCE, hint=hint)
 
 
-class OfficialMAR(Official):
+class MARLoop(Official):
+    """An original that samples by MAR's loop, with a head of its own; in half precision under autocast."""
+
+    source: str  # the command that gets it
+    model: Any
+
+    def gate(self, workload: Workload, draws: Draws, stages: Stages | None) -> Gate:
+        return Gate(self.model, workload, draws, stages, self.device)
+
+    def few(self, workload: Workload) -> Workload:
+        return replace(workload, every=max(workload.every, -(-workload.steps // 3)))
+
+    @torch.no_grad()
+    def sample(self, workload: Workload, draws: Draws, stages: Stages | None = None) -> tuple[Tensor, float]:
+        B = len(workload.labels)
+        dtype = getattr(torch, self.dtype)
+        labels = torch.tensor(workload.labels, device=self.device) if max(workload.labels) >= 0 else None
+        gate = self.gate(workload, draws, stages)
+        whole = workload.every == 1 and stages is None
+        with (
+            explained(self.source),
+            seeded(0),
+            numpy_left_alone(),
+            here(self.device),
+            replaced(*gate.changes()),
+            torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32),
+        ):
+            synchronise(self.device)
+            begin = time.perf_counter()
+            tokens = self.model.sample_tokens(
+                B, workload.steps, workload.guidance, workload.schedule, labels, workload.temperature
+            )
+            synchronise(self.device)
+            seconds = time.perf_counter() - begin
+        tokens = tokens.float().cpu().flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, L, D)
+        return tokens, seconds if whole else gate.seconds * workload.factor
+
+
+class OfficialMAR(MARLoop):
     """The official sampler on our weights, timesteps and, where draws are given, our orders and noise.
 
     In half precision under autocast, as its own scripts.
     """
+
+    source = SOURCE
 
     def __init__(self, path: Path, model: Model, device: torch.device, head_steps: int) -> None:
         super().__init__(device)
@@ -80,34 +120,6 @@ class OfficialMAR(Official):
             loss_type=gaussian.LossType.MSE,
         )
         return official
-
-    def few(self, workload: Workload) -> Workload:
-        return replace(workload, every=max(workload.every, -(-workload.steps // 3)))
-
-    @torch.no_grad()
-    def sample(self, workload: Workload, draws: Draws, stages: Stages | None = None) -> tuple[Tensor, float]:
-        B = len(workload.labels)
-        dtype = getattr(torch, self.dtype)
-        labels = torch.tensor(workload.labels, device=self.device) if max(workload.labels) >= 0 else None
-        gate = Gate(self.model, workload, draws, stages, self.device)
-        whole = workload.every == 1 and stages is None
-        with (
-            explained(SOURCE),
-            seeded(0),
-            numpy_left_alone(),
-            here(self.device),
-            replaced(*gate.changes()),
-            torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32),
-        ):
-            synchronise(self.device)
-            begin = time.perf_counter()
-            tokens = self.model.sample_tokens(
-                B, workload.steps, workload.guidance, workload.schedule, labels, workload.temperature
-            )
-            synchronise(self.device)
-            seconds = time.perf_counter() - begin
-        tokens = tokens.float().cpu().flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, L, D)
-        return tokens, seconds if whole else gate.seconds * workload.factor
 
 
 class Gate:

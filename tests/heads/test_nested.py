@@ -316,6 +316,7 @@ def test_a_stream_tells_the_entropy_of_what_each_step_drew(kind: str) -> None:
     randomise(model, scale=0.1)
     model.eval()
     before, seen = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.long)
+    told = torch.zeros(2, 4, 3)
     for step in steps_of(model, torch.tensor([0, 1]), noise(2), steps=4, guidance_scale=2.0):
         entropy = step.entropy()  # (B, L, D)
         assert torch.equal(entropy.isfinite().all(dim=-1), step.known & ~before)
@@ -325,5 +326,10 @@ def test_a_stream_tells_the_entropy_of_what_each_step_drew(kind: str) -> None:
         if kind == "masked" and drawn.any():
             z = model.backbone.z(state, step.tokens, before, drawn)
             assert torch.allclose(entropy[drawn], model.head.entropy(z, step.tokens[drawn]), atol=1e-4)
+        if kind == "causal":
+            told = torch.where(drawn[..., None], entropy, told)
         before, seen = step.known, seen + drawn
     assert (seen == 1).all()
+    if kind == "causal":  # all tokens in one pass, from the definition
+        z = model.backbone.sequence(model.condition(torch.tensor([0, 1]), 2), step.tokens).flatten(0, 1)
+        assert torch.allclose(told.flatten(0, 1), model.head.entropy(z, step.tokens.flatten(0, 1)), atol=1e-4)
