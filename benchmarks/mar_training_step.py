@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.bench.mar import OfficialMAR
+from seriatim.bench.official_mar import OfficialMAR
 from seriatim.bench.opponent import replaced
-from seriatim.bench.run import subject
+from seriatim.bench.race import subject
 from seriatim.bench.timing import processor
 from seriatim.core.random import Noise
 from seriatim.models import masked

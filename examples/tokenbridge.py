@@ -20,7 +20,7 @@ from seriatim.checkpoints.native import Bundle
 from seriatim.core.random import Noise
 from seriatim.evaluation.grid import grid
 from seriatim.models.build import build_model, parameter_count, seeded
-from seriatim.pipeline import Pipeline
+from seriatim.pipeline.pipeline import Pipeline
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.training.data import Digits
 

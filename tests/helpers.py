@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from seriatim.backbones.masked import Masked
+from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.native import Bundle
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import seeded
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 from seriatim.tokenizers.pixels import Pixels
 
 

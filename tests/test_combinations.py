@@ -17,8 +17,8 @@ from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.orders import CONFIDENCE, RANDOM, RASTER
 from seriatim.heads.table import HEADS
 from seriatim.models.build import MODELS, seeded
-from seriatim.pipeline import load
-from seriatim.tokenizers.build import TOKENIZERS
+from seriatim.pipeline.pipeline import load
+from seriatim.tokenizers.kinds import TOKENIZERS
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
 from seriatim.training.config import Recipe

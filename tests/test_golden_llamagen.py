@@ -25,8 +25,8 @@ from seriatim.core.random import Noise
 from seriatim.heads.categorical import filtered
 from seriatim.models.build import build_model, parameter_count
 from seriatim.models.captions import Captions
-from seriatim.models.causal import CausalModel, Condition
-from seriatim.sampling.causal import causal_steps
+from seriatim.models.causal_model import CausalModel, Condition
+from seriatim.sampling.sequential import causal_steps
 from seriatim.zoo import PRESETS
 
 FOLDER = golden("llamagen")

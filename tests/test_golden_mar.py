@@ -27,10 +27,10 @@ from seriatim.core.schedules import guidance_at, mask_ratio, unknown_after
 from seriatim.heads.ddpm import full_chain, respaced
 from seriatim.heads.diffusion import Diffusion, log_variance, predict_x0, variational_bound
 from seriatim.models.build import build_model, parameter_count
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.nn.position import sinusoid
-from seriatim.sampling.masked import masked_steps
+from seriatim.sampling.parallel import masked_steps
 from seriatim.training.optim import parameter_groups
 from seriatim.zoo import PRESETS
 

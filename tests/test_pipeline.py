@@ -15,8 +15,8 @@ import seriatim
 from seriatim.checkpoints.native import Bundle
 from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.core.random import Noise, derive_seed
-from seriatim.pipeline import Pipeline, load
-from seriatim.sampling.request import SampleRequest
+from seriatim.pipeline.pipeline import Pipeline, load
+from seriatim.pipeline.request import SampleRequest
 from seriatim.tokenizers.base import to_uint8
 from seriatim.tokenizers.pixels import Pixels
 

@@ -120,17 +120,17 @@ def test_readme_links_and_pictures_exist() -> None:
 
 def test_readme_recipe_keys_are_all_there() -> None:
     """docs/recipes.md lists every key of a recipe and none that doesn't exist."""
-    from seriatim.backbones.causal import Causal
-    from seriatim.backbones.masked import Masked
+    from seriatim.backbones.causal_transformer import Causal
+    from seriatim.backbones.masked_transformer import Masked
     from seriatim.core.construct import arguments
     from seriatim.evaluation.classifier import ResNet
     from seriatim.heads.categorical import Categorical
     from seriatim.heads.diffusion import Diffusion
     from seriatim.heads.flow import Flow
     from seriatim.heads.mixture import Mixture
-    from seriatim.models.causal import CausalModel
-    from seriatim.models.masked import MaskedModel
-    from seriatim.tokenizers.build import TOKENIZERS
+    from seriatim.models.causal_model import CausalModel
+    from seriatim.models.masked_model import MaskedModel
+    from seriatim.tokenizers.kinds import TOKENIZERS
     from seriatim.training.config import ClassifierTraining, Training
 
     text = (ROOT / "docs" / "recipes.md").read_text()

@@ -1,73 +1,138 @@
-"""The contract of a backbone.
+"""The two contracts of backbones: from what is known to a vector z for every token asked for.
 
-B images, L tokens, D features of a token or V codes, N tokens asked for (flattened over images), C width of z.
+`Parallel` gives z of any set of tokens from any known set, as MAR does. `Sequential` gives z of the next tokens of an
+order from those before them, with a state that keeps what it has seen, as GPT does. A backbone of your own subclasses
+one of the two, defines the methods below, and is proven with `seriatim.testing.check_backbone`.
+
+B images, L tokens, D features of a token or V codes, N tokens asked for (flattened over images), C width of z,
+P vectors of a condition, A width of each, m tokens of content, n tokens asked for of each image.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, Self
 
-import torch
 from torch import Tensor, nn
 
+from seriatim.conditions.base import Condition
 from seriatim.core.errors import UsageError
+from seriatim.core.spec import TokenSpec
 from seriatim.nn.linear import Linear
 
 
 class Backbone(nn.Module):
-    """What every backbone is: state for a batch, and z for the tokens asked for.
+    """What backbones of both kinds have.
 
     A subclass sets, in its constructor,
-      tokens         L, the tokens of an image
-      dim            D, the features of a token; None where tokens are codes
-      vocab          V, how many codes there are; None where tokens are features
-      width          the width of a condition vector, as given to `start`
-      z_dim          C, the width of z
-      config         the constructor's arguments, as plain data
+      spec         the tokens of an image
+      width        A, the width of a condition's vectors
+      z_dim        C, the width of z
+      config       the constructor's arguments, as plain data
     """
 
-    tokens: int
-    dim: int | None = None
-    vocab: int | None = None
+    spec: TokenSpec
     width: int
     z_dim: int
     config: dict[str, Any]
-    causal = False  # sees only what comes before a token: has `sequence` and `step` (backbones/causal.py)
 
     @property
-    def token_shape(self) -> tuple[int, ...]:
-        """Of an image's tokens: (L, D) features, or (L,) codes."""
-        return (self.tokens,) if self.dim is None else (self.tokens, self.dim)
+    def tokens(self) -> int:
+        """L, the number of tokens of an image."""
+        return self.spec.count
 
-    def blank(self, images: int, device: torch.device | str = "cpu") -> Tensor:
-        """What stands for tokens that nobody knows: zeros (B, L, D), or codes (B, L) int64."""
-        dtype = torch.float32 if self.vocab is None else torch.long
-        return torch.zeros(images, *self.token_shape, dtype=dtype, device=device)
+    @property
+    def dim(self) -> int | None:
+        """D, the features of a token; None where tokens are codes."""
+        return self.spec.dim
+
+    @property
+    def vocab(self) -> int | None:
+        """V, the number of codes; None where tokens are features."""
+        return self.spec.vocab
 
     @staticmethod
     def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:
         """Weights learned on a grid (h, w) of tokens, for another grid; by default they don't depend on it."""
         return state
 
-    def start(self, condition: Tensor, B: int) -> Any:
-        """The state for sampling or scoring B images; condition (B, width). Caches live in the state."""
-        raise NotImplementedError(f"{type(self).__name__} lacks start()")
 
-    def z(self, state: Any, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
+class Parallel(Backbone):
+    """z of any set of tokens from any known set."""
+
+    def z(
+        self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool = False
+    ) -> Tensor:
         """z of every token asked for: (N, C), image by image, in raster order inside an image.
 
-        tokens (B, L, D), or codes (B, L), of which those not known are ignored; known, ask (B, L) bool, with the tokens
-        or on the CPU, where samplers keep them. Images of a batch may have different numbers of known and of asked
-        tokens.
+        tokens (B, L, D), or codes (B, L), on the backbone's device; those that are not known are ignored. known, ask
+        (B, L) bool, on the same device or on the host, where samplers keep them. Images of a batch may have different
+        numbers of known and of asked tokens. With `neighbours` the result is (N, 5, C): z of the token and of those
+        above, below, left and right of it on the grid, zeros outside.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks z()")
 
 
-def token_embedding(dim: int | None, vocab: int | None, width: int) -> nn.Module:
-    """From tokens to vectors: features (..., D) through a Linear, codes (...) through a table -> (..., width)."""
-    if (dim is None) == (vocab is None):
-        raise UsageError(f"dim: {dim!r} with vocab {vocab!r} is not allowed; give dim (features) or vocab (codes)")
-    for name, value in (("dim", dim), ("vocab", vocab)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
-    return Linear(dim, width) if dim is not None else nn.Embedding(vocab or 0, width)
+class SequentialState(Protocol):
+    """What a sequential backbone keeps of a batch between steps. Rows are images."""
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+
+    def select(self, rows: Tensor | slice) -> Self:
+        """The state of these rows; `rows` is a slice (leading rows share memory) or an index tensor on the host."""
+
+    def join(self, other: Self) -> Self:
+        """The rows of this state, then those of the other one, which may have seen another number of tokens."""
+
+
+class Sequential(Backbone):
+    """z of the next tokens of an order, each from the condition and the tokens before it.
+
+    A subclass also sets
+      any_order    whether it takes an order for each image; if not, tokens come in raster order
+    """
+
+    any_order: bool = False
+
+    def sequence(self, condition: Condition, tokens: Tensor, order: Tensor | None = None) -> Tensor:
+        """z of every token in one pass, each from the condition and the tokens before it: (B, L, C).
+
+        tokens (B, L, D), or codes (B, L), by position. order (B, L) lists the positions of each image, the first to be
+        generated first, and the i-th z belongs to the token at order[:, i]; None stands for raster order.
+        """
+        raise NotImplementedError(f"{type(self).__name__} lacks sequence()")
+
+    def start(self, condition: Condition, order: Tensor | None = None) -> Any:
+        """The state of images that have no token yet; arguments as in `sequence`."""
+        raise NotImplementedError(f"{type(self).__name__} lacks start()")
+
+    def step(
+        self,
+        state: Any,
+        content: Tensor | None = None,
+        content_valid: Tensor | None = None,
+        ask: Tensor | None = None,
+        ask_valid: Tensor | None = None,
+    ) -> Tensor:
+        """z of the next n tokens of each image, after m more tokens became known: (B, n, C).
+
+        content (B, m, D), or codes (B, m): the tokens that follow, in each image's order, those that the state has
+        seen; None where there are none. content_valid (B, m) bool, on the host: False at the end of rows that have
+        fewer; None where all rows have m. ask (B, n): the positions whose z is wanted, the next ones of the order;
+        None stands for the next one. ask_valid (B, n) bool, on the host, likewise; z at False entries is arbitrary.
+        """
+        raise NotImplementedError(f"{type(self).__name__} lacks step()")
+
+
+def token_embedding(spec: TokenSpec, width: int) -> nn.Module:
+    """From tokens to vectors (..., width): features (..., D) through a Linear, codes (...) through a table."""
+    return Linear(spec.dim, width) if spec.dim is not None else nn.Embedding(spec.vocab or 0, width)
+
+
+def check_condition(condition: Condition, images: int, width: int) -> None:
+    """Raise UsageError where a condition is not that of so many images, or not of this width."""
+    B, P, A = condition.vectors.shape
+    if (B, A) != (images, width):
+        raise UsageError(f"condition: shape {(B, P, A)} is not ({images}, P, {width})")
+    if condition.valid is not None and condition.valid.shape != (B, P):
+        raise UsageError(f"condition.valid: shape {tuple(condition.valid.shape)} is not {(B, P)}")

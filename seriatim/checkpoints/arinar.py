@@ -21,10 +21,10 @@ from seriatim.checkpoints.official import OfficialFile, as_float32, complain
 from seriatim.core.errors import CheckpointError, UsageError, nearest
 from seriatim.core.random import Noise
 from seriatim.heads.mixture import Mixture
-from seriatim.heads.nested import Nested
+from seriatim.models.nested import Nested
 from seriatim.models.base import Model
 from seriatim.models.build import model_config
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 from seriatim.tokenizers.base import Tokenizer
 
 NAMES = {"arinar-b": "arinar-base", "arinar-l": "arinar-large"}  # of files that hold one size each

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.backbones.causal import grid_of
+from seriatim.backbones.causal_transformer import grid_of
 from seriatim.checkpoints.mar import argument
 from seriatim.checkpoints.native import Bundle
 from seriatim.checkpoints.official import OfficialFile, complain, renamed
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config
-from seriatim.models.causal import CausalModel
+from seriatim.models.causal_model import CausalModel
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.zoo import PRESETS, Preset
 

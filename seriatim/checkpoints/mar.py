@@ -19,7 +19,7 @@ from seriatim.checkpoints.official import OfficialFile, complain, renamed
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.zoo import PRESETS, Preset
 

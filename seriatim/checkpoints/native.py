@@ -29,7 +29,7 @@ from seriatim.core.files import MANIFEST, atomic_folder, verify_manifest, write_
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
+from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 
 FORMAT = 1
 CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.safetensors", "README.md"

@@ -27,7 +27,7 @@ from seriatim.checkpoints.native import (
 )
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
+from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.latent import Latent
 
 

@@ -38,7 +38,7 @@ def bench(
     json: JsonFlag = False,
 ) -> None:
     """Time a model: seconds, memory, stages, share of the machine's peak; and the original beside it."""
-    from seriatim.bench.run import bench as run
+    from seriatim.bench.race import bench as run
 
     with contextlib.redirect_stdout(sys.stderr):  # what the original's code may print
         result = run(

@@ -40,7 +40,7 @@ def demo(
 
     import numpy as np
 
-    from seriatim.pipeline import load
+    from seriatim.pipeline.pipeline import load
     from seriatim.training.loop import train
     from seriatim.training.precision import threads
 

@@ -63,7 +63,7 @@ def edit(
     from seriatim.core.errors import UsageError
     from seriatim.core.files import writable_folder
     from seriatim.evaluation.grid import grid, save_png
-    from seriatim.pipeline import load
+    from seriatim.pipeline.pipeline import load
     from seriatim.training.images import BadImage, read_image
 
     pipe = load(model, device=device, dtype=dtype)

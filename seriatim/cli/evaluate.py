@@ -97,7 +97,7 @@ def evaluate(
     from seriatim.evaluation.base import check_pictures
     from seriatim.evaluation.features import open_features
     from seriatim.evaluation.run import evaluate as run
-    from seriatim.pipeline import load
+    from seriatim.pipeline.pipeline import load
 
     pipe = load(model, device=device_of(device), dtype=dtype)
     check_pictures(pipe.tokenizer)
@@ -256,7 +256,7 @@ def device_of(device: str) -> str:
 def fields(given: list[str]) -> dict[str, Any]:
     """`["solver=dpm++", "order=3,1,0,2"]` as settings of a request."""
     from seriatim.core.errors import UsageError
-    from seriatim.sampling.request import SampleRequest
+    from seriatim.pipeline.request import SampleRequest
 
     settings = {}
     for text in given:

@@ -14,9 +14,9 @@ from seriatim.cli.threads import threads_of
 if TYPE_CHECKING:
     from PIL import Image
 
-    from seriatim.pipeline import Pipeline
-    from seriatim.sampling.metadata import Recorded
-    from seriatim.sampling.request import SampleRequest
+    from seriatim.pipeline.pipeline import Pipeline
+    from seriatim.pipeline.metadata import Recorded
+    from seriatim.pipeline.request import SampleRequest
 
 NEARLY = 2  # levels of 255 by which rounding in another batch, thread count or version may move a pixel
 
@@ -84,10 +84,10 @@ def sample(
     from seriatim.core.files import writable_folder
     from seriatim.core.progress import Progress
     from seriatim.evaluation.grid import grid, save_png
-    from seriatim.pipeline import load
-    from seriatim.sampling.animation import save_animation
-    from seriatim.sampling.metadata import versions
-    from seriatim.sampling.result import recorded, safe_name, save_image
+    from seriatim.pipeline.pipeline import load
+    from seriatim.pipeline.animation import save_animation
+    from seriatim.pipeline.metadata import versions
+    from seriatim.pipeline.result import recorded, safe_name, save_image
     from seriatim.training.precision import threads as using
 
     original = None if from_ is None else read_repeatable(from_)
@@ -200,7 +200,7 @@ def sample_arrays(
 
     from seriatim.core.errors import UsageError
     from seriatim.core.progress import Progress
-    from seriatim.sampling.result import SAMPLES, SAYS
+    from seriatim.pipeline.result import SAMPLES, SAYS
     from seriatim.training.precision import threads as using
 
     if animate:
@@ -240,7 +240,7 @@ def sample_arrays(
 def read_repeatable(path: Path) -> tuple[Image.Image, Recorded]:
     """A picture and its request; refuses one that its request alone does not make."""
     from seriatim.core.errors import DataError
-    from seriatim.sampling.metadata import pixels_sha256, read_recorded
+    from seriatim.pipeline.metadata import pixels_sha256, read_recorded
 
     image, says = read_recorded(path)
     if says.edited:
@@ -269,7 +269,7 @@ def compared(original: tuple[Image.Image, Recorded], image: Image.Image, made: d
     import numpy as np
 
     from seriatim.core.errors import NumericsError
-    from seriatim.sampling.metadata import pixels_sha256
+    from seriatim.pipeline.metadata import pixels_sha256
 
     before, says = original
     if pixels_sha256(image) == says.pixels_sha256:

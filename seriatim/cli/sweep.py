@@ -60,7 +60,7 @@ def sweep(
     from seriatim.evaluation.features import open_features
     from seriatim.evaluation.sweep import CURVES, JSON, TABLE
     from seriatim.evaluation.sweep import sweep as run
-    from seriatim.pipeline import load
+    from seriatim.pipeline.pipeline import load
 
     pipe = load(model, device=device_of(device), dtype=dtype)
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
@@ -114,7 +114,7 @@ def several(name: str, text: str) -> list[Any]:
     import re
 
     from seriatim.core.errors import UsageError
-    from seriatim.sampling.request import SampleRequest
+    from seriatim.pipeline.request import SampleRequest
 
     if name == "order" and re.search(r"\d", text):
         raise UsageError(f"order: {text!r} can't be swept; orders are swept by name")

@@ -6,7 +6,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from seriatim.pipeline import Pipeline
+    from seriatim.pipeline.pipeline import Pipeline
 
 # Parameters below which one thread draws: nearly as fast on an idle machine, ninety times faster on a busy one where
 # threads wait for each other (docs/log.md). A rule, not a measurement: the same command gives the same bits.

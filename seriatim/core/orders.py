@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from seriatim.core.errors import UsageError, nearest
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 
-RANDOM = "random"  # no function of the grid: another permutation for each image, from its own generator
+RANDOM = "random"  # no function of the grid: another permutation for each image, from its own key
 RASTER = "raster"
 CONFIDENCE = "confidence"  # nor this: tokens are drawn all at once, and the likeliest stay; of codes alone
 
@@ -103,7 +103,7 @@ def check_permutation(positions: Sequence[int], tokens: int, name: str = "order"
 # --- for the samplers -------------------------------------------------------------------------------------------
 
 
-def order_vectors(order: Tensor | Sequence[int] | str | None, noise: Noise, known: Tensor) -> Tensor:
+def order_vectors(order: Tensor | Sequence[int] | str | None, keys: Keys, known: Tensor) -> Tensor:
     """The order vector of each image: (B, L), on the device of `known` (B, L). Tokens are taken from its end.
 
     `order` lists positions, the first drawn first: (L,) for all images or (B, L); None draws a permutation for each.
@@ -111,7 +111,7 @@ def order_vectors(order: Tensor | Sequence[int] | str | None, noise: Noise, know
     """
     B, L = known.shape
     if order is None:
-        vectors = noise.permutation(L).to(known.device)  # (B, L)
+        vectors = keys.permutation(L).to(known.device)  # (B, L)
     else:
         vectors = positions_of(order, B, L).to(known.device).flip(-1).expand(B, L)
     last = known.gather(1, vectors).to(torch.uint8).argsort(dim=1, stable=True)  # the unknown ones, then the known

@@ -16,7 +16,7 @@ from seriatim.evaluation.blocks import Vectors, eight_bits
 from seriatim.evaluation.grid import grid, save_png
 from seriatim.evaluation.neighbours import neighbours
 from seriatim.evaluation.reference import Part
-from seriatim.sampling.result import as_pil
+from seriatim.pipeline.result import as_pil
 from seriatim.tokenizers.base import to_uint8
 
 COLUMNS = 7  # training images beside a sample

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seriatim.sampling.request import SampleRequest
+from seriatim.pipeline.request import SampleRequest
 
 NAMED = (
     "guidance_schedule",

@@ -9,7 +9,7 @@ from typing import Any
 
 from seriatim.core.errors import UsageError, one_line
 from seriatim.core.files import write_json
-from seriatim.sampling.request import SampleRequest
+from seriatim.pipeline.request import SampleRequest
 
 SETTINGS = "settings.json"
 # The same weights, images or file elsewhere are the same: their hashes are compared.

@@ -14,8 +14,8 @@ from seriatim.core.files import atomic_write, writable_folder, write_json, write
 from seriatim.evaluation.reference import Images, Statistics
 from seriatim.evaluation.rows import markdown, model_name
 from seriatim.evaluation.run import Evaluation, evaluate
-from seriatim.pipeline import Pipeline
-from seriatim.sampling.request import SampleRequest
+from seriatim.pipeline.pipeline import Pipeline
+from seriatim.pipeline.request import SampleRequest
 
 JSON, TABLE, CURVES = "sweep.json", "sweep.md", "curves.png"
 

@@ -28,7 +28,7 @@ from seriatim.evaluation.reference import Images, Part, as_many, described, halv
 from seriatim.evaluation.rows import tokenizer_row
 from seriatim.evaluation.run import key, pictures
 from seriatim.evaluation.settings import SETTINGS, same_settings
-from seriatim.sampling.metadata import versions
+from seriatim.pipeline.metadata import versions
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.quantise import Usage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["Bins", "Categorical", "Diffusion", "Flow", "GaussianMixture", "Head", "HeadLoss", "Mixture", "Nested"]
+__all__ = ["Bins", "Categorical", "Diffusion", "Flow", "GaussianMixture", "Guidance", "Head", "HeadLoss", "Mixture"]
 
 
 __getattr__ = exporter(
@@ -15,9 +15,9 @@ __getattr__ = exporter(
         "Diffusion": "seriatim.heads.diffusion",
         "Flow": "seriatim.heads.flow",
         "GaussianMixture": "seriatim.heads.gaussians",
+        "Guidance": "seriatim.heads.base",
         "Head": "seriatim.heads.base",
         "HeadLoss": "seriatim.heads.base",
         "Mixture": "seriatim.heads.mixture",
-        "Nested": "seriatim.heads.nested",
     },
 )

@@ -14,16 +14,15 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from statistics import NormalDist
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.core.errors import UsageError
-from seriatim.core.random import Noise
-from seriatim.heads.base import Head, HeadLoss
-from seriatim.heads.categorical import check_filter, draw_code, filtered
+from seriatim.core.keys import Keys
+from seriatim.heads.base import Guidance, Head, HeadLoss, Plan, column
+from seriatim.heads.categorical import CodeOptions, check_filter, draw_code, filtered
 from seriatim.nn.linear import Linear
 
 
@@ -31,7 +30,7 @@ class Bins(Head):
     """p(bin | z) = softmax(W z + b), feature by feature."""
 
     has_density = True
-    sample_options = frozenset({"top_k", "top_p"})
+    Options = CodeOptions
 
     def __init__(
         self,
@@ -52,7 +51,8 @@ class Bins(Head):
         self.output, self.bins, self.clip = dim, bins, clip
         self.config = {"dim": dim, "bins": bins, "clip": clip, "sigmas": sigmas}
         edges, means = equal_bins(bins, sigmas)
-        scale = clip / sigmas  # no buffers: a model built without memory has them, and a cast leaves them
+        scale = clip / sigmas
+        # Plain tensors on the host, not buffers: a model built on the meta device has them, and a cast leaves them.
         self.edges = torch.tensor(edges, dtype=torch.float64, device="cpu").mul(scale).float()  # (B+1,)
         self.means = torch.tensor(means, dtype=torch.float64, device="cpu").mul(scale).float()  # (B,)
         if z_dim is not None:
@@ -73,7 +73,7 @@ class Bins(Head):
         """Features of any shape -> the bin of each, int64."""
         return torch.bucketize(x.float().contiguous(), self.edges[1:-1].to(x.device), right=True)
 
-    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
+    def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         """z (N, C), target (N, D) -> cross-entropy of the bins, in nats, summed over features."""
         nll = F.cross_entropy(self.logits(z).flatten(0, 1), self.bin_of(target).flatten(), reduction="none")  # (N D,)
         nll = nll.view(len(z), self.output).sum(dim=1)
@@ -96,31 +96,28 @@ class Bins(Head):
     def sample(
         self,
         z: Tensor,
-        noise: Noise,
+        keys: Keys,
+        plan: Plan | None = None,
         z_null: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
-        temperature: float = 1.0,
-        *,
-        top_k: int | None = None,  # the likeliest bins alone
-        top_p: float | None = None,  # the likeliest bins that together reach this probability
-        **unknown: Any,
+        guidance: Guidance | None = None,
+        temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """Means of drawn bins: (N, D). Guidance mixes logits; a temperature of 0 takes the likeliest."""
-        if unknown:
-            raise UsageError(f"{sorted(unknown)[0]}: the Bins head has no such sampling option")
-        scale = self.check_sampling(z, z_null, guidance, temperature)  # (N, 1) or None
-        check_filter(top_k, top_p)
+        """The means of drawn bins: (N, D). Guidance mixes logits; a temperature of 0 takes the likeliest bin."""
+        options = self.options() if plan is None else plan.options
+        self.check_sampling(z_null, guidance, temperature)
         logits = self.logits(z)
-        if scale is not None and z_null is not None:
+        if guidance is not None and z_null is not None:
             null = self.logits(z_null)
-            logits = null + scale[..., None] * (logits - null)
-        kept = filtered(logits.flatten(0, 1), temperature, top_k, top_p)  # (N D, B)
-        drawn = draw_code(kept, noise.uniform(self.output).flatten())
+            logits = null + guidance.column[..., None] * (logits - null)
+        if isinstance(temperature, Tensor):
+            temperature = temperature.repeat_interleave(self.output)  # one for each feature of each row
+        kept = filtered(logits.flatten(0, 1), column(temperature), options.top_k, options.top_p)  # (N D, B)
+        drawn = draw_code(kept, keys.fold("bin").uniform(self.output).flatten())
         return self.means.to(z.device)[drawn].view(len(z), self.output)
 
-    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
-        check_filter(options.get("top_k"), options.get("top_p"))
+    def check_options(self, options: CodeOptions, temperature: float = 1.0) -> None:
+        super().check_options(options, temperature)
+        check_filter(options.top_k, options.top_p)
 
 
 def equal_bins(count: int, sigmas: float) -> tuple[list[float], list[float]]:

@@ -10,16 +10,24 @@ Shapes: N tokens, C width of z, V codes.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.core.errors import UsageError
-from seriatim.core.random import Noise
-from seriatim.heads.base import Head, HeadLoss
+from seriatim.core.keys import Keys
+from seriatim.heads.base import Guidance, Head, HeadLoss, Plan, column
 from seriatim.nn.linear import Linear
+
+
+@dataclass(frozen=True)
+class CodeOptions:
+    """Which codes may be drawn."""
+
+    top_k: int | None = None  # only the k likeliest codes, and those that tie with the last of them; None: all
+    top_p: float | None = None  # only the likeliest codes that together reach this probability; None: all
 
 
 class Categorical(Head):
@@ -27,7 +35,7 @@ class Categorical(Head):
 
     discrete = True
     has_density = True
-    sample_options = frozenset({"top_k", "top_p"})
+    Options = CodeOptions
 
     def __init__(
         self,
@@ -55,7 +63,7 @@ class Categorical(Head):
                 nn.init.zeros_(self.logits.bias)
         super().bind(z_dim)
 
-    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
+    def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         """z (N, C), target (N,) codes -> cross-entropy, in nats."""
         loss = F.cross_entropy(
             self.logits(z).float(), target, reduction="none", label_smoothing=self.label_smoothing
@@ -76,37 +84,34 @@ class Categorical(Head):
     def sample(
         self,
         z: Tensor,
-        noise: Noise,
+        keys: Keys,
+        plan: Plan | None = None,
         z_null: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
-        temperature: float = 1.0,
-        *,
-        top_k: int | None = None,  # the likeliest codes alone, as many as this and those that tie with the last
-        top_p: float | None = None,  # the likeliest codes that together reach this probability
-        **unknown: Any,
+        guidance: Guidance | None = None,
+        temperature: float | Tensor = 1.0,
     ) -> Tensor:
         """Codes (N,) int64. A temperature of 0 takes the likeliest."""
-        if unknown:
-            raise UsageError(f"{sorted(unknown)[0]}: the Categorical head has no such sampling option")
-        scale = self.check_sampling(z, z_null, guidance, temperature)  # (N, 1) or None
-        check_filter(top_k, top_p)
-        return draw_code(filtered(self.guided(z, z_null, scale), temperature, top_k, top_p), noise.uniform())
+        options = self.options() if plan is None else plan.options
+        self.check_sampling(z_null, guidance, temperature)
+        logits = filtered(self.guided(z, z_null, guidance), column(temperature), options.top_k, options.top_p)
+        return draw_code(logits, keys.fold("code").uniform())
 
-    def guided(self, z: Tensor, z_null: Tensor | None, scale: Tensor | None) -> Tensor:
+    def guided(self, z: Tensor, z_null: Tensor | None, guidance: Guidance | None) -> Tensor:
         """Logits (N, V) in float32: u + s (c - u)."""
-        if scale is None or z_null is None:
+        if guidance is None or z_null is None:
             return self.logits(z).float()
-        logits, null = self.logits(torch.cat([z, z_null])).float().chunk(2)  # one product: it is the weights that cost
-        return null + scale * (logits - null)
+        # Both in one product: reading the weights is what costs.
+        logits, null = self.logits(torch.cat([z, z_null])).float().chunk(2)
+        return null + guidance.column * (logits - null)
 
-    def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: float | Tensor) -> Tensor:
-        """log p of drawn codes (N,) under the guided distribution, at temperature 1: (N,)."""
-        scale = self.check_sampling(z, z_null, guidance, 1.0)
-        return self.guided(z, z_null, scale).log_softmax(dim=-1).gather(1, codes[:, None])[:, 0]
+    def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: Guidance | None) -> Tensor:
+        """log p of generated codes (N,) under the guided distribution, at temperature 1: (N,)."""
+        self.check_sampling(z_null, guidance, 1.0)
+        return self.guided(z, z_null, guidance).log_softmax(dim=-1).gather(1, codes[:, None])[:, 0]
 
-    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
-        check_filter(options.get("top_k"), options.get("top_p"))
+    def check_options(self, options: CodeOptions, temperature: float = 1.0) -> None:
+        super().check_options(options, temperature)
+        check_filter(options.top_k, options.top_p)
 
 
 # --- formulas -----------------------------------------------------------------------------------------------------
@@ -119,15 +124,23 @@ def check_filter(top_k: int | None, top_p: float | None) -> None:
         raise UsageError(f"top_p: {top_p!r} is not allowed; it must be in (0, 1]")
 
 
-def filtered(logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Logits (N, V) at a temperature, -inf for the codes that are left out.
+def filtered(
+    logits: Tensor, temperature: float | Tensor = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Logits (N, V) at a temperature, one number or (N, 1), with -inf for the codes that are left out.
 
-    Ties with the last of the top k stay; of top p, so does the code that crosses p.
+    Codes that tie with the last of the top k stay, and so does the code that crosses top p.
     """
-    if temperature == 0:
+    if isinstance(temperature, Tensor):  # rows at temperature 0 take the likeliest code: the others become -inf
+        best = logits.argmax(dim=-1, keepdim=True)
+        only = torch.full_like(logits, -math.inf).scatter(1, best, 0.0)
+        cold = temperature == 0
+        logits = torch.where(cold, only, logits / torch.where(cold, 1.0, temperature))
+    elif temperature == 0:
         best = logits.argmax(dim=-1, keepdim=True)  # the lowest of equals
         return torch.full_like(logits, -math.inf).scatter(1, best, 0.0)
-    logits = logits / temperature
+    else:
+        logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[:, -1:]  # (N, 1)
         logits = logits.masked_fill(logits < least, -math.inf)

@@ -13,27 +13,46 @@ Shapes: N tokens, D features, C width of z, W width of the network, d blocks, T 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from seriatim.core.errors import UsageError
-from seriatim.core.random import Noise
-from seriatim.heads.adaln import FREQUENCIES, AdaLNHead
-from seriatim.heads.base import HeadLoss
+from seriatim.core.keys import Keys
+from seriatim.heads.base import Guidance, HeadLoss, column
 from seriatim.heads.ddpm import Tables, full_chain, log_variance, predict_x0, respaced, restricted
+from seriatim.heads.denoiser import FREQUENCIES, AdaLNHead
 from seriatim.heads.solvers import ODES, SDES, SOLVERS, Predict, check_solver, from_noise
 from seriatim.nn.position import sinusoid
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """How a token is denoised."""
+
+    num_diffusion_steps: int = 100  # denoising steps of each token, from 1
+    start_timestep: int | None = None  # where denoising starts; None: the stable start; train_steps - 1: as published
+    timesteps: Sequence[int] | None = None  # an explicit chain, ascending; overrides the two above
+    solver: str = "ddpm"  # a name in `solvers.SOLVERS`
+
+
+@dataclass(frozen=True)
+class DiffusionPlan:
+    """The tables of the chain that sampling visits, and its embedded timesteps."""
+
+    options: DiffusionOptions
+    chain: Tables  # of S steps
+    times: Tensor  # (S, W)
 
 
 class Diffusion(AdaLNHead):
     """p(x | z) by denoising: d blocks of width W, `draws` timesteps for each token and training step."""
 
-    sample_options = frozenset({"num_diffusion_steps", "start_timestep", "timesteps", "solver"})
+    Options = DiffusionOptions
 
     def __init__(
         self,
@@ -74,12 +93,12 @@ class Diffusion(AdaLNHead):
 
     # --- training -------------------------------------------------------------------------------------------------
 
-    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
+    def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         """z (N, C), target (N, D) -> per token, summed over M draws: mean over D of (eps - eps_hat)^2, plus vb."""
         N, D = target.shape
         M, chain = self.draws, full_chain(self.train_steps)
-        t = noise.integers(self.train_steps, draws=M).reshape(M * N)  # draw by draw
-        eps = noise.normal(D, draws=M).reshape(M * N, D)
+        t = keys.fold("t").integers(self.train_steps, M).T.reshape(M * N)  # draw by draw
+        eps = keys.fold("eps").normal(M, D).transpose(0, 1).reshape(M * N, D)
         x0 = target.float().repeat(M, 1)  # (M N, D)
         x_t = chain.at("sqrt_alphas_cumprod", t) * x0 + chain.at("sqrt_one_minus_alphas_cumprod", t) * eps
         y = self.embed_times(t) + self.z_embed(z).repeat(M, 1)  # (M N, W)
@@ -92,74 +111,65 @@ class Diffusion(AdaLNHead):
     # --- sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def plan(self, options: DiffusionOptions | None = None, device: torch.device | str = "cpu") -> DiffusionPlan:
+        options = self.options() if options is None else options
+        chain = self.chain(options)
+        return DiffusionPlan(options, chain, self.embedded(chain.timesteps, device))
+
+    @torch.no_grad()
     def sample(
         self,
         z: Tensor,
-        noise: Noise,
+        keys: Keys,
+        plan: DiffusionPlan | None = None,
         z_null: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
-        temperature: float = 1.0,
-        *,
-        num_diffusion_steps: int = 100,
-        start_timestep: int | None = None,  # None: the stable start; train_steps - 1: as published
-        timesteps: Sequence[int] | None = None,  # an explicit chain, ascending; overrides both
-        solver: str = "ddpm",  # a name in `solvers.SOLVERS`
-        **unknown: Any,
+        guidance: Guidance | None = None,
+        temperature: float | Tensor = 1.0,
     ) -> Tensor:
         """From noise to tokens (N, D). A temperature scales the noise of each step, which an ODE's solver has not."""
-        if unknown:
-            raise UsageError(f"{sorted(unknown)[0]}: the Diffusion head has no such sampling option")
-        scale = self.check_sampling(z, z_null, guidance, temperature)  # (N, 1) or None
+        plan = self.plan(device=z.device) if plan is None else plan
+        options, chain, solver = plan.options, plan.chain, plan.options.solver
+        self.check_sampling(z_null, guidance, temperature)
         check_solver(solver, temperature)
         N, D = len(z), self.output
-        chain = self.chain(num_diffusion_steps, start_timestep, timesteps, solver)
-        # (T+1, N, D): the start, then one for each step; an ODE's solver draws the start alone: (1, N, D)
-        draws = noise.normal(D, draws=1 if solver in ODES else len(chain) + 1)
+        # (T+1, N, D): the start, then the noise of each step. An ODE's solver needs the start alone: (1, N, D).
+        draws = keys.fold("noise").normal(1 if solver in ODES else len(chain) + 1, D).transpose(0, 1).contiguous()
         if N == 0:
             return draws[0]
         with torch.autocast(z.device.type, enabled=False):
-            rows = z.float() if scale is None else torch.cat([z, z_null]).float()  # type: ignore[list-item]
-            walk = self._walk(chain, self.z_embed(rows))
+            rows = z.float() if guidance is None or z_null is None else torch.cat([z, z_null]).float()
+            walk = self.walk(plan.times, self.z_embed(rows))
 
             def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
                 at, modulations = next(walk)
                 assert at == i, f"the {solver} solver asked for timestep {i} of the chain, not for {at}"
-                eps, v = self.denoise(x if scale is None else torch.cat([x, x]), modulations)
-                if scale is not None:
+                eps, v = self.denoise(x if guidance is None else torch.cat([x, x]), modulations)
+                if guidance is not None:
                     eps_null = eps[N:]
-                    eps, v = eps_null + scale * (eps[:N] - eps_null), v[:N]
+                    eps, v = eps_null + guidance.column * (eps[:N] - eps_null), v[:N]
                 return eps, v
 
             begin: tuple[Predict, Tensor] = (predict, draws[0])
-            # The published start and a chain given whole are taken as they are.
-            if solver in ODES and timesteps is None and start_timestep != self.train_steps - 1:
+            # The published start and a chain that the caller gives whole are taken as they are.
+            if solver in ODES and options.timesteps is None and options.start_timestep != self.train_steps - 1:
                 begin = from_noise(chain, predict, draws[0])
-            return SOLVERS[solver](chain, *begin, draws[1:], temperature)
+            return SOLVERS[solver](chain, *begin, draws[1:], column(temperature))
 
-    def chain(
-        self,
-        num_diffusion_steps: int = 100,
-        start_timestep: int | None = None,
-        timesteps: Sequence[int] | None = None,
-        solver: str = "ddpm",
-    ) -> Tables:
+    def chain(self, options: DiffusionOptions) -> Tables:
         """The tables of the timesteps that sampling visits; refuses those that the full chain does not have."""
-        if timesteps is None:
-            return respaced(num_diffusion_steps, start_timestep, self.train_steps, (ODES | SDES).get(solver))
-        steps = list(timesteps)
+        if options.timesteps is None:
+            share = (ODES | SDES).get(options.solver)
+            return respaced(options.num_diffusion_steps, options.start_timestep, self.train_steps, share)
+        steps = list(options.timesteps)
         ascending = all(a < b for a, b in pairwise(steps))
         if not steps or not ascending or not 0 <= steps[0] <= steps[-1] < self.train_steps:
             raise UsageError(f"timesteps: must ascend from 0 or more to at most {self.train_steps - 1}")
         return restricted(full_chain(self.train_steps), steps)
 
-    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
-        check_solver(options.get("solver", "ddpm"), temperature)
-        self.chain(**options)
-
-    def _walk(self, chain: Tables, condition: Tensor) -> Iterator[tuple[int, list[list[Tensor]]]]:
-        """From the last step of `chain` to the first: its index, and the modulations of all rows (N, W)."""
-        return self.walk(self.times_of(chain.timesteps, condition.device), condition)
+    def check_options(self, options: DiffusionOptions, temperature: float = 1.0) -> None:
+        super().check_options(options, temperature)
+        check_solver(options.solver, temperature)
+        self.chain(options)
 
 
 # --- formulas -----------------------------------------------------------------------------------------------------

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seriatim.core.errors import UsageError, nearest
-from seriatim.core.random import Noise
-from seriatim.heads.adaln import FREQUENCIES, AdaLNHead
-from seriatim.heads.base import HeadLoss
+from seriatim.core.keys import Keys
+from seriatim.heads.base import Guidance, HeadLoss
+from seriatim.heads.denoiser import FREQUENCIES, AdaLNHead
 from seriatim.nn.position import sinusoid
 
 TIME_SCALE = 100.0  # the network is told 100 t; with 1000 t it draws no better, and its density needs more steps
@@ -33,12 +33,28 @@ DENSITY_STEPS = 32  # of Runge-Kutta in `log_prob`
 Velocity = Callable[[int, Tensor], Tensor]  # index of a time, x (N, D) -> v (N, D)
 
 
+@dataclass(frozen=True)
+class FlowOptions:
+    """How the ODE from noise to a token is solved."""
+
+    num_diffusion_steps: int = 100  # steps from noise to token, from 1; heun evaluates the network twice in each
+    solver: str = "euler"  # a name in FLOW_SOLVERS
+
+
+@dataclass(frozen=True)
+class FlowPlan:
+    """The embedded times that sampling visits."""
+
+    options: FlowOptions
+    times: Tensor  # (S, W)
+
+
 class Flow(AdaLNHead):
     """p(x | z) by a velocity field: d blocks of width W, `draws` times for each token and training step."""
 
     tempers = False
     has_density = True  # not beyond LARGEST features
-    sample_options = frozenset({"num_diffusion_steps", "solver"})
+    Options = FlowOptions
 
     def __init__(
         self,
@@ -71,12 +87,12 @@ class Flow(AdaLNHead):
         """t (N,) in [0, 1] -> (N, W)."""
         return self.time_embed(sinusoid(TIME_SCALE * t, FREQUENCIES))
 
-    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
+    def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         """z (N, C), target (N, D) -> per token, summed over M draws: mean over D of (v - v_hat)^2."""
         N, D = target.shape
         M = self.draws
-        t = torch.sigmoid(self.time_mean + self.time_std * noise.normal(draws=M)).reshape(M * N)  # draw by draw
-        eps = noise.normal(D, draws=M).reshape(M * N, D)
+        t = torch.sigmoid(self.time_mean + self.time_std * keys.fold("t").normal(M)).T.reshape(M * N)  # draw by draw
+        eps = keys.fold("eps").normal(M, D).transpose(0, 1).reshape(M * N, D)
         x = target.float().repeat(M, 1)  # (M N, D)
         y = self.embed_times(t) + self.z_embed(z).repeat(M, 1)  # (M N, W)
         v = self.network(torch.lerp(eps, x, t[:, None]), self.modulations(y)).float()
@@ -86,50 +102,54 @@ class Flow(AdaLNHead):
     # --- sampling -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    def plan(self, options: FlowOptions | None = None, device: torch.device | str = "cpu") -> FlowPlan:
+        options = self.options() if options is None else options
+        return FlowPlan(options, self.times(options.num_diffusion_steps, device))
+
+    def times(self, steps: int, device: torch.device | str, backwards: bool = False) -> Tensor:
+        """The embedded times of so many equal steps, as `walk` takes them: the one visited first is the last."""
+        times = TIME_SCALE * np.arange(steps + 1) / steps
+        return self.embedded(times if backwards else times[::-1].copy(), device)
+
+    @torch.no_grad()
     def sample(
         self,
         z: Tensor,
-        noise: Noise,
+        keys: Keys,
+        plan: FlowPlan | None = None,
         z_null: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
-        temperature: float = 1.0,
-        *,
-        num_diffusion_steps: int = 100,  # from noise to token; heun evaluates the network twice in each
-        solver: str = "euler",  # a name in FLOW_SOLVERS
-        **unknown: Any,
+        guidance: Guidance | None = None,
+        temperature: float | Tensor = 1.0,
     ) -> Tensor:
         """From noise to tokens (N, D)."""
-        if unknown:
-            raise UsageError(f"{sorted(unknown)[0]}: the Flow head has no such sampling option")
-        scale = self.check_sampling(z, z_null, guidance, temperature)  # (N, 1) or None
-        self.check_options(temperature, num_diffusion_steps=num_diffusion_steps, solver=solver)
+        plan = self.plan(device=z.device) if plan is None else plan
+        self.check_sampling(z_null, guidance, temperature)
         N = len(z)
-        start = noise.normal(self.output)  # (N, D)
+        start = keys.fold("noise").normal(self.output)  # (N, D)
         with torch.autocast(z.device.type, enabled=False):
-            rows = z.float() if scale is None else torch.cat([z, z_null]).float()  # type: ignore[list-item]
-            at = self._visits(num_diffusion_steps, rows)
+            rows = z.float() if guidance is None or z_null is None else torch.cat([z, z_null]).float()
+            at = self._visits(plan.times, rows)
 
             def velocity(i: int, x: Tensor) -> Tensor:
-                v = self.network(x if scale is None else torch.cat([x, x]), at(i))
-                return v if scale is None else v[N:] + scale * (v[:N] - v[N:])
+                v = self.network(x if guidance is None else torch.cat([x, x]), at(i))
+                return v if guidance is None else v[N:] + guidance.column * (v[:N] - v[N:])
 
-            return FLOW_SOLVERS[solver](velocity, start, num_diffusion_steps)
+            return FLOW_SOLVERS[plan.options.solver](velocity, start, plan.options.num_diffusion_steps)
 
-    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
-        steps, solver = options.get("num_diffusion_steps", 100), options.get("solver", "euler")
+    def check_options(self, options: FlowOptions, temperature: float = 1.0) -> None:
+        super().check_options(options, temperature)
+        steps, solver = options.num_diffusion_steps, options.solver
         if not steps >= 1:
             raise UsageError(f"num_diffusion_steps: {steps!r} is not allowed; it must be at least 1")
         if solver not in FLOW_SOLVERS:
             raise UsageError(f"solver: {solver!r} is not known to the Flow head{nearest(solver, FLOW_SOLVERS)}")
 
-    def _visits(self, steps: int, z: Tensor, backwards: bool = False) -> Callable[[int], Sequence[Sequence[Tensor]]]:
-        """The modulations of all rows at time i / steps, for i that is asked in order from 0, each maybe repeatedly.
+    def _visits(self, times: Tensor, z: Tensor) -> Callable[[int], Sequence[Sequence[Tensor]]]:
+        """The modulations of all rows at the i-th time visited; i is asked for in order from 0, each maybe repeatedly.
 
-        Backwards, at time 1 - i / steps.
+        times (S, W) as `times` gives them.
         """
-        times = TIME_SCALE * np.arange(steps + 1) / steps  # as `walk` takes them: the first visited is the last
-        walk = self.walk(self.times_of(times if backwards else times[::-1].copy(), z.device), self.z_embed(z))
+        walk = self.walk(times, self.z_embed(z))
         now: list[tuple[int, list[list[Tensor]]]] = [(-1, [])]
 
         def at(i: int) -> list[list[Tensor]]:
@@ -155,7 +175,7 @@ class Flow(AdaLNHead):
         if not steps >= 1:
             raise UsageError(f"steps: {steps!r} is not allowed; it must be at least 1")
         with torch.autocast(z.device.type, enabled=False):
-            at = self._visits(2 * steps, z.float(), backwards=True)
+            at = self._visits(self.times(2 * steps, z.device, backwards=True), z.float())
 
             def slope(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
                 return velocity_and_divergence(lambda x: self.network(x, at(i)), x)

@@ -60,17 +60,21 @@ class GaussianMixture:
         at = u if u.ndim == 2 else u[:, None]
         return torch.searchsorted(sums, at.contiguous(), right=True).clamp(max=sums.shape[-1] - 1).view_as(u)
 
-    def sample(self, u: Tensor, normal: Tensor, temperature: float = 1.0) -> Tensor:
+    def sample(self, u: Tensor, normal: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
         """A component by u, then mean + temperature L normal: u (N,), normal (N, D) -> (N, D); or (N, S), (N, S, D).
 
-        The temperature scales standard deviations, never weights.
+        The temperature, a number or (N, 1), scales standard deviations, never weights. Where the weights of a row are
+        not finite, what is drawn is not finite either, so that the sampler's check at the end finds it.
         """
         rows = torch.arange(len(u), device=u.device).view(-1, *[1] * (u.ndim - 1))  # as u, to index with
         k = self.component(u)
         off = self.log_std.exp()[rows, k] * normal
         if self.below is not None:
             off = off + (self.below[rows, k] @ normal[..., None])[..., 0]
-        return self.means[rows, k] + temperature * off
+        if isinstance(temperature, Tensor):
+            temperature = temperature.view(-1, *[1] * (off.ndim - 1))
+        unsound = (0.0 * self.logits.amax(dim=-1)).view(-1, *[1] * (off.ndim - 1))  # 0, or NaN
+        return self.means[rows, k] + temperature * off + unsound
 
     def nucleus(self, top_p: float) -> GaussianMixture:
         """The heaviest components alone, as few as together weigh `top_p` or more; the others get no weight."""

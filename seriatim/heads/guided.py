@@ -42,7 +42,7 @@ def sample_product(
     null: GaussianMixture,
     w: Tensor,  # (N,)
     u: Tensor,  # (N,), in [0, 1)
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # one for all rows, or (N, 1)
 ) -> Tensor:
     """The inverse CDF of the target at u, for D = 1: (N,), in the dtype of the parameters.
 
@@ -62,14 +62,15 @@ def sample_product(
         return _inverse_cdf(cond, null, w, u, temperature, n)
     parts = [slice(i, i + rows) for i in range(0, len(u), rows)]
     return torch.cat(
-        [_inverse_cdf(cond.select(s), null.select(s), w[s], u[s], temperature, n) for s in parts]  # (rows,) each
+        [_inverse_cdf(cond.select(s), null.select(s), w[s], u[s], _rows(temperature, s), n) for s in parts]
     )
 
 
 def _inverse_cdf(
-    cond: GaussianMixture, null: GaussianMixture, w: Tensor, u: Tensor, temperature: float, n: int
+    cond: GaussianMixture, null: GaussianMixture, w: Tensor, u: Tensor, temperature: float | Tensor, n: int
 ) -> Tensor:
-    target = Target(cond, null, w, max(temperature, COLDEST))
+    warm = temperature.clamp(min=COLDEST) if isinstance(temperature, Tensor) else max(temperature, COLDEST)
+    target = Target(cond, null, w, warm)
     x, inside = target.grid(n)  # (N, P), (N, P-1)
     P = x.shape[1]
     left, width = x[:, :-1], x.diff(dim=1)
@@ -136,10 +137,11 @@ class Target:
     Components lie first, (K, N), so that a sum over them runs along memory.
     """
 
-    def __init__(self, cond: GaussianMixture, null: GaussianMixture, w: Tensor, temperature: float) -> None:
+    def __init__(self, cond: GaussianMixture, null: GaussianMixture, w: Tensor, temperature: float | Tensor) -> None:
         self.w, self.temperature = w.to(cond.means.dtype)[:, None], temperature  # (N, 1)
         self.cond, self.null = _scaled(cond, 1.0), _scaled(null, 1.0)
-        self.drawn = self.cond if temperature == 1.0 else _scaled(cond, temperature)
+        same = not isinstance(temperature, Tensor) and temperature == 1.0
+        self.drawn = self.cond if same else _scaled(cond, temperature)
 
     def log_density(self, x: Tensor) -> Tensor:
         """x (N, G) -> (N, G)."""
@@ -171,8 +173,13 @@ class Target:
 Scaled = tuple[Tensor, Tensor, Tensor]  # (K, N) each: log(weight / std), mean, 1 / std
 
 
-def _scaled(mixture: GaussianMixture, temperature: float) -> Scaled:
-    log_std = (mixture.log_std[..., 0].T + math.log(temperature)).clamp(-NARROWEST, NARROWEST)
+def _rows(temperature: float | Tensor, rows: slice) -> float | Tensor:
+    return temperature[rows] if isinstance(temperature, Tensor) else temperature
+
+
+def _scaled(mixture: GaussianMixture, temperature: float | Tensor) -> Scaled:
+    warmth = temperature.T.log() if isinstance(temperature, Tensor) else math.log(temperature)
+    log_std = (mixture.log_std[..., 0].T + warmth).clamp(-NARROWEST, NARROWEST)
     return (mixture.log_weights().T - log_std, mixture.means[..., 0].T, (-log_std).exp())
 
 
@@ -197,7 +204,7 @@ def resample_product(
     w: Tensor,  # (N,)
     candidates: tuple[Tensor, Tensor],  # uniform (N, S), normal (N, S, D)
     u: Tensor,  # (N,)
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # one for all rows, or (N, 1)
 ) -> Tensor:
     """Approximately from the target: one of S candidates, by weights (p_c / p_u)^(w-1): (N, D) (Zhao et al. 2025).
 
@@ -210,7 +217,7 @@ def resample_product(
     for i in range(0, len(u), rows):
         s = slice(i, i + rows)
         p_c, p_u = cond.select(s), null.select(s)
-        x = p_c.sample(uniform[s], normal[s], temperature)  # (rows, S, D)
+        x = p_c.sample(uniform[s], normal[s], _rows(temperature, s))  # (rows, S, D)
         log_ratio = (w[s, None] - 1) * (p_c.log_prob(x) - p_u.log_prob(x))  # (rows, S)
         chosen, _ = find(log_ratio.softmax(dim=1), u[s])  # (rows, 1)
         parts.append(x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))[:, 0])

@@ -11,17 +11,17 @@ Shapes: N tokens, D features, C width of z, W width of the network, d blocks, K 
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from seriatim.core.errors import NumericsError, UsageError, nearest
-from seriatim.core.random import Noise
-from seriatim.heads.base import Head, HeadLoss
+from seriatim.core.errors import UsageError, nearest
+from seriatim.core.keys import Keys
+from seriatim.heads.base import Guidance, Head, HeadLoss, Plan, column
 from seriatim.heads.gaussians import GaussianMixture
 from seriatim.heads.guided import resample_product, sample_product
-from seriatim.nn.blocks import MLP, NORM_EPS, xavier
+from seriatim.nn.block import MLP, NORM_EPS, xavier
 from seriatim.nn.linear import Linear
 
 COVARIANCES = ("diagonal", "full")
@@ -29,11 +29,19 @@ GUIDANCE_MODES = ("exact", "resample")
 CANDIDATES = 1000  # S, as published
 
 
+@dataclass(frozen=True)
+class MixtureOptions:
+    """How a token is drawn from the mixture."""
+
+    top_p: float = 1.0  # only the heaviest components that together reach this weight draw; 1: all
+    guidance_mode: str | None = None  # "exact" or "resample"; None: exact for one feature, else resample
+
+
 class Mixture(Head):
     """p(x | z) as K Gaussians, by d residual MLP blocks of width W; with d = 0 by one Linear."""
 
     has_density = True
-    sample_options = frozenset({"top_p", "guidance_mode"})
+    Options = MixtureOptions
 
     def __init__(
         self,
@@ -89,25 +97,11 @@ class Mixture(Head):
             return self.final(z.float())
 
     def mixture(self, z: Tensor) -> GaussianMixture:
-        """z (N, C) -> p(x | z) of each row; NumericsError if a parameter, or what it is made from, is not finite."""
-        flat = self(z)
-        made = unpacked(flat, self.components, self.output)
-        if bool(torch.isfinite(flat).all()):  # one look, at each part of each step
-            return made
-        named = {"log-variance": made.log_std, "mean": made.means, "logit": made.logits}
-        name = next((name for name, t in named.items() if not bool(torch.isfinite(t).all())), "covariance")
-        if not bool(torch.isfinite(z).all()):  # in a nested head, also for a token that isn't finite
-            raise NumericsError(
-                "the Mixture head is given a z that is not finite: training has diverged, or tokens or weights are "
-                "damaged; check the data, lower the learning rate, or go back to an earlier checkpoint"
-            )
-        raise NumericsError(
-            f"the Mixture head's {name} of a component is not finite: training has diverged, or the weights "
-            "are damaged; lower the learning rate, or go back to an earlier checkpoint"
-        )
+        """z (N, C) -> p(x | z) of each row. Nothing is checked here: samplers and the training loop do."""
+        return unpacked(self(z), self.components, self.output)
 
-    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
-        """z (N, C), target (N, D) -> -log p(target | z), in nats, summed over features; `noise` is not used."""
+    def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
+        """z (N, C), target (N, D) -> -log p(target | z), in nats, summed over features; `keys` are not used."""
         nll = -self.log_prob(z, target)
         return HeadLoss(nll, torch.ones_like(nll))
 
@@ -129,55 +123,60 @@ class Mixture(Head):
     def sample(
         self,
         z: Tensor,
-        noise: Noise,
+        keys: Keys,
+        plan: Plan | None = None,
         z_null: Tensor | None = None,
-        guidance: float | Tensor = 1.0,
-        temperature: float = 1.0,
-        *,
-        top_p: float = 1.0,  # of the weights: the lightest components that are not needed for it draw nothing
-        guidance_mode: str | None = None,  # "exact" or "resample"; None: exact where D = 1
-        **unknown: Any,
+        guidance: Guidance | None = None,
+        temperature: float | Tensor = 1.0,
     ) -> Tensor:
         """Tokens (N, D). The temperature scales standard deviations, never weights.
 
-        A row whose scale is 1 draws a uniform number and D normal ones; a guided one a uniform number ("exact"), or
-        those of its S candidates and one more ("resample"): whatever the other rows do. `top_p` is of the conditional
-        mixture. "exact" is so on the support that `sample_product` defines, "resample" approximate.
+        A row is generated from its own keys whatever the other rows do. `top_p` acts on the conditional mixture.
+        "exact" guidance is exact on the support that `sample_product` defines, "resample" is approximate.
         """
-        if unknown:
-            raise UsageError(f"{sorted(unknown)[0]}: the Mixture head has no such sampling option")
-        scale = self.check_sampling(z, z_null, guidance, temperature)  # (N, 1) or None
-        self.check_options(temperature, top_p=top_p, guidance_mode=guidance_mode)
-        exact = (guidance_mode or GUIDANCE_MODES[self.output != 1]) == "exact"
+        options = self.options() if plan is None else plan.options
+        self.check_sampling(z_null, guidance, temperature)
         with torch.autocast(z.device.type, enabled=False):
-            cond = self.mixture(z.float()).nucleus(top_p)
-            if scale is None or z_null is None:
-                return cond.sample(noise.uniform(), noise.normal(self.output), temperature)
-            guided = scale[:, 0] != 1
-            if bool(guided.all()):  # as nearly always: nothing is picked and put back
-                return self._product(cond, z_null, scale[:, 0], noise, temperature, exact)
-            drawn = z.new_empty(len(z), self.output, dtype=torch.float32)
-            plain, rows = (~guided).nonzero()[:, 0], guided.nonzero()[:, 0]
-            of = noise.select(plain)
-            drawn[plain] = cond.select(plain).sample(of.uniform(), of.normal(self.output), temperature)
-            drawn[rows] = self._product(
-                cond.select(rows), z_null[rows], scale[rows, 0], noise.select(rows), temperature, exact
+            cond = self.mixture(z.float()).nucleus(options.top_p)
+            if guidance is None or z_null is None:
+                return self._free(cond, keys, temperature)
+            if guidance.all:  # the ordinary case: nothing is picked and put back
+                return self._product(cond, z_null, guidance.scale, keys, temperature, options)
+            drawn = self._free(cond, keys, temperature)
+            rows = guidance.guided.nonzero()[:, 0]
+            there = rows.to(z.device)
+            warmth = temperature[there] if isinstance(temperature, Tensor) else temperature
+            product = self._product(
+                cond.select(there), z_null[there], guidance.scale[there], keys.select(there), warmth, options
             )
-            return drawn
+            return drawn.index_copy(0, there, product)
+
+    def _free(self, cond: GaussianMixture, keys: Keys, temperature: float | Tensor) -> Tensor:
+        """Tokens (N, D) without guidance."""
+        u, normal = keys.fold("component").uniform(), keys.fold("value").normal(self.output)
+        return cond.sample(u, normal, column(temperature))
 
     def _product(
-        self, cond: GaussianMixture, z_null: Tensor, w: Tensor, noise: Noise, temperature: float, exact: bool
+        self,
+        cond: GaussianMixture,
+        z_null: Tensor,
+        w: Tensor,
+        keys: Keys,
+        temperature: float | Tensor,
+        options: MixtureOptions,
     ) -> Tensor:
         """Tokens (N, D) of p_c^w p_u^(1-w); w (N,), none of them 1."""
         null = self.mixture(z_null.float())
-        if exact:
-            return sample_product(cond, null, w, noise.uniform(), temperature)[:, None]
-        candidates = noise.uniform(CANDIDATES), noise.normal(CANDIDATES, self.output)
-        return resample_product(cond, null, w, candidates, noise.uniform(), temperature)
+        if (options.guidance_mode or GUIDANCE_MODES[self.output != 1]) == "exact":
+            u = keys.fold("product").uniform()
+            return sample_product(cond, null, w, u, column(temperature))[:, None]
+        some = keys.fold("candidates")
+        candidates = some.fold("component").uniform(CANDIDATES), some.fold("value").normal(CANDIDATES, self.output)
+        return resample_product(cond, null, w, candidates, keys.fold("choice").uniform(), column(temperature))
 
-    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
-        top_p, mode = options.get("top_p", 1.0), options.get("guidance_mode")
+    def check_options(self, options: MixtureOptions, temperature: float = 1.0) -> None:
+        super().check_options(options, temperature)
+        top_p, mode = options.top_p, options.guidance_mode
         if not 0 < top_p <= 1:
             raise UsageError(f"top_p: {top_p!r} is not allowed; it must be above 0 and at most 1 (all components)")
         if mode is not None and mode not in GUIDANCE_MODES:

@@ -28,10 +28,10 @@ from seriatim.core.errors import UsageError, nearest
 from seriatim.heads.ddpm import Tables, log_variance, predict_x0
 
 Predict = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # index into the chain, x (N, D) -> eps (N, D), v (N, D)
-Solver = Callable[[Tables, Predict, Tensor, Tensor, float], Tensor]
+Solver = Callable[[Tables, Predict, Tensor, Tensor, float | Tensor], Tensor]  # the temperature: one, or (N, 1)
 
 
-def ddpm(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+def ddpm(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) with the learned variance: start (N, D), noise (T, N, D).
 
     The temperature scales the noise of each step, as published, and not that of the start.
@@ -46,7 +46,7 @@ def ddpm(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperat
     return x
 
 
-def ddim(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+def ddim(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """x' = alpha' x_0 + sigma' eps (Song et al. 2021, eq. 12 with sigma_t = 0): start (N, D), noise unused."""
     alpha, sigma = chain.sqrt_alphas_cumprod, chain.sqrt_one_minus_alphas_cumprod
     x = start
@@ -57,7 +57,7 @@ def ddim(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperat
     return x
 
 
-def dpm_plus_plus(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+def dpm_plus_plus(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): start (N, D), noise unused.
 
     x' = sigma'/sigma x - alpha' (e^-h - 1) D, h = lambda' - lambda, D = (1 + 1/2r) x_0 - 1/2r x_0 of the step before,
@@ -67,7 +67,7 @@ def dpm_plus_plus(chain: Tables, predict: Predict, start: Tensor, noise: Tensor,
 
 
 def sde_dpm_plus_plus(
-    chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float = 1.0
+    chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float | Tensor = 1.0
 ) -> Tensor:
     """SDE-DPM-Solver++ 2M (Lu et al. 2022): start (N, D), noise (T, N, D). The learned variance is not used.
 
@@ -78,7 +78,7 @@ def sde_dpm_plus_plus(
 
 
 def _multistep(
-    chain: Tables, predict: Predict, start: Tensor, noise: Tensor | None = None, temperature: float = 1.0
+    chain: Tables, predict: Predict, start: Tensor, noise: Tensor | None = None, temperature: float | Tensor = 1.0
 ) -> Tensor:
     """The ODE's solver, or with noise the SDE's."""
     alpha, sigma = chain.sqrt_alphas_cumprod, chain.sqrt_one_minus_alphas_cumprod
@@ -130,11 +130,11 @@ ODES: dict[str, float] = {"ddim": 0.0, "dpm++": 0.7}
 SDES: dict[str, float] = {"sde-dpm++": 0.5}
 
 
-def check_solver(name: str, temperature: float = 1.0) -> None:
+def check_solver(name: str, temperature: float | Tensor = 1.0) -> None:
     """Refuse a solver that is not known, and a temperature that it doesn't have."""
     if name not in SOLVERS:
         raise UsageError(f"solver: {name!r} is not known{nearest(name, SOLVERS)}")
-    if temperature != 1.0 and name in ODES:
+    if name in ODES and (isinstance(temperature, Tensor) or temperature != 1.0):
         raise UsageError(
             f"temperature: {temperature} is not allowed; the {name} solver is an ODE and has none; "
             "use solver=ddpm, or set temperature=1"

@@ -1,142 +1,183 @@
-"""What models of every kind share: the condition, the checks, the loss that they return, what sampling begins from.
+"""What sequence models of every kind share: the condition, the checks, and a loss that is a sum and a count.
 
-B images, L tokens, D features of a token or V codes.
+B images, L tokens, D features of a token or V codes, C width of z.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.backbones.base import Backbone
+from seriatim.conditions.base import Condition, Conditioner
+from seriatim.conditions.captions import CaptionEmbedder
+from seriatim.conditions.classes import Classes
 from seriatim.core.errors import UsageError
+from seriatim.core.keys import Keys
 from seriatim.core.orders import RANDOM
-from seriatim.core.random import Noise
-from seriatim.heads.base import Head
+from seriatim.core.settings import Settings
+from seriatim.core.spec import TokenSpec
+from seriatim.heads.base import Head, HeadLoss
+from seriatim.sampling.step import Start, Step
 
 
-@dataclass
-class Loss:
-    """The mean over all asked tokens and draws; `parts` are its terms, for logs."""
+class Loss(NamedTuple):
+    """The loss of a batch as a sum and a count, so that parts of a batch add up exactly."""
 
-    mean: Tensor  # ()
-    parts: dict[str, Tensor] = field(default_factory=dict)  # name -> ()
+    sum: Tensor  # () over all tokens asked for and all draws made for them
+    count: Tensor  # () how many these are
+    parts: dict[str, Tensor]  # name -> () sums of the terms of the loss, for logs
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over tokens and draws: ()."""
+        return self.sum / self.count
 
 
-class Model(nn.Module):
-    """Backbone + head + order -> `loss(tokens, labels, noise)` and `sample(labels, noise, ...)`."""
+class SequenceModel(nn.Module):
+    """Condition + order + backbone + head. `forward` is the loss of a batch, `sample` the naive sampler."""
 
-    one_by_one = False  # draws one token a step: as many steps as there are tokens
-    order = RANDOM  # what is drawn when, unless a request says
+    one_by_one = False  # generates one token a step: as many steps as there are tokens
+    order = RANDOM  # which token comes when, unless a request says
+    backbone: Any
+    head: Head
 
-    def __init__(
-        self, backbone: Backbone, head: Head, *, classes: int, label_dropout: float, no_class: bool = True
-    ) -> None:
+    def __init__(self, backbone: Backbone, head: Head, conditioner: Conditioner, label_dropout: float) -> None:
         super().__init__()
-        if classes < 0:
-            raise UsageError(f"classes: {classes!r} is not allowed; it must be 0 (unconditional) or more")
         if not 0 <= label_dropout <= 1:
             raise UsageError(f"label_dropout: {label_dropout!r} is not allowed; it must be in [0, 1]")
-        draws, takes = (
-            f"codes of a vocabulary of {vocab}" if vocab else f"{dim} features"
-            for dim, vocab in (
-                (head.output, head.output if head.discrete else None),
-                (backbone.dim, backbone.vocab),
+        if (head.spec.dim, head.spec.vocab) != (backbone.dim, backbone.vocab):
+            raise UsageError(f"head: it draws {head.spec.what}, the backbone's tokens are {backbone.spec.what}")
+        if conditioner.width != backbone.width:
+            raise UsageError(
+                f"conditioner: its vectors have width {conditioner.width}, the backbone takes {backbone.width}"
             )
-        )
-        if draws != takes:
-            raise UsageError(f"head: it draws {draws}, the backbone's tokens are {takes}")
         head.bind(backbone.z_dim)
+        self.conditioner = conditioner
         self.backbone, self.head = backbone, head
-        self.classes, self.label_dropout = classes, label_dropout
-        if no_class:
-            self.no_class = nn.Parameter(torch.randn(1, backbone.width) * 0.02)
-        if classes:
-            self.class_embedding = nn.Parameter(torch.randn(classes, backbone.width) * 0.02)
+        self.label_dropout = label_dropout
+
+    @property
+    def spec(self) -> TokenSpec:
+        return self.backbone.spec
 
     @property
     def tokens(self) -> int:
-        return self.backbone.tokens
+        """L, the number of tokens of an image."""
+        return self.backbone.spec.count
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are; 0 without classes."""
+        return self.conditioner.classes
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
 
     @property
     def config(self) -> dict[str, object]:
         """The constructor's arguments but for backbone and head, as plain data."""
-        return {"classes": self.classes, "label_dropout": self.label_dropout}
+        return {**self.conditioner.config, "label_dropout": self.label_dropout}
 
     @staticmethod
     def of_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
-        """A flat config as the backbone takes it, where a name of the model's says something to the backbone."""
+        """A flat config as the backbone takes it, where an argument of the model also tells the backbone something."""
         return dict(config)
 
-    @property
-    def device(self) -> torch.device:
-        return self.no_class.device
+    # --- the condition --------------------------------------------------------------------------------------------
 
-    def condition(self, labels: Tensor | None, images: int) -> Tensor:
-        """labels (B,), -1 for no class, or None -> (B, width)."""
-        if labels is None:
-            return self.no_class.expand(images, -1)
-        table = self.no_class if not self.classes else torch.cat([self.class_embedding, self.no_class])
-        return F.embedding(labels % len(table), table)  # -1 is the last row: no class
+    def condition(self, inputs: Any, images: int) -> Condition:
+        """The condition of so many images from labels (B,), captions or vectors; None is no condition."""
+        self.conditioner.check(inputs, images)
+        return self.conditioner(inputs, images)
 
-    def check_labels(self, labels: Tensor | None, images: int) -> None:
-        if labels is None:
-            return
-        if labels.shape != (images,):
-            raise UsageError(f"labels: shape {tuple(labels.shape)} is not ({images},), one for each image")
-        wrong = labels[(labels >= self.classes) | (labels < -1)].tolist()
-        if wrong:
-            allowed = f"from 0 to {self.classes - 1}, or -1 for no class" if self.classes else "-1, without classes"
-            raise UsageError(f"labels: {wrong[0]} is not allowed; they must be {allowed}")
+    def null(self, images: int, like: Condition | None = None) -> Condition:
+        """The condition of images without one, for guidance."""
+        return self.conditioner.null(images, like)
 
-    def check_tokens(self, tokens: Tensor, images: int | None = None) -> None:
-        """Refuse what is not (B, L, D), or codes (B, L) of the vocabulary."""
-        vocab, shape = self.backbone.vocab, self.backbone.token_shape
-        if tuple(tokens.shape[1:]) != shape or not tokens.ndim or (images is not None and len(tokens) != images):
-            wanted = ", ".join(("B" if images is None else str(images), *map(str, shape)))
-            raise UsageError(f"tokens: shape {tuple(tokens.shape)} is not ({wanted}); it is the tokenizer's output")
-        if (vocab is None) != tokens.is_floating_point():
-            wanted = "features in floating point" if vocab is None else "codes, int64"
-            raise UsageError(f"tokens: {tokens.dtype} is not allowed; this model's tokens are {wanted}")
-        if vocab is not None and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab:
-            low, high = int(tokens.min()), int(tokens.max())
-            raise UsageError(f"tokens: codes from {low} to {high} are not all in the vocabulary, 0 to {vocab - 1}")
+    # --- training -------------------------------------------------------------------------------------------------
 
-    def drop_labels(self, labels: Tensor | None, noise: Noise) -> Tensor | None:
-        """In training, a share of the images sees no label."""
-        if labels is None or not self.training:
-            return labels
-        return torch.where(noise.uniform() < self.label_dropout, -1, labels)
+    def forward(self, tokens: Tensor, inputs: Any = None, keys: Keys | None = None, step: Keys | None = None) -> Loss:
+        """The loss of a batch: tokens (B, L, D) or codes (B, L), inputs (labels (B,) or captions).
 
-    def loss(self, tokens: Tensor, labels: Tensor | None = None, noise: Noise | None = None) -> Loss:
-        """tokens (B, L, D) or codes (B, L), labels (B,) -> the mean loss of the tokens asked for."""
-        raise NotImplementedError(f"{type(self).__name__} lacks loss()")
+        keys: B rows, one for each image, on the host. step: one row, common to the whole optimiser step. Without keys,
+        both are drawn from torch's own generator.
+        """
+        self.spec.check(tokens)
+        B = len(tokens)
+        if keys is None:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+            keys = Keys.of(seed).fold(torch.arange(B))
+            step = Keys.of(seed, "step") if step is None else step
+        self.conditioner.check(inputs, B)
+        if self.training:
+            inputs = self.conditioner.drop(inputs, self.label_dropout, keys.fold("drop"))
+        loss = self.losses(tokens, self.conditioner(inputs, B), keys, step)
+        parts = {name: value.sum().detach() for name, value in loss.parts.items()}
+        return Loss(loss.sum.sum(), loss.count.sum(), parts)
 
-    def sample(self, labels: Tensor | None, noise: Noise, *, steps: int = 64, **settings: Any) -> Tensor:
-        """labels (B,), a row and a generator of noise for each image -> tokens (B, L, D) or codes (B, L)."""
+    def losses(self, tokens: Tensor, condition: Condition, keys: Keys, step: Keys | None = None) -> HeadLoss:
+        """The loss of each image (B,): what `forward` sums. Where `step` is None, nothing is common to the images."""
+        raise NotImplementedError(f"{type(self).__name__} lacks losses()")
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        condition: Condition,
+        null: Condition,
+        keys: Keys,
+        settings: Settings,
+        start: Start | None = None,
+        order: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Tokens (B, L, D), or codes (B, L): the naive sampler, which is the specification."""
         raise NotImplementedError(f"{type(self).__name__} lacks sample()")
 
-    def begin(self, images: int, tokens: Tensor | None, known: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What sampling begins from, copied: tokens (B, L, D), zero where unknown; known (B, L), by default none."""
-        B, L, device = images, self.backbone.tokens, self.device
-        blank = self.backbone.blank(B, device)
-        if tokens is None and known is None:
-            return blank, torch.zeros(B, L, dtype=torch.bool, device=device)
-        if tokens is None or known is None:
-            missing, given = ("tokens", "known") if tokens is None else ("known", "tokens")
-            raise UsageError(
-                f"{missing}: is missing, though {given} is given; sampling begins from both or from neither"
-            )
-        if known.shape != (B, L) or known.dtype != torch.bool:
-            raise UsageError(f"known: {known.dtype} of shape {tuple(known.shape)} is not allowed; give bool ({B}, {L})")
-        self.check_tokens(tokens, B)
-        tokens, known = tokens.to(device, blank.dtype), known.to(device, copy=True)
-        if not bool(torch.isfinite(tokens[known]).all()):
-            raise UsageError("tokens: a known one is not finite; check the images that they come from")
-        blank[known] = tokens[known]
-        return blank, known
+    def steps(
+        self,
+        condition: Condition,
+        null: Condition,
+        keys: Keys,
+        settings: Settings,
+        start: Start | None = None,
+        order: Tensor | Sequence[int] | None = None,
+        scale: Sequence[float] | None = None,
+        temperature: float | Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[Step]:
+        """The same tokens by the fast loop, step by step.
+
+        `scale` and `temperature`, one number for each image, override those of the settings. `dtype` is that of the
+        backbone.
+        """
+        raise NotImplementedError(f"{type(self).__name__} lacks steps()")
+
+    def check_settings(self, settings: Settings) -> Settings:
+        """The settings as this model follows them; raises UsageError for those that it can't follow."""
+        self.head.check_options(self.head.options(**settings.head_options), settings.temperature)
+        return settings
+
+
+def make_conditioner(width: int, classes: int, caption_dim: int | None, caption_tokens: int | None) -> Conditioner:
+    """The conditioner that a model's arguments describe: classes, or captions of so many features and positions."""
+    if caption_dim is None:
+        if caption_tokens is not None:
+            raise UsageError(f"caption_tokens: {caption_tokens} given without caption_dim, the features of each")
+        return Classes(classes, width)
+    if classes:
+        raise UsageError(f"classes: {classes} given with caption_dim; a model takes classes or captions")
+    return CaptionEmbedder(caption_dim, caption_tokens or 1, width)
+
+
+def summed(loss: HeadLoss, images: int, rows: Tensor) -> HeadLoss:
+    """Losses of tokens (N,) as losses of images (B,); rows (N,) is the image of each."""
+
+    def of(value: Tensor) -> Tensor:
+        return value.new_zeros(images).index_add(0, rows, value)
+
+    return HeadLoss(of(loss.sum), of(loss.count), {name: of(value) for name, value in loss.parts.items()})

@@ -1,14 +1,16 @@
-"""The tables name -> class, and from plain data to a model.
+"""From plain data to a model, and back.
 
 A model's config is one flat mapping, the same in a recipe, a preset and a model folder:
 
     kind: masked            # MODELS: masked or causal
     backbone: masked        # BACKBONES; optional: each model kind has a default
-    tokens, dim, width, ... # of the backbone
-    classes, ...            # of the model
+    tokens, dim, width, ... # arguments of the backbone
+    classes, ...            # arguments of the model
     head: {kind: diffusion, width: ..., ...}   # HEADS
 
-Register a class of your own with one line: `HEADS["mine"] = Mine`.
+The head of kind `nested` has a split, and the config of a model of the token's parts, without the sizes that follow:
+
+    head: {kind: nested, split: {kind: features}, model: {kind: causal, width: ..., head: {kind: mixture}}}
 """
 
 from __future__ import annotations
@@ -20,78 +22,175 @@ from typing import Any
 import torch
 from torch import nn
 
-from seriatim.backbones.build import BACKBONES
+from seriatim.conditions.base import Conditioner
+from seriatim.conditions.vectors import Vectors
 from seriatim.core.construct import arguments, construct, pop_kind
 from seriatim.core.errors import ConfigError, nearest
-from seriatim.heads.build import HEADS, build_head
-from seriatim.models.base import Model
-from seriatim.models.causal import CausalModel
-from seriatim.models.masked import MaskedModel
+from seriatim.heads.base import Head
+from seriatim.models.base import SequenceModel
+from seriatim.models.nested import Nested
+from seriatim.models.registry import BACKBONES, HEADS, MODELS, SPLITS
+from seriatim.models.splits import Split
 from seriatim.nn.packed import PackedLinear
 
-MODELS: dict[str, type[Model]] = {"masked": MaskedModel, "causal": CausalModel}
 
+def build_model(config: Mapping[str, Any], where: str = "model", z_dim: int | None = None, conditions: int = 1, **known: Any) -> SequenceModel:
+    """A model with fresh weights; `known` are sizes that the config may leave out (tokens, dim or vocab, classes).
 
-def build_model(config: Mapping[str, Any], **known: Any) -> Model:
-    """A model with fresh weights; `known` are sizes that the config may leave out (tokens, dim or vocab, classes)."""
-    kind, rest = pop_kind(config, MODELS, "model")
+    With `z_dim` it is the model of a token's parts: its condition is `conditions` vectors of that width.
+    """
+    kind, rest = pop_kind(config, MODELS, where)
     backbone_kind = rest.pop("backbone", kind)
     if backbone_kind not in BACKBONES:
-        raise ConfigError(f"model.backbone: {backbone_kind!r} is not known{nearest(str(backbone_kind), BACKBONES)}")
+        raise ConfigError(f"{where}.backbone: {backbone_kind!r} is not known{nearest(str(backbone_kind), BACKBONES)}")
     head_config = rest.pop("head", None)
     if not isinstance(head_config, Mapping):
-        raise ConfigError("model.head: is required, a mapping such as {kind: diffusion, width: 256, depth: 3}")
+        raise ConfigError(f"{where}.head: is required, a mapping such as {{kind: diffusion, width: 256, depth: 3}}")
     given, wanted = ("dim", "vocab") if "vocab" in known else ("vocab", "dim")
-    if wanted in known and given in rest:
+    if wanted in known and rest.get(given) is not None:
         takes, are = ("features", "codes") if wanted == "vocab" else ("codes", "features")
-        raise ConfigError(f"model.{given}: {rest[given]!r} is for tokens that are {takes}; the tokenizer's are {are}")
+        raise ConfigError(f"{where}.{given}: {rest[given]!r} is for tokens that are {takes}; the tokenizer's are {are}")
     for name, value in known.items():
         if rest.setdefault(name, value) != value:
-            raise ConfigError(f"model.{name}: {rest[name]!r} does not fit the tokenizer and the data ({value})")
+            what = "the tokenizer and the data" if z_dim is None else "the split of the token"
+            raise ConfigError(f"{where}.{name}: {rest[name]!r} does not fit {what} ({value}); leave it out")
     of_backbone = arguments(BACKBONES[backbone_kind])
-    of_model = {k: v for k, v in arguments(MODELS[kind]).items() if k not in ("backbone", "head")}
+    of_model = {k: v for k, v in arguments(MODELS[kind]).items() if k not in ("backbone", "head", "conditioner")}
     for name in rest:
         if name not in of_backbone and name not in of_model:
             hint = nearest(name, [*of_backbone, *of_model, "head", "backbone"])
-            raise ConfigError(f"model: unknown key 'model.{name}'{hint}")
+            raise ConfigError(f"{where}: unknown key '{where}.{name}'{hint}")
     told = {k: v for k, v in MODELS[kind].of_backbone(rest).items() if k in of_backbone}
-    backbone = construct(BACKBONES[backbone_kind], told, "model")
-    head = build_head(head_config, dim=backbone.dim, vocab=backbone.vocab)
     own = {k: v for k, v in rest.items() if k in of_model}
-    return construct(MODELS[kind], own, "model", backbone=backbone, head=head)
+    if z_dim is not None:
+        for name in ("classes", "caption_dim", "caption_tokens", "condition_width"):
+            if rest.get(name):
+                raise ConfigError(f"{where}.{name}: follows from what is around a nested head; leave it out")
+        if "condition_width" in of_backbone:
+            told["condition_width"] = z_dim
+    backbone = construct(BACKBONES[backbone_kind], told, where)
+    conditioner: Conditioner | None = None
+    if z_dim is not None:
+        conditioner = Vectors(z_dim, conditions, backbone.width)
+        own = {k: v for k, v in own.items() if k not in ("classes", "caption_dim", "caption_tokens")}
+    head = build_head(
+        head_config, dim=backbone.dim, vocab=backbone.vocab, z_dim=backbone.z_dim, where=f"{where}.head"
+    )
+    return construct(MODELS[kind], own, where, backbone=backbone, head=head, conditioner=conditioner)
 
 
-def model_config(model: Model) -> dict[str, Any]:
+def build_head(
+    config: Mapping[str, Any], *, dim: int | None, vocab: int | None, z_dim: int | None = None, where: str = "model.head"
+) -> Head:
+    """`{"kind": "diffusion", "width": 256}` -> a head with fresh weights for tokens of D features, or of V codes.
+
+    z_dim is the width of z, which a nested head must know when it is built.
+    """
+    kind, rest = pop_kind(config, HEADS, where)
+    if HEADS[kind].discrete != (vocab is not None):
+        real, codes = f"{dim} real features", f"codes of {vocab}"
+        ours, theirs = ("codes", real) if HEADS[kind].discrete else ("real features", codes)
+        fit = ", ".join(name for name, cls in HEADS.items() if cls.discrete == (vocab is not None))
+        raise ConfigError(
+            f"{where}.kind: {kind!r} draws {ours}, the tokens are {theirs}; choose a head that draws those ({fit}), or "
+            f"a tokenizer of {ours}"
+        )
+    name, size = ("dim", dim) if vocab is None else ("vocab", vocab)
+    if rest.setdefault(name, size) != size:
+        raise ConfigError(f"{where}.{name}: {rest[name]!r} does not fit the backbone's tokens ({size}); leave it out")
+    if issubclass(HEADS[kind], Nested):
+        if dim is None or z_dim is None:
+            raise ConfigError(f"{where}: a nested head is built with dim, the features of a token, and z_dim, of z")
+        return build_nested(HEADS[kind], rest, dim, z_dim, where)
+    return construct(HEADS[kind], rest, where)
+
+
+def build_nested(cls: type[Nested], config: dict[str, Any], dim: int, z_dim: int, where: str) -> Nested:
+    """A nested head: split, model and perhaps a guide; `backbone` and `head` stand for a causal model of these."""
+    rest = {k: v for k, v in config.items() if k not in ("dim", "z_dim")}
+    split = build_split(mapping(rest, "split", where), dim, f"{where}.split")
+    if "backbone" in rest or ("head" in rest and "model" not in rest):
+        backbone_kind, backbone = pop_kind(mapping(rest, "backbone", where), BACKBONES, f"{where}.backbone")
+        rest["model"] = {"kind": "causal", "backbone": backbone_kind, **backbone, "head": mapping(rest, "head", where)}
+        del rest["backbone"], rest["head"]
+    model_config = mapping(rest, "model", where)
+    guide_config, neighbours = rest.pop("guide", None), bool(rest.pop("neighbours", False))
+    for name in rest:
+        if name not in ("split", "model"):
+            raise ConfigError(
+                f"{where}: unknown key '{where}.{name}'{nearest(name, ['split', 'model', 'guide', 'neighbours'])}"
+            )
+    guide = None
+    if guide_config is not None:
+        guide = build_head(guide_config, dim=split.spec.dim, vocab=split.spec.vocab, where=f"{where}.guide")
+    sizes: dict[str, Any] = {"tokens": split.spec.count}
+    sizes |= {"dim": split.spec.dim} if split.spec.vocab is None else {"vocab": split.spec.vocab}
+    if split.spec.grid is not None and "grid" in arguments(BACKBONES.get(model_config.get("backbone", model_config.get("kind")), Nested)):
+        sizes["grid"] = list(split.spec.grid)
+    vectors = (5 if neighbours else 1) + (guide is not None)
+    model = build_model(model_config, f"{where}.model", z_dim, vectors, **sizes)
+    return construct(cls, {}, where, split=split, model=model, guide=guide)
+
+
+def mapping(config: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    """The mapping under a key that is required."""
+    value = config.get(name)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}.{name}: is required, a mapping such as {{kind: ...}}")
+    return value
+
+
+def build_split(config: Mapping[str, Any], dim: int, where: str = "split") -> Split:
+    """`{"kind": "features", "group": 2}` -> the split of a token of D features."""
+    kind, rest = pop_kind(config, SPLITS, where)
+    return construct(SPLITS[kind], rest, where, dim=dim)
+
+
+def model_config(model: SequenceModel) -> dict[str, Any]:
     """The config that `build_model` takes back, complete."""
-    head = {"kind": name_of(model.head, HEADS, "HEADS"), **model.head.config}
     return {
         "kind": name_of(model, MODELS, "MODELS"),
         "backbone": name_of(model.backbone, BACKBONES, "BACKBONES"),
         **model.backbone.config,
         **model.config,
-        "head": head,
+        "head": head_config(model.head),
     }
 
 
-def name_of(module: nn.Module, table: Mapping[str, type[Any]], label: str) -> str:
-    """Under which name the class of `module` is registered."""
+def head_config(head: Head) -> dict[str, Any]:
+    """The config that `build_head` takes back, complete."""
+    kind = name_of(head, HEADS, "HEADS")
+    if not isinstance(head, Nested):
+        return {"kind": kind, **head.config}
+    inner = {k: v for k, v in model_config(head.model).items() if k != "condition_width"}
+    config = {"kind": kind, "dim": head.output, "split": {"kind": name_of(head.split, SPLITS, "SPLITS"), **head.split.config}}
+    config["model"] = inner
+    if head.guide is not None:
+        config["guide"] = head_config(head.guide)
+    return config | ({"neighbours": True} if head.neighbours else {})
+
+
+def name_of(part: object, table: Mapping[str, type[Any]], label: str) -> str:
+    """Under which name the class of `part` is registered."""
     for name, cls in table.items():
-        if type(module) is cls:
+        if type(part) is cls:
             return name
-    raise ConfigError(
-        f"{type(module).__name__} is not registered; add it with {label}['name'] = {type(module).__name__}"
-    )
+    raise ConfigError(f"{type(part).__name__} is not registered; add it with {label}['name'] = {type(part).__name__}")
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Weights drawn inside depend on `seed` alone; torch's own generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Weights drawn inside depend on `seed` alone; torch's generator of the CPU is left as it was, and no other is
+    touched."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Those packed for sampling too."""
+    """The number of parameters, those packed for sampling included."""
     packed = sum(layer.count for layer in model.modules() if isinstance(layer, PackedLinear))
     return packed + sum(p.numel() for p in model.parameters())

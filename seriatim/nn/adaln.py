@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seriatim.nn.blocks import NORM_EPS
+from seriatim.nn.block import NORM_EPS
 from seriatim.nn.linear import Linear
 from seriatim.nn.packed import PackedLinear
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seriatim.nn.cache import causal_mask
+from seriatim.nn.kv_cache import causal_mask
 from seriatim.nn.linear import Linear
 
 SHORT = 128  # positions up to which explicit products beat the fused kernel on a CPU in float32

@@ -1,10 +1,18 @@
-"""Sampling: what is asked for, and the fast loops that give it step by step."""
+"""Sampling: the fast loops that give images step by step, over any backbone and head."""
 
 from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["SampleRequest", "Step"]
+__all__ = ["Start", "Step", "parallel_steps", "sequential_steps"]
 
 
-__getattr__ = exporter(__name__, {"SampleRequest": "seriatim.sampling.request", "Step": "seriatim.sampling.masked"})
+__getattr__ = exporter(
+    __name__,
+    {
+        "Start": "seriatim.sampling.step",
+        "Step": "seriatim.sampling.step",
+        "parallel_steps": "seriatim.sampling.parallel",
+        "sequential_steps": "seriatim.sampling.sequential",
+    },
+)

@@ -26,7 +26,7 @@ from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, St
 from seriatim.core.files import MANIFEST, atomic_write, sha256, writable_folder, write_json, write_manifest
 from seriatim.core.progress import Progress
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.build import tokenizer_config
+from seriatim.tokenizers.kinds import tokenizer_config
 from seriatim.training.data import ImageData, StreamData
 from seriatim.training.latents import (
     CACHE,

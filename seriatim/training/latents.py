@@ -27,7 +27,7 @@ from seriatim.core.files import MANIFEST, read_manifest, sha256, verify_file, wr
 from seriatim.core.progress import track
 from seriatim.core.validation import Strict, parse
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.build import tokenizer_config
+from seriatim.tokenizers.kinds import tokenizer_config
 from seriatim.training.data import ImageData
 
 CACHE, SOURCES = "cache.json", "sources.json"

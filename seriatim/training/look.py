@@ -8,8 +8,8 @@ from PIL import Image
 
 from seriatim.checkpoints.native import Bundle
 from seriatim.evaluation.grid import grid, save_png
-from seriatim.pipeline import Pipeline
-from seriatim.sampling.result import save_array
+from seriatim.pipeline.pipeline import Pipeline
+from seriatim.pipeline.result import save_array
 
 IMAGES, COLUMNS = 32, 8
 SIDE = 32  # small images are enlarged to about this in a grid

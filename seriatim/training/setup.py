@@ -20,9 +20,9 @@ from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, seeded
-from seriatim.pipeline import Pipeline
+from seriatim.pipeline.pipeline import Pipeline
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.build import TOKENIZERS, build_tokenizer
+from seriatim.tokenizers.kinds import TOKENIZERS, build_tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
 from seriatim.training.config import AnyRecipe, Recipe, dump, read_any

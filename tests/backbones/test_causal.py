@@ -11,7 +11,7 @@ from helpers import golden, randomise
 from safetensors.torch import load_file
 from torch import Tensor
 
-from seriatim.backbones.causal import Causal, usual_hidden
+from seriatim.backbones.causal_transformer import Causal, usual_hidden
 from seriatim.core.errors import UsageError
 from seriatim.models.build import seeded
 from seriatim.nn import ahead

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import randomise
 
-from seriatim.backbones.masked import Masked, first
+from seriatim.backbones.masked_transformer import Masked, first
 from seriatim.core.errors import UsageError
 
 L, D, E, C = 12, 4, 32, 24

@@ -20,18 +20,18 @@ from helpers import randomise
 from torch import nn
 
 from seriatim.bench import run as bench_run
-from seriatim.bench.arinar import OfficialARINAR
+from seriatim.bench.official_arinar import OfficialARINAR
 from seriatim.bench.opponent import Draws, Workload
 from seriatim.bench.ours import Ours
-from seriatim.bench.run import bench, compared, subject
+from seriatim.bench.race import bench, compared, subject
 from seriatim.cli.main import run as command
 from seriatim.core.errors import UsageError
 from seriatim.core.progress import Progress
 from seriatim.heads import nested
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, seeded
-from seriatim.nn.cache import KVCache
-from seriatim.sampling.masked import prepare_model
+from seriatim.nn.kv_cache import KVCache
+from seriatim.sampling.parallel import prepare_model
 from seriatim.zoo import PRESETS, Preset
 
 CPU = torch.device("cpu")

@@ -26,14 +26,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from seriatim.backbones.masked import Masked
+from seriatim.backbones.masked_transformer import Masked
 from seriatim.bench import run as bench_run
 from seriatim.bench.checkout import set_aside
-from seriatim.bench.mar import MODULES, OfficialMAR
-from seriatim.bench.mar import official_mar as load_checkout
+from seriatim.bench.official_mar import MODULES, OfficialMAR
+from seriatim.bench.official_mar import official_mar as load_checkout
 from seriatim.bench.opponent import Draws, Workload
 from seriatim.bench.ours import Ours
-from seriatim.bench.run import bench, compared, flops, subject
+from seriatim.bench.race import bench, compared, flops, subject
 from seriatim.bench.timing import counting, matrix_peak, peak_resident_bytes
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.cli.main import run as command
@@ -42,12 +42,12 @@ from seriatim.core.progress import Progress
 from seriatim.core.schedules import tokens_per_step
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import seeded
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 from seriatim.nn import packed
 from seriatim.nn.attention import SHORT, attend
 from seriatim.nn.packed import PackedLinear, packs
 from seriatim.sampling.loops import steps_of
-from seriatim.sampling.masked import prepare_model
+from seriatim.sampling.parallel import prepare_model
 from seriatim.tokenizers.pixels import Pixels
 
 CPU = torch.device("cpu")

@@ -16,19 +16,19 @@ import pytest
 import torch
 from torch import nn
 
-from seriatim.backbones.causal import Causal
+from seriatim.backbones.causal_transformer import Causal
 from seriatim.bench import run as bench_run
-from seriatim.bench.llamagen import OfficialLlamaGen
+from seriatim.bench.official_llamagen import OfficialLlamaGen
 from seriatim.bench.opponent import Draws, Workload
 from seriatim.bench.ours import Ours
-from seriatim.bench.run import DECODERS, bench, compared
+from seriatim.bench.race import DECODERS, bench, compared
 from seriatim.cli.main import run as command
 from seriatim.core.errors import UsageError
 from seriatim.core.progress import Progress
 from seriatim.heads.categorical import Categorical
 from seriatim.models.build import seeded
-from seriatim.models.causal import CausalModel
-from seriatim.sampling.masked import prepare_model
+from seriatim.models.causal_model import CausalModel
+from seriatim.sampling.parallel import prepare_model
 from seriatim.tokenizers.vq import VQ
 from seriatim.zoo import PRESETS, Preset
 

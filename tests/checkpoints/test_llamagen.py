@@ -33,9 +33,9 @@ from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.core.random import Noise
 from seriatim.models.build import build_model, model_config, seeded
 from seriatim.models.captions import Captions
-from seriatim.models.causal import CausalModel
+from seriatim.models.causal_model import CausalModel
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.build import TOKENIZERS
+from seriatim.tokenizers.kinds import TOKENIZERS
 from seriatim.tokenizers.vq import VQ
 from seriatim.zoo import PRESETS
 

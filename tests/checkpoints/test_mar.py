@@ -15,7 +15,7 @@ from helpers import randomise
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seriatim.backbones.masked import Masked
+from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.mar import (
     ENTRIES,
     TABLE,
@@ -30,7 +30,7 @@ from seriatim.checkpoints.official import one_file, read_official
 from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import build_model, model_config, seeded
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 from seriatim.zoo import PRESETS
 
 

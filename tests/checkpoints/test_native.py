@@ -14,13 +14,13 @@ import torch
 from helpers import make_bundle
 from safetensors.torch import load_file, save_file
 
-from seriatim.backbones.masked import Masked
+from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.native import CONFIG, MODEL, TOKENIZER, Bundle, load_bundle, save_bundle
 from seriatim.core.errors import CheckpointError, NumericsError, UsageError
 from seriatim.core.files import MANIFEST, write_manifest
 from seriatim.heads.diffusion import Diffusion
-from seriatim.models.masked import MaskedModel
-from seriatim.pipeline import Pipeline, load
+from seriatim.models.masked_model import MaskedModel
+from seriatim.pipeline.pipeline import Pipeline, load
 from seriatim.tokenizers.pixels import Pixels
 
 FILES = (CONFIG, MODEL, TOKENIZER)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from helpers import make_bundle
 
-from seriatim.backbones.masked import Masked
+from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.native import CONFIG, TOKENIZER, Bundle, load_bundle, save_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance, save_tokenizer
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError
 from seriatim.core.files import MANIFEST, write_manifest
 from seriatim.heads.diffusion import Diffusion
-from seriatim.models.masked import MaskedModel
-from seriatim.pipeline import Pipeline, load
+from seriatim.models.masked_model import MaskedModel
+from seriatim.pipeline.pipeline import Pipeline, load
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.latent import Latent

@@ -10,14 +10,14 @@ import torch
 from helpers import make_bundle, randomise
 
 import seriatim
-from seriatim.backbones.masked import Masked
+from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.kl16 import kl16_from_tokenizer
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.checkpoints.native import save_bundle
 from seriatim.cli.main import run
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import seeded
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 from seriatim.tokenizers.kl import KL
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.cli.main import app, run
 from seriatim.models.build import build_model, seeded
-from seriatim.sampling.metadata import read_recorded
-from seriatim.sampling.request import SampleRequest
+from seriatim.pipeline.metadata import read_recorded
+from seriatim.pipeline.request import SampleRequest
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
 

@@ -25,7 +25,7 @@ from seriatim.evaluation.features import open_features
 from seriatim.evaluation.reference import ArrayImages
 from seriatim.evaluation.run import evaluate
 from seriatim.models.build import seeded
-from seriatim.pipeline import Pipeline
+from seriatim.pipeline.pipeline import Pipeline
 
 SMALL = {"kind": "resnet", "widths": [8, 8], "depth": [1, 0]}
 

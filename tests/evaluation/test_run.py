@@ -28,7 +28,7 @@ from seriatim.evaluation.metrics import Figure, discrepancy, inception_score
 from seriatim.evaluation.reference import ArrayImages, as_many, balanced, halves, read_statistics, whole
 from seriatim.evaluation.rows import markdown
 from seriatim.evaluation.run import Evaluation, evaluate
-from seriatim.pipeline import Pipeline
+from seriatim.pipeline.pipeline import Pipeline
 
 NAMES = ["cat", "dog", "horse"]
 

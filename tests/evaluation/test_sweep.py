@@ -24,7 +24,7 @@ from seriatim.evaluation.reference import ArrayImages, whole
 from seriatim.evaluation.run import evaluate
 from seriatim.evaluation.sweep import sweep
 from seriatim.evaluation.tokenizers import LatentStatistics, evaluate_tokenizer, similarity
-from seriatim.pipeline import Pipeline
+from seriatim.pipeline.pipeline import Pipeline
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
 

@@ -10,7 +10,7 @@ import torch
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
 from seriatim.heads.bins import Bins, equal_bins
-from seriatim.heads.nested import Nested
+from seriatim.models.nested import Nested
 from seriatim.testing import check_head
 
 INSIDE = {"kind": "bins"}

@@ -10,16 +10,16 @@ import torch
 from helpers import make_bundle, randomise
 
 import seriatim
-from seriatim.backbones.masked import Masked
+from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.native import save_bundle
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head
 from seriatim.heads.flow import Flow
 from seriatim.heads.mixture import Mixture
-from seriatim.heads.nested import Nested
+from seriatim.models.nested import Nested
 from seriatim.models.build import seeded
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 
 PARTS: dict[str, Any] = {
     "split": {"kind": "features"},

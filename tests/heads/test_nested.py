@@ -15,14 +15,14 @@ from seriatim.checkpoints.arinar import BLOCK
 from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.random import Noise
 from seriatim.heads.build import HEADS, build_head
-from seriatim.heads.nested import FEATURE_SCHEDULES, Nested, scheduled
-from seriatim.heads.splits import build_split
+from seriatim.models.nested import FEATURE_SCHEDULES, Nested, scheduled
+from seriatim.models.splits import build_split
 from seriatim.models.build import build_model, model_config, seeded
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 from seriatim.nn.packed import packs, prepare
 from seriatim.nn.patch import patchify
 from seriatim.sampling.loops import steps_of
-from seriatim.sampling.masked import masked_steps
+from seriatim.sampling.parallel import masked_steps
 from seriatim.testing import check_head
 
 PLAIN = {"kind": "causal", "width": 32, "depth": 1, "heads": 4}

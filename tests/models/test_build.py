@@ -98,8 +98,8 @@ def test_a_head_of_ones_own_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_unregistered_head_cannot_be_saved() -> None:
-    from seriatim.backbones.masked import Masked
-    from seriatim.models.masked import MaskedModel
+    from seriatim.backbones.masked_transformer import Masked
+    from seriatim.models.masked_model import MaskedModel
 
     model = MaskedModel(Masked(4, 3, width=32, depth=1), Point(3))
     with pytest.raises(ConfigError, match=r"Point is not registered; add it with HEADS"):

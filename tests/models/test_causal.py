@@ -15,8 +15,8 @@ from seriatim.core.orders import ORDERS
 from seriatim.core.random import Noise
 from seriatim.models.build import build_model, model_config, parameter_count, seeded
 from seriatim.models.captions import Captions
-from seriatim.models.causal import CausalModel
-from seriatim.sampling.causal import causal_steps
+from seriatim.models.causal_model import CausalModel
+from seriatim.sampling.sequential import causal_steps
 from seriatim.sampling.loops import steps_of
 
 L, V, D = 9, 12, 3

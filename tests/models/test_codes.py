@@ -11,8 +11,8 @@ from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.random import Noise
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config, seeded
-from seriatim.models.masked import surest
-from seriatim.sampling.masked import masked_steps
+from seriatim.models.masked_model import surest
+from seriatim.sampling.parallel import masked_steps
 
 L, V = 9, 12
 CONFIG: dict[str, Any] = {

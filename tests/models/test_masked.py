@@ -8,14 +8,14 @@ import pytest
 import torch
 from helpers import randomise
 
-from seriatim.backbones.masked import Masked
+from seriatim.backbones.masked_transformer import Masked
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
 from seriatim.core.schedules import mask_ratio
 from seriatim.heads.base import Head, HeadLoss
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import seeded
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 
 L, D = 9, 4
 

@@ -19,10 +19,10 @@ from seriatim.core.random import Noise
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import parameter_count
 from seriatim.nn import packed
-from seriatim.nn.blocks import MLP
+from seriatim.nn.block import MLP
 from seriatim.nn.linear import Linear
 from seriatim.nn.packed import PackedLinear, packs, prepare, version
-from seriatim.sampling.masked import masked_steps, prepare_model
+from seriatim.sampling.parallel import masked_steps, prepare_model
 
 pytestmark = pytest.mark.skipif(not packs(torch.float32), reason="this build of torch has no oneDNN products")
 

@@ -18,12 +18,12 @@ from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.random import Noise
 from seriatim.models.build import build_model, seeded
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.pipeline import Pipeline
+from seriatim.pipeline.pipeline import Pipeline
 from seriatim.sampling.loops import steps_of
-from seriatim.sampling.metadata import read_recorded
-from seriatim.sampling.request import SampleRequest
+from seriatim.pipeline.metadata import read_recorded
+from seriatim.pipeline.request import SampleRequest
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.build import TOKENIZERS
+from seriatim.tokenizers.kinds import TOKENIZERS
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train

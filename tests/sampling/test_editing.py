@@ -11,9 +11,9 @@ from helpers import make_bundle
 from PIL import Image
 
 from seriatim.core.errors import UsageError
-from seriatim.pipeline import Pipeline
-from seriatim.sampling.editing import chosen_tokens, composite, pixel_mask, token_mask
-from seriatim.sampling.result import Result
+from seriatim.pipeline.pipeline import Pipeline
+from seriatim.pipeline.editing import chosen_tokens, composite, pixel_mask, token_mask
+from seriatim.pipeline.result import Result
 from seriatim.tokenizers.pixels import Pixels
 
 FEW = {"num_inference_steps": 3, "num_diffusion_steps": 4, "guidance_scale": 1.5}

@@ -13,8 +13,8 @@ from seriatim.core.errors import UsageError
 from seriatim.core.orders import ORDERS
 from seriatim.core.random import Noise
 from seriatim.core.schedules import guidance_at, tokens_per_step
-from seriatim.models.masked import MaskedModel
-from seriatim.sampling.masked import Step, masked_steps
+from seriatim.models.masked_model import MaskedModel
+from seriatim.sampling.parallel import Step, masked_steps
 
 L, D = 16, 4
 LABELS = torch.tensor([0, 1, 2, -1])

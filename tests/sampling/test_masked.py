@@ -12,7 +12,7 @@ from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.random import Noise
 from seriatim.core.schedules import tokens_per_step
 from seriatim.heads.solvers import SOLVERS
-from seriatim.sampling.masked import FirstStep, masked_steps
+from seriatim.sampling.parallel import FirstStep, masked_steps
 
 SETTINGS: list[dict[str, Any]] = [
     {"steps": 5},
@@ -180,7 +180,7 @@ def test_with_many_classes_the_first_step_is_one_pass(monkeypatch: pytest.Monkey
     model, labels = make_bundle().model, torch.tensor([0, 1, 2])
     rows: list[int] = []
     model.backbone.decoder[0].register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))  # type: ignore[index]
-    monkeypatch.setattr("seriatim.sampling.masked.FEW_CLASSES", 2)
+    monkeypatch.setattr("seriatim.sampling.parallel.FEW_CLASSES", 2)
     *_, last = masked_steps(model, labels, Noise.per_image([1, 2, 3]), steps=2, num_diffusion_steps=3)
     assert rows == [3, 3]
     naive = model.sample(labels, Noise.per_image([1, 2, 3]), steps=2, num_diffusion_steps=3)

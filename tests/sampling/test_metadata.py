@@ -14,8 +14,8 @@ from PIL import Image, PngImagePlugin
 from seriatim.checkpoints.native import save_bundle
 from seriatim.cli.main import run
 from seriatim.core.errors import DataError, UsageError
-from seriatim.pipeline import Pipeline, load
-from seriatim.sampling.metadata import KEY, LONGEST, read_recorded
+from seriatim.pipeline.pipeline import Pipeline, load
+from seriatim.pipeline.metadata import KEY, LONGEST, read_recorded
 
 FEW = ["--num-inference-steps", "3", "--num-diffusion-steps", "4"]
 
@@ -143,7 +143,7 @@ def test_what_can_not_be_repeated(drawn: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_another_picture_is_told_from_rounding(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from seriatim.sampling.metadata import pixels_sha256
+    from seriatim.pipeline.metadata import pixels_sha256
 
     path = drawn / "out" / "0000-cat.png"
     says = good(path)

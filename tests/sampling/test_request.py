@@ -9,7 +9,7 @@ import pytest
 from seriatim.core.errors import UsageError
 from seriatim.core.random import derive_seed
 from seriatim.core.validation import parse
-from seriatim.sampling.request import SampleRequest, clamped
+from seriatim.pipeline.request import SampleRequest, clamped
 
 
 def make_request(settings: dict[str, Any], tokens: int) -> SampleRequest:

@@ -15,7 +15,7 @@ from seriatim.cli.main import run
 from seriatim.core.errors import ConfigError, DataError, UsageError
 from seriatim.nn.patch import patchify
 from seriatim.tokenizers import kmeans
-from seriatim.tokenizers.build import build_tokenizer
+from seriatim.tokenizers.kinds import build_tokenizer
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.training.data import Digits
 

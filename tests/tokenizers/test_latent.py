@@ -17,7 +17,7 @@ from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, NumericsError, UsageError
 from seriatim.core.random import Noise
 from seriatim.tokenizers import latent as module
-from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
+from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.latent import STD_FLOOR, Latent, Statistics
 from seriatim.tokenizers.pretrained import Pretrained

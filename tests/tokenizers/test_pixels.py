@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from seriatim.core.errors import ConfigError, DataError, UsageError
 from seriatim.nn.patch import patchify
 from seriatim.tokenizers.base import to_uint8
-from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
+from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.pixels import STD_FLOOR, Pixels
 
 

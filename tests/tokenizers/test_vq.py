@@ -15,7 +15,7 @@ from PIL import Image
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.core.errors import ConfigError, DataError, UsageError
 from seriatim.tokenizers import quantise
-from seriatim.tokenizers.build import build_tokenizer, tokenizer_config
+from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.quantise import Quantiser, Usage, entropy_loss, nearest_codes
 from seriatim.tokenizers.vq import VQ

@@ -24,7 +24,7 @@ from seriatim.cli.main import run
 from seriatim.core.errors import ConfigError, DataError, NumericsError, ResourceError, Stopped, UsageError
 from seriatim.core.random import Noise
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.build import TOKENIZERS
+from seriatim.tokenizers.kinds import TOKENIZERS
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.training import caching, setup, stopping
 from seriatim.training.caching import CacheResult, write_cache

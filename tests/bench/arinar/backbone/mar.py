@@ -13,9 +13,9 @@ import torch
 from model_head.arhead_gmm import ARHead
 from torch import nn
 
-from seriatim.backbones.masked import Masked, first
+from seriatim.backbones.masked_transformer import Masked, first
 from seriatim.checkpoints.arinar import UNSQUEEZED, ZERO, official_name
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 
 
 class MAR(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from seriatim.heads.gaussians import GaussianMixture
-from seriatim.heads.nested import Nested
+from seriatim.models.nested import Nested
 
 
 class Attention:

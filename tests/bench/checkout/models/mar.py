@@ -13,10 +13,10 @@ from models.diffloss import DiffLoss
 from torch import nn
 from torchvision.transforms import Compose, InterpolationMode  # timm imports such names, and sampling uses none
 
-from seriatim.backbones.masked import Masked, first
+from seriatim.backbones.masked_transformer import Masked, first
 from seriatim.checkpoints.mar import UNSQUEEZED, official_name
 from seriatim.heads.diffusion import Diffusion
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 
 RESIZE = {InterpolationMode.BICUBIC: "bicubic", InterpolationMode.BILINEAR: "bilinear"}  # looked up at import
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from seriatim.backbones.causal import Causal
+from seriatim.backbones.causal_transformer import Causal
 from seriatim.checkpoints.llamagen import apart, official_name
 from seriatim.heads.categorical import Categorical
-from seriatim.models.causal import CausalModel
+from seriatim.models.causal_model import CausalModel
 
 
 @dataclass

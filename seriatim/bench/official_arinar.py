@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.bench.checkout import explained, here, load_checkout
-from seriatim.bench.mar import Gate, MARLoop
+from seriatim.bench.official_mar import Gate, MARLoop
 from seriatim.bench.opponent import Draws, Opponent, Pair, Workload, replaced
 from seriatim.bench.timing import Stages
 from seriatim.checkpoints.arinar import arinar_tensors, inner_heads_of

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.files import atomic_write, writable_folder, write_json
-from seriatim.sampling.editing import composite
-from seriatim.sampling.metadata import Recorded, alone, chunk, pixels_sha256
-from seriatim.sampling.request import SampleRequest
+from seriatim.pipeline.editing import composite
+from seriatim.pipeline.metadata import Recorded, alone, chunk, pixels_sha256
+from seriatim.pipeline.request import SampleRequest
 from seriatim.tokenizers.base import to_uint8
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

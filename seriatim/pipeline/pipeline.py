@@ -22,8 +22,8 @@ from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
 from seriatim.core.random import Noise, generator
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import parse, plain
-from seriatim.models.masked import is_confidence
-from seriatim.sampling.editing import (
+from seriatim.models.masked_model import is_confidence
+from seriatim.pipeline.editing import (
     as_images,
     broadcast,
     chosen_tokens,
@@ -32,10 +32,10 @@ from seriatim.sampling.editing import (
     token_pixels,
 )
 from seriatim.sampling.loops import steps_of
-from seriatim.sampling.masked import FirstStep, Step, prepare_model
-from seriatim.sampling.metadata import versions
-from seriatim.sampling.request import Label, SampleRequest, fitted
-from seriatim.sampling.result import Result, arrays_of, as_pil, check_output, converted
+from seriatim.sampling.parallel import FirstStep, Step, prepare_model
+from seriatim.pipeline.metadata import versions
+from seriatim.pipeline.request import Label, SampleRequest, fitted
+from seriatim.pipeline.result import Result, arrays_of, as_pil, check_output, converted
 from seriatim.tokenizers.base import to_uint8
 
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images

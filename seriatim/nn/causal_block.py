@@ -1,6 +1,6 @@
 """The block of a causal transformer: LlamaGen's (Sun et al. 2024), and with adaptive norms VAR's (Tian et al. 2024).
 
-B sequences, S positions, C width, A width of the condition, h heads, d = C/h.
+B sequences, n positions, C width, A width of the condition, h heads, d = C/h.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.nn.attention import attend
-from seriatim.nn.cache import KVCache
+from seriatim.nn.kv_cache import KVCache, Window
 from seriatim.nn.linear import Linear
 from seriatim.nn.packed import PackedLinear
 from seriatim.nn.rotary import rotate
@@ -53,53 +53,32 @@ class CausalAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width)) if bias else None
         self.proj = Linear(width, width, bias=bias)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: Tensor | None = None,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        cache: KVCache | None = None,
-        at: Tensor | None = None,
-        live: int = 0,
-    ) -> Tensor:
-        """x (B, S, C) -> (B, S, C); mask (B or 1, 1, S, K), True where a key may be looked at.
-
-        With a cache, x holds the positions at (S,), None: the last ones, and the keys are those of the first `live`.
-        """
-        return self.attended(self.projected(x), rotation, mask, causal, cache, at, live)
+    def forward(self, x: Tensor, window: Window, cache: KVCache | None = None) -> Tensor:
+        """x (B, n, C), new positions -> (B, n, C); without a cache they look at each other alone."""
+        return self.attended(self.projected(x), window, cache)
 
     def bias(self) -> Tensor | None:
-        """Of queries, keys and values: (3 C,)."""
+        """The bias of queries, keys and values together: (3 C,)."""
         if self.q_bias is None or self.v_bias is None:
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def projected(self, x: Tensor) -> Tensor:
-        """x (B, S, C) -> queries, keys, values (B, S, 3 C)."""
+        """x (B, n, C) -> queries, keys, values (B, n, 3 C)."""
         qkv: Tensor = self.qkv(x)
         bias = self.bias()
         return qkv if bias is None else qkv + bias
 
-    def attended(
-        self,
-        qkv: Tensor,
-        rotation: Tensor | None,
-        mask: Tensor | None,
-        causal: bool,
-        cache: KVCache | None,
-        at: Tensor | None,
-        live: int,
-    ) -> Tensor:
-        """What `projected` gave (B, S, 3 C) -> (B, S, C)."""
-        B, S, C = len(qkv), qkv.shape[1], qkv.shape[2] // 3
-        heads = qkv.view(B, S, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, h, S, d)
+    def attended(self, qkv: Tensor, window: Window, cache: KVCache | None) -> Tensor:
+        """Queries, keys and values as `projected` gives them (B, n, 3 C) -> (B, n, C)."""
+        B, n, C = len(qkv), qkv.shape[1], qkv.shape[2] // 3
+        heads = qkv.view(B, n, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, h, n, d)
         q, k, v = heads
-        if rotation is not None:
-            q, k = rotate(heads[:2], rotation)
+        if window.rotation is not None:
+            q, k = rotate(heads[:2], window.rotation)
         if cache is not None:
-            k, v = cache.put(k, v, at, live)
-        x = attend(q, k, v, mask, scale=self.scale, causal=causal)  # (B, h, S, d)
+            k, v = cache.put(k, v, window)
+        x = attend(q, k, v, window.mask, scale=self.scale, causal=window.causal)  # (B, h, n, d)
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
 
@@ -169,26 +148,22 @@ class CausalBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotation: Tensor | None = None,
-        mask: Tensor | None = None,
-        causal: bool = False,
+        window: Window,
         cache: KVCache | None = None,
-        at: Tensor | None = None,
-        live: int = 0,
         modulation: Sequence[Tensor] = (),
         qkv: Tensor | None = None,
     ) -> Tensor:
-        """x (B, S, C) -> (B, S, C); the rest as in `CausalAttention`, and what `modulate` gave.
+        """x (B, n, C), new positions -> (B, n, C). `modulation` is what `modulate` gave, empty without a condition.
 
-        `qkv` is what the attention projects where the block is modulated, if that is known already.
+        `qkv` is what the attention of a modulated block projects, where the caller has computed it already.
         """
         if not modulation:
-            x = x + self.attention(self.norm1(x), rotation, mask, causal, cache, at, live)
+            x = x + self.attention(self.norm1(x), window, cache)
             return x + self.mlp(self.norm2(x))
         g1, g2, s1, s2, b1, b2 = modulation
         if qkv is None:
             qkv = self.attention.projected(torch.addcmul(b1, self.norm1(x), s1))
-        x = torch.addcmul(x, g1, self.attention.attended(qkv, rotation, mask, causal, cache, at, live))
+        x = torch.addcmul(x, g1, self.attention.attended(qkv, window, cache))
         return torch.addcmul(x, g2, self.mlp(torch.addcmul(b2, self.norm2(x), s2)))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seriatim.backbones.causal import Causal
+from seriatim.backbones.causal_transformer import Causal
 from seriatim.bench.checkout import Official, explained, here, load_checkout
 from seriatim.bench.opponent import Draws, Workload, replaced, timed
 from seriatim.bench.timing import Stages, synchronise

@@ -1,9 +1,9 @@
 """The network of the diffusion and the flow head: a small MLP of x, modulated by a time and z (Li et al. 2024, 3.2).
 
-t and z are added and modulate every block (adaLN); nothing attends to anything: a row is a token. What a time is and
-what comes out is the head's business.
+The embeddings of t and z are added and modulate every block (adaLN). Nothing attends to anything: a row is a token. What
+a time means and what the network predicts is up to the head.
 
-Shapes: N tokens, D features, C width of z, W width of the network, d blocks, O numbers that come out, S times.
+Shapes: N tokens, D features, C width of z, W width of the network, d blocks, O numbers predicted, S times.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,12 @@ from torch import Tensor, nn
 from seriatim.core.errors import UsageError
 from seriatim.heads.base import Head
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
-from seriatim.nn.blocks import xavier
+from seriatim.nn.block import xavier
 from seriatim.nn.linear import Linear
-from seriatim.nn.packed import version
 from seriatim.nn.position import sinusoid
 
 FREQUENCIES = 256
-MODULATION_CAP = 1 << 22  # numbers held at once for the modulations of several steps: 16 MiB
+MODULATION_CAP = 1 << 22  # numbers held at once for the modulations of several steps on a CPU: 16 MiB
 
 
 class AdaLNHead(Head):
@@ -41,7 +41,6 @@ class AdaLNHead(Head):
         self.x_embed = Linear(dim, width)
         self.blocks: Sequence[AdaLNBlock] = nn.ModuleList(AdaLNBlock(width) for _ in range(depth))  # type: ignore[assignment]
         self.final = AdaLNOutput(width, outputs)
-        self._times: tuple[Any, Tensor] | None = None
         self.initialise()
 
     def initialise(self) -> None:
@@ -75,11 +74,11 @@ class AdaLNHead(Head):
     def walk(self, times: Tensor, condition: Tensor) -> Iterator[tuple[int, list[list[Tensor]]]]:
         """From the last of `times` (S, W) to the first: its index, and shift, 1 + scale (and gate) of each block.
 
-        A modulation depends on time and condition (N, W) only: those of many steps are made in one product, as many as
-        fit in memory.
+        A modulation depends on the time and the condition (N, W) only, so those of many steps are computed in one
+        product: as many steps as fit into the device's memory budget.
         """
         per_step = len(condition) * self.width * (3 * len(self.blocks) + 2)
-        chunk = max(1, MODULATION_CAP // max(1, per_step))
+        chunk = max(1, modulation_budget(condition.device) // max(1, per_step))
         for end in range(len(times), 0, -chunk):
             begin = max(0, end - chunk)
             y = times[begin:end][:, None] + condition  # (chunk, N, W)
@@ -87,11 +86,13 @@ class AdaLNHead(Head):
             for i in range(end - 1, begin - 1, -1):
                 yield i, [[part[i - begin] for part in parts] for parts in steps]
 
-    def times_of(self, times: npt.NDArray[Any], device: torch.device) -> Tensor:
-        """Times (S,), as the sinusoids take them, embedded (S, W): kept for the next call, until the weights change."""
-        key = (device, times.dtype.str, times.tobytes(), version(self.time_embed))
-        held = self._times  # another thread may put its own there meanwhile
-        if held is None or held[0] != key:
-            t = torch.from_numpy(times).to(device)
-            held = self._times = (key, self.time_embed(sinusoid(t, FREQUENCIES)))
-        return held[1]
+    def embedded(self, times: npt.NDArray[Any], device: torch.device | str) -> Tensor:
+        """Times (S,), as the sinusoids take them, embedded: (S, W). Times are float32 on every device."""
+        return self.time_embed(sinusoid(torch.from_numpy(times.astype(np.float32)).to(device), FREQUENCIES))
+
+
+def modulation_budget(device: torch.device) -> int:
+    """How many modulation numbers may be held at once: 16 MiB on a CPU, an eighth of the free memory on CUDA."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return MODULATION_CAP
+    return max(MODULATION_CAP, torch.cuda.mem_get_info(device)[0] // 32)

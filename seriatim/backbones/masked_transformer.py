@@ -2,38 +2,34 @@
 
 Li et al. 2024, "Autoregressive Image Generation without Vector Quantization", section 3.4; He et al. 2022 (MAE).
 Unusual:
-- the condition enters as `buffer` extra tokens in front, all the same vector, told apart by position only;
+- the condition enters as `buffer` extra tokens in front, its vectors repeated to fill them, told apart by position;
 - unknown tokens are dropped in the encoder and are a mask token in the decoder;
 - a LayerNorm follows the encoder's positions, before its first block;
 - a third set of positions is added after the decoder's last norm: it tells the head which token it draws.
 
-Shapes: B images, L tokens, D features of a token (codes have no such axis), A buffer tokens, K known tokens (the most
-of the batch), K' asked for (likewise), N asked for in all, E and C encoder and decoder width.
+Shapes: B images, L tokens, D features of a token (codes have no such axis), P vectors of the condition, A buffer
+tokens, K known tokens (the most of the batch), K' asked for (likewise), N asked for in all, E and C encoder and decoder
+width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seriatim.backbones.base import Backbone, token_embedding
+from seriatim.backbones.base import Parallel, check_condition, token_embedding
+from seriatim.conditions.base import Condition
 from seriatim.core.errors import UsageError, nearest
-from seriatim.nn.blocks import NORM_EPS, Block, gather, xavier
+from seriatim.core.spec import TokenSpec, grid_of
+from seriatim.nn.block import NORM_EPS, Block, gather, xavier
 from seriatim.nn.linear import Linear
 from seriatim.nn.position import learned_positions, resized_positions, sincos_positions
 
 ROW_CAP = 1 << 16  # rows (images x positions) in one pass without gradients: bounds memory
-
-
-@dataclass
-class MaskedState:
-    condition: Tensor  # (B, E)
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -49,7 +45,7 @@ def usual_heads(width: int) -> int:
     return next(count for count in range(max(1, width // 64), 0, -1) if width % count == 0)
 
 
-class Masked(Backbone):
+class Masked(Parallel):
     """Encoder-decoder over a set of known tokens; several tokens a step, in any order."""
 
     def __init__(
@@ -77,9 +73,10 @@ class Masked(Backbone):
         for name, value in (("tokens", tokens), ("buffer", buffer)):
             if value < 1:
                 raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        shape = grid_of(grid, tokens)
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout: {dropout!r} is not allowed; it must be in [0, 1)")
-        self.tokens, self.dim, self.vocab = tokens, dim, vocab
+        self.spec = TokenSpec(tokens, dim, vocab, grid=shape)
         self.width, self.z_dim, self.buffer = E, C, buffer
         self.row_cap = ROW_CAP
         self.config = {
@@ -91,11 +88,11 @@ class Masked(Backbone):
             raise UsageError(f"positions: {positions!r} is not known{nearest(positions, ('random', 'sincos'))}")
         if positions == "sincos":
             self.config["positions"] = positions
-            if grid is not None:
-                self.config["grid"] = list(grid)
+        if grid is not None and (positions == "sincos" or shape != grid_of(None, tokens)):
+            self.config["grid"] = list(grid)
 
         # Encoder
-        self.token_embed = token_embedding(dim, vocab, E)
+        self.token_embed = token_embedding(self.spec, E)
         self.encoder_positions = learned_positions(buffer + tokens, E)  # buffer first
         self.embed_norm = nn.LayerNorm(E, eps=NORM_EPS)
         self.encoder = nn.ModuleList(Block(E, both_heads[0], mlp_ratio, dropout) for _ in range(depths[0]))
@@ -111,17 +108,13 @@ class Masked(Backbone):
         if vocab is not None:
             nn.init.normal_(self.token_embed.get_parameter("weight"), std=0.02)
         if positions == "sincos":
-            self._begin_with_sincos(grid)
+            self._begin_with_sincos(shape)
 
     @torch.no_grad()
-    def _begin_with_sincos(self, grid: Sequence[int] | None) -> None:
-        """Neighbours begin alike, and as loud as the tokens."""
-        side = math.isqrt(self.tokens)
-        h, w = (side, side) if grid is None else (int(grid[0]), int(grid[-1]))
-        if h * w != self.tokens:
-            raise UsageError(f"grid: {h}x{w} is not allowed for {self.tokens} tokens; give their rows and columns")
+    def _begin_with_sincos(self, grid: tuple[int, int]) -> None:
+        """Positions begin as sines and cosines: neighbours are alike, and vectors are as long as those of tokens."""
         for learned in (self.encoder_positions, self.decoder_positions, self.output_positions):
-            learned[-self.tokens :].copy_(sincos_positions((h, w), learned.shape[1]))
+            learned[-self.tokens :].copy_(sincos_positions(grid, learned.shape[1]))
 
     @staticmethod
     def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:
@@ -129,48 +122,64 @@ class Masked(Backbone):
         learned = ("encoder_positions", "decoder_positions", "output_positions")
         return {k: resized_positions(t, grid, other) if k.endswith(learned) else t for k, t in state.items()}
 
-    def start(self, condition: Tensor, B: int) -> MaskedState:
-        assert condition.shape == (B, self.width), f"condition {tuple(condition.shape)} is not {(B, self.width)}"
-        return MaskedState(condition)
-
-    def z(self, state: MaskedState, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
+    def z(
+        self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool = False
+    ) -> Tensor:
+        check_condition(condition, len(tokens), self.width)
         if torch.is_grad_enabled():
-            return self._z(state.condition, tokens, known, ask)
+            return self._z(condition, tokens, known, ask, neighbours)
         chunk = max(1, self.row_cap // (self.buffer + self.tokens))
-        pieces = zip(*(t.split(chunk) for t in (state.condition, tokens, known, ask)), strict=True)
-        return torch.cat([self._z(*piece) for piece in pieces])
+        if len(tokens) <= chunk:
+            return self._z(condition, tokens, known, ask, neighbours)
+        parts = [slice(i, i + chunk) for i in range(0, len(tokens), chunk)]
+        return torch.cat([self._z(condition.select(s), tokens[s], known[s], ask[s], neighbours) for s in parts])
 
-    def _z(self, condition: Tensor, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
-        # Counting and sorting happens where the masks are: of masks on the CPU, an accelerator is not waited for.
-        index, valid = (None if t is None else t.to(tokens.device, non_blocking=True) for t in first(known))
-        at, wanted = first(ask)  # (B, K'), (B, K') or None
+    def _z(self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool) -> Tensor:
+        # Counting and sorting happens where the masks are: with masks on the host, no accelerator is waited for.
+        index, valid = (None if t is None else t.to(tokens.device, non_blocking=True) for t in positions_in(known))
+        at, wanted = positions_in(ask)  # (B, K'), (B, K') or None
         assert index is not None
-        x = self.encode(condition, tokens, index, valid)  # (B, A+K, E)
-        x = self.decode(x, index, valid, at.to(tokens.device, non_blocking=True))  # (B, K', C)
+        x, seen = self.encode(condition, tokens, index, valid)  # (B, A+K, E), (B, A) or None
+        there = at.to(tokens.device, non_blocking=True)
+        if neighbours:
+            x = self.around(self.decode(x, seen, index, valid, None), there)  # (B, K', 5, C)
+        else:
+            x = self.decode(x, seen, index, valid, there)  # (B, K', C)
         x = x.flatten(0, 1)
         if wanted is None:
-            return x  # (N, C)
-        # index_select and embedding, not x[...]: the backward of the latter adds in an order that threads decide
-        return x.index_select(0, wanted.flatten().nonzero()[:, 0].to(x.device, non_blocking=True))  # (N, C)
+            return x  # (N, C) or (N, 5, C)
+        # index_select and embedding, not x[...]: the backward of the latter adds in an order that threads decide.
+        return x.index_select(0, wanted.flatten().nonzero()[:, 0].to(x.device, non_blocking=True))
 
-    def encode(self, condition: Tensor, tokens: Tensor, index: Tensor, valid: Tensor | None) -> Tensor:
-        """Known tokens, at positions index (B, K), behind the buffer -> (B, A+K, E)."""
-        A, E = self.buffer, self.width
-        buffer = condition[:, None] + self.encoder_positions[:A]  # (B, A, E)
+    def encode(
+        self, condition: Condition, tokens: Tensor, index: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Known tokens, at positions index (B, K), behind the buffer -> (B, A+K, E), and which of the buffer counts."""
+        A, P = self.buffer, condition.vectors.shape[1]
+        if A % P:
+            raise UsageError(f"buffer: {A} tokens can't hold a condition of {P} vectors; choose a multiple of {P}")
+        vectors = condition.vectors if P in (1, A) else condition.vectors.repeat_interleave(A // P, dim=1)
+        buffer = vectors + self.encoder_positions[:A]  # (B, A, E)
+        seen = condition.valid
+        if seen is not None and P != A:
+            seen = seen.repeat_interleave(A // P, dim=1)  # (B, A)
         x = self.token_embed(gather(tokens, index) if self.vocab is None else tokens.gather(1, index))  # (B, K, E)
         x = x + F.embedding(index, self.encoder_positions[A:])
         x = torch.cat([buffer.to(x.dtype), x], dim=1)  # (B, A+K, E)
         x = self.embed_norm(x)
         mask = None
-        if valid is not None:  # images with fewer known tokens than others: nobody looks at their padding
-            mask = torch.cat([valid.new_ones(len(x), A), valid], dim=1)[:, None, None]  # (B, 1, 1, A+K)
+        if valid is not None or seen is not None:  # nobody looks at the padding of captions or of known tokens
+            front = seen if seen is not None else x.new_ones(len(x), A, dtype=torch.bool)
+            back = valid if valid is not None else x.new_ones(index.shape, dtype=torch.bool)
+            mask = torch.cat([front, back], dim=1)[:, None, None]  # (B, 1, 1, A+K)
         for block in self.encoder:
             x = block(x, mask)
-        assert x.shape[-1] == E
-        return self.encoder_norm(x)
+        return self.encoder_norm(x), seen
 
-    def decode(self, x: Tensor, index: Tensor, valid: Tensor | None, at: Tensor) -> Tensor:
-        """Encoded buffer and known tokens (B, A+K, E) -> z of the positions at (B, K'): (B, K', C)."""
+    def decode(
+        self, x: Tensor, seen: Tensor | None, index: Tensor, valid: Tensor | None, at: Tensor | None
+    ) -> Tensor:
+        """Encoded buffer and known tokens (B, A+K, E) -> z of the positions at (B, K'): (B, K', C). None: of all."""
         A, L = self.buffer, self.tokens
         x = self.decoder_embed(x)  # (B, A+K, C)
         B, _, C = x.shape
@@ -179,20 +188,43 @@ class Masked(Backbone):
         full = self.mask_token.to(x.dtype).expand(B, L + 1, C)
         full = full.scatter(1, slots[..., None].expand(-1, -1, C), x[:, A:])[:, :L]  # (B, L, C)
         x = torch.cat([x[:, :A], full], dim=1) + self.decoder_positions  # (B, A+L, C)
+        mask = None
+        if seen is not None:
+            mask = torch.cat([seen, seen.new_ones(B, L)], dim=1)[:, None, None]  # (B, 1, 1, A+L)
         for block in self.decoder[:-1]:
-            x = block(x)
-        x = self.decoder[-1](x, at=at + A)  # (B, K', C): nothing looks at the others any more
+            x = block(x, mask)
+        if at is None:
+            x = self.decoder[-1](x, mask)[:, A:]  # (B, L, C)
+            return self.decoder_norm(x) + self.output_positions
+        x = self.decoder[-1](x, mask, at=at + A)  # (B, K', C): nothing looks at the others any more
         return self.decoder_norm(x) + F.embedding(at, self.output_positions)
 
+    def around(self, z: Tensor, at: Tensor) -> Tensor:
+        """z of all positions (B, L, C), positions at (B, K') -> those and their four neighbours: (B, K', 5, C)."""
+        B, L, C = z.shape
+        table = neighbour_table(self.spec.grid or (1, L)).to(z.device)  # (L, 5), L where there is none
+        padded = torch.cat([z, z.new_zeros(B, 1, C)], dim=1)  # (B, L+1, C)
+        index = F.embedding(at, table).flatten(1)  # (B, K' 5)
+        return gather(padded, index).unflatten(1, (-1, 5))
 
-def first(chosen: Tensor) -> tuple[Tensor, Tensor | None]:
-    """chosen (B, L) -> the positions chosen, in raster order (B, K), and which of these are not padding.
+
+def positions_in(chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+    """chosen (B, L) bool -> the chosen positions in raster order (B, K), and which of them are not padding (B, K).
 
     The second is None where as many are chosen in every image: nothing is padding then.
     """
     counts = chosen.sum(dim=1)  # (B,)
-    most, least = int(counts.max()), int(counts.min())
+    least, most = (int(count) for count in counts.aminmax())
     index = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, K)
     if most == least:
         return index, None
     return index, torch.arange(most, device=chosen.device) < counts[:, None]
+
+
+def neighbour_table(grid: tuple[int, int]) -> Tensor:
+    """Positions of each token and of those above, below, left and right of it: (L, 5), L where there is none."""
+    h, w = grid
+    index = torch.full((h + 2, w + 2), h * w, dtype=torch.long, device="cpu")
+    index[1:-1, 1:-1] = torch.arange(h * w, device="cpu").view(h, w)
+    around = (index[1:-1, 1:-1], index[:-2, 1:-1], index[2:, 1:-1], index[1:-1, :-2], index[1:-1, 2:])
+    return torch.stack([place.flatten() for place in around], dim=1)

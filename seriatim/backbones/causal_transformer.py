@@ -25,15 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seriatim.backbones.base import Backbone, token_embedding
-from seriatim.backbones.masked import usual_heads
+from seriatim.backbones.base import Sequential, token_embedding
+from seriatim.backbones.masked_transformer import usual_heads
+from seriatim.conditions.base import Condition
 from seriatim.core.errors import UsageError, nearest
-from seriatim.nn.ahead import Ahead
-from seriatim.nn.cache import KVCache, causal_mask
-from seriatim.nn.causal import MLPS, NORMS, CausalBlock, ModulatedNorm, make_norm
+from seriatim.core.spec import TokenSpec, grid_of
+from seriatim.nn.causal_block import MLPS, NORMS, CausalBlock, ModulatedNorm, make_norm
+from seriatim.nn.kv_cache import KVCache, Window, causal_mask
 from seriatim.nn.linear import Linear
 from seriatim.nn.position import learned_positions, resized_positions
 from seriatim.nn.rotary import grid_places, rotation
+from seriatim.nn.scalar_qkv import ScalarQKV
 
 CHOICES = {
     "conditioning": ("prefix", "adaln", "both"),
@@ -46,35 +48,57 @@ CHOICES = {
 
 @dataclass
 class CausalState:
-    """Of B images on the way: what `step` has seen."""
+    """What the backbone keeps of a batch between steps: caches, and how far each image has come."""
 
-    prefix: Tensor  # (B, P, C), embedded
-    caches: list[KVCache]  # of each block
-    modulations: list[tuple[Tensor, ...]]  # of each block and of the last norm; none of either without adaLN
-    order: Tensor | None  # (B, L): positions, the first drawn first; None: raster
+    caches: list[KVCache]  # one for each block
+    modulations: list[tuple[Tensor, ...]]  # of each block and of the last norm; empty without adaLN
+    order: Tensor | None  # (B, L): positions, the first generated first; None: raster
     valid: Tensor | None  # (B, P) bool: which prefix positions count; None: all
     places: Tensor = field(repr=False)  # 0 .. S-1, on the device
-    drawn: int = 0  # how many z were given
-    ahead: Ahead | None = None  # of the first block
+    z: Tensor  # (B, C), z of the next token of each image
+    seen: list[int]  # places of each image that are in the caches: the prefix, and tokens
+    scalar_qkv: ScalarQKV | None = None  # of the first block, where tokens are scalars
 
-    def first(self, rows: int) -> CausalState:
-        """That of the first `rows` images, in the same memory."""
+    def __len__(self) -> int:
+        return len(self.seen)
+
+    def select(self, rows: Tensor | slice) -> CausalState:
+        seen = self.seen[rows] if isinstance(rows, slice) else [self.seen[i] for i in rows.tolist()]
+        rows = rows if isinstance(rows, slice) else rows.to(self.places.device)
         return CausalState(
-            self.prefix[:rows],
-            [cache.first(rows) for cache in self.caches],
-            [tuple(t[:rows] for t in six) for six in self.modulations],
-            None if self.order is None else self.order[:rows],
-            None if self.valid is None else self.valid[:rows],
+            [cache.select(rows) for cache in self.caches],
+            [tuple(t[rows] for t in made) for made in self.modulations],
+            None if self.order is None else self.order[rows],
+            None if self.valid is None else self.valid[rows],
             self.places,
-            self.drawn,
-            self.ahead and self.ahead.first(rows),
+            self.z[rows],
+            seen,
+            None if self.scalar_qkv is None else self.scalar_qkv.select(rows),
+        )
+
+    def join(self, other: CausalState) -> CausalState:
+        assert (self.order is None) == (other.order is None), "states of the same backbone have an order, or neither has"
+        assert (self.valid is None) == (other.valid is None), "states of the same conditioner have padding, or neither"
+        scalar = None
+        if self.scalar_qkv is not None and other.scalar_qkv is not None:
+            scalar = self.scalar_qkv.join(other.scalar_qkv)
+        return CausalState(
+            [a.join(b) for a, b in zip(self.caches, other.caches, strict=True)],
+            [
+                tuple(torch.cat(pair) for pair in zip(a, b, strict=True))
+                for a, b in zip(self.modulations, other.modulations, strict=True)
+            ],
+            None if self.order is None or other.order is None else torch.cat([self.order, other.order]),
+            None if self.valid is None or other.valid is None else torch.cat([self.valid, other.valid]),
+            self.places,
+            torch.cat([self.z, other.z]),
+            self.seen + other.seen,
+            scalar,
         )
 
 
-class Causal(Backbone):
+class Causal(Sequential):
     """A decoder-only transformer; one token at a time, with a cache, or all of them in one pass."""
-
-    causal = True
 
     def __init__(
         self,
@@ -121,31 +145,31 @@ class Causal(Backbone):
             raise UsageError(
                 f"heads: {heads} of width {width} have {width // heads} features each, rope needs a multiple of 4"
             )
-        self.grid = grid_of(grid, tokens)
+        shape = grid_of(grid, tokens)
         hidden = usual_hidden(width, mlp) if hidden is None else hidden
         adaptive, in_front = conditioning != "prefix", conditioning != "adaln"
         start_token = not in_front if start_token is None else start_token
         if not in_front and not start_token:
             raise UsageError("start_token: False is not allowed with conditioning 'adaln'; a sequence begins somewhere")
         A, C, P, S = condition_width or width, width, prefix, prefix + tokens - 1
-        self.tokens, self.dim, self.vocab = tokens, dim, vocab
+        self.spec = TokenSpec(tokens, dim, vocab, grid=shape)
         self.width, self.z_dim = A, C
-        self.prefix, self.positions_kind, self.order, self.rotate_prefix = P, positions, order, rotate_prefix
-        # One number a token, and the first norm sees a line of it: `Ahead`
-        usual = {"norm": "layer", "positions": "learned", "order": "raster"}
-        self.scalar = dim == 1 and P == 1 and adaptive and usual.items() <= given.items()
+        self.prefix, self.positions_kind, self.any_order = P, positions, order == "any"
+        # Scalar tokens: the input of the first layer norm is affine in the token, see ScalarQKV.
+        plain = norm == "layer" and positions == "learned" and order == "raster"
+        self.scalar = dim == 1 and P == 1 and adaptive and plain
         self.conditioning, self.length, self.head_dim, self.dropout = conditioning, S, C // heads, dropout
-        # Every step over the whole cache, behind a mask: all steps have the same shapes, as torch.compile likes them
+        # True: every step looks at the whole cache behind a mask, so that all have the shapes that torch.compile wants.
         self.whole_cache = False
         self.config = {
             "tokens": tokens, **({"dim": dim} if vocab is None else {"vocab": vocab}),
             "width": C, "depth": depth, "heads": heads, "condition_width": condition_width, "prefix": P,
             "conditioning": conditioning, "norm": norm, "mlp": mlp, "hidden": hidden, "positions": positions,
-            "grid": list(self.grid), "order": order, "rotate_prefix": rotate_prefix, "start_token": start_token,
+            "grid": list(shape), "order": order, "rotate_prefix": rotate_prefix, "start_token": start_token,
             "bias": bias, "attention_scale": attention_scale, "dropout": dropout,
         }  # fmt: skip
 
-        self.token_embed = token_embedding(dim, vocab, C)
+        self.token_embed = token_embedding(self.spec, C)
         self.condition_embed = Linear(A, C) if in_front and condition_width is not None else None
         self.start_token = nn.Parameter(torch.randn(P, C) * 0.02) if start_token else None
         if positions == "learned":  # prefix first; in raster order the last token is no input
@@ -163,7 +187,7 @@ class Causal(Backbone):
         self._initialise(depth)
         self.table: Tensor | None = None
         if positions == "rope":  # no buffer: its dtype stays, and a model built without memory has it
-            places = grid_places(self.grid, P, device="cpu")
+            places = grid_places(shape, P, device="cpu")
             self.table = rotation(places, self.head_dim)  # (P+L, d/2, 2)
             if not rotate_prefix:
                 self.table[:P] = 0.0
@@ -202,16 +226,9 @@ class Causal(Backbone):
 
     # --- all tokens in one pass -----------------------------------------------------------------------------------
 
-    def sequence(
-        self, condition: Tensor, tokens: Tensor, order: Tensor | None = None, valid: Tensor | None = None
-    ) -> Tensor:
-        """z of every token, each from the condition and the tokens drawn before it: (B, L, C), in the order given.
-
-        condition (B, A) or (B, P, A); tokens (B, L, D) or codes (B, L) by position; order (B, L) lists positions, the
-        first drawn first, and the i-th z is that of the token at order[:, i]; valid (B, P) bool, False at padding.
-        """
-        P, L = self.prefix, self.tokens
-        prefix, modulations = self._condition(condition, valid)
+    def sequence(self, condition: Condition, tokens: Tensor, order: Tensor | None = None) -> Tensor:
+        P, L, S = self.prefix, self.tokens, self.length
+        prefix, modulations = self._condition(condition)
         order = self._order(order, len(prefix))
         if order is None:
             x = self._embed(tokens[:, :-1], torch.arange(L - 1, device=prefix.device))  # (B, L-1, C)
@@ -223,99 +240,127 @@ class Causal(Backbone):
             asked = F.embedding(order, self.ask_positions)  # (B, L, C)
             x = torch.cat([x[:, : P - 1], x[:, P - 1 :] + asked], dim=1)
         mask = None
-        if valid is not None:
-            mask = self._visible(valid)[:, None, None] & causal_mask(self.length, x.device)
-            mask = mask | torch.eye(self.length, dtype=torch.bool, device=x.device)  # (B, 1, S, S)
-        table = self._rotation(order, 0, self.length, x.device)
+        if condition.valid is not None:
+            mask = self._visible(condition.valid)[:, None, None] & causal_mask(S, x.device)
+            mask = mask | torch.eye(S, dtype=torch.bool, device=x.device)  # (B, 1, S, S)
+        window = Window(self._rotation(order, 0, S, x.device), mask, causal=mask is None)
         x = F.dropout(x, self.dropout, self.training)
         for i, block in enumerate(self.blocks):
-            x = block(x, table, mask, causal=mask is None, modulation=modulations[i] if modulations else ())
+            x = block(x, window, modulation=modulations[i] if modulations else ())
         return self._last(x[:, P - 1 :], modulations)
 
     # --- one after another ----------------------------------------------------------------------------------------
 
-    def start(self, condition: Tensor, B: int, order: Tensor | None = None, valid: Tensor | None = None) -> CausalState:
-        """The state of B images of which no token is drawn; arguments as in `sequence`."""
-        assert len(condition) == B, f"condition {tuple(condition.shape)} is not one for each of {B} images"
-        prefix, modulations = self._condition(condition, valid)
+    @torch.no_grad()
+    def start(self, condition: Condition, order: Tensor | None = None) -> CausalState:
+        """The state after the prefix, which gives z of the first token."""
+        prefix, modulations = self._condition(condition)
+        B, P = prefix.shape[:2]
+        order = self._order(order, B)
         caches = [KVCache(self.length) for _ in self.blocks]
         places = torch.arange(self.length, device=prefix.device)
-        state = CausalState(prefix, caches, modulations, self._order(order, B), valid, places)
-        if self.scalar and Ahead.fits(modulations[0], self.length):
-            state.ahead = Ahead(self.blocks[0], self.token_embed, self.positions[1:], modulations[0])  # type: ignore[arg-type]
+        state = CausalState(caches, modulations, order, condition.valid, places, prefix[:, 0], [P] * B)
+        if order is not None:
+            asked = F.embedding(order[:, :1], self.ask_positions)  # (B, 1, C)
+            prefix = torch.cat([prefix[:, :-1], prefix[:, -1:] + asked], dim=1)
+        state.z = self._advance(state, prefix, self._window(state, 0, P))[:, -1]
+        if self.scalar and ScalarQKV.fits(modulations[0], self.length):
+            state.scalar_qkv = ScalarQKV(self.blocks[0], self.token_embed, self.positions[1:], modulations[0])  # type: ignore[arg-type]
         return state
 
     @torch.no_grad()
-    def step(self, state: CausalState, tokens: Tensor | None = None) -> Tensor:
-        """z of the next token: (B, C). tokens (B, D), or codes (B,), is the one drawn last; None at first."""
-        i, P = state.drawn, self.prefix
-        if i >= self.tokens:
-            raise UsageError(f"state: all {self.tokens} tokens are drawn; begin another with start()")
-        if (tokens is None) != (i == 0):
-            raise UsageError(f"tokens: {'none is' if i else 'one is'} given at step {i}; give the token drawn last")
-        if tokens is None:
-            x, begin, end = state.prefix, 0, P
-        else:
-            begin, end = P + i - 1, P + i
-            own = state.places[i - 1 : i] if state.order is None else state.order[:, i - 1 : i]
-            x = self._embed(tokens[:, None], own)  # (B, 1, C)
-        if state.order is not None:
-            asked = F.embedding(state.order[:, i : i + 1], self.ask_positions)  # (B, 1, C)
-            x = torch.cat([x[:, :-1], x[:, -1:] + asked], dim=1)
-        live = self.length if self.whole_cache else end
-        table = self._rotation(state.order, begin, end, x.device)
-        mask = self._step_mask(state, begin, end, live)
-        at = state.places[begin:end] if self.whole_cache else None
-        qkv = state.ahead(i - 1, tokens) if state.ahead is not None and tokens is not None else None
-        z = self.advance(x, table, mask, at, live, state.caches, state.modulations, qkv)
-        state.drawn += 1
-        return z
-
-    def advance(
+    def step(
         self,
-        x: Tensor,  # (B, n, C): new positions, embedded
-        table: Tensor | None,  # their rotation
-        mask: Tensor | None,  # (B or 1, 1, n, live)
-        at: Tensor | None,  # (n,): their places; None: the last of `live`
-        live: int,  # places of the cache that are looked at
-        caches: list[KVCache],
-        modulations: list[tuple[Tensor, ...]],
-        qkv: Tensor | None = None,  # of the first block
+        state: CausalState,
+        content: Tensor | None = None,
+        content_valid: Tensor | None = None,
+        ask: Tensor | None = None,
+        ask_valid: Tensor | None = None,
     ) -> Tensor:
-        """z of the last of them: (B, C). Nothing here waits for a device, and torch.compile takes it whole."""
-        for i, block in enumerate(self.blocks):
-            six = modulations[i] if modulations else ()
-            x = block(x, table, mask, cache=caches[i], at=at, live=live, modulation=six, qkv=None if i else qkv)
-        return self._last(x[:, -1:], modulations)[:, 0]
+        """z of the next token of each image, after `content` (B, m, D) or (B, m): (B, 1, C). See `Sequential.step`."""
+        if (ask is not None and ask.shape[1] != 1) or ask_valid is not None:
+            raise UsageError("ask: this backbone gives z of one token a step; ask for the next one of each image")
+        if content is None or not content.shape[1]:
+            return state.z[:, None]
+        m, P = content.shape[1], self.prefix
+        counts = [m] * len(state.seen) if content_valid is None else content_valid.sum(dim=1).tolist()
+        if max(seen + count for seen, count in zip(state.seen, counts, strict=True)) > self.length:
+            raise UsageError(f"content: more than the {self.tokens} tokens of an image; begin another with start()")
+        if len(set(state.seen)) == 1 and min(counts) == m:
+            begin = state.seen[0]
+            end = begin + m
+            if state.order is None:
+                own = state.places[begin - P : end - P]
+            else:
+                own = state.order[:, begin - P : end - P]
+            x = self._embed(content, own)  # (B, m, C)
+            if state.order is not None:
+                x = x + F.embedding(state.order[:, begin - P + 1 : end - P + 1], self.ask_positions)
+            qkv = state.scalar_qkv(begin - P, content[:, 0]) if state.scalar_qkv is not None and m == 1 else None
+            state.z = self._advance(state, x, self._window(state, begin, end), qkv)[:, -1]
+        else:
+            state.z = self._uneven(state, content, counts)
+        state.seen = [seen + count for seen, count in zip(state.seen, counts, strict=True)]
+        return state.z[:, None]
 
-    def z(self, state: CausalState, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
-        """z of the one token of each image that is next in order, by `step`: (B, C)."""
-        B, n = len(known), state.drawn
-        order = torch.arange(self.tokens).expand(B, -1) if state.order is None else state.order.to(known.device)
-        count = int(known[0].sum())
-        fits = torch.equal(known, torch.zeros_like(known).scatter(1, order[:, :count], True)) and torch.equal(
-            ask, torch.zeros_like(ask).scatter(1, order[:, count : count + 1], True)
-        )
-        if not fits or count < n:
-            raise UsageError("ask: a causal backbone gives z of the next token of its order alone, of all images alike")
-        z = tokens
-        for i in range(n, count + 1):
-            at = order[:, i - 1].to(tokens.device)
-            rows = torch.arange(B, device=tokens.device)
-            z = self.step(state, tokens[rows, at] if i else None)
-        return z
+    def _uneven(self, state: CausalState, content: Tensor, counts: list[int]) -> Tensor:
+        """z (B, C) after content of which row b has counts[b], where rows have seen different numbers of tokens."""
+        P, S, m, device = self.prefix, self.length, content.shape[1], content.device
+        seen, count = torch.tensor(state.seen), torch.tensor(counts)
+        at = seen[:, None] + torch.arange(m)  # (B, m), places in the sequence
+        real = torch.arange(m) < count[:, None]
+        live = int((seen + count).max())
+        index = at.masked_fill(~real, S).to(device)  # padding goes to a place that nobody looks at
+        at = at.clamp(max=S - 1).to(device)
+        keys = state.places[:live]
+        mask = (keys <= at[..., None])[:, None]  # (B, 1, m, live)
+        if state.valid is not None:
+            mask = mask & self._visible(state.valid)[:, None, None, :live] | (keys == at[..., None])[:, None]
+        own = at - P if state.order is None else state.order.gather(1, at - P)  # positions in the image
+        x = self._embed(content, own)
+        rotation = None
+        if self.table is not None:
+            rotation = self._table(device)[P:][own][:, None]  # (B, 1, m, d/2, 2)
+        if state.order is not None:
+            following = state.order.gather(1, (at - P + 1).clamp(max=self.tokens - 1))
+            x = x + F.embedding(following, self.ask_positions)
+        z = self._advance(state, x, Window(rotation, mask, live=live, index=index))  # (B, m, C)
+        last = z.gather(1, (count - 1).clamp(min=0).to(device)[:, None, None].expand(-1, 1, z.shape[2]))[:, 0]
+        return torch.where((count > 0).to(device)[:, None], last, state.z.to(last.dtype))
+
+    def _window(self, state: CausalState, begin: int, end: int) -> Window:
+        """What the places begin .. end-1 of all rows alike may look at."""
+        live = self.length if self.whole_cache else end
+        rotation = self._rotation(state.order, begin, end, state.places.device)
+        index = state.places[begin:end] if self.whole_cache else None
+        if state.valid is None and end - begin == 1 and not self.whole_cache:
+            return Window(rotation, live=live, index=index)
+        keys, queries = state.places[:live], state.places[begin:end, None]
+        mask = (keys <= queries)[None, None]  # (1, 1, n, live)
+        if state.valid is not None:
+            mask = mask & self._visible(state.valid)[:, None, None, :live] | (keys == queries)
+        return Window(rotation, mask, live=live, index=index)
+
+    def _advance(self, state: CausalState, x: Tensor, window: Window, qkv: Tensor | None = None) -> Tensor:
+        """New positions, embedded (B, n, C) -> their z (B, n, C). Nothing here waits for a device.
+
+        `qkv` is what the attention of the first block projects, where it is known already.
+        """
+        modulations = state.modulations
+        for i, block in enumerate(self.blocks):
+            x = block(x, window, state.caches[i], modulations[i] if modulations else (), None if i else qkv)
+        return self._last(x, modulations)
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    def _condition(self, condition: Tensor, valid: Tensor | None) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """condition (B, A) or (B, P, A) -> the prefix (B, P, C), and the modulations of all blocks and the norm."""
-        B, P, A = len(condition), self.prefix, self.width
-        if condition.shape not in ((B, A), (B, P, A)):
-            shape = tuple(condition.shape)
-            raise UsageError(f"condition: shape {shape} is not ({B}, {A}) or ({B}, {P}, {A}), with a prefix of {P}")
-        if valid is not None and (valid.shape != (B, P) or valid.dtype != torch.bool):
-            raise UsageError(f"valid: {valid.dtype} of shape {tuple(valid.shape)} is not bool ({B}, {P})")
-        each = condition[:, None].expand(-1, P, -1) if condition.ndim == 2 else condition  # (B, P, A)
+    def _condition(self, condition: Condition) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+        """The prefix (B, P, C), and the modulations of all blocks and of the last norm; none of these without adaLN."""
+        vectors, P = condition.vectors, self.prefix
+        B = len(vectors)
+        if vectors.shape not in ((B, 1, self.width), (B, P, self.width)):
+            shape = tuple(vectors.shape)
+            raise UsageError(f"condition: shape {shape} is not ({B}, 1 or {P}, {self.width}), with a prefix of {P}")
+        each = vectors.expand(-1, P, -1)  # (B, P, A)
         if self.conditioning == "adaln":
             prefix = each.new_zeros(B, P, self.z_dim)
         else:
@@ -326,18 +371,18 @@ class Causal(Backbone):
             prefix = prefix + self.positions[:P]
         modulations: list[tuple[Tensor, ...]] = []
         if self.conditioning != "prefix":
-            if condition.ndim == 3 and P > 1:
+            if vectors.shape[1] > 1:
                 raise UsageError(
                     f"conditioning: {self.conditioning!r} takes one vector for each image, not {P}; use 'prefix'"
                 )
-            activated = F.silu(each[:, 0])
+            activated = F.silu(vectors[:, 0])
             modulations = [block.modulate(activated) for block in self.blocks]  # type: ignore[operator]
             modulations.append(self.norm.modulate(activated))  # type: ignore[operator]
         return prefix, modulations
 
     def _order(self, order: Tensor | None, images: int) -> Tensor | None:
         """The order as this backbone takes it, checked."""
-        if self.order == "raster":
+        if not self.any_order:
             if order is not None:
                 raise UsageError("order: a backbone of order 'raster' has its own; build it with order='any'")
             return None
@@ -351,50 +396,36 @@ class Causal(Backbone):
         x: Tensor = self.token_embed(tokens)
         return x if self.positions_kind == "rope" else x + F.embedding(at + self.prefix, self.positions)
 
-    def _rotation(self, order: Tensor | None, begin: int, end: int, device: torch.device) -> Tensor | None:
-        """Cosines and sines of the sequence's places begin .. end-1: (n, d/2, 2), or (B, 1, n, d/2, 2)."""
-        if self.table is None:
-            return None
+    def _table(self, device: torch.device) -> Tensor:
+        """The rotary table of all places, on a device: (P+L, d/2, 2)."""
+        assert self.table is not None, "this backbone has learned positions"
         if self.table.device != device:
             self.table = self.table.to(device)
+        return self.table
+
+    def _rotation(self, order: Tensor | None, begin: int, end: int, device: torch.device) -> Tensor | None:
+        """Cosines and sines of the places begin .. end-1: (n, d/2, 2), or (B, 1, n, d/2, 2) with an order."""
+        if self.table is None:
+            return None
+        table = self._table(device)
         if order is None:
-            return self.table[begin:end]
+            return table[begin:end]
         P = self.prefix
-        front = self.table[begin : min(end, P)].expand(len(order), -1, -1, -1)
-        own = self.table[P:][order[:, max(0, begin - P) : max(0, end - P)]]  # (B, n, d/2, 2)
+        front = table[begin : min(end, P)].expand(len(order), -1, -1, -1)
+        own = table[P:][order[:, max(0, begin - P) : max(0, end - P)]]  # (B, n, d/2, 2)
         return torch.cat([front, own], dim=1)[:, None]
 
     def _visible(self, valid: Tensor) -> Tensor:
         """valid (B, P) -> which places may be looked at: (B, S)."""
         return torch.cat([valid, valid.new_ones(len(valid), self.tokens - 1)], dim=1)
 
-    def _step_mask(self, state: CausalState, begin: int, end: int, live: int) -> Tensor | None:
-        """What the places begin .. end-1 may look at among the first `live`: (B or 1, 1, n, live); None: all."""
-        if state.valid is None and end - begin == 1 and not self.whole_cache:
-            return None
-        keys, queries = state.places[:live], state.places[begin:end, None]
-        mask = (keys <= queries)[None, None]  # (1, 1, n, live)
-        if state.valid is not None:
-            mask = mask & self._visible(state.valid)[:, None, None, :live] | (keys == queries)
-        return mask
-
     def _last(self, x: Tensor, modulations: list[tuple[Tensor, ...]]) -> Tensor:
         return self.norm(x, *modulations[-1]) if modulations else self.norm(x)
 
 
 def usual_hidden(width: int, mlp: str) -> int:
-    """4 C; of SwiGLU, which has three products, 8/3 C rounded up to a multiple of 256 (of 32 in small models)."""
+    """4 C; for SwiGLU, which has three products, 8/3 C rounded up to a multiple of 256 (of 32 in small models)."""
     if mlp != "swiglu":
         return 4 * width
     multiple = 256 if width >= 256 else 32
     return -(-int(8 * width / 3) // multiple) * multiple
-
-
-def grid_of(grid: Sequence[int] | None, tokens: int) -> tuple[int, int]:
-    """Rows and columns of so many tokens: as given, or a square, or one row."""
-    if grid is None:
-        side = math.isqrt(tokens)
-        return (side, side) if side * side == tokens else (1, tokens)
-    if len(grid) != 2 or grid[0] * grid[1] != tokens:
-        raise UsageError(f"grid: {list(grid)} is not allowed for {tokens} tokens; give their rows and columns")
-    return int(grid[0]), int(grid[1])

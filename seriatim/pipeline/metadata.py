@@ -19,7 +19,7 @@ from pydantic import Field
 from seriatim import __version__
 from seriatim.core.errors import DataError, SeriatimError, UsageError, one_line
 from seriatim.core.validation import Strict, parse
-from seriatim.sampling.request import Label, SampleRequest
+from seriatim.pipeline.request import Label, SampleRequest
 
 KEY = "seriatim"
 LONGEST = 64 * 1024  # characters of the chunk: a request is a few hundred

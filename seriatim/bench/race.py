@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from seriatim import __version__
-from seriatim.backbones.causal import Causal
-from seriatim.bench.arinar import OfficialARINAR
+from seriatim.backbones.causal_transformer import Causal
+from seriatim.bench.official_arinar import OfficialARINAR
 from seriatim.bench.checkout import Official, check_dtype
-from seriatim.bench.llamagen import OfficialLlamaGen
-from seriatim.bench.mar import OfficialMAR
+from seriatim.bench.official_llamagen import OfficialLlamaGen
+from seriatim.bench.official_mar import OfficialMAR
 from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
 from seriatim.bench.ours import Ours
 from seriatim.bench.timing import Stages, counting, matrix_peak, median, peak_resident_bytes, processor
@@ -28,11 +28,11 @@ from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, nearest
 from seriatim.core.progress import Progress
 from seriatim.core.validation import parse
-from seriatim.heads.nested import Nested
+from seriatim.models.nested import Nested
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, seeded
-from seriatim.sampling.masked import prepare_model
-from seriatim.sampling.request import SampleRequest, clamped
+from seriatim.sampling.parallel import prepare_model
+from seriatim.pipeline.request import SampleRequest, clamped
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
@@ -345,7 +345,7 @@ def measured_memory(ask: Ask, both: bool) -> dict[str, int | None]:
 def memory_of(ask: Ask) -> int | None:
     """The peak of a process that draws some steps, the last ones among them: those that hold most."""
     done = subprocess.run(
-        [sys.executable, "-m", "seriatim.bench.run", json.dumps(ask)], capture_output=True, text=True, env=os.environ
+        [sys.executable, "-m", "seriatim.bench.race", json.dumps(ask)], capture_output=True, text=True, env=os.environ
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}; out of memory?"])[-1]

@@ -1,0 +1,74 @@
+"""The settings that all samplers share, written out once.
+
+Python's keyword arguments, the options of the command line, the settings of evaluations and the fields of requests all
+come from the fields of `Settings`. What one head alone understands is in `head_options`, which the head checks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, StrictInt, model_validator
+
+from seriatim.core.orders import check_order_name
+from seriatim.core.schedules import check_guidance, check_token_schedule
+from seriatim.core.validation import Strict
+
+
+def order_value(value: Any) -> Any:
+    """The name of an order as it is; positions, or a list of them for each image, as tuples."""
+    if value is None or isinstance(value, str):
+        return value
+    rows = value if isinstance(value, (list, tuple)) else ()
+    nested = all(isinstance(row, (list, tuple)) for row in rows)
+    positions = [p for row in rows for p in row] if nested else rows
+    if not positions or any(type(p) is not int for p in positions):
+        raise ValueError("must be a name, a list of positions, or such a list for each image")
+    return tuple(tuple(row) for row in rows) if nested else tuple(rows)
+
+
+Order = Annotated[str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None, BeforeValidator(order_value)]
+
+
+class Settings(Strict):
+    """How images are sampled. A setting that is not given has the model's default, or else the one written here."""
+
+    num_inference_steps: StrictInt | None = Field(
+        None, ge=1, description="Steps over the image. None: 64, or one for each token of a causal model."
+    )
+    token_schedule: str = Field("cosine", description="How many tokens each step generates: cosine or linear.")
+    min_tokens: StrictInt = Field(1, ge=1, description="Tokens of a step at least, while so many are unknown.")
+    order: Order = Field(
+        None,
+        description="Which token comes when: random, raster, halton, spiral, confidence (codes only), or positions, "
+        "the first generated first, for all images or for each. None: the model's own.",
+    )
+    guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance scale w; 1 is no guidance.")
+    guidance_schedule: str = Field(
+        "linear", description="Guidance over the image: linear, constant, interval or power-cosine."
+    )
+    guidance_interval: tuple[float, float] | None = Field(
+        None, description="Known shares between which there is guidance; only with guidance_schedule=interval."
+    )
+    guidance_power: float | None = Field(
+        None, description="The larger, the later guidance sets in; only with guidance_schedule=power-cosine. None: 1."
+    )
+    temperature: float = Field(1.0, ge=0, description="Below 1 is sharper; 1 is the model's distribution.")
+    num_diffusion_steps_last: StrictInt | None = Field(
+        None,
+        ge=1,
+        description="Denoising steps when all but the last tokens are known; they fall linearly from "
+        "num_diffusion_steps. None: no annealing.",
+    )
+    choice_temperature: float = Field(
+        4.5, ge=0, description="Noise on the confidence of codes, falling to 0; only with order=confidence."
+    )
+    head_options: dict[str, Any] = Field(default_factory=dict, description="Settings that the head declares.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Settings:
+        check_token_schedule(self.token_schedule)
+        check_guidance(self.guidance_schedule, self.guidance_interval, self.guidance_power)
+        if isinstance(self.order, str):
+            check_order_name(self.order)
+        return self

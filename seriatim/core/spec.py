@@ -1,0 +1,83 @@
+"""What the tokens of an image are: how many, features or codes, and on what grid.
+
+The tokenizer, the backbone, the head and the split of a nested head each carry a `TokenSpec`; whoever puts two of them
+together checks that they meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from seriatim.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """L tokens of an image, each D features or one of V codes."""
+
+    count: int  # L
+    dim: int | None = None  # D, the features of a token; None where tokens are codes
+    vocab: int | None = None  # V, the number of codes; None where tokens are features
+    grid: tuple[int, int] | None = None  # (h, w); None where tokens have no places in a plane
+    step: float | None = None  # the width of one 8-bit level in token units; None where tokens are not pixel values
+
+    def __post_init__(self) -> None:
+        if (self.dim is None) == (self.vocab is None):
+            raise UsageError(
+                f"dim: {self.dim!r} with vocab {self.vocab!r} is not allowed; give dim (features) or vocab (codes)"
+            )
+        for name, value in (("count", self.count), ("dim", self.dim), ("vocab", self.vocab)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+
+    @property
+    def discrete(self) -> bool:
+        return self.vocab is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an image's tokens: (L, D) for features, (L,) for codes."""
+        return (self.count,) if self.dim is None else (self.count, self.dim)
+
+    @property
+    def what(self) -> str:
+        """The tokens in words, for messages."""
+        return f"{self.dim} features" if self.vocab is None else f"codes of a vocabulary of {self.vocab}"
+
+    def blank(self, images: int, device: torch.device | str = "cpu") -> Tensor:
+        """What stands for tokens that nobody knows: zeros (B, L, D), or codes (B, L) int64."""
+        dtype = torch.float32 if self.vocab is None else torch.long
+        return torch.zeros(images, *self.shape, dtype=dtype, device=device)
+
+    def check(self, tokens: Tensor, images: int | None = None) -> None:
+        """Raise UsageError where `tokens` are not (B, L, D), or codes (B, L) of the vocabulary."""
+        fits = tokens.ndim and tuple(tokens.shape[1:]) == self.shape
+        if not fits or (images is not None and len(tokens) != images):
+            wanted = ", ".join(("B" if images is None else str(images), *map(str, self.shape)))
+            comma = "," if self.shape == () else ""
+            raise UsageError(
+                f"tokens: shape {tuple(tokens.shape)} is not ({wanted}{comma}); it is the tokenizer's output"
+            )
+        if (self.vocab is None) != tokens.is_floating_point():
+            wanted = "features in floating point" if self.vocab is None else "codes, int64"
+            raise UsageError(f"tokens: {tokens.dtype} is not allowed; this model's tokens are {wanted}")
+        if self.vocab is None or not tokens.numel() or tokens.device.type != "cpu":
+            return  # reading codes from an accelerator would wait for it: their range is checked where they come from
+        low, high = (int(value) for value in tokens.aminmax())
+        if not 0 <= low <= high < self.vocab:
+            raise UsageError(f"tokens: codes from {low} to {high} are not all in the vocabulary, 0 to {self.vocab - 1}")
+
+
+def grid_of(grid: Sequence[int] | None, tokens: int) -> tuple[int, int]:
+    """Rows and columns of so many tokens: as given, or a square, or one row."""
+    if grid is None:
+        side = math.isqrt(tokens)
+        return (side, side) if side * side == tokens else (1, tokens)
+    if len(grid) != 2 or grid[0] * grid[1] != tokens:
+        raise UsageError(f"grid: {list(grid)} is not allowed for {tokens} tokens; give their rows and columns")
+    return int(grid[0]), int(grid[1])

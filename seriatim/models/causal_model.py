@@ -1,0 +1,178 @@
+"""The causal autoregressive model: one token after another, each from those before it.
+
+Sun et al. 2024 (LlamaGen), with any head: codes as published, features as in Li et al. 2024 (MAR), table 1. Unusual:
+- unconditional is a vector of its own (LlamaGen: one more row of its class table);
+- the order may be "random": every image in an order of its own, and the backbone is told which token comes next (as in
+  RAR, Yu et al. 2024). Such a model samples in any order, and begins from known tokens: they come first.
+
+Shapes: B images, L tokens, D features (codes have no such axis), C width of z, P prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from seriatim.backbones.base import Sequential
+from seriatim.conditions.base import Condition, Conditioner
+from seriatim.core.errors import UsageError, nearest
+from seriatim.core.keys import Keys
+from seriatim.core.orders import CONFIDENCE, RANDOM, RASTER, order_vectors, positions_of
+from seriatim.core.schedules import check_one_a_step
+from seriatim.core.settings import Settings
+from seriatim.heads.base import Guidance, Head, HeadLoss
+from seriatim.models.base import SequenceModel, make_conditioner, summed
+from seriatim.sampling.draw import Drawing
+from seriatim.sampling.guidance import scales_at
+from seriatim.sampling.parallel import order_of
+from seriatim.sampling.sequential import sequential_steps
+from seriatim.sampling.step import Start, Step, begin
+
+
+class CausalModel(SequenceModel):
+    """`CausalModel(Causal(tokens=256, vocab=16384), Categorical(16384, bias=False), classes=1000)`."""
+
+    one_by_one = True
+    backbone: Sequential
+
+    def __init__(
+        self,
+        backbone: Sequential,
+        head: Head,
+        *,
+        classes: int = 0,  # 0: unconditional
+        label_dropout: float = 0.1,  # share of training images that see no label, for guidance
+        order: Literal["raster", "random"] | None = None,  # None: as the backbone
+        caption_dim: int | None = None,  # features of a text encoder; None: no text
+        caption_tokens: int | None = None,  # positions of a caption; None: the backbone's prefix
+        conditioner: Conditioner | None = None,  # in the place of classes and captions
+    ) -> None:
+        if not isinstance(backbone, Sequential):
+            raise UsageError(
+                f"backbone: {type(backbone).__name__} is not sequential; a causal model needs one that sees only what "
+                "comes before a token: use `causal`"
+            )
+        own = RANDOM if backbone.any_order else RASTER
+        if order is not None and order not in (RASTER, RANDOM):
+            raise UsageError(f"order: {order!r} is not known{nearest(str(order), (RASTER, RANDOM))}")
+        if order is not None and order != own:
+            needs, has = ({RANDOM: "any", RASTER: "raster"}[name] for name in (order, own))
+            raise UsageError(f"order: {order!r} needs a backbone of order {needs!r}, not {has!r}")
+        prefix = getattr(backbone, "prefix", 1)
+        if conditioner is None:
+            tokens = prefix if caption_dim is not None and caption_tokens is None else caption_tokens
+            conditioner = make_conditioner(backbone.width, classes, caption_dim, tokens)
+        if conditioner.count not in (1, prefix):
+            raise UsageError(
+                f"caption_tokens: {conditioner.count} does not fit the backbone's prefix of {prefix}; give the same"
+            )
+        super().__init__(backbone, head, conditioner, label_dropout)
+        self.order = own
+
+    @property
+    def config(self) -> dict[str, object]:
+        return {**super().config, "order": self.order}
+
+    @staticmethod
+    def of_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
+        order = {RASTER: "raster", RANDOM: "any"}.get(str(config.get("order")))  # another one is refused by the model
+        told = {k: v for k, v in config.items() if k != "order"} | ({"order": order} if order else {})
+        if config.get("caption_tokens") is not None:
+            told.setdefault("prefix", config["caption_tokens"])
+        return told
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def losses(self, tokens: Tensor, condition: Condition, keys: Keys, step: Keys | None = None) -> HeadLoss:
+        """tokens (B, L, D) or codes (B, L) -> the head's loss over all tokens of each image, in one pass."""
+        B, L = tokens.shape[:2]
+        device = tokens.device
+        order = keys.fold("order").permutation(L).to(device) if self.order == RANDOM else None  # (B, L)
+        z = self.backbone.sequence(condition, tokens, order).flatten(0, 1)  # (B L, C)
+        rows = torch.arange(B, device=device).repeat_interleave(L)  # (B L,): the image of each token
+        places = torch.arange(L, device=device).repeat(B) if order is None else order.flatten()  # (B L,)
+        target = tokens.flatten(0, 1)  # (B L, D)
+        if order is not None:
+            target = target.index_select(0, rows * L + places)
+        own = keys.fold("token").to(device).select(rows).fold(places)
+        return summed(self.head.loss(z, target, own), B, rows)
+
+    # --- sampling: the specification; `seriatim.sampling.sequential` is the fast loop -------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Condition,
+        null: Condition,
+        keys: Keys,
+        settings: Settings,
+        start: Start | None = None,
+        order: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """One token at a time in each image's order. Known tokens stay as they are, and come first."""
+        B, L, device = len(condition), self.tokens, condition.vectors.device
+        self.check_settings(settings)
+        tokens, known = begin(self.spec, B, device, start)
+        vectors = self.sampling_order(order_of(order, settings, self.spec), keys, known)  # (B, L), on the host
+        given = vectors.to(device) if self.order == RANDOM else None
+        draw = Drawing(self.head, settings, device)
+        for i in range(L):
+            places = vectors[:, i]
+            rows = (~known[torch.arange(B), places]).nonzero()[:, 0]  # (N,): images that don't know this token
+            if not len(rows):
+                continue
+            there, places = rows.to(device), places[rows]
+            scale = torch.tensor(scales_at(settings, [settings.guidance_scale], [L - i - 1], L))
+            guidance = Guidance.of(scale, len(rows), device)
+            z = self.backbone.sequence(condition, tokens, given)[there, i]  # (N, C)
+            z_null = self.backbone.sequence(null, tokens, given)[there, i] if guidance is not None else None
+            own = keys.fold("token").select(rows).fold(places).to(device)
+            tokens[there, places.to(device)] = draw(
+                z, own, z_null, guidance, settings.temperature, [i / L] * len(rows)
+            )
+        return tokens
+
+    def steps(
+        self,
+        condition: Condition,
+        null: Condition,
+        keys: Keys,
+        settings: Settings,
+        start: Start | None = None,
+        order: Tensor | Sequence[int] | None = None,
+        scale: Sequence[float] | None = None,
+        temperature: float | Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[Step]:
+        self.check_settings(settings)
+        known = torch.zeros(len(condition), self.tokens, dtype=torch.bool) if start is None else start.known.cpu()
+        vectors = self.sampling_order(order_of(order, settings, self.spec), keys, known)
+        return sequential_steps(
+            self.backbone, self.head, condition, null, keys, settings, vectors, start, scale, temperature, dtype
+        )
+
+    def check_settings(self, settings: Settings) -> Settings:
+        check_one_a_step(settings.num_inference_steps, self.tokens, settings.token_schedule, settings.min_tokens)
+        if settings.order == CONFIDENCE:
+            raise UsageError("order: 'confidence' asked of a causal model, which draws one token a step; leave it out")
+        return super().check_settings(settings)
+
+    def sampling_order(self, order: Tensor | None, keys: Keys, known: Tensor) -> Tensor:
+        """Positions of each image, the first to be generated first and known ones before all: (B, L), on the host."""
+        B, L = known.shape
+        if self.order == RANDOM:
+            return order_vectors(order, keys.fold("order"), known).flip(-1)
+        if bool(known.any()):
+            raise UsageError(
+                "known: a causal model of raster order sees only what comes before a token, not what is kept after it; "
+                "to repaint, use a masked model, or a causal one trained with order=random"
+            )
+        raster = torch.arange(L).expand(B, L)
+        if order is not None and not torch.equal(positions_of(order, B, L).expand(B, L), raster):
+            raise UsageError(
+                "order: a causal model of raster order draws in no other; leave it out, or train one with order=random"
+            )
+        return raster

@@ -1,0 +1,167 @@
+"""The masked autoregressive model of Li et al. 2024 (MAR): any order, several tokens a step.
+
+Section 3.4: in training, a random share of the tokens is masked and the head models each of them given z; in sampling,
+tokens become known set by set in a random order. Unusual:
+- one mask ratio for the whole batch, at least 0.7, so that the encoder is short (or one for each image);
+- unconditional is a vector of its own, not a row of the class embedding;
+- codes may come in the order "confidence", as in MaskGIT (Chang et al. 2022): all unknown tokens are drawn at each
+  step, and those that are likeliest stay.
+
+Shapes: B images, L tokens, D features (codes have no such axis), N tokens asked for, C width of z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from seriatim.backbones.base import Parallel
+from seriatim.conditions.base import Condition, Conditioner
+from seriatim.core.errors import UsageError
+from seriatim.core.keys import Keys
+from seriatim.core.orders import order_vectors
+from seriatim.core.schedules import mask_ratio, unknown_after
+from seriatim.core.settings import Settings
+from seriatim.heads.base import Guidance, Head, HeadLoss
+from seriatim.models.base import SequenceModel, make_conditioner, summed
+from seriatim.sampling.draw import Drawing
+from seriatim.sampling.guidance import scales_at
+from seriatim.sampling.parallel import STEPS, is_confidence, order_of, parallel_steps, surest
+from seriatim.sampling.step import Start, Step, begin
+
+
+class MaskedModel(SequenceModel):
+    """`MaskedModel(Masked(tokens=256, dim=16, width=768, depth=12), Diffusion(dim=16), classes=1000)`."""
+
+    backbone: Parallel
+
+    def __init__(
+        self,
+        backbone: Parallel,
+        head: Head,
+        *,
+        classes: int = 0,  # 0: unconditional
+        label_dropout: float = 0.1,  # share of training images that see no label, for guidance
+        min_mask_ratio: float = 0.7,
+        mask_ratio_std: float = 0.25,  # of the normal around 1 that is truncated to [min_mask_ratio, 1]
+        mask_ratio_per: Literal["step", "image"] = "step",  # "image" as in FractalMAR
+        caption_dim: int | None = None,  # features of a text encoder; None: no text
+        caption_tokens: int | None = None,  # positions of a caption; None: 1
+        conditioner: Conditioner | None = None,  # in the place of classes and captions
+    ) -> None:
+        if not isinstance(backbone, Parallel):
+            raise UsageError(
+                f"backbone: {type(backbone).__name__} is not parallel; a masked model asks for several tokens at once, "
+                "from all that is known: use the backbone `masked`, or the kind `causal`"
+            )
+        made = conditioner or make_conditioner(backbone.width, classes, caption_dim, caption_tokens)
+        super().__init__(backbone, head, made, label_dropout)
+        if not 0 < min_mask_ratio <= 1:
+            raise UsageError(f"min_mask_ratio: {min_mask_ratio!r} is not allowed; it must be in (0, 1]")
+        if not mask_ratio_std > 0:
+            raise UsageError(f"mask_ratio_std: {mask_ratio_std!r} is not allowed; it must be above 0")
+        self.min_mask_ratio, self.mask_ratio_std, self.mask_ratio_per = min_mask_ratio, mask_ratio_std, mask_ratio_per
+
+    @property
+    def config(self) -> dict[str, object]:
+        config = {**super().config, "min_mask_ratio": self.min_mask_ratio, "mask_ratio_std": self.mask_ratio_std}
+        return config if self.mask_ratio_per == "step" else config | {"mask_ratio_per": self.mask_ratio_per}
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def losses(self, tokens: Tensor, condition: Condition, keys: Keys, step: Keys | None = None) -> HeadLoss:
+        """tokens (B, L, D) -> the head's loss of the masked tokens of each image (Li et al. 2024, eq. 1, section 3.4)."""
+        B, L = tokens.shape[:2]
+        device, order_keys = tokens.device, keys.fold("order")
+        order = order_keys.permutation(L).to("cpu")  # (B, L); its first entries are masked
+        masked = torch.tensor(self._masked(keys, step)).expand(B)  # how many of each image
+        ask = torch.zeros(B, L, dtype=torch.bool).scatter(1, order, torch.arange(L) < masked[:, None])  # on the host
+        rows, places = ask.nonzero().unbind(1)  # (N,): the image of each masked token, and its position
+        z = self.backbone.z(condition, tokens, ~ask, ask, self.head.neighbours)  # (N, C)
+        target = tokens.flatten(0, 1).index_select(0, (rows * L + places).to(device))
+        own = keys.fold("token").select(rows.to(keys.device)).fold(places.to(keys.device)).to(device)
+        return summed(self.head.loss(z, target, own), B, rows.to(device))
+
+    def _masked(self, keys: Keys, step: Keys | None) -> list[int]:
+        """How many tokens are masked: one number for all images, or one for each."""
+        common = self.mask_ratio_per == "step" and step is not None
+        drawn = (step if common and step is not None else keys).fold("ratio").uniform().tolist()
+        ratios = [mask_ratio(u, std=self.mask_ratio_std, low=self.min_mask_ratio) for u in drawn]
+        return [math.ceil(self.tokens * ratio) for ratio in ratios]
+
+    # --- sampling: the specification; `seriatim.sampling.parallel` is the fast loop ---------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Condition,
+        null: Condition,
+        keys: Keys,
+        settings: Settings,
+        start: Start | None = None,
+        order: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Tokens become known set by set: a step takes them from the end of each image's order vector.
+
+        Known tokens stay as they are, and both schedules run from each image's own known share. With the order
+        "confidence" a step draws all unknown tokens and keeps the likeliest.
+        """
+        B, L, device = len(condition), self.tokens, condition.vectors.device
+        steps, w = settings.num_inference_steps or STEPS, settings.guidance_scale
+        tokens, known = begin(self.spec, B, device, start)
+        confident = order is None and is_confidence(settings.order, self.head)
+        vectors = None if confident else order_vectors(order_of(order, settings, self.spec), keys.fold("order"), known)  # (B, L)
+        draw = Drawing(self.head, settings, device)
+        begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
+        for step in range(steps):
+            shares = [1 - now / L for now in left]
+            left = [
+                unknown_after(step, steps, L, now, first, settings.token_schedule, settings.min_tokens)
+                for now, first in zip(left, begun, strict=True)
+            ]
+            ask = ~known
+            if vectors is not None:
+                ask &= ~torch.zeros_like(known).scatter(1, vectors, torch.arange(L) < torch.tensor(left)[:, None])
+            if not ask.any():
+                break  # with fewer unknown tokens than steps, all is known early
+            rows, places = ask.nonzero().unbind(1)  # (N,): the image of each token asked for, and its position
+            scale = torch.tensor(scales_at(settings, [w] * B, left, L))[rows]
+            guidance = Guidance.of(scale, len(rows), device)
+            z = self.backbone.z(condition, tokens, known, ask, self.head.neighbours)  # (N, C)
+            z_null = self.backbone.z(null, tokens, known, ask, self.head.neighbours) if guidance is not None else None
+            own = keys.fold("token").select(rows).fold(places)
+            own = own.fold("step").fold(step) if confident else own
+            known_shares = [shares[row] for row in rows.tolist()]
+            drawn = draw(z, own.to(device), z_null, guidance, settings.temperature, known_shares)
+            if confident:
+                sure = self.head.confidence(z, drawn, z_null, guidance).cpu()  # (N,)
+                falling = settings.choice_temperature * (1 - (step + 1) / steps)
+                keep = surest(sure, rows, own.fold("choice").uniform(), left, falling)
+                ask, drawn = ask.masked_scatter(ask, keep), drawn[keep.to(device)]
+            tokens[ask.to(device)] = drawn
+            known |= ask
+        return tokens
+
+    def steps(
+        self,
+        condition: Condition,
+        null: Condition,
+        keys: Keys,
+        settings: Settings,
+        start: Start | None = None,
+        order: Tensor | Sequence[int] | None = None,
+        scale: Sequence[float] | None = None,
+        temperature: float | Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Iterator[Step]:
+        return parallel_steps(
+            self.backbone, self.head, condition, null, keys, settings, start, order, scale, temperature, dtype
+        )
+
+    def check_settings(self, settings: Settings) -> Settings:
+        is_confidence(settings.order, self.head)
+        return super().check_settings(settings)

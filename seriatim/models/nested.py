@@ -1,0 +1,273 @@
+"""A head that nests: it cuts its token into parts and models them with a sequence model whose condition is z.
+
+Zhao et al. 2025 (ARINAR): p(x | z) = prod_i p(x_i | z, x_1 .. x_{i-1}) over the features of a token, each factor a
+one-dimensional mixture of Gaussians. Li et al. 2025 (FractalGen): the parts are sub-patches, then the colours of a
+pixel. Here the parts may be any (`splits.py`), the inner model any sequence model, parallel or sequential, and its head
+any head, one that nests included. Unusual:
+- the loss sums over parts and counts the token as one part, so log-probabilities are those of tokens;
+- under guidance z and z_null both continue from the same generated part;
+- temperature and guidance may change from part to part (`feature_schedule`), as ARINAR's "bilevel" schedules;
+- a guide, a head over a summary of the token, may come first; what it generates is one more condition (FractalGen's
+  guiding pixel).
+
+Shapes: N tokens, D features of a token, T parts, g features of a part, C width of z, P vectors of z.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.conditions.base import Condition
+from seriatim.conditions.vectors import Vectors
+from seriatim.core.errors import UsageError, nearest
+from seriatim.core.keys import Keys
+from seriatim.core.settings import Settings
+from seriatim.heads.base import Guidance, Head, HeadLoss
+from seriatim.models.base import SequenceModel
+from seriatim.models.causal_model import CausalModel
+from seriatim.models.splits import Split
+from seriatim.nn.linear import Linear
+from seriatim.sampling.sequential import dense
+
+FEATURE_SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class NestedPlan:
+    """The options of the nested head, and the plans of the heads inside it."""
+
+    options: Any
+    inner: Any  # of the model's head
+    guide: Any  # of the guide; None without one
+
+
+class Nested(Head):
+    """`Nested(Features(16), model)`, where `model` is a sequence model of the parts whose conditioner is `Vectors`."""
+
+    def __init__(self, split: Split, model: SequenceModel, guide: Head | None = None) -> None:
+        super().__init__()
+        if not isinstance(model.conditioner, Vectors):
+            raise UsageError("model: inside a nested head its condition is z; build it with conditioner=Vectors(...)")
+        if (model.spec.shape, model.spec.vocab) != (split.spec.shape, split.spec.vocab):
+            raise UsageError(
+                f"model: it has {model.spec.count} tokens of {model.spec.what}, the split makes {split.spec.count} of "
+                f"{split.spec.what}"
+            )
+        if isinstance(model, CausalModel) and model.backbone.any_order:
+            raise UsageError("order: 'random' is not allowed inside a token, only 'raster'")
+        if guide is not None and guide.spec.dim != split.spec.dim:
+            raise UsageError(f"guide: it draws {guide.spec.what}, the summary of a token has {split.spec.what}")
+        self.split, self.model, self.guide = split, model, guide
+        self.output, self.parts = split.dim, split.spec.count
+        self.sequential = isinstance(model, CausalModel)
+        leaf = model.head
+        self.guides, self.tempers = leaf.guides, leaf.tempers
+        # With a guide, the summary would be counted twice: no likelihood. A parallel model has a bound at best.
+        self.has_density = leaf.has_density and guide is None and self.sequential
+        fields = [(f.name, f.type, f) for f in dataclasses.fields(leaf.Options) if f.name != "feature_schedule"]
+        schedule = ("feature_schedule", str, dataclasses.field(default="constant"))
+        self.Options = dataclasses.make_dataclass("NestedOptions", [*fields, schedule], frozen=True)
+        self.z_dim = model.conditioner.inputs
+        if guide is not None:
+            guide.bind(self.z_dim)
+            self.guide_embed = Linear(guide.output, self.z_dim)
+
+    @property
+    def neighbours(self) -> bool:  # type: ignore[override]
+        """A model whose condition has five vectors takes z of the four neighbours too."""
+        return self.model.conditioner.count - (self.guide is not None) == 5
+
+    # --- conditions -----------------------------------------------------------------------------------------------
+
+    def condition(self, z: Tensor, summary: Tensor | None) -> Condition:
+        """z (N, C) or (N, P, C), and with a guide the summary of the token (N, g) -> the condition of the parts."""
+        vectors = z[:, None] if z.ndim == 2 else z
+        if summary is not None:
+            vectors = torch.cat([vectors, self.guide_embed(summary)[:, None].to(vectors.dtype)], dim=1)
+        return self.model.conditioner(vectors, len(vectors))
+
+    @staticmethod
+    def own(z: Tensor) -> Tensor:
+        """The token's own z, (N, C), without those of its neighbours."""
+        return z if z.ndim == 2 else z[:, 0]
+
+    # --- likelihood -----------------------------------------------------------------------------------------------
+
+    def _cut(self, z: Tensor, target: Tensor) -> Tensor:
+        return self.split.cut(target.to(z.dtype) if z.dtype == torch.float64 else target.float())
+
+    def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
+        """The inner model's loss, summed over parts, z (N, C) or (N, P, C), target (N, D); a token counts as one part."""
+        summary, own = None, HeadLoss(z.new_zeros(len(z)), z.new_zeros(len(z)))
+        if self.guide is not None:
+            summary = self.split.summary(target.float())
+            own = self.guide.loss(self.own(z), summary, keys.fold("guide"))
+        inner = self.model.losses(self._cut(z, target), self.condition(z, summary), keys.fold("part"))
+        count = inner.count / self.parts
+        if self.guide is None:
+            return HeadLoss(inner.sum, count, inner.parts)
+        # The guide's loss is one more term of the token: its mean per draw, at the weight of the token.
+        guided = own.sum / own.count * count
+        return HeadLoss(inner.sum + guided, count, {**inner.parts, "guide": guided})
+
+    def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
+        """The normalised log density of tokens, the sum of that of each part given those before it: (N,), in nats."""
+        return self.log_prob_of_parts(z, target).sum(dim=1)
+
+    def log_prob_of_parts(self, z: Tensor, target: Tensor) -> Tensor:
+        """log p(x_i | z, x_1 .. x_{i-1}) of each part in the order of generation: (N, T), in nats."""
+        if not self.has_density:
+            return super().log_prob(z, target)
+        parts = self._cut(z, target)
+        inner = self.model.backbone.sequence(self.condition(z, None), parts).flatten(0, 1)  # (N T, W)
+        return self.model.head.log_prob(inner, parts.flatten(0, 1)).view(len(z), self.parts)
+
+    @torch.no_grad()
+    def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
+        """The entropy of each feature given z and the parts of `tokens` that are generated before its own: (N, D)."""
+        if not self.sequential:
+            return super().entropy(z, tokens)
+        z = z.float()
+        parts = self._cut(z, tokens)
+        inner = self.model.backbone.sequence(self.condition(z, None), parts).flatten(0, 1)  # (N T, W)
+        each = self.model.head.entropy(inner, parts.flatten(0, 1))
+        return self.split.join(each.view(len(z), self.parts, -1))
+
+    # --- sampling -------------------------------------------------------------------------------------------------
+
+    def check_options(self, options: Any, temperature: float = 1.0) -> None:
+        super().check_options(options, temperature)
+        schedule = options.feature_schedule
+        if schedule not in FEATURE_SCHEDULES:
+            raise UsageError(f"feature_schedule: {schedule!r} is not known{nearest(str(schedule), FEATURE_SCHEDULES)}")
+        if schedule != "constant" and not self.sequential:
+            raise UsageError(f"feature_schedule: {schedule!r} needs parts that come one by one; leave it out")
+        leaf = self.model.head
+        leaf.check_options(leaf.options(**self._leaf(options)), temperature)
+
+    def _leaf(self, options: Any) -> dict[str, Any]:
+        """The options of the inner head."""
+        return {f.name: getattr(options, f.name) for f in dataclasses.fields(self.model.head.Options)}
+
+    @torch.no_grad()
+    def plan(self, options: Any = None, device: torch.device | str = "cpu") -> NestedPlan:
+        options = self.options() if options is None else options
+        leaf = self.model.head
+        guide = None if self.guide is None else self.guide.plan(None, device)
+        return NestedPlan(options, leaf.plan(leaf.options(**self._leaf(options)), device), guide)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z: Tensor,
+        keys: Keys,
+        plan: NestedPlan | None = None,
+        z_null: Tensor | None = None,
+        guidance: Guidance | None = None,
+        temperature: float | Tensor = 1.0,
+    ) -> Tensor:
+        """Tokens (N, D), part by part; for each part the inner head draws for all rows.
+
+        The schedule over parts belongs to this head alone: heads inside the inner head keep what a part was given.
+        """
+        plan = self.plan(device=z.device) if plan is None else plan
+        self.check_sampling(z_null, guidance, temperature)
+        if not len(z):
+            return z.new_zeros(0, self.output, dtype=torch.float32)
+        with torch.autocast(z.device.type, enabled=False):
+            z, z_null = z.float(), None if guidance is None or z_null is None else z_null.float()
+            summary = None
+            if self.guide is not None:
+                null = None if z_null is None else self.own(z_null)
+                summary = self.guide.sample(self.own(z), keys.fold("guide"), plan.guide, null, guidance, temperature)
+            condition = self.condition(z, summary)
+            null_condition = None if z_null is None else self.condition(z_null, summary)
+            part_keys = keys.fold("part")
+            if not self.sequential:
+                return self._parallel(condition, null_condition, part_keys, plan, guidance, temperature)
+            schedule, T = plan.options.feature_schedule, self.parts
+
+            def warmth(i: int) -> float | Tensor:
+                factor = scheduled(schedule, i + 1, T)
+                if factor == 1.0:
+                    return temperature
+                warm = 1.0 + factor * (temperature - 1.0)
+                return warm.clamp(min=0.0) if isinstance(warm, Tensor) else max(0.0, warm)
+
+            parts = dense(
+                self.model.backbone,
+                self.model.head,
+                condition,
+                null_condition,
+                part_keys.split(T),
+                plan.inner,
+                lambda i: None if guidance is None else guidance.scheduled(scheduled(schedule, i + 1, T)),
+                warmth,
+            )
+            return self.split.join(parts)
+
+    def _parallel(
+        self,
+        condition: Condition,
+        null: Condition | None,
+        keys: Keys,
+        plan: NestedPlan,
+        guidance: Guidance | None,
+        temperature: float | Tensor,
+    ) -> Tensor:
+        """Tokens (N, D) whose parts become known set by set: every token is an image of the parallel loop."""
+        settings = Settings(
+            num_inference_steps=self.parts, guidance_schedule="constant", head_options=self._leaf(plan.options)
+        )
+        scale = [1.0] * len(condition) if guidance is None else guidance.host.tolist()
+        last = None
+        for last in self.model.steps(
+            condition, condition if null is None else null, keys.to("cpu"), settings, scale=scale, temperature=temperature
+        ):
+            pass
+        assert last is not None, "a token has at least one part"
+        return self.split.join(last.tokens)
+
+    @torch.no_grad()
+    def sample_naive(
+        self,
+        z: Tensor,
+        keys: Keys,
+        plan: NestedPlan | None = None,
+        z_null: Tensor | None = None,
+        guidance: Guidance | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """The specification of `sample` for parts that come one by one: every part anew from all before it."""
+        plan = self.plan(device=z.device) if plan is None else plan
+        schedule, T, keys = plan.options.feature_schedule, self.parts, keys.fold("part")
+        condition = self.condition(z.float(), None)
+        null = None if z_null is None else self.condition(z_null.float(), None)
+        parts = self.split.spec.blank(len(z), z.device)
+        for i in range(T):
+            factor = scheduled(schedule, i + 1, T)
+            now = None if guidance is None else guidance.scheduled(factor)
+            inner = self.model.backbone.sequence(condition, parts)[:, i]
+            inner_null = None
+            if now is not None and null is not None:
+                inner_null = self.model.backbone.sequence(null, parts)[:, i]
+            warm = max(0.0, 1.0 + factor * (temperature - 1.0))
+            parts[:, i] = self.model.head.sample(inner, keys.fold(i), plan.inner, inner_null, now, warm)
+        return self.split.join(parts)
+
+
+def scheduled(kind: str, i: int, count: int) -> float:
+    """How far from 1 a temperature or guidance scale v is at part i of 1..count: 1 + factor (v - 1).
+
+    Zhao et al. 2025's code, "bilevel" schedules. linear: half as far again at the last part; cosine: down to 1 there.
+    """
+    if kind == "linear":
+        return 1 + 0.5 * i / count
+    if kind == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * i / count))
+    return 1.0

@@ -1,0 +1,33 @@
+"""The tables name -> class of heads, backbones, splits and models. All of them are public and may be added to.
+
+Register a class of your own with one line: `HEADS["mine"] = Mine`.
+"""
+
+from __future__ import annotations
+
+from seriatim.backbones.base import Backbone
+from seriatim.backbones.causal_transformer import Causal
+from seriatim.backbones.masked_transformer import Masked
+from seriatim.heads.base import Head
+from seriatim.heads.bins import Bins
+from seriatim.heads.categorical import Categorical
+from seriatim.heads.diffusion import Diffusion
+from seriatim.heads.flow import Flow
+from seriatim.heads.mixture import Mixture
+from seriatim.models.base import SequenceModel
+from seriatim.models.causal_model import CausalModel
+from seriatim.models.masked_model import MaskedModel
+from seriatim.models.nested import Nested
+from seriatim.models.splits import RGB, Features, Patches, Split
+
+HEADS: dict[str, type[Head]] = {
+    "bins": Bins,
+    "categorical": Categorical,
+    "diffusion": Diffusion,
+    "flow": Flow,
+    "mixture": Mixture,
+    "nested": Nested,
+}
+BACKBONES: dict[str, type[Backbone]] = {"causal": Causal, "masked": Masked}
+MODELS: dict[str, type[SequenceModel]] = {"causal": CausalModel, "masked": MaskedModel}
+SPLITS: dict[str, type[Split]] = {"features": Features, "patches": Patches, "rgb": RGB}

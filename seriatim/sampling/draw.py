@@ -1,0 +1,72 @@
+"""Drawing the tokens of a step from a head, with fewer steps inside it the more of an image is known.
+
+N tokens, C width of z, D features of a token (codes have no such axis).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.core.errors import UsageError
+from seriatim.core.keys import Keys
+from seriatim.core.schedules import annealed_steps
+from seriatim.core.settings import Settings
+from seriatim.heads.base import Guidance, Head
+
+STEPS = "num_diffusion_steps"  # the option of a head that `num_diffusion_steps_last` anneals
+
+
+class Drawing:
+    """A head with the plans of a batch: one, or with annealing one for each number of steps inside the head."""
+
+    def __init__(self, head: Head, settings: Settings, device: torch.device) -> None:
+        self.head, self.device, self.last = head, device, settings.num_diffusion_steps_last
+        self.given = settings.head_options
+        options = head.options(**self.given)
+        self.first: int = getattr(options, STEPS, 1)
+        if self.last is not None and not hasattr(options, STEPS):
+            raise UsageError(f"num_diffusion_steps_last: the {type(head).__name__} head has no steps to anneal")
+        self.plans: dict[int, Any] = {self.first: head.plan(options, device)}
+
+    def plan(self, count: int) -> Any:
+        """The plan with `count` steps inside the head."""
+        if count not in self.plans:
+            self.plans[count] = self.head.plan(self.head.options(**{**self.given, STEPS: count}), self.device)
+        return self.plans[count]
+
+    def __call__(
+        self,
+        z: Tensor,
+        keys: Keys,
+        z_null: Tensor | None,
+        guidance: Guidance | None,
+        temperature: float | Tensor,
+        shares: list[float],
+    ) -> Tensor:
+        """Tokens (N, D) of z (N, C); shares[n] is the known share of the n-th token's image before the step."""
+        if self.last is None:
+            return self.head.sample(z, keys, self.plan(self.first), z_null, guidance, temperature)
+        counts = torch.tensor([annealed_steps(self.first, self.last, share) for share in shares])  # (N,)
+        some_counts = counts.unique().tolist()
+        if len(some_counts) == 1:  # as always, unless images of the batch know different shares
+            return self.head.sample(z, keys, self.plan(some_counts[0]), z_null, guidance, temperature)
+        drawn: Tensor | None = None
+        for count in some_counts:
+            rows = (counts == count).nonzero()[:, 0]
+            there = rows.to(z.device)
+            some = None if guidance is None else guidance.select(rows)
+            part = self.head.sample(
+                z[there],
+                keys.select(there),
+                self.plan(count),
+                None if z_null is None or some is None else z_null[there],
+                some,
+                temperature[there] if isinstance(temperature, Tensor) else temperature,
+            )
+            drawn = part.new_empty(len(z), *part.shape[1:]) if drawn is None else drawn
+            drawn[there] = part
+        assert drawn is not None, "a step draws at least one token"
+        return drawn
