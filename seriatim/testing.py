@@ -7,7 +7,6 @@ N tokens, C width of z, D features of a token or V codes, B images.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from seriatim.core.errors import UsageError
-from seriatim.core.random import Noise
-from seriatim.heads.base import Head
+from seriatim.core.keys import Keys
+from seriatim.heads.base import Guidance, Head
 
 Z, D = 6, 3
 
@@ -30,7 +29,7 @@ def check_head(make: Callable[..., Head], *, dim: int = D, learn: bool = True, s
     """
     size = {"vocab" if getattr(make, "discrete", False) else "dim": dim}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # of the CPU alone
         head = make(**size, **config)
         assert isinstance(head, Head), f"{make!r} made a {type(head).__name__}, which is no seriatim.heads.Head"
         name = type(head).__name__
@@ -48,8 +47,8 @@ def check_head(make: Callable[..., Head], *, dim: int = D, learn: bool = True, s
     return head
 
 
-def _noise(rows: int, seed: int = 0) -> Noise:
-    return Noise.per_image(range(seed, seed + rows))
+def _noise(rows: int, seed: int = 0) -> Keys:
+    return Keys.of_seeds(range(seed, seed + rows))
 
 
 def _targets(head: Head, N: int) -> Tensor:
@@ -132,13 +131,17 @@ def _sampling(head: Head) -> None:
     assert none.shape == (0, *tail), f"{name}.sample() of no tokens must be empty"
     if head.guides:
         z_null = torch.randn(N, Z)
-        unguided = head.sample(z, _noise(N), z_null, 1.0)
-        assert torch.allclose(x, unguided, rtol=1e-4, atol=1e-4), f"{name}: guidance 1 must be no guidance"
-        per_row = head.sample(z, _noise(N), z_null, torch.full((N,), 1.5))
-        assert torch.allclose(per_row, head.sample(z, _noise(N), z_null, 1.5), rtol=1e-4, atol=1e-4), (
-            f"{name}: a guidance scale for each row must equal the same scale for all"
+        some = Guidance.of(torch.where(torch.arange(N) % 2 == 0, 1.0, 1.5), N, z.device)
+        every = Guidance.of(1.5, N, z.device)
+        mixed = head.sample(z, _noise(N), None, z_null, some)
+        assert torch.allclose(x[::2], mixed[::2], rtol=1e-4, atol=1e-4), f"{name}: guidance 1 must be no guidance"
+        whole = head.sample(z, _noise(N), None, z_null, every)
+        assert torch.allclose(mixed[1::2], whole[1::2], rtol=1e-4, atol=1e-4), (
+            f"{name}: a row's guidance must not depend on the scales of other rows"
         )
-        _refuses(lambda: head.sample(z, _noise(N), None, 2.0), f"{name}: guidance without z_null must be refused")
+        _refuses(
+            lambda: head.sample(z, _noise(N), None, None, every), f"{name}: guidance without z_null must be refused"
+        )
     if head.has_density:
         density = head.log_prob(z, x)
         assert density.shape == (N,), f"{name}.log_prob() has shape {tuple(density.shape)}, not ({N},)"
@@ -148,22 +151,23 @@ def _says_what_it_cannot(head: Head) -> None:
     name, z = type(head).__name__, torch.randn(2, Z)
     _refuses(lambda: head.sample(z, _noise(2), temperature=-1.0), f"{name}: a negative temperature must be refused")
     early = f"{name}.check_options must refuse a negative temperature, before any work; call super().check_options"
-    _refuses(lambda: head.check_options(temperature=-1.0), early)
-    takes = inspect.signature(head.sample).parameters
-    missing = [] if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else sorted(head.sample_options - set(takes))
-    assert not missing, f"{name}.sample_options names {missing[0]}, which is no argument of {name}.sample"
+    _refuses(lambda: head.check_options(head.options(), -1.0), early)
+    _refuses(lambda: head.options(no_such_option=1), f"{name}.options must refuse an option that it does not have")
     if not head.guides:
-        _refuses(lambda: head.sample(z, _noise(2), z, 2.0), f"{name}.guides is False: it must refuse guidance")
+        guidance = Guidance.of(2.0, 2, z.device)
+        _refuses(
+            lambda: head.sample(z, _noise(2), None, z, guidance), f"{name}.guides is False: it must refuse guidance"
+        )
     if not head.tempers:
         _refuses(lambda: head.sample(z, _noise(2), temperature=0.5), f"{name}.tempers is False: it must refuse 0.5")
     if not head.has_density:
         _refuses(lambda: head.log_prob(z, _targets(head, 2)), f"{name}.has_density is False: it must say so")
 
 
-def known_density(z: Tensor, noise: Noise, dim: int) -> Tensor:
+def known_density(z: Tensor, keys: Keys, dim: int) -> Tensor:
     """Two Gaussians of standard deviation 0.2 at m(z) + 1 and m(z) - 1, m(z) the first number of z: (N, D)."""
-    sign = torch.where(noise.uniform() < 0.5, 1.0, -1.0)[:, None]
-    return z[:, :1] + sign + 0.2 * noise.normal(dim)
+    sign = torch.where(keys.fold("sign").uniform() < 0.5, 1.0, -1.0)[:, None]
+    return z[:, :1] + sign + 0.2 * keys.fold("spread").normal(dim)
 
 
 def _learns(head: Head, steps: int) -> None:
@@ -172,17 +176,17 @@ def _learns(head: Head, steps: int) -> None:
     head.bind(Z)
     optimiser = torch.optim.Adam(head.parameters(), lr=2e-3)
     for step in range(steps):
-        noise = Noise.shared(step, N)
-        z = noise.normal(Z)
-        loss = head.loss(z, known_density(z, noise, dim), noise)
+        keys = Keys.of(step).fold(torch.arange(N))
+        z = keys.fold("z").normal(Z)
+        loss = head.loss(z, known_density(z, keys, dim), keys)
         optimiser.zero_grad()
         (loss.sum.sum() / loss.count.sum()).backward()
         optimiser.step()
     touched = [key for key, p in head.named_parameters() if p.grad is not None]
     assert touched, f"{name}: no parameter receives a gradient"
-    noise = Noise.shared(10**6, 500)
-    z = noise.normal(Z)
-    x = head.sample(z, noise) - z[:, :1]  # (N, D), of modes at -1 and 1
+    keys = Keys.of(10**6).fold(torch.arange(500))
+    z = keys.fold("z").normal(Z)
+    x = head.sample(z, keys) - z[:, :1]  # (N, D), of modes at -1 and 1
     mean, std = x.mean(dim=0), x.std(dim=0)
     assert bool((mean.abs() < 0.25).all()), f"{name} has not learned how its token follows z: off by {mean.tolist()}"
     assert bool(((std - 1.02).abs() < 0.25).all()), f"{name}: standard deviation {std.tolist()}, the truth has 1.02"
@@ -204,18 +208,18 @@ def _learns_codes(head: Head, steps: int) -> None:
         return (2 * z[:, [i % Z for i in range(V)]]).softmax(dim=1)  # (N, V)
 
     for step in range(steps):
-        noise = Noise.shared(step, N)
-        z = noise.normal(Z)
-        codes = (noise.uniform()[:, None] > odds(z).cumsum(dim=1)[:, :-1]).sum(dim=1)  # (N,)
-        loss = head.loss(z, codes, noise)
+        keys = Keys.of(step).fold(torch.arange(N))
+        z = keys.fold("z").normal(Z)
+        codes = (keys.fold("true").uniform()[:, None] > odds(z).cumsum(dim=1)[:, :-1]).sum(dim=1)  # (N,)
+        loss = head.loss(z, codes, keys)
         optimiser.zero_grad()
         (loss.sum.sum() / loss.count.sum()).backward()
         optimiser.step()
     touched = [key for key, p in head.named_parameters() if p.grad is not None]
     assert touched, f"{name}: no parameter receives a gradient"
-    noise = Noise.shared(10**6, 2000)
-    z = noise.normal(1, Z)[:, 0]
-    drawn = torch.nn.functional.one_hot(head.sample(z, noise), V).float()  # (N, V)
+    keys = Keys.of(10**6).fold(torch.arange(2000))
+    z = keys.fold("z").normal(Z)
+    drawn = torch.nn.functional.one_hot(head.sample(z, keys), V).float()  # (N, V)
     for code in range(V):
         sure = odds(z)[:, code] > 0.7
         share = float(drawn[sure, code].mean())

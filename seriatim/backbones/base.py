@@ -59,9 +59,7 @@ class Backbone(nn.Module):
 class Parallel(Backbone):
     """z of any set of tokens from any known set."""
 
-    def z(
-        self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool = False
-    ) -> Tensor:
+    def z(self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool = False) -> Tensor:
         """z of every token asked for: (N, C), image by image, in raster order inside an image.
 
         tokens (B, L, D), or codes (B, L), on the backbone's device; those that are not known are ignored. known, ask

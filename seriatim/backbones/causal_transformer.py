@@ -77,7 +77,9 @@ class CausalState:
         )
 
     def join(self, other: CausalState) -> CausalState:
-        assert (self.order is None) == (other.order is None), "states of the same backbone have an order, or neither has"
+        assert (self.order is None) == (other.order is None), (
+            "states of the same backbone have an order, or neither has"
+        )
         assert (self.valid is None) == (other.valid is None), "states of the same conditioner have padding, or neither"
         scalar = None
         if self.scalar_qkv is not None and other.scalar_qkv is not None:

@@ -122,9 +122,7 @@ class Masked(Parallel):
         learned = ("encoder_positions", "decoder_positions", "output_positions")
         return {k: resized_positions(t, grid, other) if k.endswith(learned) else t for k, t in state.items()}
 
-    def z(
-        self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool = False
-    ) -> Tensor:
+    def z(self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool = False) -> Tensor:
         check_condition(condition, len(tokens), self.width)
         if torch.is_grad_enabled():
             return self._z(condition, tokens, known, ask, neighbours)
@@ -176,9 +174,7 @@ class Masked(Parallel):
             x = block(x, mask)
         return self.encoder_norm(x), seen
 
-    def decode(
-        self, x: Tensor, seen: Tensor | None, index: Tensor, valid: Tensor | None, at: Tensor | None
-    ) -> Tensor:
+    def decode(self, x: Tensor, seen: Tensor | None, index: Tensor, valid: Tensor | None, at: Tensor | None) -> Tensor:
         """Encoded buffer and known tokens (B, A+K, E) -> z of the positions at (B, K'): (B, K', C). None: of all."""
         A, L = self.buffer, self.tokens
         x = self.decoder_embed(x)  # (B, A+K, C)

@@ -28,7 +28,7 @@ from seriatim.bench.timing import Stages
 from seriatim.checkpoints.arinar import arinar_tensors, inner_heads_of
 from seriatim.core.errors import UsageError
 from seriatim.heads.gaussians import GaussianMixture
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import model_config
 
 SOURCE = "git clone https://github.com/Qinyu-Allen-Zhao/Arinar"
@@ -46,7 +46,7 @@ class OfficialARINAR(MARLoop):
 
     source = SOURCE
 
-    def __init__(self, path: Path, model: Model, device: torch.device) -> None:
+    def __init__(self, path: Path, model: SequenceModel, device: torch.device) -> None:
         super().__init__(device)
         self.seen: Seen | None = None  # what it is compared with
         hint = 'pip install --no-deps "timm==0.9.12"'
@@ -54,7 +54,7 @@ class OfficialARINAR(MARLoop):
         with explained(SOURCE), here(device):
             self.model: Any = self.build(model).to(device).eval()
 
-    def build(self, model: Model) -> nn.Module:
+    def build(self, model: SequenceModel) -> nn.Module:
         """Its model with our weights, strictly; or with its own, where ours is on the meta device."""
         tensors = arinar_tensors(model)  # refused before anything is built
         config = model_config(model)

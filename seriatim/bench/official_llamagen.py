@@ -17,7 +17,7 @@ from seriatim.bench.opponent import Draws, Workload, replaced, timed
 from seriatim.bench.timing import Stages, synchronise
 from seriatim.checkpoints.llamagen import llamagen_tensors
 from seriatim.core.errors import UsageError
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import model_config, seeded
 
 SOURCE = "git clone https://github.com/FoundationVision/LlamaGen"
@@ -29,13 +29,13 @@ FEW = 24  # tokens from which its fastest dtype is chosen: its steps all cost th
 class OfficialLlamaGen(Official):
     """The official token loop on our weights; in half precision its weights are that, as in its own scripts."""
 
-    def __init__(self, path: Path, model: Model, device: torch.device) -> None:
+    def __init__(self, path: Path, model: SequenceModel, device: torch.device) -> None:
         super().__init__(device)
         self.code = load_checkout(path, (GPT, GENERATE), inside=MODULES, has=(GPT, "Transformer"), source=SOURCE)
         with explained(SOURCE), here(device):
             self.model: Any = self.build(model).to(device).eval()
 
-    def build(self, model: Model) -> nn.Module:
+    def build(self, model: SequenceModel) -> nn.Module:
         """Its model with our weights, strictly; or with its own, where ours is on the meta device."""
         config = model_config(model)
         side = round(config["tokens"] ** 0.5)

@@ -22,7 +22,7 @@ from seriatim.bench.timing import Stages, synchronise
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.core.errors import UsageError
 from seriatim.heads.diffusion import Diffusion
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import model_config, seeded
 
 SOURCE = "git clone https://github.com/LTH14/mar"
@@ -81,13 +81,13 @@ class OfficialMAR(MARLoop):
 
     source = SOURCE
 
-    def __init__(self, path: Path, model: Model, device: torch.device, head_steps: int) -> None:
+    def __init__(self, path: Path, model: SequenceModel, device: torch.device, head_steps: int) -> None:
         super().__init__(device)
         self.code = official_mar(path)
         with explained(SOURCE), here(device):
             self.model: Any = self.build(model, head_steps).to(device).eval()
 
-    def build(self, model: Model, head_steps: int) -> nn.Module:
+    def build(self, model: SequenceModel, head_steps: int) -> nn.Module:
         """Its model with our weights, strictly; or with its own, where ours is on the meta device."""
         config = model_config(model)
         side = round(config["tokens"] ** 0.5)

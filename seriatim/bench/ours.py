@@ -12,7 +12,7 @@ from seriatim.bench.opponent import Draws, Opponent, RecordedNoise, Workload, re
 from seriatim.bench.timing import Stages, synchronise
 from seriatim.core.random import Noise, generator
 from seriatim.heads.solvers import ODES
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 from seriatim.sampling.loops import steps_of
 
 STAGES = (("encode", "encoder"), ("decode", "decoder"), ("step", "backbone"))  # of a backbone, and what they are called
@@ -23,8 +23,8 @@ class Ours(Opponent):
 
     name = "seriatim"
 
-    def __init__(self, model: Model, dtype: torch.dtype, device: torch.device) -> None:
-        self.model: Model = model
+    def __init__(self, model: SequenceModel, dtype: torch.dtype, device: torch.device) -> None:
+        self.model: SequenceModel = model
         self.device, self.half, self.dtype = device, dtype, str(dtype).removeprefix("torch.")
 
     @torch.no_grad()
@@ -57,7 +57,7 @@ class Ours(Opponent):
 class Gate:
     """Closed, the model does nothing: z is zero, and a head's tokens are its first draw. Open, its stages are timed."""
 
-    def __init__(self, model: Model, stages: Stages | None) -> None:
+    def __init__(self, model: SequenceModel, stages: Stages | None) -> None:
         self.open, self.model, self.stages = True, model, stages
 
     def changes(self) -> list[tuple[Any, str, Any]]:

@@ -16,8 +16,8 @@ import torch
 
 from seriatim import __version__
 from seriatim.backbones.causal_transformer import Causal
-from seriatim.bench.official_arinar import OfficialARINAR
 from seriatim.bench.checkout import Official, check_dtype
+from seriatim.bench.official_arinar import OfficialARINAR
 from seriatim.bench.official_llamagen import OfficialLlamaGen
 from seriatim.bench.official_mar import OfficialMAR
 from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
@@ -28,11 +28,11 @@ from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, nearest
 from seriatim.core.progress import Progress
 from seriatim.core.validation import parse
-from seriatim.models.nested import Nested
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
-from seriatim.sampling.parallel import prepare_model
+from seriatim.models.nested import Nested
 from seriatim.pipeline.request import SampleRequest, clamped
+from seriatim.sampling.parallel import prepare_model
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
@@ -57,7 +57,7 @@ Ask = dict[str, Any]  # what `bench` was asked, as plain data: a process of its 
 class Subject:
     """What is timed."""
 
-    model: Model
+    model: SequenceModel
     tokenizer: Tokenizer | None
     defaults: dict[str, Any]
     weights: str  # where they are from
@@ -120,7 +120,7 @@ def workload(of: Subject, ask: Ask) -> Workload:
     )  # fmt: skip
 
 
-def more(request: SampleRequest, model: Model, official: str | None) -> dict[str, Any]:
+def more(request: SampleRequest, model: SequenceModel, official: str | None) -> dict[str, Any]:
     """Settings of a folder that the original hasn't, where they differ from its own."""
     usual = SampleRequest(solver="ddpm")
     options = {name: getattr(request, name) for name in (*MORE, *INSIDE)}
@@ -217,7 +217,7 @@ def bench(
     return result
 
 
-def original(path: Path, model: Model, device: torch.device, work: Workload) -> Official:
+def original(path: Path, model: SequenceModel, device: torch.device, work: Workload) -> Official:
     """The official code of such a model."""
     if isinstance(model.backbone, Causal):
         return OfficialLlamaGen(path, model, device)
@@ -230,7 +230,7 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return max(DTYPES.values(), key=lambda dtype: matrix_peak(dtype, device))
 
 
-def start_of(model: Model, head_steps: int) -> int | None:
+def start_of(model: SequenceModel, head_steps: int) -> int | None:
     chain: Callable[[int], Any] | None = getattr(model.head, "chain", None)
     return None if chain is None else int(chain(head_steps).timesteps[-1])
 

@@ -19,12 +19,12 @@ from seriatim.checkpoints import mar
 from seriatim.checkpoints.native import Bundle
 from seriatim.checkpoints.official import OfficialFile, as_float32, complain
 from seriatim.core.errors import CheckpointError, UsageError, nearest
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.heads.mixture import Mixture
-from seriatim.models.nested import Nested
-from seriatim.models.base import Model
-from seriatim.models.build import model_config
+from seriatim.models.base import SequenceModel
+from seriatim.models.build import head_config, model_config
 from seriatim.models.masked_model import MaskedModel
+from seriatim.models.nested import Nested
 from seriatim.tokenizers.base import Tokenizer
 
 NAMES = {"arinar-b": "arinar-base", "arinar-l": "arinar-large"}  # of files that hold one size each
@@ -37,19 +37,19 @@ BLOCK = {"conditioning": "both", "norm": "layer", "mlp": "gelu-tanh", "positions
 
 # ours -> official; {i} is a number
 OF_HEAD = {
-    "head.backbone.start_token": "arhead.start_token",
-    "head.backbone.positions": "arhead.pos_embedding",
-    "head.backbone.token_embed.{p}": "arhead.input_proj.{p}",
-    "head.backbone.condition_embed.{p}": "arhead.cond_proj.{p}",
-    "head.backbone.blocks.{i}.attention.qkv.weight": "arhead.blocks.{i}.attn.mat_qkv.weight",
-    "head.backbone.blocks.{i}.attention.q_bias": "arhead.blocks.{i}.attn.q_bias",
-    "head.backbone.blocks.{i}.attention.v_bias": "arhead.blocks.{i}.attn.v_bias",
-    "head.backbone.blocks.{i}.attention.proj.{p}": "arhead.blocks.{i}.attn.proj.{p}",
-    "head.backbone.blocks.{i}.mlp.fc1.{p}": "arhead.blocks.{i}.ffn.fc1.{p}",
-    "head.backbone.blocks.{i}.mlp.down.{p}": "arhead.blocks.{i}.ffn.fc2.{p}",
-    "head.backbone.blocks.{i}.modulation.{p}": "arhead.blocks.{i}.ada_lin.1.{p}",
-    "head.backbone.norm.modulation.{p}": "arhead.head_nm.ada_lin.1.{p}",
-    "head.head.final.{p}": "arhead.head.{p}",
+    "head.model.backbone.start_token": "arhead.start_token",
+    "head.model.backbone.positions": "arhead.pos_embedding",
+    "head.model.backbone.token_embed.{p}": "arhead.input_proj.{p}",
+    "head.model.backbone.condition_embed.{p}": "arhead.cond_proj.{p}",
+    "head.model.backbone.blocks.{i}.attention.qkv.weight": "arhead.blocks.{i}.attn.mat_qkv.weight",
+    "head.model.backbone.blocks.{i}.attention.q_bias": "arhead.blocks.{i}.attn.q_bias",
+    "head.model.backbone.blocks.{i}.attention.v_bias": "arhead.blocks.{i}.attn.v_bias",
+    "head.model.backbone.blocks.{i}.attention.proj.{p}": "arhead.blocks.{i}.attn.proj.{p}",
+    "head.model.backbone.blocks.{i}.mlp.fc1.{p}": "arhead.blocks.{i}.ffn.fc1.{p}",
+    "head.model.backbone.blocks.{i}.mlp.down.{p}": "arhead.blocks.{i}.ffn.fc2.{p}",
+    "head.model.backbone.blocks.{i}.modulation.{p}": "arhead.blocks.{i}.ada_lin.1.{p}",
+    "head.model.backbone.norm.modulation.{p}": "arhead.head_nm.ada_lin.1.{p}",
+    "head.model.head.final.{p}": "arhead.head.{p}",
 }
 TABLE = {k: v for k, v in mar.TABLE.items() if not k.startswith("head.")} | OF_HEAD
 UNSQUEEZED = mar.UNSQUEEZED | {"arhead.start_token", "arhead.pos_embedding"}
@@ -67,7 +67,7 @@ def model_from_arinar(
     inner_heads: int = INNER_HEADS["release"],
     trunk_heads: int | tuple[int, int] | None = None,
     preset: str | None = None,
-) -> Model:
+) -> SequenceModel:
     """The model of an official file, strictly: every tensor is used, none is missing, all are finite.
 
     Raises CheckpointError, one line that names the tensor.
@@ -134,11 +134,11 @@ def losses_by_heads(file: OfficialFile, tokens: Tensor, *, draws: int = 4, **opt
 
     Weights trained with the other number are so much worse that a few images tell.
     """
-    found = {}
+    found, rows = {}, torch.arange(len(tokens))
     for heads in INNER_HEADS.values():
         model = model_from_arinar(file, inner_heads=heads, **options)
-        noise = Noise.shared(0, len(tokens))  # the same masks for both
-        found[heads] = sum(float(model.loss(tokens, None, noise).mean) for _ in range(draws)) / draws
+        losses = [model(tokens, None, Keys.of(i).fold(rows), Keys.of(i, "step")) for i in range(draws)]
+        found[heads] = sum(float(loss.mean) for loss in losses) / draws  # the same masks for both
     return found
 
 
@@ -172,18 +172,18 @@ def bundle_from_arinar(
     return Bundle(model, tokenizer, class_names, sampling, provenance)
 
 
-def arinar_tensors(model: Model) -> dict[str, Tensor]:
+def arinar_tensors(model: SequenceModel) -> dict[str, Tensor]:
     """The weights under their official names and shapes; raises UsageError for a model that isn't ARINAR's."""
     if type(model) is not MaskedModel or model_config(model)["backbone"] != "masked":
         raise UsageError(f"model: {type(model).__name__} can't be written as ARINAR; it must be a masked model")
     head = model.head
-    if not isinstance(head, Nested) or not isinstance(head.head, Mixture):
+    if not isinstance(head, Nested) or not isinstance(head.model.head, Mixture) or not head.sequential:
         raise UsageError(f"model: its head is {type(head).__name__}; ARINAR's is `nested` with a `mixture` inside")
-    split, block = head.config["split"], head.config["backbone"]
-    unlike = {f"backbone.{k}": v for k, v in BLOCK.items() if block[k] != v}
+    split, block = head_config(head)["split"], head_config(head)["model"]
+    unlike = {f"model.{k}": v for k, v in BLOCK.items() if block[k] != v}
     if (split["kind"], split.get("order")) != ("features", "natural"):
         unlike["split"] = "features in natural order"
-    if head.head.depth or head.head.full:
+    if head.model.head.depth or head.model.head.full:
         unlike["head"] = "a mixture of depth 0, diagonal"
     if unlike:
         name, value = next(iter(unlike.items()))
@@ -197,7 +197,7 @@ def arinar_tensors(model: Model) -> dict[str, Tensor]:
     return result
 
 
-def inner_heads_of(model: Model) -> int:
+def inner_heads_of(model: SequenceModel) -> int:
     """How many attention heads its head has: what the official code must be told, and files don't say."""
     assert isinstance(model.head, Nested), f"{type(model.head).__name__} has no backbone of its own"
-    return int(model.head.config["backbone"]["heads"])
+    return int(head_config(model.head)["model"]["heads"])

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.backbones.causal_transformer import grid_of
 from seriatim.checkpoints.mar import argument
 from seriatim.checkpoints.native import Bundle
 from seriatim.checkpoints.official import OfficialFile, complain, renamed
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
-from seriatim.models.base import Model
+from seriatim.core.spec import grid_of
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, model_config
 from seriatim.models.causal_model import CausalModel
 from seriatim.tokenizers.base import Tokenizer
@@ -37,11 +37,11 @@ LEFT = re.compile(r"freqs_cis|layers\.\d+\.attention\.kv_cache\.[kv]_cache")  # 
 
 # ours -> official; {i} is a number
 TABLE = {
-    "class_embedding": f"{CLASSES} but its last row",  # as `apart` calls them
-    "no_class": f"{CLASSES}, its last row",
-    "captions.null": NULL_CAPTION,
-    "captions.mlp.fc1.weight": "cls_embedding.cap_proj.fc1.weight",
-    "captions.mlp.down.weight": "cls_embedding.cap_proj.fc2.weight",
+    "conditioner.class_embedding": f"{CLASSES} but its last row",  # as `apart` calls them
+    "conditioner.no_class": f"{CLASSES}, its last row",
+    "conditioner.no_caption": NULL_CAPTION,
+    "conditioner.mlp.fc1.weight": "cls_embedding.cap_proj.fc1.weight",
+    "conditioner.mlp.down.weight": "cls_embedding.cap_proj.fc2.weight",
     "backbone.token_embed.weight": "tok_embeddings.weight",
     "backbone.blocks.{i}.norm1.weight": "layers.{i}.attention_norm.weight",
     "backbone.blocks.{i}.attention.qkv.weight": "layers.{i}.attention.wqkv.weight",
@@ -72,7 +72,8 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result = {name: tensor for name, tensor in tensors.items() if not LEFT.fullmatch(name)}
     table = result.pop(CLASSES, None)
     if table is not None and table.ndim == 2:
-        result[TABLE["class_embedding"]], result[TABLE["no_class"]] = table[:-1], table[-1:]
+        result[TABLE["conditioner.class_embedding"]] = table[:-1]
+        result[TABLE["conditioner.no_class"]] = table[-1:]
     return result
 
 
@@ -185,7 +186,7 @@ def bundle_from_llamagen(file: OfficialFile, tokenizer: Tokenizer, class_names: 
     return Bundle(model, tokenizer, class_names, sampling, provenance)
 
 
-def llamagen_tensors(model: Model) -> dict[str, Tensor]:
+def llamagen_tensors(model: SequenceModel) -> dict[str, Tensor]:
     """The weights under their official names; raises UsageError for a model that isn't LlamaGen's."""
     config = model_config(model)
     head = config["head"]
@@ -200,6 +201,6 @@ def llamagen_tensors(model: Model) -> dict[str, Tensor]:
         raise UsageError("model: can't be written as LlamaGen, which takes classes or captions; it has neither")
     result = {official_name(ours): tensor.detach() for ours, tensor in model.state_dict().items()}
     if model.classes:
-        parts = [result.pop(TABLE[name]) for name in ("class_embedding", "no_class")]
+        parts = [result.pop(TABLE[name]) for name in ("conditioner.class_embedding", "conditioner.no_class")]
         result[CLASSES] = torch.cat(parts)
     return result

@@ -17,7 +17,7 @@ from torch import Tensor
 from seriatim.checkpoints.native import Bundle
 from seriatim.checkpoints.official import OfficialFile, complain, renamed
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, model_config
 from seriatim.models.masked_model import MaskedModel
 from seriatim.tokenizers.base import Tokenizer
@@ -28,8 +28,8 @@ NAMES = {"mar-b": "mar-base", "mar-l": "mar-large", "mar-h": "mar-huge"}  # of f
 
 # ours -> official; {i} is a number
 TABLE = {
-    "no_class": "fake_latent",
-    "class_embedding": "class_emb.weight",
+    "conditioner.no_class": "fake_latent",
+    "conditioner.class_embedding": "class_emb.weight",
     "backbone.token_embed.{p}": "z_proj.{p}",
     "backbone.embed_norm.{p}": "z_proj_ln.{p}",
     "backbone.encoder_positions": "encoder_pos_embed_learned",
@@ -68,7 +68,9 @@ UNSQUEEZED = {"mask_token", "encoder_pos_embed_learned", "decoder_pos_embed_lear
 
 def official_name(ours: str, table: Mapping[str, str] = TABLE) -> str:
     """What the official code calls our tensor."""
-    blocks = re.match(r"(backbone\.encoder|backbone\.decoder|head\.blocks|head\.backbone\.blocks)\.(\d+)\.", ours)
+    blocks = re.match(
+        r"(backbone\.encoder|backbone\.decoder|head\.blocks|head\.model\.backbone\.blocks)\.(\d+)\.", ours
+    )
     number = blocks[2] if blocks else ""
     key = ours.replace(f".{number}.", ".{i}.", 1) if blocks else ours
     if key not in table:
@@ -80,7 +82,7 @@ def official_name(ours: str, table: Mapping[str, str] = TABLE) -> str:
 
 def model_from_mar(
     file: OfficialFile, *, heads: int | tuple[int, int] | None = None, preset: str | None = None
-) -> Model:
+) -> SequenceModel:
     """The model of an official file, strictly: every tensor is used, none is missing, all are finite.
 
     Raises CheckpointError, one line that names the tensor.
@@ -116,7 +118,7 @@ def set_trunk(
 
 def loaded(
     config: Mapping[str, Any], file: OfficialFile, tensors: Mapping[str, Tensor], official: Callable[[str], str]
-) -> Model:
+) -> SequenceModel:
     """The model of a config, with official tensors strictly as its weights."""
     try:
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to come
@@ -214,7 +216,7 @@ def bundle_from_mar(file: OfficialFile, tokenizer: Tokenizer, class_names: list[
     return Bundle(model, tokenizer, class_names, sampling, provenance)
 
 
-def check_fit(model: Model, tokenizer: Tokenizer, class_names: list[str]) -> None:
+def check_fit(model: SequenceModel, tokenizer: Tokenizer, class_names: list[str]) -> None:
     """Refuse a tokenizer of other tokens, and too many or too few names."""
     if (tokenizer.count, tokenizer.dim) != (model.backbone.tokens, model.backbone.dim):
         raise UsageError(
@@ -226,7 +228,7 @@ def check_fit(model: Model, tokenizer: Tokenizer, class_names: list[str]) -> Non
         raise UsageError(f"class_names: {len(class_names)} names for a model of {model.classes} classes")
 
 
-def mar_tensors(model: Model) -> dict[str, Tensor]:
+def mar_tensors(model: SequenceModel) -> dict[str, Tensor]:
     """The weights under their official names and shapes; raises UsageError for a model that isn't MAR's."""
     if type(model) is not MaskedModel or model_config(model)["backbone"] != "masked":
         raise UsageError(f"model: {type(model).__name__} can't be written as MAR; it must be a masked model")

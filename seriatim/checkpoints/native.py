@@ -24,14 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seriatim import __version__
+from seriatim.checkpoints.renames import FORMAT, READABLE, renamed
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, UsageError, one_line
 from seriatim.core.files import MANIFEST, atomic_folder, verify_manifest, write_json, write_manifest, write_text
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, model_config
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 
-FORMAT = 1
 CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.safetensors", "README.md"
 CLASSIFIER = "classifier.safetensors"  # of a classifier's folder, which is no model folder
 PARTS = (CONFIG, MODEL, TOKENIZER, CARD, MANIFEST)
@@ -41,7 +41,7 @@ PARTS = (CONFIG, MODEL, TOKENIZER, CARD, MANIFEST)
 class Bundle:
     """All that sampling needs of a model."""
 
-    model: Model
+    model: SequenceModel
     tokenizer: Tokenizer
     class_names: list[str] = field(default_factory=list)
     sampling: dict[str, Any] = field(default_factory=dict)  # defaults of a request
@@ -90,7 +90,7 @@ def opened(folder: Path, *files: str) -> Iterator[tuple[dict[str, Any], dict[str
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        if config["format"] != FORMAT:
+        if config["format"] not in READABLE:
             raise ValueError(
                 f"format {config['format']!r} is not {FORMAT}; it was written by seriatim {config.get('seriatim')!r}, "
                 f"this is {__version__}"
@@ -154,7 +154,7 @@ def load_bundle(folder: Path | str) -> Bundle:
             tokenizer = build_tokenizer(config["tokenizer"])
         class_names = [str(name) for name in config["class_names"]]
         sampling, provenance = dict(config["sampling"]), dict(config["provenance"])
-    fill(model, folder / MODEL)
+    fill(model, folder / MODEL, written=int(config["format"]))
     fill(tokenizer, folder / TOKENIZER)
     return Bundle(model.eval(), tokenizer.eval(), class_names, sampling, provenance, hashes[MODEL])
 
@@ -172,12 +172,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def fill(module: nn.Module, path: Path, *, assign: bool = True) -> None:
+def fill(module: nn.Module, path: Path, *, assign: bool = True, written: int = FORMAT) -> None:
     """Give `module` the tensors of `path`: all of them and no others, of the same shapes.
 
-    With `assign` they replace its own; without, they are copied into those, which an optimiser may hold.
+    With `assign` they replace its own; without, they are copied into those, which an optimiser may hold. `written` is
+    the format of the file.
     """
-    tensors = read_tensors(path)
+    tensors = renamed(read_tensors(path), written)
     wanted = module.state_dict()
     refuse(path, "lacks", sorted(wanted.keys() - tensors.keys()))
     refuse(path, "has an unknown", sorted(tensors.keys() - wanted.keys()))

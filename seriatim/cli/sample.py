@@ -14,8 +14,8 @@ from seriatim.cli.threads import threads_of
 if TYPE_CHECKING:
     from PIL import Image
 
-    from seriatim.pipeline.pipeline import Pipeline
     from seriatim.pipeline.metadata import Recorded
+    from seriatim.pipeline.pipeline import Pipeline
     from seriatim.pipeline.request import SampleRequest
 
 NEARLY = 2  # levels of 255 by which rounding in another batch, thread count or version may move a pixel
@@ -84,9 +84,9 @@ def sample(
     from seriatim.core.files import writable_folder
     from seriatim.core.progress import Progress
     from seriatim.evaluation.grid import grid, save_png
-    from seriatim.pipeline.pipeline import load
     from seriatim.pipeline.animation import save_animation
     from seriatim.pipeline.metadata import versions
+    from seriatim.pipeline.pipeline import load
     from seriatim.pipeline.result import recorded, safe_name, save_image
     from seriatim.training.precision import threads as using
 

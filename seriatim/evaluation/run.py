@@ -41,8 +41,8 @@ from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, described, halves, whole
 from seriatim.evaluation.rows import markdown
 from seriatim.evaluation.settings import SETTINGS, said, same_settings
-from seriatim.pipeline.pipeline import BATCH_TOKENS, Pipeline
 from seriatim.pipeline.metadata import versions
+from seriatim.pipeline.pipeline import BATCH_TOKENS, Pipeline
 from seriatim.pipeline.request import SampleRequest
 
 FORMAT = 1

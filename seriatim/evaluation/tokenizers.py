@@ -18,8 +18,8 @@ from torch import Tensor
 
 from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.files import writable_folder, write_json
+from seriatim.core.keys import Keys
 from seriatim.core.progress import Progress
-from seriatim.core.random import Noise, derive_seed
 from seriatim.evaluation.base import FeatureExtractor, check_pictures
 from seriatim.evaluation.blocks import ALL, SIZE, Blocks, Share, Vectors, eight_bits, extract, features_of
 from seriatim.evaluation.figures import Reference, Set, check_count, figures_of, named
@@ -190,8 +190,8 @@ def look(
                 for name, shown in (("decoded", decoded), ("images", images)):
                     values[name] = extract(extractor, shown, device).features
             if noise:
-                seeds = [derive_seed(seed, "latent noise", first + i) for i in range(len(index))]
-                shift = Noise.per_image(seeds, device).normal(*tokens.shape[1:])  # (B, L, D): as all levels have it
+                keys = Keys.of(seed, "latent noise").fold(torch.arange(first, first + len(index)))
+                shift = keys.to(device).normal(*tokens.shape[1:])  # (B, L, D): as all levels have it
                 shaken = [psnr(eight_bits(tokenizer.decode(tokens + level * shift)), images) for level in noise]
                 values["noisy"] = torch.stack(shaken, dim=1)  # (B, levels)
             for name, value in values.items():

@@ -57,7 +57,9 @@ def ddim(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperat
     return x
 
 
-def dpm_plus_plus(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+def dpm_plus_plus(
+    chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float | Tensor = 1.0
+) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): start (N, D), noise unused.
 
     x' = sigma'/sigma x - alpha' (e^-h - 1) D, h = lambda' - lambda, D = (1 + 1/2r) x_0 - 1/2r x_0 of the step before,

@@ -28,7 +28,7 @@ class Loss(NamedTuple):
     """The loss of a batch as a sum and a count, so that parts of a batch add up exactly."""
 
     sum: Tensor  # () over all tokens asked for and all draws made for them
-    count: Tensor  # () how many these are
+    count: Tensor  # type: ignore[assignment]  # () how many these are; tuple.count is not needed here
     parts: dict[str, Tensor]  # name -> () sums of the terms of the loss, for logs
 
     @property

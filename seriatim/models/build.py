@@ -34,7 +34,9 @@ from seriatim.models.splits import Split
 from seriatim.nn.packed import PackedLinear
 
 
-def build_model(config: Mapping[str, Any], where: str = "model", z_dim: int | None = None, conditions: int = 1, **known: Any) -> SequenceModel:
+def build_model(
+    config: Mapping[str, Any], where: str = "model", z_dim: int | None = None, conditions: int = 1, **known: Any
+) -> SequenceModel:
     """A model with fresh weights; `known` are sizes that the config may leave out (tokens, dim or vocab, classes).
 
     With `z_dim` it is the model of a token's parts: its condition is `conditions` vectors of that width.
@@ -73,14 +75,17 @@ def build_model(config: Mapping[str, Any], where: str = "model", z_dim: int | No
     if z_dim is not None:
         conditioner = Vectors(z_dim, conditions, backbone.width)
         own = {k: v for k, v in own.items() if k not in ("classes", "caption_dim", "caption_tokens")}
-    head = build_head(
-        head_config, dim=backbone.dim, vocab=backbone.vocab, z_dim=backbone.z_dim, where=f"{where}.head"
-    )
+    head = build_head(head_config, dim=backbone.dim, vocab=backbone.vocab, z_dim=backbone.z_dim, where=f"{where}.head")
     return construct(MODELS[kind], own, where, backbone=backbone, head=head, conditioner=conditioner)
 
 
 def build_head(
-    config: Mapping[str, Any], *, dim: int | None, vocab: int | None, z_dim: int | None = None, where: str = "model.head"
+    config: Mapping[str, Any],
+    *,
+    dim: int | None,
+    vocab: int | None,
+    z_dim: int | None = None,
+    where: str = "model.head",
 ) -> Head:
     """`{"kind": "diffusion", "width": 256}` -> a head with fresh weights for tokens of D features, or of V codes.
 
@@ -105,7 +110,7 @@ def build_head(
     return construct(HEADS[kind], rest, where)
 
 
-def build_nested(cls: type[Nested], config: dict[str, Any], dim: int, z_dim: int, where: str) -> Nested:
+def build_nested(cls: Any, config: dict[str, Any], dim: int, z_dim: int, where: str) -> Nested:
     """A nested head: split, model and perhaps a guide; `backbone` and `head` stand for a causal model of these."""
     rest = {k: v for k, v in config.items() if k not in ("dim", "z_dim")}
     split = build_split(mapping(rest, "split", where), dim, f"{where}.split")
@@ -125,7 +130,9 @@ def build_nested(cls: type[Nested], config: dict[str, Any], dim: int, z_dim: int
         guide = build_head(guide_config, dim=split.spec.dim, vocab=split.spec.vocab, where=f"{where}.guide")
     sizes: dict[str, Any] = {"tokens": split.spec.count}
     sizes |= {"dim": split.spec.dim} if split.spec.vocab is None else {"vocab": split.spec.vocab}
-    if split.spec.grid is not None and "grid" in arguments(BACKBONES.get(model_config.get("backbone", model_config.get("kind")), Nested)):
+    if split.spec.grid is not None and "grid" in arguments(
+        BACKBONES.get(model_config.get("backbone", model_config.get("kind")), Nested)
+    ):
         sizes["grid"] = list(split.spec.grid)
     vectors = (5 if neighbours else 1) + (guide is not None)
     model = build_model(model_config, f"{where}.model", z_dim, vectors, **sizes)
@@ -163,7 +170,11 @@ def head_config(head: Head) -> dict[str, Any]:
     if not isinstance(head, Nested):
         return {"kind": kind, **head.config}
     inner = {k: v for k, v in model_config(head.model).items() if k != "condition_width"}
-    config = {"kind": kind, "dim": head.output, "split": {"kind": name_of(head.split, SPLITS, "SPLITS"), **head.split.config}}
+    config = {
+        "kind": kind,
+        "dim": head.output,
+        "split": {"kind": name_of(head.split, SPLITS, "SPLITS"), **head.split.config},
+    }
     config["model"] = inner
     if head.guide is not None:
         config["guide"] = head_config(head.guide)

@@ -130,9 +130,7 @@ class CausalModel(SequenceModel):
             z = self.backbone.sequence(condition, tokens, given)[there, i]  # (N, C)
             z_null = self.backbone.sequence(null, tokens, given)[there, i] if guidance is not None else None
             own = keys.fold("token").select(rows).fold(places).to(device)
-            tokens[there, places.to(device)] = draw(
-                z, own, z_null, guidance, settings.temperature, [i / L] * len(rows)
-            )
+            tokens[there, places.to(device)] = draw(z, own, z_null, guidance, settings.temperature, [i / L] * len(rows))
         return tokens
 
     def steps(

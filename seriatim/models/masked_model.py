@@ -114,7 +114,9 @@ class MaskedModel(SequenceModel):
         steps, w = settings.num_inference_steps or STEPS, settings.guidance_scale
         tokens, known = begin(self.spec, B, device, start)
         confident = order is None and is_confidence(settings.order, self.head)
-        vectors = None if confident else order_vectors(order_of(order, settings, self.spec), keys.fold("order"), known)  # (B, L)
+        vectors = (
+            None if confident else order_vectors(order_of(order, settings, self.spec), keys.fold("order"), known)
+        )  # (B, L)
         draw = Drawing(self.head, settings, device)
         begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
         for step in range(steps):

@@ -227,7 +227,12 @@ class Nested(Head):
         scale = [1.0] * len(condition) if guidance is None else guidance.host.tolist()
         last = None
         for last in self.model.steps(
-            condition, condition if null is None else null, keys.to("cpu"), settings, scale=scale, temperature=temperature
+            condition,
+            condition if null is None else null,
+            keys.to("cpu"),
+            settings,
+            scale=scale,
+            temperature=temperature,
         ):
             pass
         assert last is not None, "a token has at least one part"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from seriatim.checkpoints.hub import located
 from seriatim.checkpoints.native import Bundle, load_bundle, save_bundle
 from seriatim.core.device import pick_device, pick_dtype
 from seriatim.core.errors import UsageError, nearest
+from seriatim.core.keys import Keys
 from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
-from seriatim.core.random import Noise, generator
 from seriatim.core.schedules import GUIDANCE_OPTIONS
-from seriatim.core.validation import parse, plain
-from seriatim.models.masked_model import is_confidence
+from seriatim.core.validation import plain
+from seriatim.nn.packed import prepare
 from seriatim.pipeline.editing import (
     as_images,
     broadcast,
@@ -31,19 +32,14 @@ from seriatim.pipeline.editing import (
     token_mask,
     token_pixels,
 )
-from seriatim.sampling.loops import steps_of
-from seriatim.sampling.parallel import FirstStep, Step, prepare_model
 from seriatim.pipeline.metadata import versions
-from seriatim.pipeline.request import Label, SampleRequest, fitted
+from seriatim.pipeline.request import Label, SampleRequest, fitted, resolved
 from seriatim.pipeline.result import Result, arrays_of, as_pil, check_output, converted
+from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.base import to_uint8
 
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
 
-HEAD_SETTINGS = "num_diffusion_steps start_timestep solver top_k top_p guidance_mode feature_schedule".split()
-SHARED = "num_diffusion_steps"  # set in every request, whatever the head
-
-Start = tuple[Tensor, Tensor]  # tokens (B, L, D), and which are known (B, L)
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
@@ -53,22 +49,52 @@ class Pipeline:
     pipe = seriatim.load("demo/model")
     result = pipe(class_labels=[3, 8], num_images_per_label=4, seed=7)
     result.images[0].save("three.png")
+
+    A bundle that the caller owns keeps its device and its modes: both are as before after every call. `load` makes a
+    pipeline that owns its model, whose weights are laid out for sampling.
     """
 
     def __init__(
-        self, bundle: Bundle, *, device: str | torch.device = "cpu", dtype: str | torch.dtype = "auto", source: str = ""
+        self,
+        bundle: Bundle,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        source: str = "",
     ) -> None:
+        """`device` None means where the model is; another one moves the model there, in place."""
         self.bundle, self.source = bundle, source
-        self.device = pick_device(device)
+        self.owned = False  # whether nobody else trains this model: then it stays in evaluation mode
+        self.model, self.tokenizer = bundle.model, bundle.tokenizer
+        self.device = self.model.device if device is None else pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
-        self.model = bundle.model.eval().to(self.device)
-        self.tokenizer = bundle.tokenizer.eval().to(self.device)
-        self.first: FirstStep | None = None
+        if device is not None:
+            self.model.to(self.device)
+            self.tokenizer.to(self.device)
 
     def prepare(self) -> Pipeline:
         """Lay the model's weights out for sampling alone, in place, as `load` does: faster, but not trainable."""
-        self.first = FirstStep(prepare_model(self.model, self.dtype))  # kept from call to call: nothing changes now
+        self.owned = True
+        self.model.eval()
+        self.tokenizer.eval()
+        prepare(self.model.backbone, self.dtype, keep=("token_embed",))  # what meets tokens stays in float32
+        prepare(self.model.head)
         return self
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Inside, model and tokenizer are in evaluation mode; afterwards every module is in the mode it was in."""
+        if self.owned:
+            yield
+            return
+        modes = [(part, part.training) for whole in (self.model, self.tokenizer) for part in whole.modules()]
+        self.model.eval()
+        self.tokenizer.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
 
     @property
     def class_names(self) -> list[str]:
@@ -85,46 +111,39 @@ class Pipeline:
         """The request that a call with these arguments makes: defaults filled in, everything checked."""
         defaults, settings = self.defaults, {k: plain(v) for k, v in settings.items() if v is not None}
         if settings.get("guidance_schedule", defaults.get("guidance_schedule")) != defaults.get("guidance_schedule"):
-            for option in GUIDANCE_OPTIONS.values():  # they are of the schedule that the call replaces
+            for option in GUIDANCE_OPTIONS.values():  # these belong to the schedule that the call replaces
                 defaults.pop(option, None)
-        merged = {**defaults, **settings}
-        labels = merged.get("class_labels")
+        labels = settings.get("class_labels", defaults.get("class_labels"))
         if labels is None:
-            merged["class_labels"] = tuple(range(self.model.classes)) or (None,)
+            settings["class_labels"] = tuple(range(self.model.classes)) or (None,)
         elif isinstance(labels, (str, int, float)):
-            merged["class_labels"] = (labels,)
-        merged.setdefault("seed", secrets.randbits(32))
-        return self.checked(parse(SampleRequest, merged, error=UsageError))
+            settings["class_labels"] = (labels,)
+        settings.setdefault("seed", secrets.randbits(32))
+        request = resolved(settings, defaults, self.model)
+        self.check_labels(request)
+        return request
 
     def checked(self, request: SampleRequest) -> SampleRequest:
-        """Refuse what this model can't do; more steps than a masked model has tokens are clamped, with a warning."""
+        """A request made elsewhere, as this model follows it; refuses what the model can't do."""
+        self.check_labels(request)
+        options = {f.name for f in dataclasses.fields(self.model.head.Options)}
+        for name in request.head_options:
+            if name not in options:
+                raise UsageError(f"{name}: the {type(self.model.head).__name__} head has no such option; leave it out")
+        return fitted(request, self.model, set())
+
+    def check_labels(self, request: SampleRequest) -> None:
         for label in request.class_labels:
             self.label_index(label)
-        request.check_order(self.model.tokens)
-        if not self.model.one_by_one:  # the others refuse it as any order but their own
-            is_confidence(request.order, self.model.head)
-        self.model.head.check_options(temperature=request.temperature, **self._head_options(request))
-        return fitted(request, self.model.tokens, self.model.order if self.model.one_by_one else None)
 
-    def _order(self, request: SampleRequest, images: slice) -> Tensor | str | None:
-        """The order of these images as the samplers take it: on the tokenizer's grid, the first drawn first."""
-        if request.order == RANDOM:
+    def positions(self, request: SampleRequest, images: slice) -> Tensor | None:
+        """The order of these images as positions on the tokenizer's grid, (L,) or (B, L); None: the model's business."""
+        if request.order is None or request.order in (RANDOM, CONFIDENCE):
             return None
-        if request.order == CONFIDENCE:
-            return CONFIDENCE
         if isinstance(request.order, str):
-            return torch.tensor(ORDERS[request.order](*self.tokenizer.grid))  # (L,)
-        given = torch.tensor(request.order)  # (L,) or (all images, L)
+            return torch.tensor(ORDERS[request.order](*self.tokenizer.grid))
+        given = torch.tensor(request.order)
         return given if given.ndim == 1 else given[images]
-
-    def _head_options(self, request: SampleRequest) -> dict[str, Any]:
-        """What the request says to the head; what the head doesn't have is refused, unless all requests set it."""
-        options = self.model.head.sample_options
-        for name in HEAD_SETTINGS:
-            if getattr(request, name) is not None and name not in options and name != SHARED:
-                kind = type(self.model.head).__name__
-                raise UsageError(f"{name}: the {kind} head has no such setting; leave it out")
-        return {k: value for k in HEAD_SETTINGS if k in options and (value := getattr(request, k)) is not None}
 
     def label_index(self, label: Label) -> int:
         """The number of a class given by number or name; -1 for None, which "none" stands for on a command line.
@@ -165,73 +184,58 @@ class Pipeline:
         """Yield a `Step` after every step over the images; `step.preview()` decodes it. Close it to cancel.
 
         A batch of `batch_size` images is finished before the next begins. `generator` (one, or one for each image)
-        stands in for `seed`; otherwise arguments are those of a `SampleRequest`.
+        stands in for `seed`: a seed for each image is drawn from it. Otherwise arguments are those of a
+        `SampleRequest`.
         """
-        request, generators = self._resolve(generator, request, settings)
-        return self._steps(request, generators, batch_size)
+        return self._steps(self._resolve(generator, request, settings), batch_size)
 
     def _resolve(
         self,
         given: torch.Generator | Sequence[torch.Generator] | None,
         request: SampleRequest | None,
         settings: dict[str, Any],
-    ) -> tuple[SampleRequest, list[torch.Generator]]:
+    ) -> SampleRequest:
         if request is not None and settings:
             raise UsageError(f"request: given together with {sorted(settings)[0]}; put everything into the request")
         request = self.request(**settings) if request is None else self.checked(request)
         if given is None:
-            return request, [generator(seed) for seed in request.image_seeds()]
+            return request
         many = [given] * request.num_images if isinstance(given, torch.Generator) else list(given)
         if len(many) != request.num_images:
             raise UsageError(f"generator: {len(many)} given for {request.num_images} images; give one, or one for each")
         seeds = tuple(int(torch.randint(2**62, (), generator=g, device=g.device).item()) for g in many)
-        request = request.model_copy(update={"seeds": seeds})
-        return request, [generator(seed) for seed in seeds]
+        return request.model_copy(update={"seeds": seeds})
 
-    def _steps(
-        self,
-        request: SampleRequest,
-        generators: list[torch.Generator],
-        batch_size: int | None,
-        start: Start | None = None,
-    ) -> Iterator[Step]:
+    def _steps(self, request: SampleRequest, batch_size: int | None, start: Start | None = None) -> Iterator[Step]:
         if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
             raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be an integer of at least 1")
-        return self._batches(request, generators, batch_size or max(1, BATCH_TOKENS // self.model.tokens), start)
+        return self._batches(request, batch_size or max(1, BATCH_TOKENS // self.model.tokens), start)
 
-    def _batches(
-        self, request: SampleRequest, generators: list[torch.Generator], size: int, start: Start | None
-    ) -> Iterator[Step]:
-        labels = torch.tensor([self.label_index(label) for label in request.image_labels()], device=self.device)
+    def _batches(self, request: SampleRequest, size: int, start: Start | None) -> Iterator[Step]:
+        labels = torch.tensor([self.label_index(label) for label in request.image_labels()])
+        keys = Keys.of_seeds(request.image_seeds())
         batches = [range(i, min(i + size, len(labels))) for i in range(0, len(labels), size)]
-        steps = request.num_inference_steps
-        anneals = "num_diffusion_steps" in self.model.head.sample_options
         for number, images in enumerate(batches):
             some = slice(images.start, images.stop)
-            noise = Noise(generators[some], torch.arange(len(images)), self.device)
-            for step in steps_of(
-                self.model,
-                labels[some] if self.model.classes else None,
-                noise,
-                steps=steps,
-                guidance_scale=request.guidance_scale,
-                guidance_schedule=request.guidance_schedule,
-                guidance_interval=request.guidance_interval,
-                guidance_power=request.guidance_power,
-                temperature=request.temperature,
-                token_schedule=request.token_schedule,
-                num_diffusion_steps_last=request.num_diffusion_steps_last if anneals else None,
-                min_tokens=request.min_tokens,
-                order=self._order(request, some),
-                choice_temperature=request.choice_temperature,
-                dtype=self.dtype,
-                first=self.first,
-                tokens=None if start is None else start[0][some],
-                known=None if start is None else start[1][some],
-                **self._head_options(request),
-            ):
-                index, total = number * steps + step.index, len(batches) * steps
-                yield replace(step, index=index, total=total, images=images, decode=self._pil)
+            with self.sampling(), torch.no_grad():
+                condition = self.model.condition(labels[some] if self.model.classes else None, len(images))
+                steps = self.model.steps(
+                    condition,
+                    self.model.null(len(images), condition),
+                    keys.select(some),
+                    request,
+                    None if start is None else Start(start.tokens[some], start.known[some]),
+                    self.positions(request, some),
+                    dtype=self.dtype,
+                )
+            while True:
+                with self.sampling():  # between steps the model is as the caller left it
+                    step = next(steps, None)
+                if step is None:
+                    break
+                step.index, step.total = number * step.total + step.index, len(batches) * step.total
+                step.images, step.decode = images, self._pil
+                yield step
 
     def __call__(
         self,
@@ -251,8 +255,8 @@ class Pipeline:
         mapping that it may return replace the known ones, and sampling goes on from those.
         """
         check_output(output_type)
-        request, generators = self._resolve(generator, request, settings)
-        return self._result(request, self._steps(request, generators, batch_size), output_type, callback_on_step_end)
+        request = self._resolve(generator, request, settings)
+        return self._result(request, self._steps(request, batch_size), output_type, callback_on_step_end)
 
     def _result(
         self,
@@ -272,7 +276,7 @@ class Pipeline:
                 returned = callback_on_step_end(self, step.index, step.total, values) or {}
                 if "tokens" in returned:
                     edited = True
-                    step.tokens.copy_(returned["tokens"])
+                    step.replace(returned["tokens"])
             if last is not None and last.images != step.images:
                 finished.append(last.tokens)
             last = step
@@ -315,16 +319,16 @@ class Pipeline:
         count = broadcast(originals, labels)
         labels = labels * count if len(labels) == 1 else labels
         originals = originals.repeat(count, 1, 1, 1) if len(originals) == 1 else originals
-        request, generators = self._resolve(generator, None, {**settings, "class_labels": labels})
+        request = self._resolve(generator, None, {**settings, "class_labels": labels})
         each = request.num_images_per_label
         white = pixel_mask(mask, self.tokenizer.size, count).repeat_interleave(each, dim=0)  # (B, H, W)
         originals = originals.repeat_interleave(each, dim=0)  # (B, H, W, c)
         floats = originals.permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
         tokens = self.tokenizer.tokens(self.tokenizer.moments(floats))  # (B, L, D), the mode
-        start = (tokens, ~token_mask(white, self.tokenizer))
+        start = Start(tokens, ~token_mask(white, self.tokenizer))
         return self._result(
             request,
-            self._steps(request, generators, batch_size, start),
+            self._steps(request, batch_size, start),
             output_type,
             keep=(originals, white),
             edited=True,
@@ -349,15 +353,15 @@ class Pipeline:
         redraw = chosen_tokens(tokens, count, L)
         given = {k: plain(v) for k, v in settings.items() if v is not None}
         before = result.request.model_dump(exclude={"seed", "seeds"})  # all of it: the model's defaults have no say
-        request = parse(SampleRequest, {**before, "seed": secrets.randbits(32), **given}, error=UsageError)
-        request, generators = self._resolve(generator, request, {})
+        request = resolved({**given, "seed": given.get("seed", secrets.randbits(32))}, before, self.model)
+        request = self._resolve(generator, request, {})
         if request.num_images != count:
             raise UsageError(f"class_labels: the request is for {request.num_images} images, the result has {count}")
         keep = None
         if result.kept is not None:  # of an edited picture: what was kept still is, but for the tokens redrawn
             originals, white = result.kept
             keep = (originals, white | token_pixels(redraw, self.tokenizer))
-        steps = self._steps(request, generators, batch_size, (result.tokens, ~redraw))
+        steps = self._steps(request, batch_size, Start(result.tokens, ~redraw))
         return self._result(request, steps, output_type, keep=keep, edited=True)
 
     @torch.no_grad()

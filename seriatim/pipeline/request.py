@@ -2,81 +2,71 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, StrictInt, model_validator
+from pydantic import Field, StrictInt, model_validator
 
-from seriatim.core.errors import UsageError, caller_level
-from seriatim.core.orders import CONFIDENCE, RASTER, check_order_name, check_permutation
-from seriatim.core.random import derive_seed
-from seriatim.core.schedules import check_guidance, check_one_a_step, check_token_schedule
-from seriatim.core.validation import Strict
+from seriatim.core.errors import UsageError, caller_level, nearest
+from seriatim.core.keys import Keys
+from seriatim.core.orders import CONFIDENCE, check_permutation
+from seriatim.core.settings import Settings
+from seriatim.core.validation import parse
+from seriatim.models.base import SequenceModel
+from seriatim.models.registry import HEADS
+from seriatim.sampling.draw import STEPS as HEAD_STEPS
+from seriatim.sampling.parallel import STEPS
 
 Label = StrictInt | str | None
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 
-def order_value(value: Any) -> Any:
-    """A name as it is; positions, or a list of them for each image, as tuples."""
-    if isinstance(value, str):
-        return value
-    rows = value if isinstance(value, (list, tuple)) else ()
-    nested = all(isinstance(row, (list, tuple)) for row in rows)
-    positions = [p for row in rows for p in row] if nested else rows
-    if not positions or any(type(p) is not int for p in positions):
-        raise ValueError("must be a name, a list of positions, or such a list for each image")
-    return tuple(tuple(row) for row in rows) if nested else tuple(rows)
+def head_option_names() -> set[str]:
+    """The options of all registered heads. They may be given beside the settings, as in `pipe(top_k=5)`."""
+    nested = {"feature_schedule"}
+    return nested.union(*({f.name for f in dataclasses.fields(head.Options)} for head in HEADS.values()))
 
 
-Order = Annotated[str | tuple[int, ...] | tuple[tuple[int, ...], ...], BeforeValidator(order_value)]
+def gathered(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """The same settings, with those that are head options moved into `head_options`; None stands for not given."""
+    result = {name: value for name, value in values.items() if name not in names}
+    options = {name: value for name, value in values.items() if name in names and value is not None}
+    if options:
+        result["head_options"] = {**dict(result.get("head_options") or {}), **options}
+    return result
 
 
-class SampleRequest(Strict):
-    """What to draw. The same request gives the same images."""
+class SampleRequest(Settings):
+    """What to draw, and how. The same request gives the same images."""
 
-    class_labels: tuple[Label, ...] = (None,)  # a class each: its number, its name, or None for no class
-    num_images_per_label: StrictInt = Field(1, ge=1)
-    seed: Seed = 0  # image i has the seed hash(seed, i), unless `seeds` names one for each image
-    seeds: tuple[Seed, ...] | None = None
-    guidance_scale: float = Field(1.0, ge=0)
-    guidance_schedule: str = "linear"
-    guidance_interval: tuple[float, float] | None = None  # known shares, of the schedule "interval"
-    guidance_power: float | None = None  # of the schedule "power-cosine"; None: 1
-    num_inference_steps: StrictInt = Field(64, ge=1)  # over the image
-    token_schedule: str = "cosine"
-    min_tokens: StrictInt = Field(1, ge=1)  # of a step, as long as that many are unknown
-    order: Order = "random"  # or a name in ORDERS; or positions, the first drawn first, for all images or for each
-    temperature: float = Field(1.0, ge=0)
-    num_diffusion_steps: StrictInt = Field(100, ge=1)  # inside a diffusion head
-    num_diffusion_steps_last: StrictInt | None = Field(None, ge=1)  # when all but the last tokens are known; None: same
-    solver: str | None = None  # diffusion: ddpm, sde-dpm++, ddim or dpm++; flow: euler or heun; None: the head's own
-    top_k: StrictInt | None = Field(None, ge=1)  # of codes, or bins: the likeliest alone; None: all
-    top_p: float | None = Field(None, gt=0, le=1)  # of codes, bins or Gaussians: the likeliest that together reach this
-    guidance_mode: str | None = None  # of a mixture: exact or resample; None: the head's own
-    feature_schedule: str | None = None  # of a nested head: constant, linear or cosine over its parts; None: constant
-    choice_temperature: float = Field(4.5, ge=0)  # of the order "confidence": noise on it, falling to 0
-    start_timestep: StrictInt | None = Field(None, ge=0)  # None: the stable start; 999: as published
+    class_labels: tuple[Label, ...] = Field(
+        (None,), description="A class for each image: its number, its name, or None for no class."
+    )
+    num_images_per_label: StrictInt = Field(1, ge=1, description="Images of each label.")
+    seed: Seed = Field(0, description="Image i is drawn from the seed (seed, i), unless `seeds` names one for each.")
+    seeds: tuple[Seed, ...] | None = Field(None, description="A seed for each image, in the place of `seed`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _head_options(cls, values: Any) -> Any:
+        return gathered(values, head_option_names()) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
-    def _fits(self) -> SampleRequest:
+    def _of_these_images(self) -> SampleRequest:
         if not self.class_labels:
             raise ValueError("class_labels: is empty; name at least one class, or None")
-        check_token_schedule(self.token_schedule)
-        check_guidance(self.guidance_schedule, self.guidance_interval, self.guidance_power)
         self.check_order()
-        first, last = self.num_diffusion_steps, self.num_diffusion_steps_last
-        if last is not None and last > first:
-            raise ValueError(f"num_diffusion_steps_last: {last} is not allowed; at most num_diffusion_steps, {first}")
         if self.seeds is not None and len(self.seeds) != self.num_images:
             raise ValueError(f"seeds: {len(self.seeds)} given for {self.num_images} images; give one for each")
         return self
 
     def check_order(self, tokens: int | None = None) -> None:
-        """Refuse an order that has no such name, or is no permutation of a model's tokens, where it is known."""
-        if isinstance(self.order, str):
-            return check_order_name(self.order)
+        """Refuse positions that are no permutation of a model's tokens, or are for another number of images."""
+        if self.order is None or isinstance(self.order, str):
+            return
         rows = [row for row in self.order if not isinstance(row, int)]
         if rows and len(rows) != self.num_images:
             raise UsageError(f"order: {len(rows)} given for {self.num_images} images; give one, or one for each")
@@ -91,49 +81,92 @@ class SampleRequest(Strict):
         return len(self.class_labels) * self.num_images_per_label
 
     def image_seeds(self) -> list[int]:
+        """The seed of each image."""
         if self.seeds is not None:
             return list(self.seeds)
-        return [derive_seed(self.seed, i) for i in range(self.num_images)]
+        words = Keys.of(self.seed, "image").fold(range_tensor(self.num_images)).words[:, 0]
+        return [word & (2**63 - 1) for word in words.tolist()]
 
     def image_labels(self) -> list[Label]:
         """The label of each image: all of the first label, then all of the second, ..."""
         return [label for label in self.class_labels for _ in range(self.num_images_per_label)]
 
 
-def fitted(request: SampleRequest, tokens: int, order: str | None = None) -> SampleRequest:
-    """The request for a model with this many tokens; `order` is that of a model that draws one token a step."""
-    return clamped(request, tokens) if order is None else one_a_step(request, tokens, order)
+def range_tensor(count: int) -> Any:
+    """0 .. count-1, int64; torch is imported when the first request is resolved."""
+    import torch
+
+    return torch.arange(count, dtype=torch.long, device="cpu")
 
 
-def one_a_step(request: SampleRequest, tokens: int, order: str) -> SampleRequest:
-    """The request for a model that draws one token a step, in its own order: what isn't said follows from that."""
-    own = {"num_inference_steps": tokens, "order": order}
-    request = request.model_copy(update={k: v for k, v in own.items() if k not in request.model_fields_set})
-    check_one_a_step(request.num_inference_steps, tokens, request.token_schedule, request.min_tokens)
-    if request.order == CONFIDENCE:
-        raise UsageError("order: 'confidence' asked of a causal model, which draws one token a step; leave it out")
-    if order == RASTER and request.order != RASTER and not is_raster(request.order):
-        raise UsageError(
-            "order: a causal model of raster order draws in no other; leave it out, or train one with order=random"
+def resolved(values: Mapping[str, Any], defaults: Mapping[str, Any], model: SequenceModel) -> SampleRequest:
+    """The request that a caller's settings make of a model, with its defaults filled in and everything checked.
+
+    A setting that the caller gave and that would have no effect is refused by name; so is a head option that the
+    model's head does not have. Defaults that the head does not have are left out.
+    """
+    options = {f.name for f in dataclasses.fields(model.head.Options)}
+    given = gathered(values, options | head_option_names())
+    usual = gathered(defaults, options | head_option_names())
+    for name in given.get("head_options", {}):
+        if name not in options:
+            raise UsageError(
+                f"{name}: the {type(model.head).__name__} head has no such option{nearest(name, options)}"
+                if options
+                else f"{name}: the {type(model.head).__name__} head has no options; leave it out"
+            )
+    kept = {name: value for name, value in usual.get("head_options", {}).items() if name in options}
+    merged = {**usual, **given, "head_options": {**kept, **given.get("head_options", {})}}
+    known = {*SampleRequest.model_fields, *options}
+    for name in merged:
+        if name not in SampleRequest.model_fields:
+            raise UsageError(f"unknown key {name!r}{nearest(name, known)}")
+    request = parse(SampleRequest, merged, error=UsageError)
+    return fitted(request, model, {*given, *given.get("head_options", {})})
+
+
+def fitted(request: SampleRequest, model: SequenceModel, given: set[str]) -> SampleRequest:
+    """The request as the model follows it: steps and order filled in; `given` are the settings that a caller named."""
+    check_effects(request, model, given)
+    request.check_order(model.tokens)
+    model.check_settings(request)
+    update: dict[str, Any] = {}
+    if request.order is None:
+        update["order"] = model.order
+    most = model.tokens if model.one_by_one else math.ceil(model.tokens / request.min_tokens)
+    steps = request.num_inference_steps
+    if steps is None:
+        update["num_inference_steps"] = most if model.one_by_one else min(STEPS, most)
+    elif steps > most:
+        each = "" if request.min_tokens == 1 else f" at {request.min_tokens} a step"
+        warnings.warn(
+            f"num_inference_steps: {steps} is more than the model's {model.tokens} tokens{each}; using {most}",
+            stacklevel=caller_level(),
         )
-    return request
+        update["num_inference_steps"] = most
+    return request.model_copy(update=update) if update else request
 
 
-def is_raster(order: Any) -> bool:
-    """Whether positions, or those of each image, count from 0."""
-    if isinstance(order, str) or not order:
-        return False
-    return all(tuple(row) == tuple(range(len(row))) for row in (order if isinstance(order[0], tuple) else (order,)))
+def check_effects(request: SampleRequest, model: SequenceModel, given: set[str]) -> None:
+    """Refuse settings that a caller gave and that would have no effect on this model."""
+    first = request.head_options.get(HEAD_STEPS)
+    anneals = HEAD_STEPS in {f.name for f in dataclasses.fields(model.head.Options)}
+    unconditional = not model.classes and not request_has_condition(model)
+    reasons = {
+        "guidance_scale": "the model is unconditional" if unconditional and request.guidance_scale != 1 else "",
+        "choice_temperature": "only valid with order='confidence'" if request.order != CONFIDENCE else "",
+        "num_diffusion_steps_last": "" if anneals else f"the {type(model.head).__name__} head has no steps to anneal",
+    }
+    for name, reason in reasons.items():
+        if name in given and reason and getattr(request, name) is not None:
+            raise UsageError(f"{name}: would have no effect, {reason}; leave it out")
+    last = request.num_diffusion_steps_last
+    if last is not None and anneals:
+        begins = getattr(model.head.options(**({} if first is None else {HEAD_STEPS: first})), HEAD_STEPS)
+        if last > begins:
+            raise UsageError(f"num_diffusion_steps_last: {last} is not allowed; at most {HEAD_STEPS}, {begins}")
 
 
-def clamped(request: SampleRequest, tokens: int) -> SampleRequest:
-    """The request for a model with this many tokens; more steps than they need are clamped, with a warning."""
-    most = math.ceil(tokens / request.min_tokens)
-    if request.num_inference_steps <= most:
-        return request
-    tokens_of = f"{tokens} tokens" if request.min_tokens == 1 else f"{tokens} tokens at {request.min_tokens} a step"
-    warnings.warn(
-        f"num_inference_steps: {request.num_inference_steps} is more than the model's {tokens_of}; using {most}",
-        stacklevel=caller_level(),
-    )
-    return request.model_copy(update={"num_inference_steps": most})
+def request_has_condition(model: SequenceModel) -> bool:
+    """Whether the model has a condition other than classes, such as captions."""
+    return "caption_dim" in model.conditioner.config

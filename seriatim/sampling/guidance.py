@@ -19,9 +19,7 @@ FEW_CONDITIONS = 8  # of a batch: with more, one pass of all images costs less t
 def scales_at(settings: Settings, full: list[float], left: list[int], tokens: int) -> list[float]:
     """The guidance scale of each image at a step after which left[b] of its tokens are unknown; full[b] is its w."""
     return [
-        guidance_at(
-            settings.guidance_schedule, w, m, tokens, settings.guidance_interval, settings.guidance_power
-        )
+        guidance_at(settings.guidance_schedule, w, m, tokens, settings.guidance_interval, settings.guidance_power)
         for w, m in zip(full, left, strict=True)
     ]
 

@@ -59,7 +59,9 @@ def parallel_steps(
     warmth = settings.temperature if temperature is None else temperature
     tokens, known = begin(backbone.spec, B, device, start)
     confident = is_confidence(settings.order, head) and order is None
-    vectors = None if confident else order_vectors(order_of(order, settings, backbone.spec), keys.fold("order"), known)  # (B, L)
+    vectors = (
+        None if confident else order_vectors(order_of(order, settings, backbone.spec), keys.fold("order"), known)
+    )  # (B, L)
     begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
     passes = GuidedPasses(backbone, condition, null, head.neighbours)
     draw = Drawing(head, settings, device)

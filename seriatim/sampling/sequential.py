@@ -189,5 +189,3 @@ def dense(
         tokens[:, i] = drawn
         content = (drawn if null is None else torch.cat([drawn, drawn]))[:, None]
     return tokens
-
-

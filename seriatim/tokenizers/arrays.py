@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seriatim.core.errors import DataError, UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.tokenizers.base import Tokenizer
 
 FLOOR = 1e-6  # of a feature's standard deviation, beside its mean: one that never varies stays what it is
@@ -54,7 +54,7 @@ class Arrays(Tokenizer):
         moments = images[:, None] if images.ndim == 2 else images.transpose(1, 2)
         return self.check_moments(moments[:, :, None])
 
-    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+    def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         x = self.check_moments(moments).flatten(2).transpose(1, 2)  # (B, L, D)
         return x[..., 0] if self.vocab is not None else (x - self.mean) / self.std
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.core.errors import DataError, UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 
 
 class Tokenizer(nn.Module):
@@ -55,8 +55,8 @@ class Tokenizer(nn.Module):
         """Images (B, c, H, W) in [-1, 1] -> what a latent cache stores: the parameters of a posterior."""
         raise NotImplementedError(f"{type(self).__name__} lacks moments()")
 
-    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
-        """Moments -> tokens (B, L, D) of about unit variance: a draw from the posterior, or its mode without noise.
+    def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
+        """Moments -> tokens (B, L, D) of about unit variance: a draw from the posterior, or its mode without keys.
 
         Codes (B, L) int64 where there is a vocabulary.
         """

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seriatim.core.errors import DataError, UsageError
-from seriatim.core.random import Noise, generator
+from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of
 from seriatim.tokenizers.quantise import nearest_codes
@@ -83,7 +83,7 @@ class KMeans(Tokenizer):
         return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
 
     @torch.no_grad()
-    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+    def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         if not self.measured:
             raise UsageError("tokenizer: k-means has seen no images; call fit(batches), or load one that was trained")
         patches = patchify(moments, self.patch)  # (B, L, D)
@@ -135,7 +135,7 @@ class KMeans(Tokenizer):
 
 def sample_of(batches: Iterable[Tensor], seed: int) -> Tensor:
     """At most MOST_PATCHES rows of batches (n, D), each as likely as any other: (N, D) float32 on the CPU."""
-    random = generator(seed)
+    random = torch.Generator().manual_seed(seed)
     kept, keys = torch.empty(0), torch.empty(0, dtype=torch.float64)
     for batch in batches:  # those with the largest random keys so far
         rows = batch.detach().cpu().float()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.core.errors import DataError, NumericsError, UsageError, nearest
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of
 
@@ -123,11 +123,11 @@ class Latent(Tokenizer):
         return mean, (0.5 * logvar.clamp(*LOGVAR)).exp()
 
     @torch.no_grad()
-    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+    def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         latents, std = self.posterior(moments)
-        if noise is not None and self.gaussian:
-            drawn = noise.normal(*latents.shape[1:])  # (B, z, h', w'), one draw for each image
-            assert drawn.shape == latents.shape, f"{len(drawn)} rows of noise for {len(latents)} images"
+        if keys is not None and self.gaussian:
+            drawn = keys.to(latents.device).normal(*latents.shape[1:])  # (B, z, h', w'), one draw for each image
+            assert drawn.shape == latents.shape, f"{len(drawn)} keys for {len(latents)} images"
             latents = latents + std * drawn
         x = (latents - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
         return patchify(x, self.patch)  # (B, L, D)

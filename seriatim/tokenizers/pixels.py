@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seriatim.core.errors import DataError, UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of
 
@@ -79,7 +79,7 @@ class Pixels(Tokenizer):
         bottom, right = self.grid[0] * self.patch - H, self.grid[1] * self.patch - W
         return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
 
-    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+    def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         features = patchify(moments, self.patch) - self.mean  # (B, L, D)
         return (features @ self.basis if self.rotated else features) / self.std
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.core.errors import DataError, UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of
 from seriatim.tokenizers.kl import GROUPS
@@ -101,7 +101,7 @@ class VQ(Tokenizer):
         """(B, c, H, W) -> codes (B, 1, h, w) int64."""
         return self.quantiser.codes(self.features(images).permute(0, 2, 3, 1))[:, None]
 
-    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+    def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         if moments.is_floating_point() or moments.ndim != 4 or tuple(moments.shape[1:]) != (1, *self.grid):
             shape = f"{str(moments.dtype).removeprefix('torch.')} of shape {tuple(moments.shape)}"
             raise DataError(

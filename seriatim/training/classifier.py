@@ -26,7 +26,7 @@ from seriatim.core.random import derive_seed
 from seriatim.core.schedules import learning_rate
 from seriatim.evaluation.classifier import PARTS, ResNet, TrainedClassifier, build_classifier, save_classifier
 from seriatim.models.build import parameter_count, seeded
-from seriatim.models.masked_model import Loss
+from seriatim.models.base import Loss
 from seriatim.training import state as checkpoints
 from seriatim.training.config import ClassifierRecipe, dump
 from seriatim.training.labelled import InMemory, augmented, build_labelled, draws_of
@@ -115,7 +115,7 @@ def train_classifier(
                 settings.dtype,
                 settings.threads,
                 where,
-                lambda dtype: Loss(loss_of(*logits_of(trial, probe, dtype)), {}),
+                lambda dtype: Loss(loss_of(*logits_of(trial, probe, dtype)), torch.ones(()), {}),
             )
             run = RunState(dtype=chosen[0], threads=chosen[1])
         settings = settings.model_copy(update={"dtype": run.dtype, "threads": run.threads})

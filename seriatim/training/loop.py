@@ -20,10 +20,11 @@ from seriatim.checkpoints.native import Bundle, replaceable, save_bundle
 from seriatim.core.device import DTYPES, pick_device
 from seriatim.core.errors import NumericsError, Stopped
 from seriatim.core.files import writable_folder, write_text
+from seriatim.core.keys import Keys
 from seriatim.core.progress import Progress
-from seriatim.core.random import Noise, derive_seed
+from seriatim.core.random import derive_seed
 from seriatim.core.schedules import learning_rate
-from seriatim.models.base import Loss, Model
+from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import parameter_count
 from seriatim.training import state as checkpoints
 from seriatim.training.config import Recipe, dump
@@ -93,19 +94,21 @@ def train(
         elif run is None:
             fit_tokenizer(tokenizer, data, quiet=quiet)
 
+        image_keys, step_keys = Keys.of(recipe.seed, "train"), Keys.of(recipe.seed, "step")
+
         def loss_of(batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
             # Every draw depends on (seed, first) alone, dropout's too: a resumed run draws what it would have drawn.
             first, size = batch.first + part.start, part.stop - part.start
-            noise = Noise.shared(derive_seed(recipe.seed, "noise", first), size, where)
+            keys = image_keys.fold(torch.arange(first, first + size))  # image g of the run has (seed, "train", g)
             images = batch.images[part].to(where)
-            labels = None if batch.labels is None else batch.labels[part].to(where)
+            labels = None if batch.labels is None else batch.labels[part]
             with torch.random.fork_rng(devices=[] if where.type == "cpu" else None):
                 torch.manual_seed(derive_seed(recipe.seed, "dropout", first))
                 with torch.no_grad():
                     moments = images if data.cached else tokenizer.moments(to_float(images))
-                    tokens = tokenizer.tokens(moments, noise)  # (B, L, D)
+                    tokens = tokenizer.tokens(moments, keys.fold("posterior"))  # (B, L, D)
                 with torch.autocast(where.type, dtype=dtype, enabled=dtype != torch.float32):
-                    return model.loss(tokens, labels, noise)
+                    return model(tokens, labels, keys, step_keys.fold(batch.first))
 
         if run is None:
             probe = next(iter(Loader(batches_of(data, recipe.seed, 0, settings.images, settings.batch_size), 0)))
@@ -125,7 +128,7 @@ def train(
 
         def bundle() -> Bundle:
             provenance = {"recipe": recipe.model_dump(mode="json"), "images": run.seen, "data": trained_on}
-            trained = cast(Model, average.module)
+            trained = cast(SequenceModel, average.module)
             return Bundle(trained, tokenizer, data.class_names, recipe.sampling, provenance)
 
         def save_checkpoint() -> Path:
@@ -144,12 +147,17 @@ def train(
                 for group in optimiser.param_groups:
                     group["lr"] = settings.learning_rate * factor
                 sums: dict[str, float] = {}
+                count, nominal = 0.0, float(size * model.tokens)
                 for part in slices(size, settings.accumulate):
-                    loss, share = loss_of(batch, part, dtype), (part.stop - part.start) / size
-                    check_finite("loss", loss.mean, run.seen, batch, data)
-                    (loss.mean * share).backward()
-                    for name, value in (("loss", loss.mean), *((f"loss_{k}", v) for k, v in loss.parts.items())):
-                        sums[name] = sums.get(name, 0.0) + value.detach().item() * share
+                    # The sum over a nominal count: dividing by the true one is left until all parts are known.
+                    loss = loss_of(batch, part, dtype)
+                    check_finite("loss", loss.sum, run.seen, batch, data)
+                    (loss.sum / nominal).backward()
+                    count += loss.count.item()
+                    for name, value in (("loss", loss.sum), *((f"loss_{k}", v) for k, v in loss.parts.items())):
+                        sums[name] = sums.get(name, 0.0) + value.detach().item()
+                sums = {name: value / count for name, value in sums.items()}
+                torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], nominal / count)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
                 check_finite("gradient", norm, run.seen, batch, data)
                 optimiser.step()

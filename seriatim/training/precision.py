@@ -10,7 +10,7 @@ from itertools import product
 import torch
 
 from seriatim.core.device import DTYPES
-from seriatim.models.masked_model import Loss
+from seriatim.models.base import Loss
 
 PASSES = 4  # forward and backward passes of each candidate; the first is warm-up
 ENOUGH = 3.0  # seconds for one candidate

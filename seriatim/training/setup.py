@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.backbones.build import BACKBONES
+from seriatim.backbones.base import Sequential
 from seriatim.checkpoints.native import Bundle, load_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
 from seriatim.core.files import write_json, write_text
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
+from seriatim.models.registry import BACKBONES
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import TOKENIZERS, build_tokenizer
@@ -38,6 +39,7 @@ FREE = {
     "data.labels", "data.check", "data.max_bad", "data.test_path", "tokenizer.from", "tokenizer.path",
 }  # fmt: skip
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
+CLASSES = "conditioner.class_embedding"
 LEFTOVERS = ("checkpoints", "samples", "tensorboard")
 
 
@@ -101,18 +103,18 @@ def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> 
             bar.advance(len(images))
 
 
-def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, Model]:
+def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, SequenceModel]:
     """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
     data, tokenizer = build_inputs(recipe)
     with seeded(derive_seed(recipe.seed, "weights")):
         sizes: dict[str, Any] = {"tokens": tokenizer.count, "classes": len(data.class_names)}
         sizes |= {"dim": tokenizer.dim} if tokenizer.vocab is None else {"vocab": tokenizer.vocab}
         backbone = BACKBONES.get(str(recipe.model.get("backbone", recipe.model.get("kind"))))
-        if recipe.model.get("positions") == "sincos" or (backbone is not None and backbone.causal):
+        if recipe.model.get("positions") == "sincos" or (backbone is not None and issubclass(backbone, Sequential)):
             sizes["grid"] = list(tokenizer.grid)
         model = build_model(recipe.model, **sizes)
     try:  # what every later request of this model begins with
-        Pipeline(Bundle(model, tokenizer, data.class_names, dict(recipe.sampling)), device="cpu").request(seed=0)
+        Pipeline(Bundle(model, tokenizer, data.class_names, dict(recipe.sampling))).request(seed=0)
     except UsageError as error:
         raise ConfigError(f"sampling: {one_line(error)}") from error
     return data, tokenizer, model
@@ -178,7 +180,7 @@ def flat(recipe: AnyRecipe) -> dict[str, Any]:
     return walk(recipe.model_dump(mode="json"), "")
 
 
-def initialise_from(folder: str, model: Model, tokenizer: Tokenizer, class_names: list[str]) -> None:
+def initialise_from(folder: str, model: SequenceModel, tokenizer: Tokenizer, class_names: list[str]) -> None:
     """Begin with another model's weights and token statistics; a class it has under the same name keeps its vector.
 
     Everything must have the same shapes but for the classes, and the grid of tokens, to which positions are
@@ -199,7 +201,7 @@ def initialise_from(folder: str, model: Model, tokenizer: Tokenizer, class_names
     theirs, ours = source.model.state_dict(), model.state_dict()
     theirs = model.backbone.resized(theirs, source.tokenizer.grid, tokenizer.grid)
     for name, tensor in ours.items():
-        if name == "class_embedding":
+        if name == CLASSES:
             continue
         if name not in theirs or theirs[name].shape != tensor.shape:
             shape = tuple(theirs[name].shape) if name in theirs else "none"
@@ -208,14 +210,14 @@ def initialise_from(folder: str, model: Model, tokenizer: Tokenizer, class_names
                 "use its width, depth, heads and buffer"
             )
     merged = {name: theirs.get(name, tensor).clone() for name, tensor in ours.items()}
-    if "class_embedding" in ours:
-        merged["class_embedding"] = ours["class_embedding"].clone()
-        if "class_embedding" in theirs:
+    if CLASSES in ours:
+        merged[CLASSES] = ours[CLASSES].clone()
+        if CLASSES in theirs:
             # A new class begins at the mean of the old ones: nearer to an image than a random vector.
-            merged["class_embedding"][:] = theirs["class_embedding"].mean(dim=0)
+            merged[CLASSES][:] = theirs[CLASSES].mean(dim=0)
             for row, name in enumerate(class_names):
                 if name in source.class_names:
-                    merged["class_embedding"][row] = theirs["class_embedding"][source.class_names.index(name)]
+                    merged[CLASSES][row] = theirs[CLASSES][source.class_names.index(name)]
     model.load_state_dict(merged)
     with torch.no_grad():
         tokenizer.load_state_dict(source.tokenizer.state_dict())
