@@ -72,11 +72,11 @@ class Head(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} lacks sample()")
 
-    def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
+    def log_prob(self, z: Tensor, target: Tensor) -> Tensor:  # noqa: ARG002
         """The normalised log density (or probability) of target (N, D) given z (N, C), in nats: (N,)."""
         raise UsageError(f"the {type(self).__name__} head has no density: log_prob is not defined for it")
 
-    def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
+    def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
         """That of each feature given z (N, C) and, where a head nests, the features of `tokens` (N, D) drawn before it.
 
         In nats: (N, D), or (N, 1) of codes (N,). Of p itself, before guidance and temperature.
@@ -85,11 +85,11 @@ class Head(nn.Module):
         why = "can't tell the entropy of each feature" if self.has_density else lacks
         raise UsageError(f"the {type(self).__name__} head {why}")
 
-    def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: float | Tensor) -> Tensor:
+    def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: float | Tensor) -> Tensor:  # noqa: ARG002
         """log p of drawn codes (N,) under the guided distribution (N,): for the order "confidence", of codes alone."""
         raise UsageError(f"the {type(self).__name__} head draws no codes: it has no confidence in them")
 
-    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
+    def check_options(self, temperature: float = 1.0, **options: Any) -> None:  # noqa: ARG002
         """Refuse a temperature, or values of `sample_options`, that `sample` would refuse, before any work is done."""
         if not temperature >= 0:
             raise UsageError(f"temperature: {temperature!r} is not allowed; it must be 0 or more (1 is the model's)")

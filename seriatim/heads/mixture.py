@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.core.errors import NumericsError, UsageError, nearest
 from seriatim.core.random import Noise
@@ -106,6 +107,7 @@ class Mixture(Head):
             "are damaged; lower the learning rate, or go back to an earlier checkpoint"
         )
 
+    @override
     def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
         """z (N, C), target (N, D) -> -log p(target | z), in nats, summed over features; `noise` is not used."""
         nll = -self.log_prob(z, target)
@@ -118,6 +120,7 @@ class Mixture(Head):
             return made.log_prob(target.float())
 
     @torch.no_grad()
+    @override
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
         """Of each feature given z alone, by quadrature (`GaussianMixture.feature_entropy`): (N, D)."""
         with torch.autocast(z.device.type, enabled=False):

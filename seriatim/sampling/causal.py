@@ -42,9 +42,9 @@ def causal_steps(
     token_schedule: str = "cosine",  # as in every request; of a token a step there is no other
     min_tokens: int = 1,
     num_diffusion_steps_last: int | None = None,  # None: as many steps inside the head all over the image
-    choice_temperature: float = 0.0,  # of an order that these models don't have
+    choice_temperature: float = 0.0,  # noqa: ARG001 # of an order that these models don't have
     dtype: torch.dtype = torch.float32,  # of the backbone; the head is always float32
-    first: object = None,  # of masked models
+    first: object = None,  # noqa: ARG001 # of masked models
     **head_steps: Any,
 ) -> Iterator[Step]:
     """Yield a `Step` after each of L tokens of the images; the last holds all tokens."""
