@@ -1,0 +1,394 @@
+"""Counter-based random numbers: the same key gives the same numbers, on every device, in any batch.
+
+Shapes: N rows, each with a key of 128 bits: two words (k0, k1), as int64.
+
+Word j of a row is mix(mix(j G + k0) ^ k1), where `mix` is the finaliser of SplitMix64 and G its odd constant (Steele,
+Lea and Flood, "Fast splittable pseudorandom number generators", 2014). That a counter replaces the state of a
+generator is the idea of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Normal numbers are those
+of Box and Muller, 1958.
+
+Nothing here has a state. Element j of row n depends on (key of row n, j) alone, so that an image gets the same numbers
+whatever else is in its batch. Whoever draws twice from one key gets the same numbers twice: fold first.
+
+    image = Keys.of_seeds([1, 2, 3])                      # 3 rows, one for each image
+    noise = image.fold("token").fold(7).fold("noise")     # another key for everything that is drawn
+    x = noise.normal(100, 16)                             # (3, 100, 16)
+
+Integer operations are the same on every device, so `bits`, `uniform`, `integers` and `permutation` are too;
+`normal` may differ in the last bits. On a CPU numpy computes: its operations cost less to start than torch's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seriatim.core.errors import UsageError
+
+PIECE = 1 << 14  # words that a CPU makes at a time: 128 KiB, which stay in its cache
+BLOCK = 1 << 20  # numbers that the parts of `split` make together: this bounds the memory of many large parts
+
+
+def _signed(word: int) -> int:
+    """The int64 with the 64 lowest bits of `word`."""
+    return (word + 2**63) % 2**64 - 2**63
+
+
+G = _signed(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
+M1, M2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)  # SplitMix64's multipliers
+ROOT = (_signed(0x243F6A8885A308D3), _signed(0x13198A2E03707344))  # the first digits of pi: the key of nothing
+FOLD0, FOLD1 = _signed(0xA4093822299F31D0), _signed(0x082EFA98EC4E6C89)  # the next ones: what folding adds
+
+
+def mix(x: Any) -> Any:
+    """SplitMix64's finaliser, in place: a bijection of 64 bits; x is an int64 tensor or array.
+
+    A right shift of int64 repeats the sign, so the bits that came in are masked.
+    """
+    t = x >> 30
+    t &= (1 << 34) - 1
+    x ^= t
+    x *= M1
+    t = x >> 27
+    t &= (1 << 37) - 1
+    x ^= t
+    x *= M2
+    t = x >> 31
+    t &= (1 << 33) - 1
+    x ^= t
+    return x
+
+
+def _words(keys: Any, counter: Any) -> Any:
+    """The words of the keys (N, 2) at the places of `counter` (m,): (N, m)."""
+    x = mix(counter * G + keys[:, :1])
+    x ^= keys[:, 1:]
+    return mix(x)
+
+
+def _bits(xp: ModuleType, words: Any, high: int) -> Any:
+    return words
+
+
+def _uniform(xp: ModuleType, words: Any, high: int) -> Any:
+    words >>= 40
+    words &= (1 << 24) - 1
+    x = xp.asarray(words, dtype=xp.float32)  # exact: a float32 holds 24 bits
+    x *= 2.0**-24
+    return x
+
+
+def _integers(xp: ModuleType, words: Any, high: int) -> Any:
+    words >>= 32
+    words &= (1 << 32) - 1
+    words *= high  # below 2^63
+    words >>= 32
+    return words
+
+
+def _normal(xp: ModuleType, words: Any, high: int) -> Any:
+    """Two numbers of each word, r cos a and r sin a: the low half of the word gives the angle a, the high half r.
+
+    With v the half as an int32, |v + 1/2| / 2^31 is uniform in (0, 1]; r^2 = -2 ln u = -ln u^2, so r is at most 6.7.
+    """
+    halves = xp.asarray(words.view(xp.int32), dtype=xp.float32)  # (N, 2m): low, high, low, high, ...
+    r = halves[:, 1::2] + 0.5
+    r *= 2.0**-31
+    r *= r
+    xp.log(r, out=r)
+    xp.negative(r, out=r)
+    xp.sqrt(r, out=r)
+    angle = halves[:, ::2] * (math.pi / 2**31)
+    xp.multiply(xp.cos(angle), r, out=halves[:, ::2])
+    xp.multiply(xp.sin(angle, out=angle), r, out=halves[:, 1::2])
+    return halves
+
+
+def _permutation(xp: ModuleType, words: Any, high: int) -> Any:
+    return xp.argsort(words, -1)  # of whole words: two equal ones, whose order might differ, do not occur
+
+
+# How numbers are made of words (N, m), and how many numbers a word gives.
+KINDS: dict[str, tuple[Callable[[ModuleType, Any, int], Any], int]] = {
+    "bits": (_bits, 1),
+    "uniform": (_uniform, 1),
+    "integers": (_integers, 1),
+    "normal": (_normal, 2),
+    "permutation": (_permutation, 1),
+}
+
+
+def _make(keys: Tensor, kind: str, shape: tuple[int, ...], high: int) -> Tensor:
+    """Numbers (N, *shape) for the keys (N, 2), on the device of the keys."""
+    convert, each = KINDS[kind]
+    count = math.prod(shape)
+    m = -(-count // each)
+    if keys.device.type != "cpu":
+        made = convert(torch, _words(keys, torch.arange(m, device=keys.device)), high)
+    elif len(keys) * m <= PIECE or kind == "permutation":
+        made = torch.from_numpy(convert(np, _words(keys.numpy(), np.arange(m)), high))
+    else:
+        array, rows = keys.numpy(), max(1, PIECE // m)
+        made = torch.empty(len(keys), m * each, dtype=torch.float32 if kind in ("uniform", "normal") else torch.long)
+        for row in range(0, len(keys), rows):
+            for first in range(0, m, PIECE):
+                last = min(m, first + PIECE)
+                piece = convert(np, _words(array[row : row + rows], np.arange(first, last)), high)
+                made.numpy()[row : row + rows, first * each : last * each] = piece
+    return made[:, :count].contiguous().view(len(keys), *shape)
+
+
+def _folded(xp: ModuleType, keys: Any, step: Any) -> Any:
+    """Two rounds of a Feistel network: no two keys become one, and no two data make one key of the same key."""
+    k0, k1 = keys[:, 0], keys[:, 1]
+    a = mix(k0 + step)
+    a ^= k1
+    b = mix(a + FOLD1)
+    b ^= k0
+    return xp.concatenate((a[:, None], b[:, None]), 1)  # (N, 2)
+
+
+@lru_cache(maxsize=4096)
+def _step(data: int | str) -> int:
+    """What a name or a number adds when it is folded in."""
+    if isinstance(data, str):
+        data = int.from_bytes(hashlib.sha256(data.encode()).digest()[:8], "big", signed=True)
+    if not -(2**63) <= data < 2**63:
+        raise UsageError(f"seed: {data} is not allowed; use a number of 64 bits, from {-(2**63)} to {2**63 - 1}")
+    return _signed(data * G + FOLD0)
+
+
+class Keys:
+    """N keys, one for each row, from which random numbers are drawn."""
+
+    def __init__(self, words: Tensor) -> None:
+        assert words.ndim == 2 and words.shape[1] == 2 and words.dtype == torch.long, (
+            f"words of keys are int64 (N, 2), not {words.dtype} {tuple(words.shape)}"
+        )
+        self._words = words
+
+    @classmethod
+    def of(cls, seed: int | str, *path: int | str) -> Keys:
+        """One row: the key of a seed, into which each of `path` is folded in turn."""
+        keys = Keys(torch.tensor([ROOT]))
+        for data in (seed, *path):
+            keys = keys.fold(data)
+        return keys
+
+    @classmethod
+    def of_seeds(cls, seeds: Sequence[int], device: torch.device | str = "cpu") -> Keys:
+        """One row for each seed; that of seed s equals `of(s)`."""
+        try:
+            data = torch.tensor(seeds, dtype=torch.long)
+        except (RuntimeError, OverflowError, ValueError):  # which of them it is depends on torch's version
+            for seed in seeds:
+                _step(seed)  # which says what is wrong
+            raise
+        return Keys(torch.tensor([ROOT])).fold(data).to(device)
+
+    @property
+    def words(self) -> Tensor:
+        """(N, 2) int64."""
+        return self._words
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def to(self, device: torch.device | str) -> Keys:
+        return Keys(self.words.to(device, non_blocking=True))
+
+    def fold(self, data: int | str | Tensor) -> Keys:
+        """Other keys, of these and of a name, a number, or a number for each row (N,) int64; the order of folds counts.
+
+        A single row may be folded with (M,) numbers, which gives M rows. A number gives the same key as a tensor of it.
+        """
+        words = self.words
+        step: Any = data
+        if isinstance(data, Tensor):
+            assert data.ndim == 1 and (len(data) == len(self) or len(self) == 1), (
+                f"{len(self)} keys are folded with one number each, not with {tuple(data.shape)}"
+            )
+            step = data.to(words.device, torch.long, non_blocking=True)
+        if words.device.type != "cpu":
+            return Keys(_folded(torch, words, step * G + FOLD0 if isinstance(data, Tensor) else _step(data)))
+        step = step.numpy() * G + FOLD0 if isinstance(data, Tensor) else _step(data)
+        return Keys(torch.from_numpy(_folded(np, words.numpy(), step)))
+
+    def select(self, rows: Tensor | slice) -> Keys:
+        """The keys of these rows, which may repeat: (M,) int64, or a slice."""
+        if isinstance(rows, slice):
+            return Keys(self.words[rows])
+        return Keys(self.words.index_select(0, rows.to(self.device, non_blocking=True)))
+
+    def split(self, count: int) -> tuple[Keys, ...]:
+        """`count` keys, of which key i equals `fold(i)` and gives the same numbers.
+
+        What one of them draws is made for all of them at once, when the first one asks, also through further folds by
+        name or number: a loop over parts pays the operations once.
+        """
+        parts = _Parts(self, count)
+        return tuple(_Part(parts, i, ()) for i in range(count))
+
+    def _draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
+        return _make(self.words, kind, shape, high)
+
+    def bits(self, *shape: int) -> Tensor:
+        """Words of 64 random bits, int64 (N, *shape)."""
+        return self._draw("bits", shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), multiples of 2^-24: float32 (N, *shape)."""
+        return self._draw("uniform", shape)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers: float32 (N, *shape)."""
+        return self._draw("normal", shape)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Integers in [0, high), int64 (N, *shape); `high` is at most 2^31."""
+        assert 1 <= high <= 2**31, f"high={high} is not allowed; it must be from 1 to 2^31"
+        return self._draw("integers", shape, high)
+
+    def permutation(self, n: int) -> Tensor:
+        """A permutation of 0..n-1 for each row: int64 (N, n)."""
+        return self._draw("permutation", (n,))
+
+
+class _Parts:
+    """What the keys of one `split` share: the keys and the draws of all parts, made when the first part asks."""
+
+    def __init__(self, parent: Keys, count: int) -> None:
+        self.parent, self.count, self.rows, self.device = parent, count, len(parent), parent.device
+        self.keys: dict[tuple[int | str, ...], Keys] = {}  # by path of folds: count x N rows, part by part
+        # By path, kind and shape: the first part of those drawn together, and the draw of each, until it is handed out.
+        self.draws: dict[tuple[Any, ...], tuple[int, list[Tensor | None]]] = {}
+
+    def folded(self, path: tuple[int | str, ...]) -> Keys:
+        if path not in self.keys:
+            if path:
+                self.keys[path] = self.folded(path[:-1]).fold(path[-1])
+            else:
+                index = torch.arange(self.count, device=self.device)[:, None].expand(self.count, self.rows)
+                words = self.parent.words.expand(self.count, self.rows, 2)
+                self.keys[path] = Keys(words.reshape(-1, 2)).fold(index.reshape(-1))
+        return self.keys[path]
+
+    def words(self, path: tuple[int | str, ...], first: int, last: int) -> Tensor:
+        """The words of parts first..last-1, part by part."""
+        return self.folded(path).words[first * self.rows : last * self.rows]
+
+    def draw(self, index: int, path: tuple[int | str, ...], kind: str, shape: tuple[int, ...], high: int) -> Tensor:
+        asked = (path, kind, shape, high)
+        first, block = self.draws.get(asked, (0, []))
+        if not first <= index < first + len(block):
+            at_once = max(1, BLOCK // max(1, self.rows * math.prod(shape)))
+            first = index - index % at_once
+            last = min(self.count, first + at_once)
+            made = _make(self.words(path, first, last), kind, shape, high)
+            block = list(made.view(last - first, self.rows, *shape).unbind())
+            self.draws[asked] = (first, block)
+        drawn, block[index - first] = block[index - first], None
+        if drawn is None:  # it was handed out, and whoever has it may have written into it
+            return _make(self.words(path, index, index + 1), kind, shape, high)
+        return drawn
+
+
+class _Part(Keys):
+    """Key `index` of a `split`, folded along `path`."""
+
+    def __init__(self, parts: _Parts, index: int, path: tuple[int | str, ...]) -> None:
+        self._parts, self._index, self._path = parts, index, path
+
+    @property
+    def words(self) -> Tensor:
+        return self._parts.words(self._path, self._index, self._index + 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self._parts.device
+
+    def __len__(self) -> int:
+        return self._parts.rows
+
+    def fold(self, data: int | str | Tensor) -> Keys:
+        if isinstance(data, Tensor):
+            return Keys(self.words).fold(data)
+        return _Part(self._parts, self._index, (*self._path, data))
+
+    def _draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
+        return self._parts.draw(self._index, self._path, kind, shape, high)
+
+
+class ReplayKeys(Keys):
+    """Plays recorded draws: a draw is looked up by the path of its row and its kind, as in "0/token/5/noise/normal".
+
+    `draws` holds the draw of one row under each name, without the dimension of rows. `roots` names the rows, or says
+    how many there are, which are then "0", "1", ...
+    """
+
+    def __init__(self, draws: Mapping[str, Tensor], roots: int | Sequence[str], device: torch.device | str = "cpu"):
+        self._paths = [str(i) for i in range(roots)] if isinstance(roots, int) else list(roots)
+        self._draws, self._device, self._asked = draws, torch.device(device), set[str]()
+
+    def _at(self, paths: list[str], device: torch.device | str | None = None) -> ReplayKeys:
+        keys = ReplayKeys(self._draws, paths, device or self._device)
+        keys._asked = self._asked  # shared, so that `unused` of any of them knows what all of them were asked
+        return keys
+
+    @property
+    def words(self) -> Tensor:
+        raise AssertionError("recorded draws have no keys")
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def to(self, device: torch.device | str) -> Keys:
+        return self._at(self._paths, device)
+
+    def fold(self, data: int | str | Tensor) -> Keys:
+        paths = self._paths
+        if not isinstance(data, Tensor):
+            return self._at([f"{path}/{data}" for path in paths])
+        assert data.ndim == 1 and (len(data) == len(paths) or len(paths) == 1), (
+            f"{len(paths)} keys are folded with one number each, not with {tuple(data.shape)}"
+        )
+        paths = paths * len(data) if len(paths) == 1 else paths
+        return self._at([f"{path}/{number}" for path, number in zip(paths, data.tolist(), strict=True)])
+
+    def select(self, rows: Tensor | slice) -> Keys:
+        return self._at(self._paths[rows] if isinstance(rows, slice) else [self._paths[i] for i in rows.tolist()])
+
+    def split(self, count: int) -> tuple[Keys, ...]:
+        return tuple(self.fold(i) for i in range(count))
+
+    def _draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
+        dtype = torch.float32 if kind in ("uniform", "normal") else torch.long
+        rows = []
+        for path in self._paths:
+            name = f"{path}/{kind}"
+            assert name in self._draws, f"no draw {name!r} was recorded, asked for with shape {shape}"
+            row = self._draws[name]
+            assert tuple(row.shape) == shape, f"the recorded draw {name!r} has shape {tuple(row.shape)}, not {shape}"
+            self._asked.add(name)
+            rows.append(row.to(self._device, dtype))
+        return torch.stack(rows) if rows else torch.empty(0, *shape, dtype=dtype, device=self._device)
+
+    def unused(self) -> list[str]:
+        """The names of recorded draws that nobody asked for."""
+        return sorted(set(self._draws) - self._asked)
