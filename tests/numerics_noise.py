@@ -74,7 +74,7 @@ class Player:
     def __init__(self, draws: Mapping[str, Tensor]) -> None:
         self.draws, self.left = draws, set(draws)
 
-    def __call__(self, path: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
+    def __call__(self, path: str, shape: tuple[int, ...], _high: int = 0) -> Tensor:
         assert path in self.draws, f"{path} was not recorded"
         assert path in self.left, f"{path} is asked for twice"
         self.left.remove(path)

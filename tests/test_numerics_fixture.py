@@ -15,6 +15,8 @@ from numerics_cases import FOLDER, Case, load_case, names, packed, runs, unpacke
 from numerics_noise import Player, built, sampled, trained
 from torch import Tensor
 
+from seriatim.core.keys import ReplayKeys
+
 TRAINING, GRADIENT, SAMPLING = 1e-6, 1e-5, 1e-5  # the last of values up to 1, and relative beyond
 
 HEADS = ("diffusion", "flow", "mixture", "full", "bins", "categorical", "arinar", "pairs", "bridge")
@@ -223,6 +225,19 @@ def test_steps_of_the_order_confidence_are_counted_from_the_first() -> None:
             ]
             moved = torch.stack(others).any(dim=0)
             assert moved.nonzero().tolist() == [[1, place]]
+
+
+def test_keys_replay_the_draws_by_their_paths() -> None:
+    of = case_of("masked-diffusion").training
+    keys = ReplayKeys(of.draws, len(of.tokens))
+    ratio = ReplayKeys(of.draws, ["step"]).fold("ratio").uniform()
+    masked = keys.fold("order").permutation(9)[:, : len(of.rows) // 3]
+    assert sorted(masked[0].tolist()) == of.places[of.rows == 0].tolist() and 0 <= float(ratio) < 1
+    tokens = keys.select(of.rows).fold("token").fold(of.places)
+    t, eps = tokens.fold("t").integers(1000, 2), tokens.fold("eps").normal(2, 4)
+    assert t.shape == (len(of.rows), 2) and eps.shape == (len(of.rows), 2, 4)
+    assert keys.fold("drop").uniform().shape == (3,)
+    assert len(tokens.unused()) == 1, "the ratio, which another object was asked for"
 
 
 def test_packing_loses_nothing() -> None:
