@@ -237,7 +237,7 @@ def test_keys_replay_the_draws_by_their_paths() -> None:
     t, eps = tokens.fold("t").integers(1000, 2), tokens.fold("eps").normal(2, 4)
     assert t.shape == (len(of.rows), 2) and eps.shape == (len(of.rows), 2, 4)
     assert keys.fold("drop").uniform().shape == (3,)
-    assert len(tokens.unused()) == 1, "the ratio, which another object was asked for"
+    assert len(keys.unused()) == 1, "the ratio, which another object was asked for"
 
 
 def test_packing_loses_nothing() -> None:
