@@ -346,15 +346,15 @@ def test_no_rows() -> None:
                 assert draw(keys, 4).shape == (0, 4)
 
 
-def test_ends_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ends_of_the_range() -> None:
     """Words of zeros and of ones give no infinity, no 1 and no `high`."""
     words = np.array([[0, -1, 2**63 - 1, -(2**63), 2**32 - 1, -(2**32), 2**31, 2**31 - 1]])
-    uniform = module._uniform(np, words.copy(), 0)
+    uniform = module._uniform(np, words.copy())
     assert uniform.min() == 0 and uniform.max() == 1 - 2**-24
     for high in (1, 2, 1000, 2**31):
-        whole = module._integers(np, words.copy(), high)
+        whole = module._integers(words.copy(), high)
         assert whole.min() == 0 and whole.max() == high - 1
-    normal = module._normal(np, words.copy(), 0)
+    normal = module._normal(np, words.copy())
     assert np.isfinite(normal).all() and 6.6 < np.abs(normal).max() < 6.7
     for high in (0, 2**31 + 1):
         with pytest.raises(AssertionError, match=f"high={high} is not allowed"):
@@ -366,8 +366,9 @@ def test_torch_gives_what_numpy_gives(draw: Callable[[Keys, int], Tensor], monke
     """Devices other than the CPU take torch's operations, which are run here on the CPU."""
     keys = Keys.of_seeds(range(-3, 30)).fold("a").fold(torch.arange(33))
     by_numpy = [draw(keys, n) for n in (1, 6, 33, 700)]
-    elsewhere = type("Elsewhere", (torch.Tensor,), {"device": property(lambda self: torch.device("meta"))})
-    monkeypatch.setattr(torch, "arange", lambda *a, device=None, arange=torch.arange: arange(*a))
+    elsewhere = type("Elsewhere", (torch.Tensor,), {"device": torch.device("meta")})
+    arange = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *range_, **_: arange(*range_))
     words = module._folded(
         torch, module._folded(torch, Keys.of_seeds(range(-3, 30)).words, module._step("a")),
         torch.arange(33) * module.G + module.FOLD0,
@@ -472,6 +473,8 @@ def test_a_draw_that_is_missing_or_of_another_shape_is_named() -> None:
         keys.uniform(4, 2)
     with pytest.raises(AssertionError, match=re.escape("'0/noise/normal' has shape (4, 2), not (8,)")):
         keys.normal(8)
+    with pytest.raises(AssertionError, match="'0/t/integers' is not below 5"):
+        ReplayKeys({"0/t/integers": torch.tensor([4, 5])}, 1).fold("t").integers(5, 2)
     with pytest.raises(AssertionError, match="recorded draws have no keys"):
         _ = keys.words
     with pytest.raises(AssertionError, match="2 keys are folded with one number each"):
