@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 import seriatim
 from seriatim.core.random import Noise
@@ -41,6 +42,7 @@ class Laplace(Head):
     def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
         return self.distribution(z).log_prob(target).sum(dim=1)  # type: ignore[no-untyped-call, no-any-return]
 
+    @override
     def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
         loss = -self.log_prob(z, target)
         return HeadLoss(loss, torch.ones_like(loss))

@@ -19,6 +19,7 @@ import torch
 from helpers import cases, golden
 from safetensors.torch import load_file
 from torch import Tensor
+from typing_extensions import override
 
 from seriatim.checkpoints.arinar import arinar_tensors, model_from_arinar
 from seriatim.checkpoints.mar import mar_tensors
@@ -176,9 +177,11 @@ class Official(Noise):
     def __len__(self) -> int:
         return 0 if self.orders is None else len(self.orders)
 
+    @override
     def select(self, rows: Tensor) -> Official:
         return self
 
+    @override
     def permutation(self, n: int) -> Tensor:
         assert self.orders is not None
         return self.orders
@@ -188,6 +191,7 @@ class Official(Noise):
         uniform, normal = self.draws.pop(0), self.draws.pop(0)
         return uniform[..., 0].T, normal[:, :, 0].transpose(0, 1)
 
+    @override
     def uniform(self, *tail: int, draws: int | None = None) -> Tensor:
         if not tail and len(self.last):
             chosen, self.last = self.last, torch.empty(0)
@@ -204,6 +208,7 @@ class Official(Noise):
         self.k = self.made[-1].component(u)
         return u[:, 0]
 
+    @override
     def normal(self, *tail: int, draws: int | None = None) -> Tensor:
         D = self.normals.shape[-1]
         chosen = self.normals.gather(2, self.k[..., None, None].expand(-1, -1, 1, D))[:, :, 0]  # (N, S, D)
@@ -271,9 +276,9 @@ def test_temperatures_and_candidates(case: str, path: Path) -> None:
 # --- the whole model ----------------------------------------------------------------------------------------------
 
 
-@each(MODELS)
+@pytest.mark.parametrize("case", [case for case, _ in MODELS])
 @torch.no_grad()
-def test_model(case: str, path: Path) -> None:
+def test_model(case: str) -> None:
     """Patches, encoder, z, and the training loss with its mask."""
     file, model = tiny_model(case)
     images, tokens, mask = file["imgs"], file["patchified"], file["mask"].bool()

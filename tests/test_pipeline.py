@@ -111,7 +111,7 @@ def test_stream_and_callback(pipe: Pipeline) -> None:
     assert [isinstance(p, Image.Image) for p in preview] == [True, True]
     seen: list[tuple[int, int]] = []
     result = pipe(
-        class_labels=[0, 1, 2], seed=7, batch_size=2, callback_on_step_end=lambda p, i, n, _: seen.append((i, n))
+        class_labels=[0, 1, 2], seed=7, batch_size=2, callback_on_step_end=lambda _p, i, n, _: seen.append((i, n))
     )
     assert seen == [(i, 10) for i in range(10)]
     assert np.array_equal(np.asarray(preview[1]), np.asarray(result.images[1])), "the last preview is the image"

@@ -51,7 +51,7 @@ class Backbone(nn.Module):
         return self.spec.vocab
 
     @staticmethod
-    def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:
+    def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:  # noqa: ARG004
         """Weights learned on a grid (h, w) of tokens, for another grid; by default they don't depend on it."""
         return state
 

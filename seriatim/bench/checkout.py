@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from typing_extensions import override
 
 from seriatim.bench.opponent import Draws, Opponent, Pair, Workload, replaced
 from seriatim.core.errors import ConfigError, SeriatimError, UsageError, nearest, one_line
@@ -174,6 +175,7 @@ class Hollow(types.ModuleType):
 class HollowFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds `torchvision` and all inside it, hollow."""
 
+    @override
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> Any:
         if name.split(".")[0] != "torchvision":
             return None

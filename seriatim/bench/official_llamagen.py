@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.backbones.causal_transformer import Causal
 from seriatim.bench.checkout import Official, explained, here, load_checkout
@@ -58,6 +59,7 @@ class OfficialLlamaGen(Official):
         return replace(workload, steps=min(FEW, workload.steps))
 
     @torch.no_grad()
+    @override
     def sample(self, workload: Workload, draws: Draws, stages: Stages | None = None) -> tuple[Tensor, float]:
         """Codes (B, L). At a temperature of 0 the likeliest; otherwise drawn by torch's generator, not from `draws`."""
         labels = torch.tensor(workload.labels, device=self.device)

@@ -146,7 +146,7 @@ class Gate:
         changes: list[tuple[Any, str, Any]] = []
         orders = self.draws.orders
         if orders is not None:
-            changes.append((model, "sample_orders", lambda bsz: orders.to(self.device)))
+            changes.append((model, "sample_orders", lambda _bsz: orders.to(self.device)))
         head, name = self.head()
         encoder, decoder, sample = (
             timed(self.stages, stage, function)
@@ -196,7 +196,7 @@ class Gate:
             return self.left.pop(0)[0].to(self.device)
         return torch.randn(rows, self.model.diffloss.in_channels, device=self.device)
 
-    def playing(self, z: Tensor, cfg: Any) -> contextlib.AbstractContextManager[None]:
+    def playing(self, _z: Tensor, _cfg: Any) -> contextlib.AbstractContextManager[None]:
         """Inside, torch's normal numbers are the next that were drawn (T+1, N, D): the start, then one a step."""
         if not self.left:
             return contextlib.nullcontext()

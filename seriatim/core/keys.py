@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -74,11 +74,7 @@ def _words(keys: Any, counter: Any) -> Any:
     return mix(x)
 
 
-def _bits(xp: ModuleType, words: Any, high: int) -> Any:
-    return words
-
-
-def _uniform(xp: ModuleType, words: Any, high: int) -> Any:
+def _uniform(xp: ModuleType, words: Any) -> Any:
     words >>= 40
     words &= (1 << 24) - 1
     x = xp.asarray(words, dtype=xp.float32)  # exact: a float32 holds 24 bits
@@ -86,7 +82,7 @@ def _uniform(xp: ModuleType, words: Any, high: int) -> Any:
     return x
 
 
-def _integers(xp: ModuleType, words: Any, high: int) -> Any:
+def _integers(words: Any, high: int) -> Any:
     words >>= 32
     words &= (1 << 32) - 1
     words *= high  # below 2^63
@@ -94,7 +90,7 @@ def _integers(xp: ModuleType, words: Any, high: int) -> Any:
     return words
 
 
-def _normal(xp: ModuleType, words: Any, high: int) -> Any:
+def _normal(xp: ModuleType, words: Any) -> Any:
     """Two numbers of each word, r cos a and r sin a: the low half of the word gives the angle a, the high half r.
 
     With v the half as an int32, |v + 1/2| / 2^31 is uniform in (0, 1]; r^2 = -2 ln u = -ln u^2, so r is at most 6.7.
@@ -112,37 +108,39 @@ def _normal(xp: ModuleType, words: Any, high: int) -> Any:
     return halves
 
 
-def _permutation(xp: ModuleType, words: Any, high: int) -> Any:
-    return xp.argsort(words, -1)  # of whole words: two equal ones, whose order might differ, do not occur
-
-
-# How numbers are made of words (N, m), and how many numbers a word gives.
-KINDS: dict[str, tuple[Callable[[ModuleType, Any, int], Any], int]] = {
-    "bits": (_bits, 1),
-    "uniform": (_uniform, 1),
-    "integers": (_integers, 1),
-    "normal": (_normal, 2),
-    "permutation": (_permutation, 1),
-}
+def _numbers(xp: ModuleType, kind: str, words: Any, high: int) -> Any:
+    """Words (N, m), which are used up -> the numbers that are made of them: (N, m), or (N, 2m) normal ones."""
+    match kind:
+        case "bits":
+            return words
+        case "uniform":
+            return _uniform(xp, words)
+        case "integers":
+            return _integers(words, high)
+        case "normal":
+            return _normal(xp, words)
+        case "permutation":
+            return xp.argsort(words, -1)  # of whole words: two equal ones, whose order might differ, do not occur
+    raise AssertionError(f"there are no random numbers of kind {kind!r}")
 
 
 def _make(keys: Tensor, kind: str, shape: tuple[int, ...], high: int) -> Tensor:
     """Numbers (N, *shape) for the keys (N, 2), on the device of the keys."""
-    convert, each = KINDS[kind]
+    each = 2 if kind == "normal" else 1  # numbers of a word
     count = math.prod(shape)
     m = -(-count // each)
     if keys.device.type != "cpu":
-        made = convert(torch, _words(keys, torch.arange(m, device=keys.device)), high)
+        made = _numbers(torch, kind, _words(keys, torch.arange(m, device=keys.device)), high)
     elif len(keys) * m <= PIECE or kind == "permutation":
-        made = torch.from_numpy(convert(np, _words(keys.numpy(), np.arange(m)), high))
+        made = torch.from_numpy(_numbers(np, kind, _words(keys.numpy(), np.arange(m)), high))
     else:
         array, rows = keys.numpy(), max(1, PIECE // m)
         made = torch.empty(len(keys), m * each, dtype=torch.float32 if kind in ("uniform", "normal") else torch.long)
         for row in range(0, len(keys), rows):
             for first in range(0, m, PIECE):
                 last = min(m, first + PIECE)
-                piece = convert(np, _words(array[row : row + rows], np.arange(first, last)), high)
-                made.numpy()[row : row + rows, first * each : last * each] = piece
+                words = _words(array[row : row + rows], np.arange(first, last))
+                made.numpy()[row : row + rows, first * each : last * each] = _numbers(np, kind, words, high)
     return made[:, :count].contiguous().view(len(keys), *shape)
 
 
@@ -385,6 +383,7 @@ class ReplayKeys(Keys):
             assert name in self._draws, f"no draw {name!r} was recorded, asked for with shape {shape}"
             row = self._draws[name]
             assert tuple(row.shape) == shape, f"the recorded draw {name!r} has shape {tuple(row.shape)}, not {shape}"
+            assert kind != "integers" or bool((row < high).all()), f"the recorded draw {name!r} is not below {high}"
             self._asked.add(name)
             rows.append(row.to(self._device, dtype))
         return torch.stack(rows) if rows else torch.empty(0, *shape, dtype=dtype, device=self._device)

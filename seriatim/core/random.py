@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from seriatim.core.errors import UsageError
 
@@ -128,6 +129,7 @@ class ReplayNoise(Noise):
     def __len__(self) -> int:
         raise UsageError("ReplayNoise has no rows of its own: it plays back what was recorded")
 
+    @override
     def select(self, rows: Tensor) -> ReplayNoise:
         return self  # what was recorded is already that of the selected rows
 
@@ -146,6 +148,7 @@ class ReplayNoise(Noise):
     def uniform(self, *tail: int, draws: int | None = None) -> Tensor:
         return self._next("uniform", tail, draws)
 
+    @override
     def integers(self, high: int, *tail: int, draws: int | None = None) -> Tensor:
         return self._next("integers", tail, draws).long()
 

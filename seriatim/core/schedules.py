@@ -100,7 +100,7 @@ def guidance_linear(scale: float, unknown: int, tokens: int) -> float:
     return 1.0 + (scale - 1.0) * (tokens - unknown) / tokens
 
 
-def guidance_constant(scale: float, unknown: int, tokens: int) -> float:
+def guidance_constant(scale: float, _unknown: int, _tokens: int) -> float:
     return scale
 
 

@@ -45,7 +45,7 @@ class FeatureExtractor(nn.Module):
     standard: bool = False
 
     @classmethod
-    def open(cls, path: Path | None, *, size: tuple[int, int], channels: int) -> FeatureExtractor:
+    def open(cls, path: Path | None, *, size: tuple[int, int], channels: int) -> FeatureExtractor:  # noqa: ARG003
         """One for images (c, H, W); `path` is what stood behind the name, its weights or folder.
 
         Raises UsageError for a path it has no use for, CheckpointError where the weights are missing or others.

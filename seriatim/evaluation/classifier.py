@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from seriatim.checkpoints.native import (
     CARD,
@@ -237,6 +238,7 @@ class Classifier(FeatureExtractor):
         }
 
     @classmethod
+    @override
     def open(cls, path: Path | None, *, size: tuple[int, int], channels: int) -> Classifier:
         if path is None:
             raise UsageError(

@@ -127,7 +127,7 @@ def manifold(samples: Set, reference: Reference) -> dict[str, Measure]:
     }
 
 
-def score(samples: Set, reference: Reference) -> dict[str, Measure]:
+def score(samples: Set, _reference: Reference) -> dict[str, Measure]:
     """The mean over random parts of about SPLIT images, as it is published: a score grows with the images it is of."""
     logits = samples.vectors.logits
     if logits is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.checkpoints.official import read_official, renamed
 from seriatim.core.errors import UsageError
@@ -158,6 +159,7 @@ class Inception(FeatureExtractor):
         self.fc = nn.Linear(WIDTH, CLASSES)
 
     @classmethod
+    @override
     def open(cls, path: Path | None, *, size: tuple[int, int], channels: int) -> Inception:
         if channels not in (1, 3):
             raise UsageError(f"features: inception takes 1 or 3 channels, the images have {channels}")

@@ -72,7 +72,7 @@ class ArrayImages:
     def images(self, index: Tensor) -> Tensor:
         return torch.from_numpy(self._arrays[index.numpy()]).permute(0, 3, 1, 2)
 
-    def labels(self, index: Tensor) -> Tensor | None:
+    def labels(self, _index: Tensor) -> Tensor | None:
         return None
 
     def fingerprint(self) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.core.errors import UsageError
 
@@ -54,6 +55,7 @@ class PackedLinear(nn.Module):
         form = form or "none" if then == "gelu" else ""  # of the GELU
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.offset, then, [], form)
 
+    @override
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.exact:
             raise UsageError(
@@ -64,9 +66,11 @@ class PackedLinear(nn.Module):
         if self.offset is not None:
             destination[prefix + "bias"] = self.offset
 
+    @override
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *_: Any) -> None:
         raise UsageError(f"{prefix}weight: is packed for sampling and takes no other values; {UNPACKED}")
 
+    @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         probe = fn(torch.empty(0, dtype=torch.float32, device="cpu"))
         if probe.device.type != "cpu" or probe.dtype != torch.float32:

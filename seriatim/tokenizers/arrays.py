@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
@@ -54,6 +55,7 @@ class Arrays(Tokenizer):
         moments = images[:, None] if images.ndim == 2 else images.transpose(1, 2)
         return self.check_moments(moments[:, :, None])
 
+    @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         x = self.check_moments(moments).flatten(2).transpose(1, 2)  # (B, L, D)
         return x[..., 0] if self.vocab is not None else (x - self.mean) / self.std
@@ -61,12 +63,15 @@ class Arrays(Tokenizer):
     def decode(self, tokens: Tensor) -> Tensor:
         return self.check_codes(tokens) if self.vocab is not None else tokens * self.std + self.mean
 
+    @override
     def look(self, tokens: Tensor, known: Tensor | None = None) -> Tensor:
         return self.decode(tokens)
 
+    @override
     def embeddings(self, codes: Tensor) -> Tensor:
         raise UsageError("tokenizer: arrays of codes come without codewords; use the tokenizer that made them")
 
+    @override
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
         raise UsageError("tokenizer: arrays of codes come without codewords; use the tokenizer that made them")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
@@ -83,6 +84,7 @@ class KMeans(Tokenizer):
         return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
 
     @torch.no_grad()
+    @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         if not self.measured:
             raise UsageError("tokenizer: k-means has seen no images; call fit(batches), or load one that was trained")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import override
 
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
@@ -79,6 +80,7 @@ class Pixels(Tokenizer):
         bottom, right = self.grid[0] * self.patch - H, self.grid[1] * self.patch - W
         return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
 
+    @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         features = patchify(moments, self.patch) - self.mean  # (B, L, D)
         return (features @ self.basis if self.rotated else features) / self.std

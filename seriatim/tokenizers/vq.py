@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
@@ -101,6 +102,7 @@ class VQ(Tokenizer):
         """(B, c, H, W) -> codes (B, 1, h, w) int64."""
         return self.quantiser.codes(self.features(images).permute(0, 2, 3, 1))[:, None]
 
+    @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         if moments.is_floating_point() or moments.ndim != 4 or tuple(moments.shape[1:]) != (1, *self.grid):
             shape = f"{str(moments.dtype).removeprefix('torch.')} of shape {tuple(moments.shape)}"

@@ -298,7 +298,7 @@ def test_a_step_compiles_into_one_graph_for_all_positions(variant: str) -> None:
     graphs: list[Any] = []
     torch._dynamo.reset()
 
-    def counting(graph: Any, example: Any) -> Any:
+    def counting(graph: Any, _example: Any) -> Any:
         graphs.append(graph)
         return graph
 

@@ -60,7 +60,7 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"guidance_scale": 3.0, "guidance_schedule": "linear", "num_inference_steps": 4}
     monkeypatch.setitem(PRESETS, "tiny", Preset("tiny", "", config(), 0, 16, "", sampling=settings))
     monkeypatch.setitem(PRESETS, "grouped", Preset("grouped", "", config(2), 0, 16, "", sampling=settings))
-    monkeypatch.setattr(bench_run, "matrix_peak", lambda dtype, device: 1e11)
+    monkeypatch.setattr(bench_run, "matrix_peak", lambda _dtype, _device: 1e11)
     monkeypatch.setitem(sys.modules, "torchvision", None)
 
 
@@ -157,11 +157,11 @@ def skip_guidance(model: Any, _: Patch) -> None:
 
 
 def weaker_guidance(_: Any, patch: Patch) -> None:
-    patch.setattr(nested, "scheduled", lambda kind, value, i, T: value * 0.99 if torch.is_tensor(value) else value)
+    patch.setattr(nested, "scheduled", lambda _kind, value, _i, _T: value * 0.99 if torch.is_tensor(value) else value)
 
 
 def warmer(_: Any, patch: Patch) -> None:
-    patch.setattr(nested, "scheduled", lambda kind, value, i, T: value if torch.is_tensor(value) else value * 1.01)
+    patch.setattr(nested, "scheduled", lambda _kind, value, _i, _T: value if torch.is_tensor(value) else value * 1.01)
 
 
 def other_orders(_: Any, patch: Patch) -> None:

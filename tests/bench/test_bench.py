@@ -57,7 +57,7 @@ SAME = 5e-6  # the largest relative difference of two codes that do the same; 5e
 @pytest.fixture(autouse=True)
 def quick_and_alike_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """No large product is timed; torchvision can't be imported, whether it is installed or not."""
-    monkeypatch.setattr(bench_run, "matrix_peak", lambda dtype, device: 1e11)
+    monkeypatch.setattr(bench_run, "matrix_peak", lambda _dtype, _device: 1e11)
     monkeypatch.setitem(sys.modules, "torchvision", None)
 
 
@@ -146,7 +146,7 @@ def test_a_sampler_that_skips_work_is_found_out(
 
 def test_other_draws_are_found_out(model_folder: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sample = OfficialMAR.sample
-    monkeypatch.setattr(OfficialMAR, "sample", lambda self, work, draws, stages=None: sample(self, work, Draws()))
+    monkeypatch.setattr(OfficialMAR, "sample", lambda self, work, _draws, _stages=None: sample(self, work, Draws()))
     assert quick(model_folder, official=str(checkout))["max_rel_difference"] > 0.1
 
 
@@ -259,7 +259,7 @@ def test_memory_is_that_of_the_dtype_that_was_timed(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_peak_is_that_of_the_best_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0.5, 0.25])
-    monkeypatch.setattr("seriatim.bench.timing.median", lambda function, device: next(seconds))
+    monkeypatch.setattr("seriatim.bench.timing.median", lambda _function, _device: next(seconds))
     assert matrix_peak(dtype, CPU) == 2 * 2048**3 / (0.25 if packs(dtype) else 0.5)
 
 
@@ -474,9 +474,10 @@ BAD = [
 ]
 
 
+@pytest.mark.usefixtures("model_folder")
 @pytest.mark.parametrize(("arguments", "code", "words"), BAD, ids=lambda v: " ".join(v) if type(v) is tuple else None)
 def test_bad_input_is_one_line(
-    arguments: tuple[str, ...], code: int, words: str, model_folder: Path, checkout: Path, tmp_path: Path,
+    arguments: tuple[str, ...], code: int, words: str, checkout: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "empty").mkdir()

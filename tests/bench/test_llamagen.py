@@ -45,7 +45,7 @@ def small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny preset of LlamaGen's form; no large product is timed; torchvision can't be imported."""
     tiny = Preset("tiny", "", TINY, 0, 16, "", sampling={"guidance_scale": 2.0, "guidance_schedule": "constant"})
     monkeypatch.setitem(PRESETS, "tiny", tiny)
-    monkeypatch.setattr(bench_run, "matrix_peak", lambda dtype, device: 1e11)
+    monkeypatch.setattr(bench_run, "matrix_peak", lambda _dtype, _device: 1e11)
     monkeypatch.setitem(sys.modules, "torchvision", None)
 
 

@@ -150,10 +150,10 @@ class Oracle:
             True,
         )
 
-    def condition(self, labels: Tensor, images: int) -> Tensor:
+    def condition(self, labels: Tensor, _images: int) -> Tensor:
         return labels
 
-    def start(self, condition: Tensor, B: int) -> Tensor:
+    def start(self, condition: Tensor, _B: int) -> Tensor:
         return condition
 
     def z(self, state: Tensor, tokens: Tensor, known: Tensor, ask: Tensor) -> tuple[Tensor, ...]:
@@ -169,7 +169,7 @@ class Oracle:
         order = rank.argsort(dim=1, stable=True)
         return self.process.log_conditionals(x, labels, order)[rows, known.sum(dim=1)]
 
-    def sample(self, labels: Tensor, noise: Any, **options: Any) -> Tensor:
+    def sample(self, labels: Tensor, _noise: Any, **_options: Any) -> Tensor:
         return self.process.sample(labels, torch.Generator().manual_seed(5))
 
 
@@ -274,8 +274,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(kd.CONTESTANTS, name, contestant)
 
 
+@pytest.mark.usefixtures("tiny")
 def test_it_trains_judges_and_goes_on(
-    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = ["--out", str(tmp_path), "--tasks", "mixture", "--only", "tiny", "codes", "absent", "--seeds", "0"]
     call += ["--images", "40", "--seconds", "0.02", "--samples", "64", "--against", "tiny", "tiny"]
@@ -288,7 +289,7 @@ def test_it_trains_judges_and_goes_on(
     assert row["scores"]["distance"] > 0 and "gap" not in row["scores"]
     assert json.loads((tmp_path / "mixture-tiny-0-seconds.json").read_text())["train_seconds"] >= 0.02
     assert (tmp_path / "known_density.png").stat().st_size > 1000
-    monkeypatch.setattr(kd, "figure", lambda *a: None)  # once is enough
+    monkeypatch.setattr(kd, "figure", lambda *_a: None)  # once is enough
 
     kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
     (tmp_path / "mixture-tiny-0-images.json").unlink()
@@ -304,10 +305,11 @@ def test_it_trains_judges_and_goes_on(
     assert "images 40, not 50" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("tiny")
 def test_a_training_that_diverges_is_a_result(
-    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken(*a: Any) -> dict[str, float]:
+    def broken(*_: Any) -> dict[str, float]:
         raise NumericsError("a mean is not finite")
 
     monkeypatch.setattr(kd, "judge", broken)
@@ -316,7 +318,7 @@ def test_a_training_that_diverges_is_a_result(
     rows = [json.loads(work.file(budget).read_text()) for budget in kd.BUDGETS]
     assert all(math.isnan(r["scores"]["distance"]) and r["why"] == "a mean is not finite" for r in rows)
     assert "diverged" in "".join(kt.tables(rows, ["mixture"], ["tiny"], ["tiny", "tiny"]))
-    monkeypatch.setattr(kd, "figure", lambda *a: None)
+    monkeypatch.setattr(kd, "figure", lambda *_a: None)
     (tmp_path / "other.json").write_text("[]")
     assert kd.main(["--out", str(tmp_path), "--report"]) == 3
     assert "other.json is no result of this script" in capsys.readouterr().err

@@ -263,7 +263,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
     assert "vq: makes codes of 20, the model takes codes of 21" in capsys.readouterr().err
 
 
-def test_the_tokenizer_may_be_an_official_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tokenizer_may_be_an_official_file(tmp_path: Path) -> None:
     with seeded(0):
         tokenizer = VQ(6, vocab=20, code_dim=4, latent_channels=32, block_out_channels=(32, 32), layers_per_block=1)
     torch.save({"model": official_tensors(tokenizer)}, tmp_path / "vq.pt")

@@ -278,7 +278,7 @@ def test_the_round_trip_is_exact(pth: Path) -> None:
     assert len(TABLE) == len(set(TABLE.values()))
 
 
-def test_only_masked_models_with_a_diffusion_head_are_written(pth: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_masked_models_with_a_diffusion_head_are_written() -> None:
     class Other(MaskedModel):
         pass
 

@@ -147,6 +147,7 @@ BAD = [
 ]
 
 
+@pytest.mark.usefixtures("model_folder")
 @pytest.mark.parametrize(
     ("arguments", "code", "words"), BAD, ids=lambda v: " ".join(v) if isinstance(v, tuple) else None
 )
@@ -154,7 +155,6 @@ def test_bad_input_is_one_line_and_an_exit_code(
     arguments: tuple[str, ...],
     code: int,
     words: str,
-    model_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -179,7 +179,8 @@ def test_a_damaged_model_in_a_process(seriatim: Run, model_folder: Path) -> None
     one_line(seriatim("sample", "model"), 4, str(Path("model") / MODEL), "truncated")
 
 
-def test_a_read_only_folder(seriatim: Run, model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("model_folder")
+def test_a_read_only_folder(seriatim: Run, tmp_path: Path) -> None:
     """As anybody but root, by permission; as root, on a file system that refuses."""
     if os.geteuid() == 0:
         one_line(seriatim("sample", "model", "--out", "/sys/kernel/x"), 6, "/sys/kernel/x")
@@ -209,7 +210,8 @@ def test_orders_and_schedules(model_folder: Path, tmp_path: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out)["request"]["guidance_power"] == 2.0
 
 
-def test_more_steps_than_tokens_is_a_warning(seriatim: Run, model_folder: Path) -> None:
+@pytest.mark.usefixtures("model_folder")
+def test_more_steps_than_tokens_is_a_warning(seriatim: Run) -> None:
     done = seriatim("sample", "model", "--num-inference-steps", "64", "--num-diffusion-steps", "2", "--seed", "0")
     assert done.returncode == 0
     assert (
@@ -217,7 +219,7 @@ def test_more_steps_than_tokens_is_a_warning(seriatim: Run, model_folder: Path) 
     )
 
 
-def test_a_loss_that_is_not_finite(seriatim: Run, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite(seriatim: Run) -> None:
     done = seriatim("train", "mar-digits", *TINY, "training.learning_rate=1.0e+30", "--out", "run")
     one_line(done, 5, "is not finite", "nothing was updated")
 
@@ -242,7 +244,7 @@ def test_every_error_becomes_one_line(
     assert words in printed and printed.count("\n") <= 1
 
 
-def test_ctrl_c_says_so(seriatim: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -251,7 +253,7 @@ def test_ctrl_c_says_so(seriatim: Run, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert capsys.readouterr().err.strip() == "stopped"
 
 
-def test_a_refused_request_makes_no_folder(seriatim: Run, model_folder: Path, tmp_path: Path) -> None:
+def test_a_refused_request_makes_no_folder(model_folder: Path, tmp_path: Path) -> None:
     for arguments in (("--num-diffusion-steps", "2000"), ("--batch-size", "0"), ("--label", "9")):
         assert run(["sample", str(model_folder), *arguments, "--out", str(tmp_path / "refused")]) == 2
     assert run(["doctor", "--json", "--path", str(tmp_path / "nowhere" / "x")]) == 0

@@ -84,7 +84,8 @@ def test_what_a_model_cannot_do_is_one_line(
     assert not (work / "never").exists()
 
 
-def test_a_plan_of_codes_counts_them(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("work")
+def test_a_plan_of_codes_counts_them(capsys: pytest.CaptureFixture[str]) -> None:
     codes = ["tokenizer={kind: kmeans, patch: 2, vocab: 24}", "model.head={kind: categorical}"]
     for words, key, count in ((codes, "codes", 24), ([], "features", 4)):
         assert run(["train", "mar-digits", *words, "--dry-run", "--json", "--out", "never"]) == 0

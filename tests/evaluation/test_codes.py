@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typing_extensions import override
 
 from seriatim.checkpoints.tokenizer import save_tokenizer
 from seriatim.cli.main import run
@@ -28,6 +29,7 @@ class Tiles(ImageData):
     def images(self, index: torch.Tensor) -> torch.Tensor:
         return self.pixels[index]
 
+    @override
     def labels(self, index: torch.Tensor) -> None:
         return None
 

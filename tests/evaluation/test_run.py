@@ -12,6 +12,7 @@ import torch
 from helpers import make_bundle
 from PIL import Image
 from torch import Tensor
+from typing_extensions import override
 
 import seriatim.evaluation.blocks as blocks
 import seriatim.evaluation.figures as figures
@@ -234,7 +235,7 @@ def test_without_other_images_the_data_is_halved(pipe: Pipeline, tmp_path: Path)
 def test_one_cache_serves_several(pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(pipe, tmp_path / "a", cache=tmp_path / "cache")
 
-    def never(self: Memory, index: Tensor) -> Tensor:
+    def never(*_: object) -> Tensor:
         raise AssertionError("real images are read once")
 
     monkeypatch.setattr(Memory, "images", never)
@@ -314,6 +315,7 @@ def test_figures_that_cannot_be_had_are_refused_where_they_are_named(pipe: Pipel
 @pytest.mark.parametrize("given", [torch.zeros(16, 3), Features(torch.zeros(16, 3)), Features(torch.zeros(2))])
 def test_an_extractor_that_breaks_the_contract_is_one_line(pipe: Pipeline, tmp_path: Path, given: object) -> None:
     class Wrong(Mean):
+        @override
         def forward(self, images: Tensor) -> Features:
             return given  # type: ignore[return-value]
 

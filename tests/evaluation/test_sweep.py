@@ -232,7 +232,7 @@ def test_a_tokenizers_evaluation_is_shared_and_goes_on(
     for name in ("figures", "real", "noise", "latents"):
         assert getattr(left, name) == getattr(alone, name), name
 
-    def never(*arguments: object) -> Tensor:
+    def never(*_: object) -> Tensor:
         raise AssertionError("nothing is left to do")
 
     monkeypatch.setattr(type(tokenizer), "decode", never)

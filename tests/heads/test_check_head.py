@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head, HeadLoss
@@ -29,6 +30,7 @@ class Gaussian(Head):
             self.log_std = nn.Parameter(torch.zeros(self.output))
         super().bind(z_dim)
 
+    @override
     def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
         error = -self.density(z).log_prob(target).sum(dim=1)
         return HeadLoss(error, torch.ones_like(error))
@@ -80,6 +82,7 @@ class GlobalRandom(Gaussian):
 
 class IgnoresNoise(Gaussian):
     @torch.no_grad()
+    @override
     def sample(self, z: Tensor, noise: Noise, *a: Any, **k: Any) -> Tensor:
         return self.mean(z)
 
@@ -107,6 +110,7 @@ class IgnoresTemperature(Gaussian):
 class GuidesInSilence(Gaussian):
     guides = False
 
+    @override
     def check_sampling(self, z: Tensor, z_null: Tensor | None, guidance: Any, temperature: float) -> Tensor | None:
         return None
 

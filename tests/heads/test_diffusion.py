@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers import randomise
+from typing_extensions import override
 
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise, ReplayNoise
@@ -86,6 +87,7 @@ class Perfect(Diffusion):
         self._i = len(self._steps) - 1
         return super().sample(*arguments, **options)  # type: ignore[arg-type]
 
+    @override
     def denoise(self, x: torch.Tensor, modulations: object) -> tuple[torch.Tensor, torch.Tensor]:
         chain, i = self._steps, self._i
         self._i -= 1

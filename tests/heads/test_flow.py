@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import randomise
 from torch import Tensor
+from typing_extensions import override
 
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise, ReplayNoise
@@ -32,6 +33,7 @@ def exact(t: float, x: Tensor) -> Tensor:
 class Perfect(Flow):
     """Knows the data: its modulations are the time alone."""
 
+    @override
     def walk(self, times: Tensor, condition: Tensor):  # type: ignore[no-untyped-def]
         count = len(times) - 1
         ascending = getattr(self, "ascending", False)

@@ -304,7 +304,7 @@ def test_what_is_refused_is_refused_before_any_work(head: Diffusion, options: di
 
 @torch.no_grad()
 def test_a_solver_of_ones_own(head: Diffusion, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SOLVERS, "start", lambda chain, predict, start, noise, temperature: start)
+    monkeypatch.setitem(SOLVERS, "start", lambda _chain, _predict, start, _noise, _temperature: start)
     draws, z = torch.randn(11, 2, 4), torch.zeros(2, 8)
     options: dict[str, Any] = {"num_diffusion_steps": 10, "solver": "start"}
     assert torch.equal(head.sample(z, ReplayNoise(normal=[draws]), **options), draws[0])

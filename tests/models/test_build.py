@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from typing_extensions import override
 
 from seriatim.core.errors import ConfigError
 from seriatim.core.random import Noise
@@ -79,6 +80,7 @@ class Point(Head):
             self.linear = torch.nn.Linear(z_dim, self.output)
         super().bind(z_dim)
 
+    @override
     def loss(self, z: torch.Tensor, target: torch.Tensor, noise: Noise) -> HeadLoss:
         error = (self.linear(z) - target).square().mean(dim=1)
         return HeadLoss(error, torch.ones_like(error))

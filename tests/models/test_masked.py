@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers import randomise
+from typing_extensions import override
 
 from seriatim.backbones.masked_transformer import Masked
 from seriatim.core.errors import UsageError
@@ -39,6 +40,7 @@ class Recorder(Head):
         super().__init__()
         self.targets: list[torch.Tensor] = []
 
+    @override
     def loss(self, z: torch.Tensor, target: torch.Tensor, noise: Noise) -> HeadLoss:
         self.targets.append(target)
         rows = z.mean(dim=1) + torch.arange(len(z))

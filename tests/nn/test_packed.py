@@ -103,7 +103,7 @@ def test_it_is_for_sampling_on_this_cpu_only() -> None:
 
 
 def test_without_the_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "packs", lambda dtype: False)
+    monkeypatch.setattr(packed, "packs", lambda _dtype: False)
     mlp = MLP(32)
     prepare(mlp, torch.bfloat16)
     assert isinstance(mlp.fc1, nn.Linear) and mlp.fc1.weight.dtype == torch.float32

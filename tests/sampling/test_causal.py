@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import one_line
 from torch import Tensor
+from typing_extensions import override
 
 import seriatim
 from seriatim.checkpoints.native import Bundle, save_bundle
@@ -49,6 +50,7 @@ class Levels(Tokenizer):
     def moments(self, images: Tensor) -> Tensor:
         return patchify(images, self.patch).mean(dim=-1, keepdim=True)
 
+    @override
     def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
         return ((moments[..., 0] + 1) / 2 * self.vocab).long().clamp(0, self.vocab - 1)
 

@@ -210,7 +210,9 @@ def test_regenerating_an_edit_keeps_what_was_kept(pipe: Pipeline) -> None:
 
 
 def test_a_callback_that_changes_tokens_is_recorded(pipe: Pipeline) -> None:
-    def shift(pipeline: Pipeline, index: int, total: int, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def shift(
+        _pipeline: Pipeline, _index: int, _total: int, values: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         return {"tokens": values["tokens"] + 0.1}
 
     assert pipe(class_labels=["cat"], seed=0, callback_on_step_end=shift, **FEW).edited

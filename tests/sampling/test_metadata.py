@@ -79,11 +79,11 @@ def good(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda says: None, "carries no request"),
-        (lambda says: "{", "is not JSON"),
-        (lambda says: "[" * 50_000, "is not JSON"),
-        (lambda says: "[]", "is not a mapping"),
-        (lambda says: " " * (LONGEST + 1), "characters long"),
+        (lambda _says: None, "carries no request"),
+        (lambda _says: "{", "is not JSON"),
+        (lambda _says: "[" * 50_000, "is not JSON"),
+        (lambda _says: "[]", "is not a mapping"),
+        (lambda _says: " " * (LONGEST + 1), "characters long"),
         (lambda says: json.dumps({**says, "format": 2}), "format: "),
         (lambda says: json.dumps({**says, "hook": "rm"}), "unknown key 'hook'"),
         (lambda says: json.dumps({**says, "request": {"seed": -1}}), "seed: "),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, NumericsError, UsageError
@@ -57,6 +58,7 @@ class Fake(nn.Module):
         self.logvar, self.dtypes, self.most = logvar, set[torch.dtype](), 0
         self.weight = nn.Parameter(torch.ones(()))
 
+    @override
     def encode(self, x: Tensor, return_dict: bool) -> tuple[Any]:
         self.dtypes.add((x @ x.transpose(-1, -2)).dtype)  # an autocast would show in a product
         self.most = max(self.most, len(x))
@@ -66,6 +68,7 @@ class Fake(nn.Module):
         logvar = torch.tensor(self.logvar).view(1, 2, 1, 1).expand_as(mean)
         return (SimpleNamespace(parameters=torch.cat([mean, logvar], dim=1)),)
 
+    @override
     def decode(self, z: Tensor, return_dict: bool) -> tuple[Tensor]:
         x = torch.zeros(len(z), 1, 2 * z.shape[2], 2 * z.shape[3])
         x[:, :, ::2, ::2], x[:, :, 1::2, 1::2] = z[:, :1], (z[:, 1:] - 3) / 10

@@ -173,7 +173,7 @@ def test_the_same_recipe_gives_the_same_weights(tmp_path: Path) -> None:
 def test_probing_for_speed_changes_nothing(tmp_path: Path) -> None:
     """What batch norm saw while dtypes and threads were tried is forgotten."""
     train_classifier(tiny("training.images=64"), tmp_path / "a", quiet=True)
-    true, classifier.fastest = classifier.fastest, lambda _, __, where, loss_of: probed(loss_of)
+    true, classifier.fastest = classifier.fastest, lambda _, __, _where, loss_of: probed(loss_of)
 
     def probed(loss_of: Callable[[torch.dtype], Any]) -> tuple[str, int]:
         loss_of(torch.float32).mean.backward()

@@ -127,9 +127,7 @@ def test_a_photograph_taken_sideways_is_upright(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "target"), [((40, 30), (16, 16)), ((300, 100), (32, 32)), ((9, 9), (32, 16)), ((33, 77), (8, 24))]
 )
-def test_the_crop_is_centred_and_of_the_asked_size(
-    tmp_path: Path, size: tuple[int, int], target: tuple[int, int]
-) -> None:
+def test_the_crop_is_centred_and_of_the_asked_size(size: tuple[int, int], target: tuple[int, int]) -> None:
     width, height = size
     x = np.broadcast_to(np.linspace(0, 255, width), (height, width))
     y = np.broadcast_to(np.linspace(0, 255, height)[:, None], (height, width))

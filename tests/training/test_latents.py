@@ -401,7 +401,7 @@ def test_a_folder_begun_with_other_images(tmp_path: Path, pets: Path) -> None:
         make(pets, tmp_path / "c")
 
 
-def test_a_folder_of_something_else(tmp_path: Path, pets: Path) -> None:
+def test_a_folder_of_something_else(pets: Path) -> None:
     with pytest.raises(UsageError, match=r"out: .* holds 'cat', which is no part of a cache"):
         make(pets, pets)
 

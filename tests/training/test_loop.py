@@ -72,7 +72,13 @@ def test_the_same_recipe_gives_the_same_weights(tmp_path: Path, threads: int) ->
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(states))  # what the caller did before must not matter
         train(
-            tiny("training.images=384", "model.width=64", "model.dropout=0.1", f"seed={seed}"),
+            tiny(
+                "training.images=384",
+                "model.width=64",
+                "model.dropout=0.1",
+                f"seed={seed}",
+                f"training.threads={threads}",
+            ),
             tmp_path / name,
             quiet=True,
         )

@@ -226,7 +226,7 @@ with only_trainer(Path({str(tmp_path)!r})):
     train(tiny("training.images=16"), tmp_path, quiet=True)
 
 
-def test_a_full_disk_keeps_what_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_what_there_was(tmp_path: Path) -> None:
     """No file may grow beyond 20 kB: the next checkpoint fails, with code 6, and the one before is whole."""
     train(tiny("training.images=160"), tmp_path, quiet=True)
     before = newest_whole(tmp_path / "checkpoints")[0]
@@ -352,7 +352,7 @@ def test_a_signal_saves_and_exits(tmp_path: Path, folder: Path, number: signal.S
     assert newest_whole(out / "checkpoints")[0] is not None
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+def test_a_second_signal_stops_at_once() -> None:
     code = """
 import os, signal, time
 from seriatim.training.stopping import StopRequest

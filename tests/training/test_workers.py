@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from seriatim.core.errors import DataError
 from seriatim.training.data import ImageData
@@ -28,6 +29,7 @@ class Grey(ImageData):
             raise DataError("data: an image can't be read any more")
         return torch.zeros(len(index), 3, 8, 8, dtype=torch.uint8)
 
+    @override
     def labels(self, index: Tensor) -> Tensor | None:
         return None
 
@@ -49,6 +51,7 @@ def test_leaving_the_program_amid_batches_ends_them() -> None:
     code = """
 from seriatim.training import loader
 from training.test_workers import Batches, Grey, Loader
+from typing_extensions import override
 loader.GRACE = 0.5
 held = iter(Loader(Batches(Grey(), 0, 0, 64, 8), 1))
 print(len(next(held)))
