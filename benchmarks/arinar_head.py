@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.bench.official_arinar import OfficialARINAR
 from seriatim.bench.checkout import here
+from seriatim.bench.official_arinar import OfficialARINAR
 from seriatim.core.random import Noise
 from seriatim.models.build import build_model, seeded
 from seriatim.nn.packed import prepare

@@ -10,11 +10,11 @@ from itertools import product
 from typing import Any
 
 from known_processes import Process
+from seriatim.backbones.build import BACKBONES
+from seriatim.heads.build import HEADS
 from torch import Tensor
 
-from seriatim.backbones.build import BACKBONES
 from seriatim.core.random import Noise, derive_seed
-from seriatim.heads.build import HEADS
 from seriatim.models.base import Model
 from seriatim.models.build import MODELS, build_model, seeded
 

@@ -14,6 +14,9 @@ from unittest import mock
 
 import torch
 from numerics_cases import CANDIDATES, Case, Sampling, Training
+from seriatim.heads.nested import Nested
+from seriatim.models.captions import Captions
+from seriatim.models.masked import MaskedModel
 from torch import Tensor
 
 from seriatim.core.random import Noise
@@ -24,11 +27,8 @@ from seriatim.heads.categorical import Categorical
 from seriatim.heads.diffusion import Diffusion
 from seriatim.heads.flow import Flow
 from seriatim.heads.mixture import Mixture
-from seriatim.heads.nested import Nested
 from seriatim.models.base import Model
 from seriatim.models.build import build_model
-from seriatim.models.captions import Captions
-from seriatim.models.masked import MaskedModel
 
 Names = Mapping[str, Sequence[str]]  # kind of draw -> the names of the draws of that kind, one after another
 LOSS: dict[type[Head], Names] = {Diffusion: {"integers": ["t"], "normal": ["eps"]}, Flow: {"normal": ["t", "eps"]}}

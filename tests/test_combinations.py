@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from seriatim.heads.table import HEADS
 
 from seriatim.checkpoints.tokenizer import save_tokenizer
 from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.orders import CONFIDENCE, RANDOM, RASTER
-from seriatim.heads.table import HEADS
 from seriatim.models.build import MODELS, seeded
 from seriatim.pipeline.pipeline import load
 from seriatim.tokenizers.kinds import TOKENIZERS

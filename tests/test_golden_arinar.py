@@ -29,9 +29,9 @@ from seriatim.core.schedules import mask_ratio
 from seriatim.heads import mixture as leaf
 from seriatim.heads.gaussians import GaussianMixture
 from seriatim.heads.mixture import Mixture
-from seriatim.models.nested import Nested, scheduled
 from seriatim.models.build import build_model, parameter_count
 from seriatim.models.masked_model import MaskedModel
+from seriatim.models.nested import Nested, scheduled
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.sampling.parallel import masked_steps
 from seriatim.zoo import PRESETS

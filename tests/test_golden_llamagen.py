@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import golden
 from safetensors.torch import load_file
+from seriatim.models.captions import Captions
 from torch import Tensor
 
 from seriatim.checkpoints.llamagen import CLASSES, llamagen_tensors, model_from_llamagen, official_name
@@ -24,7 +25,6 @@ from seriatim.checkpoints.official import OfficialFile
 from seriatim.core.random import Noise
 from seriatim.heads.categorical import filtered
 from seriatim.models.build import build_model, parameter_count
-from seriatim.models.captions import Captions
 from seriatim.models.causal_model import CausalModel, Condition
 from seriatim.sampling.sequential import causal_steps
 from seriatim.zoo import PRESETS

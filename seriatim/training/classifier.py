@@ -25,8 +25,8 @@ from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
 from seriatim.core.schedules import learning_rate
 from seriatim.evaluation.classifier import PARTS, ResNet, TrainedClassifier, build_classifier, save_classifier
-from seriatim.models.build import parameter_count, seeded
 from seriatim.models.base import Loss
+from seriatim.models.build import parameter_count, seeded
 from seriatim.training import state as checkpoints
 from seriatim.training.config import ClassifierRecipe, dump
 from seriatim.training.labelled import InMemory, augmented, build_labelled, draws_of

@@ -24,6 +24,7 @@ import torch
 from helpers import make_bundle, one_line, randomise
 from hypothesis import given
 from hypothesis import strategies as st
+from seriatim.sampling.loops import steps_of
 from torch import Tensor, nn
 
 from seriatim.backbones.masked_transformer import Masked
@@ -46,7 +47,6 @@ from seriatim.models.masked_model import MaskedModel
 from seriatim.nn import packed
 from seriatim.nn.attention import SHORT, attend
 from seriatim.nn.packed import PackedLinear, packs
-from seriatim.sampling.loops import steps_of
 from seriatim.sampling.parallel import prepare_model
 from seriatim.tokenizers.pixels import Pixels
 

@@ -28,9 +28,9 @@ from seriatim.checkpoints.official import OfficialFile, read_official
 from seriatim.cli.main import run
 from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.core.random import Noise
-from seriatim.models.nested import Nested
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config, seeded
+from seriatim.models.nested import Nested
 from seriatim.tokenizers.kl import KL
 
 HEAD: dict[str, Any] = {

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import randomise
 from safetensors.torch import save_file
+from seriatim.models.captions import Captions
 from torch import Tensor
 
 import seriatim
@@ -32,7 +33,6 @@ from seriatim.cli.main import run
 from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.core.random import Noise
 from seriatim.models.build import build_model, model_config, seeded
-from seriatim.models.captions import Captions
 from seriatim.models.causal_model import CausalModel
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import TOKENIZERS

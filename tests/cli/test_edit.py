@@ -15,9 +15,9 @@ from PIL import Image
 from seriatim.checkpoints.native import save_bundle
 from seriatim.cli.main import run
 from seriatim.core.errors import UsageError
-from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.animation import save_animation
 from seriatim.pipeline.metadata import read_recorded
+from seriatim.pipeline.pipeline import Pipeline
 
 FEW = ["--num-inference-steps", "3", "--num-diffusion-steps", "4"]
 

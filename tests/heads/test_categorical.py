@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from seriatim.heads.build import build_head
 
 from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head
-from seriatim.heads.build import build_head
 from seriatim.heads.categorical import Categorical, draw_code, filtered
 from seriatim.testing import check_head
 

@@ -9,13 +9,13 @@ from itertools import pairwise
 import pytest
 import torch
 from helpers import randomise
+from seriatim.heads.build import HEADS
 from torch import Tensor
 from typing_extensions import override
 
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise, ReplayNoise
 from seriatim.heads import adaln, flow
-from seriatim.heads.build import HEADS
 from seriatim.heads.flow import Flow
 from seriatim.models.build import seeded
 from seriatim.nn.packed import packs, prepare

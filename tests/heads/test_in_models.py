@@ -17,9 +17,9 @@ from seriatim.core.random import Noise
 from seriatim.heads.base import Head
 from seriatim.heads.flow import Flow
 from seriatim.heads.mixture import Mixture
-from seriatim.models.nested import Nested
 from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
+from seriatim.models.nested import Nested
 
 PARTS: dict[str, Any] = {
     "split": {"kind": "features"},

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomise
+from seriatim.heads.build import HEADS
 
 from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.random import Noise, ReplayNoise
 from seriatim.heads import mixture
-from seriatim.heads.build import HEADS
 from seriatim.heads.guided import resample_product, sample_product
 from seriatim.heads.mixture import Mixture
 from seriatim.models.build import seeded

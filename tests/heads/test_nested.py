@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 from helpers import randomise
+from seriatim.heads.build import HEADS, build_head
+from seriatim.sampling.loops import steps_of
 from torch import Tensor
 
 from seriatim.checkpoints.arinar import BLOCK
 from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.random import Noise
-from seriatim.heads.build import HEADS, build_head
-from seriatim.models.nested import FEATURE_SCHEDULES, Nested, scheduled
-from seriatim.models.splits import build_split
 from seriatim.models.build import build_model, model_config, seeded
 from seriatim.models.masked_model import MaskedModel
+from seriatim.models.nested import FEATURE_SCHEDULES, Nested, scheduled
+from seriatim.models.splits import build_split
 from seriatim.nn.packed import packs, prepare
 from seriatim.nn.patch import patchify
-from seriatim.sampling.loops import steps_of
 from seriatim.sampling.parallel import masked_steps
 from seriatim.testing import check_head
 

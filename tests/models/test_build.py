@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from seriatim.heads.build import HEADS
 from typing_extensions import override
 
 from seriatim.core.errors import ConfigError
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head, HeadLoss
-from seriatim.heads.build import HEADS
 from seriatim.models.build import build_model, model_config, seeded
 
 CONFIG: dict[str, Any] = {

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from seriatim.models.captions import Captions
+from seriatim.sampling.loops import steps_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,10 +16,8 @@ from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.orders import ORDERS
 from seriatim.core.random import Noise
 from seriatim.models.build import build_model, model_config, parameter_count, seeded
-from seriatim.models.captions import Captions
 from seriatim.models.causal_model import CausalModel
 from seriatim.sampling.sequential import causal_steps
-from seriatim.sampling.loops import steps_of
 
 L, V, D = 9, 12, 3
 CODES: dict[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import one_line
+from seriatim.sampling.loops import steps_of
 from torch import Tensor
 from typing_extensions import override
 
@@ -19,9 +20,8 @@ from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.random import Noise
 from seriatim.models.build import build_model, seeded
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.pipeline.pipeline import Pipeline
-from seriatim.sampling.loops import steps_of
 from seriatim.pipeline.metadata import read_recorded
+from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.request import SampleRequest
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import TOKENIZERS

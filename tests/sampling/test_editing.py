@@ -11,8 +11,8 @@ from helpers import make_bundle
 from PIL import Image
 
 from seriatim.core.errors import UsageError
-from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.editing import chosen_tokens, composite, pixel_mask, token_mask
+from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.result import Result
 from seriatim.tokenizers.pixels import Pixels
 
