@@ -101,7 +101,7 @@ def parallel_steps(
             tokens = tokens.flatten(0, 1).index_copy(0, flat, drawn).view_as(tokens)
             known = known | ask
             drawn_here = Drawn(head, z, drawn, rows, places)
-        made = Step(step, steps, "tokens", tokens, known, drawn=drawn_here)
+        made = Step(step, steps, "tokens", tokens, known, drawn=drawn_here, last=step == steps - 1)
         yield made
         tokens = made.tokens
     check_finite(tokens, sound)

@@ -76,7 +76,8 @@ def sequential_steps(
         flat = (rows * L + places).to(device, non_blocking=True)
         tokens = tokens.flatten(0, 1).index_copy(0, flat, drawn).view_as(tokens)
         known = known.index_put((rows, places), torch.tensor(True))
-        made = Step(step, total, "tokens", tokens, known, drawn=Drawn(head, z, drawn, rows, places))
+        drawn_here = Drawn(head, z, drawn, rows, places)
+        made = Step(step, total, "tokens", tokens, known, drawn=drawn_here, last=step == total - 1)
         yield made
         tokens = made.tokens
         if made.replaced:  # the caches are of the tokens before

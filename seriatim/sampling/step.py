@@ -48,6 +48,7 @@ class Step:
     images: range = field(default=range(0))  # which images of the request this batch holds
     decode: Callable[[Tensor, Tensor], list[Image.Image]] | None = field(default=None, repr=False)
     drawn: Drawn | None = field(default=None, repr=False)  # what this step generated; None: nothing
+    last: bool = False  # whether its images are finished
     replaced: bool = False  # whether `replace` was called
 
     def replace(self, tokens: Tensor) -> None:
