@@ -256,14 +256,14 @@ def device_of(device: str) -> str:
 def fields(given: list[str]) -> dict[str, Any]:
     """`["solver=dpm++", "order=3,1,0,2"]` as settings of a request."""
     from seriatim.core.errors import UsageError
-    from seriatim.pipeline.request import SampleRequest
+    from seriatim.pipeline.request import request_fields
 
     settings = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"set: {text!r} is not allowed; write name=value, such as guidance_scale=2")
-        settings[name] = field_value(name, value, SampleRequest.model_fields)
+        settings[name] = field_value(name, value, request_fields())
     return settings
 
 
@@ -274,7 +274,7 @@ def field_value(name: str, text: str, known: Any) -> Any:
     from seriatim.core.errors import UsageError, nearest
 
     if name not in known:
-        raise UsageError(f"{name}: is no field of a request{nearest(name, known)}")
+        raise UsageError(f"{name}: is not a setting of a request{nearest(name, known)}")
     if name == "order":
         return order_or_positions(text)
     try:

@@ -138,17 +138,18 @@ def sample(
     columns = max(request.num_images_per_label, min(8, request.num_images))
     images: list[Image.Image] = []
     frames: dict[int, list[Image.Image]] = {}  # of each step over the images
+    at = 0  # the step of a batch
     with using(count), Progress(request.num_images, "sampling", "images", quiet=json) as bar:
         for step in steps:
-            last_of_batch = (step.index + 1) % request.num_inference_steps == 0
-            if last_of_batch:  # what is drawn is kept, whatever happens to the next batch
+            if step.last:  # what is drawn is kept, whatever happens to the next batch
                 for i, image in zip(step.images, step.preview(), strict=True):
                     label_name = pipe.label_name(request.image_labels()[i])
                     save_image(image, files[i], recorded(image, request, i, label_name, pipe.bundle.sha256, made))
                     images.append(image)
             if animate:
-                frames.setdefault(step.index % request.num_inference_steps, []).extend(step.preview())
-            bar.advance(len(step.images) if last_of_batch else 0, f"step {step.index + 1} of {step.total}")
+                frames.setdefault(at, []).extend(step.preview())
+                at = 0 if step.last else at + 1
+            bar.advance(len(step.images) if step.last else 0, f"step {step.index + 1} of {step.total}")
     seconds = time.monotonic() - begin
     save_png(grid(images, columns), grid_file)
     if animate:

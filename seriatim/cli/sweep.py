@@ -114,9 +114,9 @@ def several(name: str, text: str) -> list[Any]:
     import re
 
     from seriatim.core.errors import UsageError
-    from seriatim.pipeline.request import SampleRequest
+    from seriatim.pipeline.request import request_fields
 
     if name == "order" and re.search(r"\d", text):
         raise UsageError(f"order: {text!r} can't be swept; orders are swept by name")
     parts = re.split(r",(?![^\[]*\])", text)
-    return [field_value(name, part, SampleRequest.model_fields) for part in parts]
+    return [field_value(name, part, request_fields()) for part in parts]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.conditions.base import Condition, Conditioner
 from seriatim.core.errors import UsageError
@@ -39,6 +40,7 @@ class Classes(Conditioner):
         names = inputs.tolist() if inputs.device.type == "cpu" else None
         return Condition(F.embedding(labels % len(table), table)[:, None], names=names)
 
+    @override
     def null(self, images: int, like: Condition | None = None) -> Condition:
         return Condition(self.no_class.expand(images, 1, -1), names=[-1] * images)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from seriatim.conditions.base import Condition, Conditioner
 from seriatim.core.errors import UsageError
@@ -29,10 +30,12 @@ class Vectors(Conditioner):
     def device(self) -> torch.device:
         return torch.device("cpu") if self.project is None else self.project.weight.device
 
+    @override
     def forward(self, inputs: Tensor, images: int) -> Condition:
         vectors = inputs[:, None] if inputs.ndim == 2 else inputs  # (B, P, Z)
         return Condition(vectors if self.project is None else self.project(vectors))
 
+    @override
     def null(self, images: int, like: Condition | None = None) -> Condition:
         raise UsageError("condition: vectors have no null of their own; give the null condition to sample()")
 
@@ -42,5 +45,6 @@ class Vectors(Conditioner):
             given = tuple(getattr(inputs, "shape", ()))
             raise UsageError(f"vectors: shape {given} is not {shape}, {self.count} of width {self.inputs} for each")
 
+    @override
     def drop(self, inputs: Tensor, share: float, keys: Keys) -> Tensor:
         return inputs  # the level above drops its own condition

@@ -32,7 +32,8 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         if request["temperature"] != 1:
             sampling += f", temperature {request['temperature']:g}"
         for name in NAMED:
-            value, usual = request.get(name), SampleRequest.model_fields[name].default
+            field = SampleRequest.model_fields.get(name)
+            value, usual = (request | request.get("head_options", {})).get(name), field and field.default
             if value not in (None, usual):
                 sampling += f", {name} {value if isinstance(value, (str, int, float)) else 'given'}"
         pixels = report["pixels_sha256"]["reference"]  # none where an earlier version computed the features

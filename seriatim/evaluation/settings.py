@@ -12,13 +12,15 @@ from seriatim.core.files import write_json
 from seriatim.pipeline.request import SampleRequest
 
 SETTINGS = "settings.json"
+RANDOM_NUMBERS = 2  # 1: generators for each image, until release 0.1; 2: counter-based keys
 # The same weights, images or file elsewhere are the same: their hashes are compared.
 SOURCES = {"model.source", "tokenizer.source", "reference.path", "real.path", "reference.file"}
 
 
 def said(request: SampleRequest) -> dict[str, Any]:
-    """What settings.json says of a request."""
-    return request.model_dump(mode="json", exclude={"class_labels", "num_images_per_label", "seeds"})
+    """What settings.json says of a request, and which random numbers its seed stands for."""
+    settings = request.model_dump(mode="json", exclude={"class_labels", "num_images_per_label", "seeds"})
+    return {**settings, "random_numbers": RANDOM_NUMBERS}
 
 
 def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
@@ -31,7 +33,7 @@ def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
         stored = json.loads(path.read_text(encoding="utf-8"))
         # A field that the version which began this did not know: it drew by what is now the default.
         if "request" in chosen:
-            stored = {**stored, "request": said(SampleRequest()) | stored["request"]}
+            stored = {**stored, "request": said(SampleRequest()) | {"random_numbers": 1} | stored["request"]}
         before = flat(stored)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"out: {path} is damaged ({one_line(error)[:80]}); choose another folder") from error

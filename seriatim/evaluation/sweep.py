@@ -15,7 +15,7 @@ from seriatim.evaluation.reference import Images, Statistics
 from seriatim.evaluation.rows import markdown, model_name
 from seriatim.evaluation.run import Evaluation, evaluate
 from seriatim.pipeline.pipeline import Pipeline
-from seriatim.pipeline.request import SampleRequest
+from seriatim.pipeline.request import request_fields
 
 JSON, TABLE, CURVES = "sweep.json", "sweep.md", "curves.png"
 
@@ -51,8 +51,8 @@ def sweep(
     combinations = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
     names = [point_name(combination) for combination in combinations]
     for name in fields:
-        if name not in SampleRequest.model_fields:
-            raise UsageError(f"{name}: is no field of a request{nearest(name, SampleRequest.model_fields)}")
+        if name not in request_fields():
+            raise UsageError(f"{name}: is not a setting of a request{nearest(name, request_fields())}")
         if name in settings:
             raise UsageError(f"{name}: is given a value and also swept; leave one out")
     if len(set(names)) < len(names):

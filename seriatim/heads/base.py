@@ -151,7 +151,7 @@ class Head(nn.Module):
         self.check_options(options)
         return options
 
-    def check_options(self, options: Any, temperature: float = 1.0) -> None:
+    def check_options(self, options: Any, temperature: float = 1.0) -> None:  # noqa: ARG002
         """Raise UsageError for options or a temperature that `sample` could not follow, before any work is done."""
         self.check_temperature(temperature)
 
@@ -163,7 +163,7 @@ class Head(nn.Module):
                 f"temperature: the {type(self).__name__} head can't sample at {temperature}; leave it at 1"
             )
 
-    def plan(self, options: Any = None, device: torch.device | str = "cpu") -> Any:
+    def plan(self, options: Any = None, device: torch.device | str = "cpu") -> Any:  # noqa: ARG002
         """What `sample` needs besides z, made once for a batch: options, tables, time embeddings."""
         return Plan(self.options() if options is None else options)
 
@@ -198,11 +198,11 @@ class Head(nn.Module):
 
     # --- density --------------------------------------------------------------------------------------------------
 
-    def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
+    def log_prob(self, z: Tensor, target: Tensor) -> Tensor:  # noqa: ARG002
         """The normalised log density (or probability) of target (N, D) given z (N, C), in nats: (N,)."""
         raise UsageError(f"the {type(self).__name__} head has no density: log_prob is not defined for it")
 
-    def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
+    def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
         """The entropy of each feature in nats, (N, D), or (N, 1) for codes.
 
         It is conditioned on z (N, C) and, where a head nests, on the features of `tokens` (N, D) that are generated
@@ -212,6 +212,6 @@ class Head(nn.Module):
         why = "can't tell the entropy of each feature" if self.has_density else lacks
         raise UsageError(f"the {type(self).__name__} head {why}")
 
-    def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: Guidance | None) -> Tensor:
+    def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: Guidance | None) -> Tensor:  # noqa: ARG002
         """log p of generated codes (N,) under the guided distribution: (N,). The order "confidence" needs it."""
         raise UsageError(f"the {type(self).__name__} head draws no codes: it has no confidence in them")

@@ -18,6 +18,7 @@ from statistics import NormalDist
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
@@ -73,6 +74,7 @@ class Bins(Head):
         """Features of any shape -> the bin of each, int64."""
         return torch.bucketize(x.float().contiguous(), self.edges[1:-1].to(x.device), right=True)
 
+    @override
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         """z (N, C), target (N, D) -> cross-entropy of the bins, in nats, summed over features."""
         nll = F.cross_entropy(self.logits(z).flatten(0, 1), self.bin_of(target).flatten(), reduction="none")  # (N D,)
@@ -87,6 +89,7 @@ class Bins(Head):
         return density.masked_fill(target.abs() > self.clip, -math.inf).sum(dim=1)
 
     @torch.no_grad()
+    @override
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
         """The histogram's differential entropy, of each feature given z: (N, D)."""
         mass = self.logits(z).log_softmax(dim=-1)  # (N, D, B)

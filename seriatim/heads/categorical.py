@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
@@ -63,6 +64,7 @@ class Categorical(Head):
                 nn.init.zeros_(self.logits.bias)
         super().bind(z_dim)
 
+    @override
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         """z (N, C), target (N,) codes -> cross-entropy, in nats."""
         loss = F.cross_entropy(
@@ -75,6 +77,7 @@ class Categorical(Head):
         return -F.cross_entropy(self.logits(z).float(), target, reduction="none")
 
     @torch.no_grad()
+    @override
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
         """Of the code: (N, 1)."""
         log_p = self.logits(z).float().log_softmax(dim=-1)

@@ -1,7 +1,7 @@
 """The network of the diffusion and the flow head: a small MLP of x, modulated by a time and z (Li et al. 2024, 3.2).
 
-The embeddings of t and z are added and modulate every block (adaLN). Nothing attends to anything: a row is a token. What
-a time means and what the network predicts is up to the head.
+The embeddings of t and z are added and modulate every block (adaLN). Nothing attends to anything: a row is a token.
+What a time means and what the network predicts is up to the head.
 
 Shapes: N tokens, D features, C width of z, W width of the network, d blocks, O numbers predicted, S times.
 """

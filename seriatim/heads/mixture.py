@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.keys import Keys
@@ -100,6 +101,7 @@ class Mixture(Head):
         """z (N, C) -> p(x | z) of each row. Nothing is checked here: samplers and the training loop do."""
         return unpacked(self(z), self.components, self.output)
 
+    @override
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         """z (N, C), target (N, D) -> -log p(target | z), in nats, summed over features; `keys` are not used."""
         nll = -self.log_prob(z, target)
@@ -112,6 +114,7 @@ class Mixture(Head):
             return made.log_prob(target.float())
 
     @torch.no_grad()
+    @override
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
         """Of each feature given z alone, by quadrature (`GaussianMixture.feature_entropy`): (N, D)."""
         with torch.autocast(z.device.type, enabled=False):

@@ -46,7 +46,7 @@ def ddpm(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperat
     return x
 
 
-def ddim(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+def ddim(chain: Tables, predict: Predict, start: Tensor, _noise: Tensor, _temperature: float | Tensor = 1.0) -> Tensor:
     """x' = alpha' x_0 + sigma' eps (Song et al. 2021, eq. 12 with sigma_t = 0): start (N, D), noise unused."""
     alpha, sigma = chain.sqrt_alphas_cumprod, chain.sqrt_one_minus_alphas_cumprod
     x = start
@@ -58,7 +58,7 @@ def ddim(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperat
 
 
 def dpm_plus_plus(
-    chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float | Tensor = 1.0
+    chain: Tables, predict: Predict, start: Tensor, _noise: Tensor, _temperature: float | Tensor = 1.0
 ) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): start (N, D), noise unused.
 

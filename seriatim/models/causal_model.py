@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from seriatim.backbones.base import Sequential
 from seriatim.conditions.base import Condition, Conditioner
@@ -86,6 +87,7 @@ class CausalModel(SequenceModel):
 
     # --- training -------------------------------------------------------------------------------------------------
 
+    @override
     def losses(self, tokens: Tensor, condition: Condition, keys: Keys, step: Keys | None = None) -> HeadLoss:
         """tokens (B, L, D) or codes (B, L) -> the head's loss over all tokens of each image, in one pass."""
         B, L = tokens.shape[:2]

@@ -74,7 +74,7 @@ class MaskedModel(SequenceModel):
     # --- training -------------------------------------------------------------------------------------------------
 
     def losses(self, tokens: Tensor, condition: Condition, keys: Keys, step: Keys | None = None) -> HeadLoss:
-        """tokens (B, L, D) -> the head's loss of the masked tokens of each image (Li et al. 2024, eq. 1, section 3.4)."""
+        """tokens (B, L, D) -> the head's loss of each image's masked tokens (Li et al. 2024, eq. 1, section 3.4)."""
         B, L = tokens.shape[:2]
         device, order_keys = tokens.device, keys.fold("order")
         order = order_keys.permutation(L).to("cpu")  # (B, L); its first entries are masked

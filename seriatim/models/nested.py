@@ -102,7 +102,7 @@ class Nested(Head):
         return self.split.cut(target.to(z.dtype) if z.dtype == torch.float64 else target.float())
 
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
-        """The inner model's loss, summed over parts, z (N, C) or (N, P, C), target (N, D); a token counts as one part."""
+        """The inner model's loss, summed over parts: z (N, C) or (N, P, C), target (N, D). A token counts as one part."""
         summary, own = None, HeadLoss(z.new_zeros(len(z)), z.new_zeros(len(z)))
         if self.guide is not None:
             summary = self.split.summary(target.float())
@@ -225,8 +225,8 @@ class Nested(Head):
             num_inference_steps=self.parts, guidance_schedule="constant", head_options=self._leaf(plan.options)
         )
         scale = [1.0] * len(condition) if guidance is None else guidance.host.tolist()
-        last = None
-        for last in self.model.steps(
+        tokens: Tensor | None = None
+        for step in self.model.steps(
             condition,
             condition if null is None else null,
             keys.to("cpu"),
@@ -234,9 +234,9 @@ class Nested(Head):
             scale=scale,
             temperature=temperature,
         ):
-            pass
-        assert last is not None, "a token has at least one part"
-        return self.split.join(last.tokens)
+            tokens = step.tokens
+        assert tokens is not None, "a token has at least one part"
+        return self.split.join(tokens)
 
     @torch.no_grad()
     def sample_naive(

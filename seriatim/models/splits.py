@@ -86,7 +86,7 @@ class RGB(Split):
 
 
 class Patches(Split):
-    """A patch of `channels` x p x p pixels as smaller patches of s x s, row by row: parts lie on a grid of (p/s, p/s)."""
+    """A patch of `channels` x p x p pixels as patches of s x s, row by row: parts lie on a grid of (p/s, p/s)."""
 
     def __init__(self, dim: int, *, size: int, channels: int = 3) -> None:
         side = round((dim / channels) ** 0.5) if channels >= 1 else 0

@@ -137,7 +137,7 @@ class Pipeline:
             self.label_index(label)
 
     def positions(self, request: SampleRequest, images: slice) -> Tensor | None:
-        """The order of these images as positions on the tokenizer's grid, (L,) or (B, L); None: the model's business."""
+        """The order of these images as positions on the tokenizer's grid, (L,) or (B, L); None: up to the model."""
         if request.order is None or request.order in (RANDOM, CONFIDENCE):
             return None
         if isinstance(request.order, str):

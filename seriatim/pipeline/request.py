@@ -30,6 +30,11 @@ def head_option_names() -> set[str]:
     return nested.union(*({f.name for f in dataclasses.fields(head.Options)} for head in HEADS.values()))
 
 
+def request_fields() -> list[str]:
+    """The names of all settings of a request, head options included."""
+    return [*SampleRequest.model_fields, *sorted(head_option_names())]
+
+
 def gathered(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
     """The same settings, with those that are head options moved into `head_options`; None stands for not given."""
     result = {name: value for name, value in values.items() if name not in names}

@@ -54,7 +54,9 @@ def sequential_steps(
     first = known.sum(dim=1).tolist()  # known tokens of each image at first
     total = L - min(first)  # steps
     # Image b generates its token i at step i - first[b]. These are the scales of its steps, first to last.
-    scales = [scales_at(settings, [w] * (L - k), list(range(L - k - 1, -1, -1)), L) for w, k in zip(full, first)]
+    scales = [
+        scales_at(settings, [w] * (L - k), list(range(L - k - 1, -1, -1)), L) for w, k in zip(full, first, strict=True)
+    ]
     guided = max((i + 1 for each in scales for i, s in enumerate(each) if s != 1.0), default=0)  # steps with guidance
     passes = CachedPasses(backbone, condition, null, vectors.to(device), first, guided)
     draw = Drawing(head, settings, device)

@@ -68,7 +68,7 @@ class Step:
         """What the model did not know, in nats: (B, L, D), or (B, L, 1) for codes; NaN but for tokens of this step.
 
         The entropy of each feature given all that was generated before it, under the condition, before guidance and
-        temperature. Mixtures, bins, codes and heads that nest them have it; features are in units of the model's tokens.
+        temperature, in units of the model's tokens. Mixtures, bins, codes and heads that nest them have it.
         """
         shape = (*self.known.shape, 1 if self.tokens.ndim == 2 else self.tokens.shape[-1])
         result = torch.full(shape, torch.nan, device=self.tokens.device)
