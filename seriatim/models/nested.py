@@ -102,7 +102,7 @@ class Nested(Head):
         return self.split.cut(target.to(z.dtype) if z.dtype == torch.float64 else target.float())
 
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
-        """The inner model's loss, summed over parts: z (N, C) or (N, P, C), target (N, D). A token counts as one part."""
+        """The inner model's loss summed over parts, z (N, C) or (N, P, C), target (N, D); a token counts as 1."""
         summary, own = None, HeadLoss(z.new_zeros(len(z)), z.new_zeros(len(z)))
         if self.guide is not None:
             summary = self.split.summary(target.float())

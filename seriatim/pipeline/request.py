@@ -11,8 +11,8 @@ from typing import Annotated, Any
 from pydantic import Field, StrictInt, model_validator
 
 from seriatim.core.errors import UsageError, caller_level, nearest
-from seriatim.core.keys import Keys
 from seriatim.core.orders import CONFIDENCE, check_permutation
+from seriatim.core.random import derive_seed
 from seriatim.core.settings import Settings
 from seriatim.core.validation import parse
 from seriatim.models.base import SequenceModel
@@ -89,19 +89,11 @@ class SampleRequest(Settings):
         """The seed of each image."""
         if self.seeds is not None:
             return list(self.seeds)
-        words = Keys.of(self.seed, "image").fold(range_tensor(self.num_images)).words[:, 0]
-        return [word & (2**63 - 1) for word in words.tolist()]
+        return [derive_seed(self.seed, i) for i in range(self.num_images)]
 
     def image_labels(self) -> list[Label]:
         """The label of each image: all of the first label, then all of the second, ..."""
         return [label for label in self.class_labels for _ in range(self.num_images_per_label)]
-
-
-def range_tensor(count: int) -> Any:
-    """0 .. count-1, int64; torch is imported when the first request is resolved."""
-    import torch
-
-    return torch.arange(count, dtype=torch.long, device="cpu")
 
 
 def resolved(values: Mapping[str, Any], defaults: Mapping[str, Any], model: SequenceModel) -> SampleRequest:

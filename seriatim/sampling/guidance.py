@@ -67,7 +67,7 @@ class GuidedPasses:
         return z, z.index_copy(0, guided[rows].nonzero()[:, 0].to(z.device), z_guided)
 
     def _of_nothing(self, rows: Tensor, places: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
-        """The same while nothing is known: one condition at a time, so that z does not depend on the rest of a batch."""
+        """The same while nothing is known: one condition at a time, so that z depends on nothing else."""
         spec, B, device = self.backbone.spec, self.images, self.both.vectors.device
         names = list(self.both.names or ())
         nothing = torch.zeros(1, spec.count, dtype=torch.bool)
