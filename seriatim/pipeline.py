@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seriatim.checkpoints.hub import located
 from seriatim.checkpoints.native import Bundle, load_bundle, save_bundle
-from seriatim.core.device import pick_device, pick_dtype
+from seriatim.core.device import pick_device, pick_dtype, plain_torch
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
 from seriatim.core.random import Noise, generator
@@ -28,14 +28,15 @@ from seriatim.sampling.editing import (
     broadcast,
     chosen_tokens,
     pixel_mask,
+    replacement,
     token_mask,
     token_pixels,
 )
-from seriatim.sampling.loops import steps_of
+from seriatim.sampling.loops import one_by_one, steps_of
 from seriatim.sampling.masked import FirstStep, Step, prepare_model
 from seriatim.sampling.metadata import versions
-from seriatim.sampling.request import Label, SampleRequest, fitted
-from seriatim.sampling.result import Result, arrays_of, as_pil, check_output, converted
+from seriatim.sampling.request import Label, SampleRequest, fitted, seeds_of
+from seriatim.sampling.result import Result, arrays_of, as_pil, check_output, converted, finite
 from seriatim.tokenizers.base import to_uint8
 
 BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
@@ -181,10 +182,7 @@ class Pipeline:
         request = self.request(**settings) if request is None else self.checked(request)
         if given is None:
             return request, [generator(seed) for seed in request.image_seeds()]
-        many = [given] * request.num_images if isinstance(given, torch.Generator) else list(given)
-        if len(many) != request.num_images:
-            raise UsageError(f"generator: {len(many)} given for {request.num_images} images; give one, or one for each")
-        seeds = tuple(int(torch.randint(2**62, (), generator=g, device=g.device).item()) for g in many)
+        seeds = seeds_of(given, request.num_images)
         request = request.model_copy(update={"seeds": seeds})
         return request, [generator(seed) for seed in seeds]
 
@@ -197,11 +195,12 @@ class Pipeline:
     ) -> Iterator[Step]:
         if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
             raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be an integer of at least 1")
-        return self._batches(request, generators, batch_size or max(1, BATCH_TOKENS // self.model.tokens), start)
+        size = batch_size or max(1, BATCH_TOKENS // self.model.tokens)
+        return one_by_one(self._batches(request, generators, size, start))
 
     def _batches(
         self, request: SampleRequest, generators: list[torch.Generator], size: int, start: Start | None
-    ) -> Iterator[Step]:
+    ) -> Generator[Step]:
         labels = torch.tensor([self.label_index(label) for label in request.image_labels()], device=self.device)
         batches = [range(i, min(i + size, len(labels))) for i in range(0, len(labels), size)]
         steps = request.num_inference_steps
@@ -251,6 +250,8 @@ class Pipeline:
         mapping that it may return replace the known ones, and sampling goes on from those.
         """
         check_output(output_type)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise UsageError(f"callback_on_step_end: {callback_on_step_end!r} is not allowed; give a function")
         request, generators = self._resolve(generator, request, settings)
         return self._result(request, self._steps(request, generators, batch_size), output_type, callback_on_step_end)
 
@@ -269,10 +270,11 @@ class Pipeline:
         for step in steps:
             if callback_on_step_end is not None:
                 values = {"tokens": step.tokens, "known": step.known}
-                returned = callback_on_step_end(self, step.index, step.total, values) or {}
-                if "tokens" in returned:
+                returned = callback_on_step_end(self, step.index, step.total, values)
+                other = replacement(returned, self.model, len(step.images))
+                if other is not None:
                     edited = True
-                    step.tokens.copy_(returned["tokens"])
+                    step.tokens.copy_(other)
             if last is not None and last.images != step.images:
                 finished.append(last.tokens)
             last = step
@@ -290,7 +292,7 @@ class Pipeline:
 
     # --- editing --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @plain_torch()
     def edit(
         self,
         image: Any,
@@ -360,9 +362,9 @@ class Pipeline:
         steps = self._steps(request, generators, batch_size, (result.tokens, ~redraw))
         return self._result(request, steps, output_type, keep=keep, edited=True)
 
-    @torch.no_grad()
+    @plain_torch()
     def _decode(self, tokens: Tensor, known: Tensor | None = None) -> Tensor:
-        return self.tokenizer.look(tokens.to(self.device), known)
+        return finite(self.tokenizer.look(tokens.to(self.device), known))
 
     def _pil(self, tokens: Tensor, known: Tensor | None = None) -> list[Image.Image]:
         if not self.tokenizer.pictures:
@@ -379,6 +381,7 @@ class Pipeline:
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
+@plain_torch()
 def load(
     name: str | os.PathLike[str],
     *,

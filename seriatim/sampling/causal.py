@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.core.errors import NumericsError
 from seriatim.core.orders import RANDOM
 from seriatim.core.random import Noise
 from seriatim.core.schedules import check_guidance, check_one_a_step, guidance_at
 from seriatim.models.causal import CausalModel, Condition
 from seriatim.models.masked import draw
-from seriatim.sampling.masked import Drawn, Step
+from seriatim.sampling.masked import Drawn, Step, refuse_not_finite
 
 
 @torch.no_grad()
@@ -79,14 +78,11 @@ def causal_steps(
             known = known.scatter(1, places[:, None], True)
         before = version(tokens)
         of = Drawn(model.head, z, drawn, rows, places[rows]) if len(rows) else None
+        if i == L - 1:
+            refuse_not_finite(tokens)  # before anybody can take them for a result
         yield Step(i, L, "tokens", tokens, known, drawn=of)
         if version(tokens) != before:  # who looked at the step wrote other tokens: the cache is of those before
             passes.begin()
-    if not bool(torch.isfinite(tokens).all()):
-        raise NumericsError(
-            "the sampled tokens are not finite: the model is not trained enough for these settings; "
-            "lower guidance_scale, or leave start_timestep at its default"
-        )
 
 
 def version(tokens: Tensor) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from torch import Tensor
 
+from seriatim.core.device import plain_torch
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
 from seriatim.models.base import Model
@@ -25,3 +26,16 @@ def steps_of(model: Model, labels: Tensor | None, noise: Noise, **settings: Any)
             return LOOPS[kind](model, labels, noise, **settings)
     name = type(model).__name__
     raise UsageError(f"model: there is no loop for {name}; register one with LOOPS[{name}] = ...")
+
+
+def one_by_one(steps: Generator[Step]) -> Iterator[Step]:
+    """The same steps, each made with torch as it must be; between them the caller has it as it was."""
+    try:
+        while True:
+            with plain_torch():
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+    finally:
+        steps.close()

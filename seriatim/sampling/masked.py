@@ -137,7 +137,12 @@ def masked_steps(
             tokens = tokens.flatten(0, 1).index_copy(0, flat, drawn).view_as(tokens)
             known = known | ask
         of = Drawn(model.head, z, drawn, rows, places) if len(rows) else None
+        if step == steps - 1:
+            refuse_not_finite(tokens)  # before anybody can take them for a result
         yield Step(step, steps, "tokens", tokens, known, drawn=of)
+
+
+def refuse_not_finite(tokens: Tensor) -> None:
     if not bool(torch.isfinite(tokens).all()):
         raise NumericsError(
             "the sampled tokens are not finite: the model is not trained enough for these settings; "
