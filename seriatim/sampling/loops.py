@@ -11,6 +11,7 @@ from seriatim.core.device import plain_torch
 from seriatim.core.errors import UsageError
 from seriatim.core.random import Noise
 from seriatim.models.base import Model
+from seriatim.models.captions import Captions
 from seriatim.models.causal import CausalModel
 from seriatim.models.masked import MaskedModel
 from seriatim.sampling.causal import causal_steps
@@ -19,7 +20,7 @@ from seriatim.sampling.masked import Step, masked_steps
 LOOPS: dict[type[Model], Callable[..., Iterator[Step]]] = {MaskedModel: masked_steps, CausalModel: causal_steps}
 
 
-def steps_of(model: Model, labels: Tensor | None, noise: Noise, **settings: Any) -> Iterator[Step]:
+def steps_of(model: Model, labels: Tensor | Captions | None, noise: Noise, **settings: Any) -> Iterator[Step]:
     """Yield a `Step` after each step over a batch; labels (B,), a row of noise for each image."""
     for kind in type(model).__mro__:
         if kind in LOOPS:
