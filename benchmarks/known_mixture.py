@@ -103,7 +103,7 @@ MIXTURES = {"2-D": ring, "16-D": sixteen}
 class OneZ(Diffusion):
     """Draws many tokens of the same z: modulations are made for one of them, which gives the same tokens sooner."""
 
-    def _walk(self, chain: Tables, condition: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+    def _walk(self, chain: Tables, condition: Tensor) -> Iterator[tuple[int, list[list[Tensor]]]]:
         return super()._walk(chain, condition[:1])
 
 
@@ -207,10 +207,16 @@ def measure(folder: Path, updates: int) -> list[dict[str, object]]:
                         if solver == "truth":
                             samples.append(mixture.sample(torch.full((ruler.n,), z), g))
                             continue
-                        noise, options = Noise([g], torch.zeros(ruler.n)), {"start_timestep": STARTS[start]}
+                        noise = Noise([g], torch.zeros(ruler.n))
                         rows_of_z = mixture.z[z].expand(ruler.n, -1)
                         samples.append(
-                            head.sample(rows_of_z, noise, num_diffusion_steps=steps, solver=solver, **options)
+                            head.sample(
+                                rows_of_z,
+                                noise,
+                                num_diffusion_steps=steps,
+                                solver=solver,
+                                start_timestep=STARTS[start],
+                            )
                         )
                     distance, ratio = ruler(samples)
                     row = {"mixture": name, "seed": seed, "solver": solver, "start": start, "steps": steps}

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seriatim.bench.checkout import here
 from seriatim.bench.official_mar import OfficialMAR
 from seriatim.bench.opponent import replaced
 from seriatim.bench.race import subject
@@ -58,6 +59,7 @@ def main() -> None:
     optimisers = [adamw(model, 1e-4, (0.9, 0.95), 0.02), torch.optim.AdamW(theirs.parameters(), lr=1e-4)]
     average = averaged(model, 0.9999)
     copies = [p.detach().clone() for p in theirs.parameters()]
+    assert model.backbone.dim is not None, "MAR models continuous tokens"
     latents = torch.randn(arguments.batch, model.tokens, model.backbone.dim)
     labels = torch.arange(arguments.batch) % max(1, model.classes)
     side = round(model.tokens**0.5)
@@ -77,7 +79,7 @@ def main() -> None:
         average.update_parameters(model)
 
     def their_step(ratio: float, dtype: torch.dtype) -> None:
-        with official.here(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        with here(device), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             with replaced((theirs, "mask_ratio_generator", Fixed(ratio))):
                 loss = theirs(image, labels)
         finish(theirs, loss, optimisers[1])

@@ -40,7 +40,7 @@ class Laplace(Head):
         return torch.distributions.Laplace(place, log_width.exp(), validate_args=False)
 
     def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
-        return self.distribution(z).log_prob(target).sum(dim=1)  # type: ignore[no-untyped-call, no-any-return]
+        return self.distribution(z).log_prob(target).sum(dim=1)
 
     @override
     def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
@@ -71,7 +71,7 @@ def main() -> None:
         z = noise.normal(6)
         loss = head.loss(z, known_density(z, noise, 3), noise).sum.mean()
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
     noise = Noise.shared(10**6, 1000)
     z = noise.normal(6)

@@ -68,7 +68,7 @@ def main() -> None:
         batch = noise.integers(data.count)
         loss = model.loss(tokens[batch], labels[batch], noise).mean
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
         if step % 100 == 0 or step + 1 == arguments.steps:
             print(f"step {step}: {loss.item() / SMALL['dim']:.3f} nats a feature (all bins alike: {math.log(64):.3f})")

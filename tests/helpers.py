@@ -45,6 +45,13 @@ def make_bundle(classes: int = 3, tokens: int = 16, width: int = 32) -> Bundle:
     return Bundle(model.eval(), tokenizer, names, defaults)
 
 
+def make_masked(classes: int = 3, tokens: int = 16, width: int = 32) -> MaskedModel:
+    """The model of `make_bundle`."""
+    model = make_bundle(classes, tokens, width).model
+    assert isinstance(model, MaskedModel)
+    return model
+
+
 def one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> str:
     """The single line that a failed command printed, its exit code and words checked."""
     assert done.returncode == code, (done.returncode, done.stderr)

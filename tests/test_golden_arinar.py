@@ -288,7 +288,8 @@ def test_model(case: str) -> None:
     labels = file["labels"].long()
     condition = model.condition(labels, B)
     index = (~mask).nonzero()[:, 1].view(B, -1)
-    close(model.backbone.encode(condition, tokens, index, None), file["enc"], PARAMETERS)
+    backbone: Any = model.backbone
+    close(backbone.encode(condition, tokens, index, None), file["enc"], PARAMETERS)
     z = model.backbone.z(model.backbone.start(condition, B), tokens, ~mask, torch.ones_like(mask))
     close(z.view(B, L, -1), file["z"], PARAMETERS)
 

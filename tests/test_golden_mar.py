@@ -60,9 +60,11 @@ def model_of(case: str) -> MaskedModel:
     sizes = infer(weights, str(found[0]))
     sides = zip(("encoder", "decoder"), sizes["width"], strict=True)
     heads = tuple(config.get(f"{side}_num_heads", width // 16) for side, width in sides)
-    arguments = {k: config[k] for k in ("diffusion_batch_mul", "proj_dropout") if k in config}
+    arguments: dict[str, Any] = {k: config[k] for k in ("diffusion_batch_mul", "proj_dropout") if k in config}
     file = OfficialFile(found[0], weights, {"proj_dropout": 0.0, **arguments})
-    return model_from_mar(file, heads=(heads[0], heads[1]))
+    model = model_from_mar(file, heads=(heads[0], heads[1]))
+    assert isinstance(model, MaskedModel)
+    return model
 
 
 def patch_of(case: str, images: Tensor, tokens: int) -> int:
@@ -115,14 +117,15 @@ def test_backbone(case: str, path: Path) -> None:
     condition = model.condition(labels, B)
     close(condition, file["class_embedding"], 0.0)
     index = known.nonzero()[:, 1].view(B, -1)
-    close(model.backbone.encode(condition, tokens, index, None), file["encoder_out"], NETWORK)
+    backbone: Any = model.backbone
+    close(backbone.encode(condition, tokens, index, None), file["encoder_out"], NETWORK)
     everywhere = torch.ones_like(known)
     z = model.backbone.z(model.backbone.start(condition, B), tokens, known, everywhere)
     close(z.view(B, L, -1), file["z"], NETWORK)
     if "z_allmasked_uncond" in file:
         nothing = model.condition(None, B)
         empty = index[:, :0]
-        encoded = model.backbone.encode(nothing, torch.zeros_like(tokens), empty, None)
+        encoded = backbone.encode(nothing, torch.zeros_like(tokens), empty, None)
         close(encoded, file["encoder_out_allmasked_uncond"], NETWORK)
         z = model.backbone.z(model.backbone.start(nothing, B), torch.zeros_like(tokens), ~everywhere, everywhere)
         close(z.view(B, L, -1), file["z_allmasked_uncond"], NETWORK)
@@ -179,7 +182,7 @@ def training_step(case: str, path: Path) -> tuple[dict[str, Tensor], MaskedModel
         terms.update({"mse": result.parts["mse"], "vb": result.parts["vb"], "sum": result.sum})
         return result
 
-    model.head.loss = recorded  # type: ignore[method-assign]
+    model.head.loss = recorded  # type: ignore[method-assign, assignment]
     loss = model.loss(tokens, file["labels"].long(), noise).mean
     assert noise.exhausted()
     for ours, theirs in (("mse", "train_mse"), ("vb", "train_vb"), ("sum", "train_loss_terms")):
@@ -200,7 +203,7 @@ def test_gradients(case: str, path: Path) -> None:
     if not gradients.exists():
         pytest.skip(f"no gradients of {case}")
     _, model, loss = training_step(case, path)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     theirs = load_file(gradients)
     ours = {official_name(name): parameter for name, parameter in model.named_parameters()}
     assert ours.keys() == theirs.keys()

@@ -225,7 +225,7 @@ def test_solver_and_annealing_reach_the_head(pipe: Pipeline, bundle: Bundle) -> 
     for extra in ({"solver": "dpm++"}, {"solver": "ddim", "num_diffusion_steps_last": 2}):
         result = pipe(**options, **extra)
         noise = Noise.per_image(result.seeds)
-        naive = {"steps": 4, "guidance_scale": 2.0, "num_diffusion_steps": 6, **extra}
+        naive: dict[str, Any] = {"steps": 4, "guidance_scale": 2.0, "num_diffusion_steps": 6, **extra}
         expected = bundle.model.sample(torch.tensor([0, 1]), noise, **naive)
         assert torch.allclose(result.tokens, expected, atol=1e-4, rtol=1e-4)
 

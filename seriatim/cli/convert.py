@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seriatim.cli.output import JsonFlag, print_json, print_table, say
+from seriatim.cli.output import JsonFlag, print_json, print_table
+from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
     from torch import Tensor

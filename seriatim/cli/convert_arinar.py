@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seriatim.cli.convert import Out, Overwrite, read_names, report, unused, vae_of, write_official
-from seriatim.cli.output import JsonFlag, say
+from seriatim.cli.output import JsonFlag
+from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from seriatim.cli.output import JsonFlag, print_json, print_table, say
+from seriatim.cli.output import JsonFlag, print_json, print_table
+from seriatim.core.terminal import say
 
 RECIPE = "mar-digits"
 OURS = {  # what a demo leaves, finished or not: a folder with nothing else is written over

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from seriatim.cli.output import JsonFlag, print_json, print_table, say
+from seriatim.cli.output import JsonFlag, print_json, print_table
+from seriatim.core.terminal import say
 
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "huggingface_hub", "diffusers", "scikit-learn", "pydantic")
 LITTLE_DISK = 5e9  # bytes

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table, say
+from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 from seriatim.cli.sample import order_or_positions
 from seriatim.cli.threads import drawing_with
+from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
     from seriatim.evaluation.blocks import Share

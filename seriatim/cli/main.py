@@ -1,77 +1,36 @@
-"""`seriatim`: the verbs, and how an error becomes one line and an exit code."""
+"""`seriatim`: how a command line becomes an exit code, and an error one line.
+
+Nothing heavy is imported before the process is ready for signals and for streams that are closed.
+"""
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any, NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
-import typer
-
-from seriatim import __version__
-from seriatim.cli.bench import bench
-from seriatim.cli.cache import cache
-from seriatim.cli.convert import convert, export
-from seriatim.cli.convert_arinar import convert_arinar, export_arinar
-from seriatim.cli.demo import demo
-from seriatim.cli.doctor import doctor
-from seriatim.cli.edit import edit
-from seriatim.cli.evaluate import evaluate
-from seriatim.cli.measure import measure_latents
-from seriatim.cli.models import models
-from seriatim.cli.output import say
-from seriatim.cli.recipes import recipes
-from seriatim.cli.sample import sample
-from seriatim.cli.sweep import sweep
-from seriatim.cli.train import train
-from seriatim.core.errors import ResourceError, SeriatimError, Stopped, one_line
+from seriatim.core.errors import ResourceError, SeriatimError, Stopped, is_out_of_memory, one_line
+from seriatim.core.terminal import say
 
 INTERRUPTED = 130
-
-app = typer.Typer(
-    name="seriatim",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Autoregressive image generation: train, sample, look.",
-    epilog="Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 numbers, 6 resources, 143 stopped, saved.",
-)
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # as Windows has
+PLAIN = {"\u2026": "...", "\u00b1": "+/-", "\u00d7": "x", "\u2013": "-", "\u2014": "-", "\u2019": "'"}
 
 
-def show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"seriatim {__version__}")
-        raise typer.Exit
+class Interrupted(BaseException):
+    """A signal asked this process to stop. No `except Exception` holds it up, and every `finally` cleans up."""
 
-
-@app.callback()
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    pass
-
-
-app.command()(demo)
-app.command()(train)
-app.command()(cache)
-app.command()(sample)
-app.command()(edit)
-app.command()(evaluate)
-app.command()(sweep)
-app.command()(measure_latents)
-app.command()(bench)
-app.command()(models)
-app.command()(doctor)
-app.add_typer(recipes, name="recipes")
-convert.command("arinar")(convert_arinar)
-export.command("arinar")(export_arinar)
-app.add_typer(convert, name="convert")
-app.add_typer(export, name="export")
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.name = signal.Signals(number).name
+        self.exit_code = INTERRUPTED if number == signal.SIGINT else Stopped.exit_code
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -79,6 +38,8 @@ def run(arguments: Sequence[str]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: say(f"warning: {one_line(Warning(message))}")
         try:
+            from seriatim.cli.app import app
+
             code = int(app(list(arguments), prog_name="seriatim", standalone_mode=False) or 0)
             if code == INTERRUPTED:  # typer has turned Ctrl-C into an exit code
                 say("stopped")
@@ -91,6 +52,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def explain(error: BaseException) -> int:
     """Print what happened on one line; return the exit code."""
+    if isinstance(error, Interrupted):
+        say(f"{error.name}: stopped")
+        return error.exit_code
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, SeriatimError):
@@ -109,7 +73,7 @@ def explain(error: BaseException) -> int:
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         return 0
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+    if is_out_of_memory(error):
         say(f"error: out of memory ({one_line(error)[:120]}); use a smaller batch or model")
         return ResourceError.exit_code
     if isinstance(error, OSError):
@@ -119,5 +83,60 @@ def explain(error: BaseException) -> int:
     return 1
 
 
+# --- the process --------------------------------------------------------------------------------------------------
+
+
+def stop(number: int, _: FrameType | None) -> None:
+    """The first signal is raised where the process is, so that it cleans up; after it a second stops it at once."""
+    for each in SIGNALS:
+        if signal.getsignal(each) is stop:
+            signal.signal(each, stop_at_once)
+    raise Interrupted(number)
+
+
+def stop_at_once(number: int, _: FrameType | None) -> None:
+    os._exit(Interrupted(number).exit_code)
+
+
+def heed_signals() -> None:
+    """Stop with one line on Ctrl-C, SIGTERM and SIGHUP; where SIGHUP is ignored (`nohup`) it stays ignored."""
+    for number in SIGNALS:
+        if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+def open_streams() -> None:
+    """Where a standard stream is closed, what is written to it goes nowhere; no file may take its number."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+
+
+def plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """What an encoding lacks, in ASCII."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
+
+
 def main() -> NoReturn:
-    sys.exit(run(sys.argv[1:]))
+    heed_signals()
+    open_streams()
+    codecs.register_error("seriatim.plain", plain)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="seriatim.plain")
+    try:
+        code = run(sys.argv[1:])
+    except Interrupted as error:  # the signal came between the lines of `run`
+        code = explain(error)
+    for number in SIGNALS:  # the interpreter's own end has nothing to clean up
+        if signal.getsignal(number) in (stop, stop_at_once):
+            signal.signal(number, signal.SIG_DFL)
+    sys.exit(code)

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from seriatim.cli.convert import unused
-from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table, say
+from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
+from seriatim.core.terminal import say
 
 
 def measure_latents(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from seriatim.cli.output import JsonFlag, print_json, print_table, say
+from seriatim.cli.output import JsonFlag, print_json, print_table
+from seriatim.core.terminal import say
 
 
 def models(json: JsonFlag = False) -> None:

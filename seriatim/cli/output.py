@@ -32,8 +32,3 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     if not console.is_terminal:
         console.width = WIDE
     console.print(table)
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal; standard output stays clean for JSON."""
-    typer.echo(text, err=True)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from seriatim.cli.output import JsonFlag, print_json, print_table, say
+from seriatim.cli.output import JsonFlag, print_json, print_table
+from seriatim.core.terminal import say
 
 recipes = typer.Typer(help="Training recipes that come with the package.", no_args_is_help=True)
 

@@ -81,7 +81,7 @@ def sample(
     import time
 
     from seriatim.core.errors import UsageError
-    from seriatim.core.files import writable_folder
+    from seriatim.core.files import no_empty_folder, writable_folder
     from seriatim.core.progress import Progress
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.pipeline.animation import save_animation
@@ -122,6 +122,7 @@ def sample(
     steps = pipe.stream(request=request, batch_size=batch_size)  # checks everything before a folder is made
     if not pipe.tokenizer.pictures:
         return sample_arrays(pipe, request, out, batch_size, threads, animate=animate, overwrite=overwrite, json=json)
+    new = not out.exists()
     out = writable_folder(out)
     names = [pipe.label_name(x) or "image" for x in request.image_labels()]
     files = [out / f"{i:04d}-{safe_name(name)}.png" for i, name in enumerate(names)]
@@ -139,7 +140,8 @@ def sample(
     images: list[Image.Image] = []
     frames: dict[int, list[Image.Image]] = {}  # of each step over the images
     at = 0  # the step of a batch
-    with using(count), Progress(request.num_images, "sampling", "images", quiet=json) as bar:
+    bar = Progress(request.num_images, "sampling", "images", quiet=json)
+    with no_empty_folder(out, new), using(count), bar:
         for step in steps:
             if step.last:  # what is drawn is kept, whatever happens to the next batch
                 for i, image in zip(step.images, step.preview(), strict=True):

@@ -19,8 +19,9 @@ from seriatim.cli.evaluate import (
     open_data,
     share_of,
 )
-from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table, say
+from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 from seriatim.cli.threads import drawing_with
+from seriatim.core.terminal import say
 
 
 def sweep(

@@ -83,6 +83,12 @@ def caller_level() -> int:
     return level
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python's, torch's or the system's says that there is no more memory."""
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return out_of_memory or "allocate memory" in str(error)
+
+
 def one_line(error: BaseException) -> str:
     """The message of any exception, on one line."""
     text = " ".join(str(error).split())

@@ -139,6 +139,18 @@ def writable_folder(path: Path | str, argument: str = "out") -> Path:
     return path
 
 
+@contextlib.contextmanager
+def no_empty_folder(path: Path, new: bool) -> Iterator[None]:
+    """Take a folder away again that is `new`, where what fails inside has left it empty."""
+    try:
+        yield
+    except BaseException:
+        if new:
+            with contextlib.suppress(OSError):
+                path.rmdir()  # which refuses one that holds anything
+        raise
+
+
 def sha256(path: Path | str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

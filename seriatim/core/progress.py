@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeVar
+
+from seriatim.core.terminal import is_terminal, say
 
 T = TypeVar("T")
 
@@ -53,11 +55,11 @@ class Progress(AbstractContextManager["Progress"]):
         now = time.monotonic()
         if self.quiet or now - self.started < QUIET_SECONDS:
             return
-        if sys.stderr.isatty():
+        if is_terminal():
             self._draw()
         elif now - self._line >= LINE_SECONDS:
             self._line = now
-            print(self.line(), file=sys.stderr, flush=True)  # noqa: T201
+            say(self.line())
 
     def skip(self, count: int) -> None:
         """What was there already: it is done, and says nothing about the rate."""
@@ -87,11 +89,12 @@ class Progress(AbstractContextManager["Progress"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError, ValueError):  # its terminal may have gone away
+                self._bar.stop()
         took = time.monotonic() - self.started
         if not self.quiet and kind is None and took >= QUIET_SECONDS:
             done = f"{self.what}: {self.done:,} {self.unit} in {duration(took)}"
-            print(done + (f", {self.note}" if self.note else ""), file=sys.stderr, flush=True)  # noqa: T201
+            say(done + (f", {self.note}" if self.note else ""))
 
 
 def track(items: Iterable[T], total: int, what: str, unit: str = "steps", quiet: bool = False) -> Iterator[T]:

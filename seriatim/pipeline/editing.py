@@ -8,7 +8,7 @@ B images, c channels, H x W pixels, h x w = L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from seriatim.core.errors import UsageError
+from seriatim.models.base import SequenceModel
 from seriatim.tokenizers.base import Tokenizer, to_uint8
 
 GREY = 128  # of a mask's 256 levels: this and brighter is repainted
@@ -146,6 +147,28 @@ def chosen_tokens(tokens: Any, images: int, count: int) -> Tensor:
     if not bool(result.any()):
         raise UsageError("tokens: none are chosen, nothing would be redrawn")
     return result
+
+
+def replacement(returned: Any, model: SequenceModel, images: int) -> Tensor | None:
+    """What a callback gives back in place of the tokens: a mapping with "tokens", or nothing."""
+    name = "callback_on_step_end"
+    if returned is None:
+        return None
+    if not isinstance(returned, Mapping) or returned.keys() - {"tokens", "known"}:
+        says = sorted(map(str, returned)) if isinstance(returned, Mapping) else repr(returned)
+        raise UsageError(f"{name}: returned {says}, which is not allowed; return None, or {{'tokens': ...}}")
+    if "tokens" not in returned:
+        return None
+    tokens = returned["tokens"]
+    if not isinstance(tokens, Tensor):
+        raise UsageError(f"{name}: returned tokens of type {type(tokens).__name__}; they must be a tensor")
+    try:
+        model.spec.check(tokens, images)
+    except UsageError as error:
+        raise UsageError(f"{name}: returned {error}") from None
+    if not bool(torch.isfinite(tokens).all()):
+        raise UsageError(f"{name}: returned tokens that are not finite")
+    return tokens
 
 
 def composite(drawn: Tensor, kept: Tensor, mask: Tensor) -> Tensor:

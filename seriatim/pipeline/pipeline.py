@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seriatim.checkpoints.hub import located
 from seriatim.checkpoints.native import Bundle, load_bundle, save_bundle
-from seriatim.core.device import pick_device, pick_dtype
+from seriatim.core.device import pick_device, pick_dtype, plain_torch
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.keys import Keys
 from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
@@ -29,12 +29,13 @@ from seriatim.pipeline.editing import (
     broadcast,
     chosen_tokens,
     pixel_mask,
+    replacement,
     token_mask,
     token_pixels,
 )
 from seriatim.pipeline.metadata import versions
-from seriatim.pipeline.request import Label, SampleRequest, fitted, resolved
-from seriatim.pipeline.result import Result, arrays_of, as_pil, check_output, converted
+from seriatim.pipeline.request import Label, SampleRequest, fitted, resolved, seeds_of
+from seriatim.pipeline.result import Result, arrays_of, as_pil, check_output, converted, finite
 from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.base import to_uint8
 
@@ -83,15 +84,20 @@ class Pipeline:
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """Inside, model and tokenizer are in evaluation mode; afterwards every module is in the mode it was in."""
+        """Inside, model and tokenizer are in evaluation mode, and torch is as this package's code expects it.
+
+        Afterwards every module is in the mode it was in, and torch as the caller had it.
+        """
         if self.owned:
-            yield
+            with plain_torch():
+                yield
             return
         modes = [(part, part.training) for whole in (self.model, self.tokenizer) for part in whole.modules()]
         self.model.eval()
         self.tokenizer.eval()
         try:
-            yield
+            with plain_torch():
+                yield
         finally:
             for part, training in modes:
                 part.training = training
@@ -200,11 +206,7 @@ class Pipeline:
         request = self.request(**settings) if request is None else self.checked(request)
         if given is None:
             return request
-        many = [given] * request.num_images if isinstance(given, torch.Generator) else list(given)
-        if len(many) != request.num_images:
-            raise UsageError(f"generator: {len(many)} given for {request.num_images} images; give one, or one for each")
-        seeds = tuple(int(torch.randint(2**62, (), generator=g, device=g.device).item()) for g in many)
-        return request.model_copy(update={"seeds": seeds})
+        return request.model_copy(update={"seeds": seeds_of(given, request.num_images)})
 
     def _steps(self, request: SampleRequest, batch_size: int | None, start: Start | None = None) -> Iterator[Step]:
         if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
@@ -217,7 +219,7 @@ class Pipeline:
         batches = [range(i, min(i + size, len(labels))) for i in range(0, len(labels), size)]
         for number, images in enumerate(batches):
             some = slice(images.start, images.stop)
-            with self.sampling(), torch.no_grad():
+            with self.sampling():
                 condition = self.model.condition(labels[some] if self.model.classes else None, len(images))
                 steps = self.model.steps(
                     condition,
@@ -255,6 +257,8 @@ class Pipeline:
         mapping that it may return replace the known ones, and sampling goes on from those.
         """
         check_output(output_type)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise UsageError(f"callback_on_step_end: {callback_on_step_end!r} is not allowed; give a function")
         request = self._resolve(generator, request, settings)
         return self._result(request, self._steps(request, batch_size), output_type, callback_on_step_end)
 
@@ -273,10 +277,11 @@ class Pipeline:
         for step in steps:
             if callback_on_step_end is not None:
                 values = {"tokens": step.tokens, "known": step.known}
-                returned = callback_on_step_end(self, step.index, step.total, values) or {}
-                if "tokens" in returned:
+                returned = callback_on_step_end(self, step.index, step.total, values)
+                other = replacement(returned, self.model, len(step.images))
+                if other is not None:
                     edited = True
-                    step.replace(returned["tokens"])
+                    step.replace(other)
             if last is not None and last.images != step.images:
                 finished.append(last.tokens)
             last = step
@@ -294,7 +299,7 @@ class Pipeline:
 
     # --- editing --------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @plain_torch()
     def edit(
         self,
         image: Any,
@@ -364,9 +369,9 @@ class Pipeline:
         steps = self._steps(request, batch_size, Start(result.tokens, ~redraw))
         return self._result(request, steps, output_type, keep=keep, edited=True)
 
-    @torch.no_grad()
+    @plain_torch()
     def _decode(self, tokens: Tensor, known: Tensor | None = None) -> Tensor:
-        return self.tokenizer.look(tokens.to(self.device), known)
+        return finite(self.tokenizer.look(tokens.to(self.device), known))
 
     def _pil(self, tokens: Tensor, known: Tensor | None = None) -> list[Image.Image]:
         if not self.tokenizer.pictures:
@@ -383,6 +388,7 @@ class Pipeline:
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
+@plain_torch()
 def load(
     name: str | os.PathLike[str],
     *,

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, StrictInt, model_validator
 
 from seriatim.core.errors import UsageError, caller_level, nearest
@@ -94,6 +95,16 @@ class SampleRequest(Settings):
     def image_labels(self) -> list[Label]:
         """The label of each image: all of the first label, then all of the second, ..."""
         return [label for label in self.class_labels for _ in range(self.num_images_per_label)]
+
+
+def seeds_of(generators: Any, images: int) -> tuple[int, ...]:
+    """A seed for each image, drawn from torch's generators: one for all, or a list with one for each image."""
+    many = list(generators) if isinstance(generators, (list, tuple)) else [generators] * images
+    if not all(isinstance(each, torch.Generator) for each in many):
+        raise UsageError(f"generator: {generators!r} is not allowed; give one of torch's, or a list with one an image")
+    if len(many) != images:
+        raise UsageError(f"generator: {len(many)} given for {images} images; give one, or one for each")
+    return tuple(int(torch.randint(2**62, (), generator=each, device=each.device).item()) for each in many)
 
 
 def resolved(values: Mapping[str, Any], defaults: Mapping[str, Any], model: SequenceModel) -> SampleRequest:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import NumericsError, UsageError, nearest
 from seriatim.core.files import atomic_write, writable_folder, write_json
 from seriatim.pipeline.editing import composite
 from seriatim.pipeline.metadata import Recorded, alone, chunk, pixels_sha256
@@ -115,6 +116,16 @@ def converted(pictures: Tensor, output_type: str, keep: tuple[Tensor, Tensor] | 
     return arrays.numpy() if output_type == "np" else as_pil(arrays)
 
 
+def finite(images: Tensor) -> Tensor:
+    """Decoded images; they are refused where they are not finite, which as 8-bit pixels would look like black."""
+    if images.is_floating_point() and not bool(torch.isfinite(images).all()):
+        raise NumericsError(
+            "the decoded images are not finite, though their tokens are: the tokenizer's decoder overflows, or its "
+            "weights are damaged; take another tokenizer"
+        )
+    return images
+
+
 def arrays_of(decoded: Tensor, output_type: str) -> Any:
     """What is no picture (B, L, D) or (B, L): a tensor for "pt", an array otherwise."""
     return decoded if output_type == "pt" else decoded.cpu().numpy()
@@ -130,6 +141,6 @@ def as_pil(arrays: Tensor) -> list[Image.Image]:
     return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays.numpy()]
 
 
-def check_output(output_type: str) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise UsageError(f"output_type: {output_type!r} is not known{nearest(output_type, OUTPUT_TYPES)}")
+def check_output(output_type: object) -> None:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise UsageError(f"output_type: {output_type!r} is not known{nearest(str(output_type), OUTPUT_TYPES)}")

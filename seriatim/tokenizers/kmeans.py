@@ -121,24 +121,29 @@ class KMeans(Tokenizer):
     def fit_moments(self, batches: Iterable[Tensor]) -> None:
         if self.measured:
             return
-        patches = sample_of((patchify(moments, self.patch).flatten(0, 1) for moments in batches), self.seed)
+        patches, different = sample_of((patchify(moments, self.patch).flatten(0, 1) for moments in batches), self.seed)
         if not len(patches):
             raise DataError("no images to measure: k-means needs at least one")
-        different = len(torch.unique(patches, dim=0))
-        if different < self.vocab:
+        if len(different) < self.vocab:
             raise UsageError(
-                f"vocab: {self.vocab} codes are more than the {different} different patches of the images; lower it, "
-                "or show more images"
+                f"vocab: {self.vocab} codes are more than the {len(different)} different patches of the images; lower "
+                "it, or show more images"
             )
-        centres = cluster(patches, self.vocab, self.seed)
+        centres = cluster(patches, different, self.vocab, self.seed)
         self.centres.copy_(centres[centres.mean(dim=1).argsort(stable=True)])
         self.measured.fill_(True)
 
 
-def sample_of(batches: Iterable[Tensor], seed: int) -> Tensor:
-    """At most MOST_PATCHES rows of batches (n, D), each as likely as any other: (N, D) float32 on the CPU."""
+def sample_of(batches: Iterable[Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    """Patches to learn from, float32 on the CPU, out of batches (n, D).
+
+    The first tensor (N, D) holds at most MOST_PATCHES rows, each patch being as likely to be among them as any other.
+    The second (M, D) holds each different patch once, however rare it is. Where there are more than MOST_PATCHES
+    different ones, it holds the different ones among the first tensor.
+    """
     random = torch.Generator().manual_seed(seed)
     kept, keys = torch.empty(0), torch.empty(0, dtype=torch.float64)
+    different: Tensor | None = torch.empty(0)
     for batch in batches:  # those with the largest random keys so far
         rows = batch.detach().cpu().float()
         drawn = torch.rand(len(rows), dtype=torch.float64, generator=random)
@@ -146,15 +151,41 @@ def sample_of(batches: Iterable[Tensor], seed: int) -> Tensor:
         if len(keys) > MOST_PATCHES:
             keys, places = keys.topk(MOST_PATCHES)
             kept = kept[places]
-    return kept
+        if different is not None:
+            different = torch.unique(torch.cat([different.view(-1, rows.shape[1]), rows]), dim=0)
+            different = different if len(different) <= MOST_PATCHES else None
+    return kept, torch.unique(kept, dim=0) if different is None else different
 
 
-def cluster(patches: Tensor, vocab: int, seed: int) -> Tensor:
-    """Patches (N, D) -> centres (V, D). On one thread: the sums of several would come in any order."""
+def cluster(patches: Tensor, different: Tensor, vocab: int, seed: int) -> Tensor:
+    """Patches (N, D), and each different one once (M, D), M >= V -> centres (V, D), each the nearest of some patch.
+
+    On one thread: the sums of several would come in any order.
+    """
+    if len(different) == vocab:
+        return different
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
     means = MiniBatchKMeans(vocab, batch_size=max(AT_ONCE, 2 * vocab), n_init=1, random_state=seed)
     with threadpool_limits(1):
         means.fit(patches.numpy())
-    return torch.from_numpy(means.cluster_centers_).float()
+    return all_used(torch.from_numpy(means.cluster_centers_).float(), different)
+
+
+def all_used(centres: Tensor, different: Tensor) -> Tensor:
+    """Centres (V, D) of which each is the nearest of some patch, among different patches (M, D), M >= V.
+
+    Mini-batches leave centres that no patch is nearest to, or two in one place. Such a centre moves to the patch that
+    is farthest from all centres: the error falls with every move, so that the moves come to an end.
+    """
+    centres, different = centres.double(), different.double()  # exact enough that a moved centre is the nearest
+    while True:
+        codes = nearest_codes(different, centres)
+        free = (torch.bincount(codes, minlength=len(centres)) == 0).nonzero()[:, 0]
+        if not len(free):
+            return centres.float()
+        distance = (different - centres[codes]).square().sum(dim=1)
+        for i in free.tolist():
+            centres[i] = different[int(distance.argmax())]
+            distance = torch.minimum(distance, (different - centres[i]).square().sum(dim=1))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from seriatim.core.device import pick_device
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, Stopped, UsageError
 from seriatim.core.files import MANIFEST, atomic_write, sha256, writable_folder, write_json, write_manifest
 from seriatim.core.progress import Progress
+from seriatim.core.terminal import say
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import tokenizer_config
 from seriatim.training.data import ImageData, StreamData
@@ -244,7 +244,7 @@ def sealed(path: Path) -> bool:
         read_sealed(path)
     except CheckpointError as error:
         if path.exists():
-            print(f"mending: {error}", file=sys.stderr)  # noqa: T201
+            say(f"mending: {error}")
         return False
     return True
 
@@ -283,7 +283,7 @@ def whole(out: Path, number: int, info: CacheInfo) -> str | None:
             return str(stated["sha256"])
     except (ValueError, OSError):
         pass
-    print(f"mending: {path} is not what {beside.name} says; encoding its images again", file=sys.stderr)  # noqa: T201
+    say(f"mending: {path} is not what {beside.name} says; encoding its images again")
     return None
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from seriatim.core.errors import ConfigError, DataError
 from seriatim.core.random import derive_seed
+from seriatim.core.terminal import say
 from seriatim.training.data import BEGINNING, ImageData, Order, Position, Row, StreamData, mirror
 
 ENOUGH = 100  # rows of a stream before the share of unusable ones is judged
@@ -149,7 +149,7 @@ class Loader:
             while (batch := self._next(ready)) is not None:
                 if isinstance(self.batches, StreamBatches):
                     for name, why in batch.left_out.items():
-                        print(f"left out: {name}: {why}", file=sys.stderr)  # noqa: T201
+                        say(f"left out: {name}: {why}")
                         self.batches.data.bad[name] = why
                 yield batch
         finally:
@@ -175,7 +175,9 @@ def leave_signals_to_the_trainer(_: int) -> None:
         timer.daemon = True
         timer.start()
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, end)  # Python sends it at exit and waits, so it must not go unheard
     torch.set_num_threads(1)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from seriatim.core.keys import Keys
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
 from seriatim.core.schedules import learning_rate
+from seriatim.core.terminal import say
 from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import parameter_count
 from seriatim.training import state as checkpoints
@@ -210,12 +210,12 @@ def restore(out: Path, parts: Trainables) -> RunState | None:
     checkpoints.sweep(folder)
     path, passed_over = checkpoints.newest_whole(folder)
     for reason in passed_over:
-        print(f"stepping back: {reason}", file=sys.stderr)  # noqa: T201
+        say(f"stepping back: {reason}")
     if path is None:
-        print(f"no whole checkpoint in {folder}: beginning anew", file=sys.stderr)  # noqa: T201
+        say(f"no whole checkpoint in {folder}: beginning anew")
         return None
     run = checkpoints.load(path, parts)
-    print(f"resuming after {run.seen:,} images from {path}", file=sys.stderr)  # noqa: T201
+    say(f"resuming after {run.seen:,} images from {path}")
     return run
 
 

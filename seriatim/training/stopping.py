@@ -17,14 +17,14 @@ from typing import Any, TextIO
 from seriatim.core.errors import Stopped, UsageError
 from seriatim.core.files import explained
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
 class StopRequest:
     """`with StopRequest() as stop:` and, after each step, `if stop.requested:`.
 
-    The first SIGTERM, SIGINT or SIGUSR1 is noted; a second stops the process at once, which loses nothing that was
-    saved, since files are renamed when they are whole.
+    The first SIGTERM, SIGINT, SIGHUP or SIGUSR1 is noted; a second stops the process at once, which loses nothing that
+    was saved, since files are renamed when they are whole. Where SIGHUP is ignored (`nohup`) it stays ignored.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            for number in SIGNALS:
+                if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def _note(self, number: int, _: FrameType | None) -> None:
@@ -41,8 +43,9 @@ class StopRequest:
             os._exit(Stopped.exit_code)
         self.requested = signal.Signals(number).name
         text = f"{self.requested}: finishing this step and saving; send it again to stop at once\n"
-        with contextlib.suppress(OSError):
-            os.write(sys.stderr.fileno() if sys.stderr else 2, text.encode())
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError, ValueError):  # no `say`: the handler may have interrupted a print
+                os.write(sys.stderr.fileno(), text.encode())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

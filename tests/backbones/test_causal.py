@@ -188,7 +188,8 @@ def test_a_number_a_token_is_projected_ahead(depth: int, monkeypatch: pytest.Mon
     tokens[0] = torch.linspace(-300, 300, L)[:, None]
     for fault in ("none", "parallel", "zero"):
         if fault == "parallel":  # x vanishes at f = 2
-            backbone.positions.copy_(-2 * backbone.token_embed.weight[:, 0].expand_as(backbone.positions))
+            weight = backbone.token_embed.get_parameter("weight")
+            backbone.positions.copy_(-2 * weight[:, 0].expand_as(backbone.positions))
             backbone.token_embed.get_parameter("bias").zero_()
             tokens[1] = torch.linspace(2 - 1e-3, 2 + 1e-3, L)[:, None]
         elif fault == "zero":
@@ -227,8 +228,8 @@ def test_packed_weights_give_the_same() -> None:
 @torch.no_grad()
 def test_the_modulated_block_is_that_of_the_equations() -> None:
     """VAR's, written out: adaLN in the order gamma1, gamma2, scale1, scale2, shift1, shift2."""
-    backbone = make("var")
-    block, g = backbone.blocks[0], torch.Generator().manual_seed(5)
+    block: Any = make("var").get_submodule("blocks.0")
+    g = torch.Generator().manual_seed(5)
     x, condition = torch.randn(2, L, C, generator=g), torch.randn(2, 10, generator=g)
     six = F.linear(F.silu(condition), block.modulation.weight, block.modulation.bias).view(2, 6, 1, C)
     gamma1, gamma2, scale1, scale2, shift1, shift2 = six.unbind(1)
@@ -251,12 +252,10 @@ def test_the_modulated_block_is_that_of_the_equations() -> None:
 
 def test_modulated_blocks_begin_as_the_identity_nearly() -> None:
     with seeded(0):
-        backbone = Causal(L, D, width=C, depth=2, conditioning="adaln").eval()
+        block: Any = Causal(L, D, width=C, depth=2, conditioning="adaln").eval().get_submodule("blocks.0")
     x = torch.randn(2, L, C)
     activated = F.silu(torch.randn(2, C))
-    assert torch.allclose(
-        backbone.blocks[0](x, causal=True, modulation=backbone.blocks[0].modulate(activated)), x, atol=1e-3
-    )
+    assert torch.allclose(block(x, causal=True, modulation=block.modulate(activated)), x, atol=1e-3)
 
 
 def test_every_parameter_is_trained() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from helpers import randomise
@@ -121,7 +123,7 @@ def test_positions_may_begin_with_sines() -> None:
     with pytest.raises(UsageError, match="grid: 2x2 is not allowed for 6 tokens"):
         Masked(6, 2, width=16, depth=1, heads=2, positions="sincos")
     with pytest.raises(UsageError, match="positions: 'sine' is not known; did you mean 'sincos'"):
-        Masked(6, 2, width=16, depth=1, heads=2, positions="sine")
+        Masked(6, 2, width=16, depth=1, heads=2, positions="sine")  # type: ignore[arg-type]
 
 
-SINES = (("random", (2, 3)), ("sincos", (2, 3)))
+SINES: list[tuple[Literal["random", "sincos"], tuple[int, int]]] = [("random", (2, 3)), ("sincos", (2, 3))]

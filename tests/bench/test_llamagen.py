@@ -70,7 +70,7 @@ def make() -> CausalModel:
         model = CausalModel(backbone, Categorical(40, bias=False), classes=5).eval()
         nn.init.normal_(model.head.logits.weight)  # type: ignore[union-attr, arg-type]
         nn.init.normal_(model.class_embedding)
-        for block in model.backbone.blocks:  # type: ignore[union-attr]
+        for block in model.backbone.blocks:
             nn.init.normal_(block.attention.qkv.weight, std=0.3)  # type: ignore[union-attr, arg-type]
     return model
 
@@ -81,7 +81,7 @@ def test_a_sampler_that_skips_work_is_found_out(fault: str | None) -> None:
     theirs = OfficialLlamaGen(DOUBLE, model, CPU)
     if fault == "block":
         with torch.no_grad():
-            model.backbone.blocks[1].attention.proj.weight.zero_()  # type: ignore[index, union-attr]
+            model.backbone.get_parameter("blocks.1.attention.proj.weight").zero_()
     elif fault == "guidance":
         with torch.no_grad():
             model.no_class.copy_(model.class_embedding[0])

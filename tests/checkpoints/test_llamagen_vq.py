@@ -74,14 +74,14 @@ def test_golden_tokenizer(path: Path) -> None:
     )
     for key, ours in (("codebook_size", tokenizer.vocab), ("codebook_embed_dim", tokenizer.dim)):
         assert config.get(key, ours) == ours, key
-    for key, ours in (("z_channels", "latent_channels"), ("num_res_blocks", "layers_per_block")):
-        assert config.get(key, tokenizer.config[ours]) == tokenizer.config[ours], key
-    for key, ours in (
+    for key, name in (("z_channels", "latent_channels"), ("num_res_blocks", "layers_per_block")):
+        assert config.get(key, tokenizer.config[name]) == tokenizer.config[name], key
+    for key, name in (
         ("encoder_ch_mult", "block_out_channels"),
         ("decoder_ch_mult", "decoder_block_out_channels"),
     ):
         if key in config and "ch" in config:
-            assert [config["ch"] * m for m in config[key]] == tokenizer.config[ours]
+            assert [config["ch"] * m for m in config[key]] == tokenizer.config[name]
     if images is None:
         return
     features = tokenizer.features(images)  # (B, C, h, w)
@@ -253,7 +253,7 @@ def test_convert_reads_a_training_scripts_file(tmp_path: Path, capsys: pytest.Ca
     assert (found["weights"], found["tokens"], found["codes"], found["features"]) == ("ema", 16, 11, 3)
     tokenizer = load_tokenizer(out)
     assert isinstance(tokenizer, VQ) and not tokenizer.config["l2"]
-    assert torch.equal(tokenizer.quant_conv.bias, averaged["quant_conv.bias"])
+    assert torch.equal(tokenizer.get_parameter("quant_conv.bias"), averaged["quant_conv.bias"])
     words = ["convert", "llamagen-vq", str(tmp_path / "vq.pt"), str(out), "--size", "8", "--raw"]
     assert run(words) == 2, "what is there stays"
     assert run([*words, "--overwrite"]) == 0

@@ -64,7 +64,9 @@ def pth(tmp_path: Path) -> Path:
 
 
 def load(path: Path, which: str | None = None) -> MaskedModel:
-    return model_from_mar(read_official(path, which=which, entries=ENTRIES), heads=(4, 3))
+    model = model_from_mar(read_official(path, which=which, entries=ENTRIES), heads=(4, 3))
+    assert isinstance(model, MaskedModel)
+    return model
 
 
 def equal(a: MaskedModel, b: MaskedModel) -> bool:

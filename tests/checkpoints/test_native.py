@@ -101,7 +101,7 @@ def poison(tensors: dict[str, torch.Tensor]) -> None:
 
 
 MISMATCHES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "missing": (rewrite_tensors(lambda t: t.pop("no_class")), (MODEL, "lacks tensor 'no_class'")),  # type: ignore[arg-type, return-value]
+    "missing": (rewrite_tensors(lambda t: t.pop("no_class")), (MODEL, "lacks tensor 'no_class'")),  # type: ignore[arg-type]
     "extra": (rewrite_tensors(lambda t: t.update(x=torch.ones(1))), (MODEL, "unknown tensor 'x'")),
     "shape": (
         rewrite_tensors(lambda t: t.update(no_class=torch.ones(1, 5))),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,7 @@ def test_a_cancelled_stream_frees_what_it_held() -> None:
     step = next(stream)
     step.preview()
     held = [weakref.ref(step.tokens), weakref.ref(step.known)]
+    assert isinstance(stream, Generator)
     stream.close()
     del step, stream
     gc.collect()

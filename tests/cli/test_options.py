@@ -12,7 +12,8 @@ import typer
 from PIL import Image
 
 from seriatim.checkpoints.native import Bundle, save_bundle
-from seriatim.cli.main import app, run
+from seriatim.cli.app import app
+from seriatim.cli.main import run
 from seriatim.models.build import build_model, seeded
 from seriatim.pipeline.metadata import read_recorded
 from seriatim.pipeline.request import SampleRequest

@@ -416,7 +416,12 @@ def test_parts_can_be_asked_in_any_order_again_and_written_into() -> None:
 def test_parts_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     make = module._make
-    monkeypatch.setattr(module, "_make", lambda keys, *rest: (made.append(len(keys)), make(keys, *rest))[1])
+
+    def counting(keys: torch.Tensor, *rest: Any) -> torch.Tensor:
+        made.append(len(keys))
+        return make(keys, *rest)
+
+    monkeypatch.setattr(module, "_make", counting)
     for part in Keys.of_seeds([1, 2]).split(16):
         part.fold("component").uniform()
         part.fold("value").normal(1)

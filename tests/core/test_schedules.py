@@ -80,7 +80,7 @@ def test_guidance() -> None:
 
 
 scales = st.floats(0, 20)
-OPTIONS = {"interval": {"interval": (0.3, 0.8)}, "power-cosine": {"power": 2.5}}
+OPTIONS: dict[str, dict[str, Any]] = {"interval": {"interval": (0.3, 0.8)}, "power-cosine": {"power": 2.5}}
 
 
 @given(scale=scales, tokens=st.integers(2, 400), schedule=st.sampled_from(sorted(s.GUIDANCE_SCHEDULES)))
@@ -98,7 +98,8 @@ def test_guidance_lies_between_none_and_full(scale: float, tokens: int, schedule
 @given(scale=scales, power=st.floats(0.1, 5))
 def test_guidance_ends_at_the_full_scale(scale: float, power: float) -> None:
     """But for one token: of 4096."""
-    for schedule, options in [("linear", {}), ("constant", {}), ("power-cosine", {"power": power})]:
+    cases: list[tuple[str, dict[str, Any]]] = [("linear", {}), ("constant", {}), ("power-cosine", {"power": power})]
+    for schedule, options in cases:
         assert s.guidance_at(schedule, scale, 0, 4096, **options) == pytest.approx(scale, abs=0.01)
 
 

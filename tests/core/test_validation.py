@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from seriatim.core.construct import construct, pop_kind
@@ -47,12 +49,13 @@ class Thing:
 
 def test_construct() -> None:
     assert construct(Thing, {"size": 2}, "thing", colour="blue").colour == "blue"
-    for config, words in [
+    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"size": 1, "color": "x"}, ("thing.color", "did you mean 'colour'")),
         ({}, ("thing.size: is required",)),
         ({"size": 0}, ("thing.size: 0 is not allowed",)),
         ({"size": "big"}, ("thing.size: input should be a valid integer",)),
-    ]:
+    ]
+    for config, words in cases:
         with pytest.raises(ConfigError) as caught:
             construct(Thing, config, "thing")
         assert all(word in str(caught.value) for word in words), caught.value
@@ -67,7 +70,8 @@ def test_pop_kind() -> None:
 
 
 def test_every_error_has_its_exit_code() -> None:
-    codes = {cls.__name__: cls.exit_code for cls in (SeriatimError, *SeriatimError.__subclasses__(), ConfigError)}
+    kinds: list[type[SeriatimError]] = [SeriatimError, *SeriatimError.__subclasses__(), ConfigError]
+    codes = {cls.__name__: cls.exit_code for cls in kinds}
     assert codes == {
         "SeriatimError": 1, "UsageError": 2, "ConfigError": 2, "DataError": 3, "CheckpointError": 4, "NumericsError": 5,
         "ResourceError": 6, "Stopped": 143,

@@ -67,7 +67,7 @@ def test_shapes_and_what_the_network_computes() -> None:
     assert torch.equal(net(x), net.classify(features))
     stage = net.stages(torch.conv2d(x, net.filters, net.shift + net.bias).relu())
     assert stage.shape == (4, 8, 1, 1) and torch.allclose(features, stage.flatten(2).max(dim=2).values)
-    block = net.stages[0][1]
+    block: Any = net.get_submodule("stages.0.1")
     inner = torch.randn(2, 8, 4, 4)
     assert torch.equal(block(inner), inner + block.residual(inner)), "y = x + F(x)"
     assert ResNet(10).classify.in_features == 128

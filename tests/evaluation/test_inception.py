@@ -50,7 +50,8 @@ def test_keys_and_shapes_are_those_of_the_published_file() -> None:
     assert len(state) == 566 and state["fc.weight"].shape == (1008, 2048) and state["fc.bias"].shape == (1008,)
     assert sum(p.numel() for name, p in state.items() if "running" not in name and p.ndim) == 23_850_960
     stem = {"1a_3x3": (32, 3, 3, 3), "2a_3x3": (32, 32, 3, 3), "2b_3x3": (64, 32, 3, 3), "3b_1x1": (80, 64, 1, 1)}
-    wanted = {f"Conv2d_{name}.conv.weight": shape for name, shape in (stem | {"4a_3x3": (192, 80, 3, 3)}).items()}
+    stem |= {"4a_3x3": (192, 80, 3, 3)}
+    wanted: dict[str, tuple[int, ...]] = {f"Conv2d_{name}.conv.weight": shape for name, shape in stem.items()}
     for block, (inside, convolutions) in TABLE.items():
         width: dict[str, int] = {}
         for text in convolutions.split("|"):

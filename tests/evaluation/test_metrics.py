@@ -222,7 +222,8 @@ def test_error_is_that_of_another_draw() -> None:
     errors = []
     for _ in range(20):
         y = random.normal(size=(300, 4))
-        errors.append(with_error(lambda i, y=y: distance(y[i]), 300).error)
+        error = with_error(lambda i: distance(y[i]), 300).error  # noqa: B023
+        errors.append(error)
     assert np.mean(errors) == pytest.approx(anew, rel=0.3)
 
 

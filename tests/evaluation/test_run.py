@@ -249,17 +249,21 @@ def test_halves_and_as_many_are_balanced_and_apart() -> None:
     part = whole(Memory(91), 3, NAMES)
     first, second = halves(part)
     assert len(first) == 46 and len(second) == 45 and not set(first.index.tolist()) & set(second.index.tolist())
+    assert first.labels is not None
     assert np.bincount(first.labels).tolist() == [16, 15, 15], "the first has the odd one"
     some = as_many(second, 40, 3)
-    assert np.array_equal(some.labels, balanced(40, 3)) and len(set(some.index.tolist())) == 40
+    wanted = balanced(40, 3)
+    assert some.labels is not None and wanted is not None and np.array_equal(some.labels, wanted)
+    assert len(set(some.index.tolist())) == 40
     assert len(as_many(first, 100, 3)) == 45, "as many as every class allows"
     assert balanced(5, 0) is None and len(as_many(whole(Memory(9, []), 0, []), 5, 0)) == 5
 
 
 def test_classes_are_matched_by_name() -> None:
     turned = Memory(9, ["horse", "cat", "dog"])
-    assert whole(turned, 3, NAMES).labels.tolist() == [2, 0, 1] * 3
-    assert whole(turned, 3, []).labels.tolist() == [0, 1, 2] * 3, "a model without names: by number"
+    for names, order in ((NAMES, [2, 0, 1]), ([], [0, 1, 2])):  # for a model without names, by number
+        labels = whole(turned, 3, names).labels
+        assert labels is not None and labels.tolist() == order * 3
     assert whole(Memory(9, []), 3, NAMES).labels is None
 
 

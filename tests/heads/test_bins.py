@@ -81,7 +81,7 @@ def test_what_is_not_allowed() -> None:
         ({"sigmas": 0.0}, r"sigmas: 0\.0 is not allowed"),
     ):
         with pytest.raises(UsageError, match=message):
-            Bins(1, **arguments)  # type: ignore[arg-type]
+            Bins(1, **arguments)
 
 
 def test_the_entropy_is_that_of_its_histogram() -> None:

@@ -83,7 +83,7 @@ class Perfect(Diffusion):
     mean, std = 0.3, 0.5
 
     def sample(self, *arguments: object, **options: object) -> torch.Tensor:
-        self._steps = respaced(int(options["num_diffusion_steps"]), options.get("start_timestep"))  # type: ignore[call-overload, arg-type]
+        self._steps = respaced(int(options["num_diffusion_steps"]), options.get("start_timestep"))  # type: ignore[call-overload]
         self._i = len(self._steps) - 1
         return super().sample(*arguments, **options)  # type: ignore[arg-type]
 

@@ -34,7 +34,7 @@ class Perfect(Flow):
     """Knows the data: its modulations are the time alone."""
 
     @override
-    def walk(self, times: Tensor, condition: Tensor):  # type: ignore[no-untyped-def]
+    def walk(self, times: Tensor, condition: Tensor):
         count = len(times) - 1
         ascending = getattr(self, "ascending", False)
         for i in range(count, -1, -1):

@@ -118,7 +118,8 @@ def test_entropy_of_parts() -> None:
     z = vectors(1)[0].expand(4000, -1)
     x = head.sample(z, Noise.shared(0, 4000))
     surprise = -head.log_prob_of_parts(z, x).mean(dim=0)
-    entropy = head.head.mixture(head._anew(z[:1])([])).entropy()[0]
+    leaf: Any = head.head
+    entropy = leaf.mixture(head._anew(z[:1])([])).entropy()[0]
     assert abs(float(surprise[0] - entropy)) < 0.05
 
 
@@ -153,7 +154,7 @@ def test_guidance_of_each_row_and_the_schedule() -> None:
         asked.append(w)
         return inner(z, noise, null, w, *more, **options)
 
-    head.head.sample = watched  # type: ignore[method-assign]
+    head.head.sample = watched  # type: ignore[method-assign, assignment]
     head.sample(z, noise(4), z_null, scale, feature_schedule="cosine")
     assert all(torch.equal(w[::2], torch.ones(2)) for w in asked) and torch.equal(asked[-1], torch.ones(4))
     assert (asked[0][1::2] > asked[1][1::2]).all()
@@ -331,5 +332,6 @@ def test_a_stream_tells_the_entropy_of_what_each_step_drew(kind: str) -> None:
         before, seen = step.known, seen + drawn
     assert (seen == 1).all()
     if kind == "causal":  # all tokens in one pass, from the definition
-        z = model.backbone.sequence(model.condition(torch.tensor([0, 1]), 2), step.tokens).flatten(0, 1)
+        backbone: Any = model.backbone
+        z = backbone.sequence(model.condition(torch.tensor([0, 1]), 2), step.tokens).flatten(0, 1)
         assert torch.allclose(told.flatten(0, 1), model.head.entropy(z, step.tokens.flatten(0, 1)), atol=1e-4)

@@ -259,8 +259,8 @@ def test_guidance_is_on_eps_and_leaves_the_variance(head: Diffusion, solver: str
         (eps, v), (eps_null, _) = head(x, t, z), head(x, t, z_null)
         return eps_null + scale[:, None] * (eps - eps_null), v
 
-    noise, steps = ReplayNoise(normal=[draws]), {"num_diffusion_steps": 12, "start_timestep": start}
-    x = head.sample(z, noise, z_null, scale, solver=solver, **steps)
+    noise = ReplayNoise(normal=[draws])
+    x = head.sample(z, noise, z_null, scale, solver=solver, num_diffusion_steps=12, start_timestep=start)
     begin = (predict, draws[0]) if solver not in ODES or start == 999 else from_noise(chain, predict, draws[0])
     expected = SOLVERS[solver](chain, *begin, draws[1:], 1.0)
     assert noise.exhausted() and x.dtype == torch.float32
@@ -270,7 +270,8 @@ def test_guidance_is_on_eps_and_leaves_the_variance(head: Diffusion, solver: str
 @torch.no_grad()
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_solvers_are_float32_under_autocast(head: Diffusion, solver: str) -> None:
-    z, options = torch.randn(3, 8), {"num_diffusion_steps": 10, "solver": solver}
+    z = torch.randn(3, 8)
+    options: dict[str, Any] = {"num_diffusion_steps": 10, "solver": solver}
     plain = head.sample(z, Noise.per_image([1, 2, 3]), **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(head.sample(z, Noise.per_image([1, 2, 3]), **options), plain)

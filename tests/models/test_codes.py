@@ -50,7 +50,8 @@ def test_it_learns_codes() -> None:
         optimiser.step()
     model.eval()
     labels = torch.arange(40) % 2
-    for settings in ({}, {"order": "confidence", "steps": 3}, {"guidance_scale": 2.0}):
+    cases: list[dict[str, Any]] = [{}, {"order": "confidence", "steps": 3}, {"guidance_scale": 2.0}]
+    for settings in cases:
         drawn = model.sample(labels, Noise.per_image(range(40)), **{"steps": 9, **settings})
         assert drawn.shape == (40, L) and drawn.dtype == torch.long
         assert bool((drawn // 4 == labels[:, None]).float().mean() > 0.95), settings

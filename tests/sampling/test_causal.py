@@ -44,7 +44,7 @@ class Levels(Tokenizer):
     def __init__(self, size: Any, patch: int = 2, channels: int = 1, vocab: int = 8) -> None:
         super().__init__()
         self.size, self.channels, self.levels, self.dim, self.vocab = (size[0], size[1]), channels, 256, 1, vocab
-        self.grid, self.patch = (size[0] // patch, size[1] // patch), patch
+        self.grid, self.patch, self.shades = (size[0] // patch, size[1] // patch), patch, vocab
         self.config = {"size": list(size), "patch": patch, "channels": channels, "vocab": vocab}
 
     def moments(self, images: Tensor) -> Tensor:
@@ -52,10 +52,10 @@ class Levels(Tokenizer):
 
     @override
     def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
-        return ((moments[..., 0] + 1) / 2 * self.vocab).long().clamp(0, self.vocab - 1)
+        return ((moments[..., 0] + 1) / 2 * self.shades).long().clamp(0, self.shades - 1)
 
     def embeddings(self, codes: Tensor) -> Tensor:
-        return ((codes + 0.5) / self.vocab * 2 - 1)[..., None]
+        return ((codes + 0.5) / self.shades * 2 - 1)[..., None]
 
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
         return unpatchify(embeddings.expand(-1, -1, self.patch**2 * self.channels), self.patch, *self.grid)

@@ -16,7 +16,7 @@ from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.result import Result
 from seriatim.tokenizers.pixels import Pixels
 
-FEW = {"num_inference_steps": 3, "num_diffusion_steps": 4, "guidance_scale": 1.5}
+FEW: dict[str, Any] = {"num_inference_steps": 3, "num_diffusion_steps": 4, "guidance_scale": 1.5}
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_one_picture_many_ways(pipe: Pipeline) -> None:
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
 def test_output_types(pipe: Pipeline, output_type: str) -> None:
     array = np.asarray(picture())[None, ..., None]
-    settings = {"mask": box(2, 2, 6, 6), "class_labels": 1, "seed": 3, **FEW}
+    settings: dict[str, Any] = {"mask": box(2, 2, 6, 6), "class_labels": 1, "seed": 3, **FEW}
     result = pipe.edit(array, output_type=output_type, **settings)
     expected = np.asarray(pipe.edit(picture(), **settings).images[0])
     if output_type == "pil":
@@ -191,7 +191,7 @@ def test_regenerate_repeats_the_request_and_not_the_models_defaults() -> None:
     bundle = make_bundle()
     bundle.sampling |= {"temperature": 0.9, "guidance_scale": 3.0, "num_images_per_label": 2}
     pipe = Pipeline(bundle, device="cpu")
-    few = {"num_inference_steps": 3, "num_diffusion_steps": 4}
+    few: dict[str, Any] = {"num_inference_steps": 3, "num_diffusion_steps": 4}
     one = pipe(class_labels=[None], seed=1, guidance_scale=1.0, temperature=1.0, solver="dpm++", **few)
     again = pipe.regenerate(one, [3], seed=2)
     kept = ("class_labels", "guidance_scale", "temperature", "solver", "num_images_per_label")

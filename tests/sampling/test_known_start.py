@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_bundle
+from helpers import make_masked
 from torch import Tensor
 
 from seriatim.core.errors import UsageError
@@ -43,7 +43,7 @@ def ragged() -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def model() -> MaskedModel:
-    return make_bundle().model
+    return make_masked()
 
 
 def fast(model: MaskedModel, images: slice = slice(None), **settings: Any) -> list[Step]:
@@ -133,7 +133,7 @@ def test_each_image_is_guided_at_its_own_share(
 def count_rows(model: MaskedModel, **settings: Any) -> list[int]:
     """Images, conditional and unconditional, in each pass of the backbone."""
     rows: list[int] = []
-    handle = model.backbone.decoder[0].register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))  # type: ignore[index]
+    handle = model.backbone.get_submodule("decoder.0").register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))
     fast(model, **settings)
     handle.remove()
     return rows

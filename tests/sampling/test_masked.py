@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_bundle
+from helpers import make_masked
 
 from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.random import Noise
@@ -26,7 +26,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("classes", [3, 0])
 def test_the_fast_loop_is_the_naive_sampler(settings: dict[str, Any], classes: int) -> None:
-    model = make_bundle(classes=classes).model
+    model = make_masked(classes=classes)
     labels = torch.tensor([0, 2, -1]) if classes else None
     naive = model.sample(labels, Noise.per_image([1, 2, 3]), num_diffusion_steps=6, **settings)
     *_, last = masked_steps(model, labels, Noise.per_image([1, 2, 3]), num_diffusion_steps=6, **settings)
@@ -36,7 +36,7 @@ def test_the_fast_loop_is_the_naive_sampler(settings: dict[str, Any], classes: i
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_fast_loop_anneals_and_solves_as_the_naive_sampler(solver: str) -> None:
-    model = make_bundle().model
+    model = make_masked()
     labels = torch.tensor([0, 2, -1])
     options: dict[str, Any] = {"steps": 6, "guidance_scale": 2.0, "solver": solver}
     options |= {"num_diffusion_steps": 12, "num_diffusion_steps_last": 3}
@@ -46,7 +46,7 @@ def test_the_fast_loop_anneals_and_solves_as_the_naive_sampler(solver: str) -> N
 
 
 def test_annealing_follows_what_each_image_of_a_batch_knows() -> None:
-    model, labels, seeds = make_bundle().model, torch.tensor([0, 1, 2]), [1, 2, 3]
+    model, labels, seeds = make_masked(), torch.tensor([0, 1, 2]), [1, 2, 3]
     known = torch.arange(16) < torch.tensor([0, 8, 13])[:, None]
     tokens = torch.randn(3, 16, 4)
     options: dict[str, Any] = {"steps": 4, "num_diffusion_steps": 12, "num_diffusion_steps_last": 3}
@@ -55,13 +55,14 @@ def test_annealing_follows_what_each_image_of_a_batch_knows() -> None:
     naive = model.sample(labels, Noise.per_image(seeds), tokens=tokens, known=known, **options)
     assert torch.allclose(together.tokens, naive, atol=1e-4, rtol=1e-4)
     for i in range(3):
-        one, begin = slice(i, i + 1), {"tokens": tokens[i : i + 1], "known": known[i : i + 1]}
+        one = slice(i, i + 1)
+        begin: dict[str, Any] = {"tokens": tokens[one], "known": known[one]}
         *_, alone = masked_steps(model, labels[one], Noise.per_image(seeds[one]), **begin, **options)
         assert torch.allclose(together.tokens[one], alone.tokens, atol=1e-4), i
 
 
 def test_steps_inside_the_head_fall_with_the_known_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, asked = make_bundle().model, []
+    model, asked = make_masked(), []
     sample = model.head.sample
 
     def counting(*arguments: Any, num_diffusion_steps: int, **options: Any) -> torch.Tensor:
@@ -80,7 +81,7 @@ def test_steps_inside_the_head_fall_with_the_known_share(monkeypatch: pytest.Mon
 
 
 def test_an_image_is_the_same_in_any_batch() -> None:
-    model = make_bundle().model
+    model = make_masked()
     labels, seeds = torch.tensor([0, 1, 2, 0]), [5, 6, 7, 8]
     options: dict[str, Any] = {"steps": 6, "guidance_scale": 2.0, "num_diffusion_steps": 8}
     *_, together = masked_steps(model, labels, Noise.per_image(seeds), **options)
@@ -94,7 +95,7 @@ def test_an_image_is_the_same_in_any_batch() -> None:
 
 
 def test_the_stream_shows_tokens_becoming_known() -> None:
-    model = make_bundle().model
+    model = make_masked()
     steps = list(masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), steps=5, num_diffusion_steps=3))
     counts = tokens_per_step(5, 16)
     before, earlier = torch.zeros(2, 16, dtype=torch.bool), torch.zeros(2, 16, 4)
@@ -107,9 +108,9 @@ def test_the_stream_shows_tokens_becoming_known() -> None:
 
 
 def test_the_null_pass_is_skipped_where_the_scale_is_one() -> None:
-    model = make_bundle().model
+    model = make_masked()
     rows: list[int] = []
-    model.backbone.decoder[0].register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))  # type: ignore[index]
+    model.backbone.get_submodule("decoder.0").register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))
     list(masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), steps=3, num_diffusion_steps=3))
     assert rows == [1, 1, 2, 2], "the first step is made class by class"
     rows.clear()
@@ -119,7 +120,7 @@ def test_the_null_pass_is_skipped_where_the_scale_is_one() -> None:
 
 
 def test_bf16_is_near_float32() -> None:
-    model = make_bundle().model
+    model = make_masked()
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         options: dict[str, Any] = {"steps": 4, "num_diffusion_steps": 10, "dtype": dtype}
@@ -130,18 +131,18 @@ def test_bf16_is_near_float32() -> None:
 
 
 def test_tokens_that_are_not_finite_stop_with_a_reason() -> None:
-    model = make_bundle().model
+    model = make_masked()
     with torch.no_grad():
-        model.head.final.linear.bias.fill_(float("nan"))  # type: ignore[union-attr]
+        model.head.get_parameter("final.linear.bias").fill_(float("nan"))
     with pytest.raises(NumericsError, match="not finite"):
         list(masked_steps(model, torch.tensor([0]), Noise.per_image([1]), steps=2, num_diffusion_steps=3))
 
 
 def test_the_first_step_is_kept_until_the_weights_change() -> None:
-    model = make_bundle().model
+    model = make_masked()
     kept = FirstStep(model, most=2)
     passes: list[int] = []
-    model.backbone.decoder[0].register_forward_pre_hook(lambda _, a: passes.append(len(a[0])))  # type: ignore[index]
+    model.backbone.get_submodule("decoder.0").register_forward_pre_hook(lambda _, a: passes.append(len(a[0])))
 
     def draw() -> tuple[torch.Tensor, int]:
         passes.clear()
@@ -163,7 +164,7 @@ def test_the_first_step_is_kept_until_the_weights_change() -> None:
 
 
 def test_the_first_step_of_another_model_is_not_taken() -> None:
-    model, other = make_bundle().model, make_bundle().model
+    model, other = make_masked(), make_masked()
     with torch.no_grad():
         other.backbone.output_positions.add_(1.0)  # type: ignore[operator]
     labels = torch.tensor([0, 1])
@@ -177,10 +178,10 @@ def test_the_first_step_of_another_model_is_not_taken() -> None:
 
 
 def test_with_many_classes_the_first_step_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, labels = make_bundle().model, torch.tensor([0, 1, 2])
+    model, labels = make_masked(), torch.tensor([0, 1, 2])
     rows: list[int] = []
-    model.backbone.decoder[0].register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))  # type: ignore[index]
-    monkeypatch.setattr("seriatim.sampling.parallel.FEW_CLASSES", 2)
+    model.backbone.get_submodule("decoder.0").register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))
+    monkeypatch.setattr("seriatim.sampling.masked.FEW_CLASSES", 2)
     *_, last = masked_steps(model, labels, Noise.per_image([1, 2, 3]), steps=2, num_diffusion_steps=3)
     assert rows == [3, 3]
     naive = model.sample(labels, Noise.per_image([1, 2, 3]), steps=2, num_diffusion_steps=3)

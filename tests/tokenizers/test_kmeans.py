@@ -65,12 +65,72 @@ def test_the_same_images_give_the_same_centres(tmp_path: Path) -> None:
 def test_few_patches_stand_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
     images, _ = tiles(200)
     monkeypatch.setattr(kmeans, "MOST_PATCHES", 100)
-    kept = kmeans.sample_of((patchify(part, 2).flatten(0, 1) for part in images.split(30)), 0)
-    assert kept.shape == (100, 4)
+    kept, different = kmeans.sample_of((patchify(part, 2).flatten(0, 1) for part in images.split(30)), 0)
+    assert kept.shape == (100, 4) and torch.equal(different, torch.unique(kept, dim=0))
     everything = {tuple(row) for row in patchify(images, 2).flatten(0, 1).tolist()}
     places = [i for i, row in enumerate(patchify(images, 2).flatten(0, 1).tolist()) if row in kept.tolist()]
     assert {tuple(row) for row in kept.tolist()} <= everything and len(places) == 100
     assert 700 < sum(places) / 100 < 1100, "from all over the data"
+
+
+def pictures_of(patches: Tensor, which: Tensor) -> Tensor:
+    """Images (n, 3, 8, 8) of the 2 x 2 patches (K, 12) that `which` (n, 16) names."""
+    rows = patches[which].view(-1, 4, 4, 3, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return rows.reshape(-1, 3, 8, 8)
+
+
+def drawn(kinds: int, images: int = 200, seed: int = 0, flat: bool = False) -> Tensor:
+    """Images of patches of so many kinds, all of which occur, the first often and the last rarely."""
+    random = torch.Generator().manual_seed(seed)
+    patches = torch.rand(kinds, 12, generator=random) * 2 - 1
+    if flat:  # of one colour each
+        patches = patches[:, ::4].repeat_interleave(4, dim=1)
+    often = 1 / torch.arange(1.0, kinds + 1) ** 2
+    which = torch.multinomial(often, images * 16, replacement=True, generator=random)
+    which[:kinds] = torch.arange(kinds)
+    return pictures_of(patches, which.view(images, 16))
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("vocab", [2, 7, 48, 200])
+def test_as_many_codes_as_kinds_of_patches_are_exact(vocab: int, flat: bool) -> None:
+    images = drawn(vocab, flat=flat)
+    tokenizer = KMeans(8, 2, 3, vocab=vocab)
+    tokenizer.fit(images.split(30))
+    codes = tokenizer.tokens(tokenizer.moments(images))
+    assert len(codes.unique()) == vocab and torch.equal(tokenizer.decode(codes), images)
+    other = KMeans(8, 2, 3, vocab=vocab)
+    other.fit(images.split(30))
+    assert torch.equal(other.centres, tokenizer.centres)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("spare", [1, 5, 30])
+def test_no_code_is_left_unused(spare: int, seed: int) -> None:
+    """Also where there are hardly more kinds of patches than codes, most of them rare."""
+    images = drawn(60, seed=seed)
+    tokenizer = KMeans(8, 2, 3, vocab=60 - spare, seed=seed)
+    tokenizer.fit(images.split(30))
+    codes = tokenizer.tokens(tokenizer.moments(images))
+    assert len(codes.unique()) == len(torch.unique(tokenizer.centres, dim=0)) == 60 - spare
+    assert bool(tokenizer.centres.isfinite().all())
+
+
+def test_centres_that_nothing_is_nearest_to_move_to_what_is_farthest() -> None:
+    patches = torch.tensor([[0.0], [0.1], [5.0], [9.0]])
+    for begin in ([0.0, 0.0, 0.0], [0.05, 100.0, -100.0], [4.0, 4.0, 9.0], [0.0, 0.1, 0.1]):
+        moved = kmeans.all_used(torch.tensor(begin)[:, None], patches)
+        codes = torch.cdist(patches, moved).argmin(dim=1)
+        assert len(codes.unique()) == 3, (begin, moved)
+
+
+def test_a_patch_too_rare_to_be_drawn_has_a_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 3,200 patches 100 are drawn to learn from, and the rare ones are hardly among them."""
+    monkeypatch.setattr(kmeans, "MOST_PATCHES", 100)
+    images = drawn(40)
+    tokenizer = KMeans(8, 2, 3, vocab=40)
+    tokenizer.fit(images.split(30))
+    assert torch.equal(tokenizer.decode(tokenizer.tokens(tokenizer.moments(images))), images)
 
 
 def test_a_side_that_the_patch_does_not_divide() -> None:

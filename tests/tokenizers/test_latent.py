@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typing_extensions import override
 
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, NumericsError, UsageError
@@ -58,8 +57,7 @@ class Fake(nn.Module):
         self.logvar, self.dtypes, self.most = logvar, set[torch.dtype](), 0
         self.weight = nn.Parameter(torch.ones(()))
 
-    @override
-    def encode(self, x: Tensor, return_dict: bool) -> tuple[Any]:
+    def encode(self, x: Tensor, **_: bool) -> tuple[Any]:
         self.dtypes.add((x @ x.transpose(-1, -2)).dtype)  # an autocast would show in a product
         self.most = max(self.most, len(x))
         mean = torch.cat([x[:, :, ::2, ::2], 10 * x[:, :, 1::2, 1::2] + 3], dim=1) * self.weight
@@ -68,8 +66,7 @@ class Fake(nn.Module):
         logvar = torch.tensor(self.logvar).view(1, 2, 1, 1).expand_as(mean)
         return (SimpleNamespace(parameters=torch.cat([mean, logvar], dim=1)),)
 
-    @override
-    def decode(self, z: Tensor, return_dict: bool) -> tuple[Tensor]:
+    def decode(self, z: Tensor, **_: bool) -> tuple[Tensor]:
         x = torch.zeros(len(z), 1, 2 * z.shape[2], 2 * z.shape[3])
         x[:, :, ::2, ::2], x[:, :, 1::2, 1::2] = z[:, :1], (z[:, 1:] - 3) / 10
         return (x,)
@@ -274,7 +271,7 @@ def test_any_autoencoder_of_diffusers(
     assert tokenizer.mean.tolist() == [mean] * 4 and tokenizer.std.tolist() == pytest.approx([std] * 4)
     assert (tokenizer.grid, tokenizer.dim) == ((4, 4), 16)
     out = network.encode(images)
-    latents = (
+    latents: Any = (
         out.latent_dist.mean if hasattr(out, "latent_dist") else getattr(out, "latents", getattr(out, "latent", None))
     )
     tokens = tokenizer.tokens(tokenizer.moments(images))

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import Tensor
 
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.core.errors import ConfigError, DataError, UsageError
@@ -78,7 +79,7 @@ def test_gradients_go_where_they_should() -> None:
     assert torch.allclose(found.values, quantiser.lookup(found.codes))
     (straight,) = torch.autograd.grad(found.values.sum(), z, retain_graph=True)
     assert torch.equal(straight, torch.ones_like(z)), "straight through"
-    gradients = {
+    gradients: dict[str, tuple[Tensor | None, ...]] = {
         name: torch.autograd.grad(loss, (z, quantiser.codebook), allow_unused=True, retain_graph=True)
         for name, loss in found.losses.items()
     }
@@ -191,9 +192,9 @@ def test_it_is_saved_and_loaded(tmp_path: Path) -> None:
     assert larger.grid == (4, 6)
     with pytest.raises(ConfigError, match=r"tokenizer\.vocab: does not go with the weights"):
         load_tokenizer(tmp_path / "vq", vocab=51)
-    again.decoder.conv_in.weight.data += 1
+    again.get_parameter("decoder.conv_in.weight").data += 1
     assert again.moments_fingerprint() == tokenizer.moments_fingerprint(), "a cache outlives another decoder"
-    again.quantiser.codebook.data += 1
+    again.get_parameter("quantiser.codebook").data += 1
     assert again.moments_fingerprint() != tokenizer.moments_fingerprint()
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_a_run_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_recipe_gives_the_same_weights(tmp_path: Path, threads: int) -> None:
     """Bitwise, two threads included: no gradient is added up in an order that threads decide."""
-    states = []
+    states: list[dict[str, torch.Tensor]] = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.manual_seed(len(states))  # what the caller did before must not matter
         train(
@@ -98,7 +99,8 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """At step 7: the weights are those after step 6, and the message names the batch."""
-    true_loss, calls, kept = MaskedModel.loss, [0], {}
+    true_loss, calls = MaskedModel.loss, [0]
+    kept: dict[str, Any] = {}
 
     def poisoned(self: MaskedModel, *arguments: object) -> Loss:
         calls[0] += 1
@@ -159,7 +161,7 @@ def test_the_average_follows_its_formula() -> None:
         average.update_parameters(model)
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * value
-        assert average.module.weight.item() == pytest.approx(expected)
+        assert average.module.get_parameter("weight").item() == pytest.approx(expected)
 
 
 def test_auto_takes_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -282,7 +282,12 @@ def test_kill_nine_at_random_moments_loses_no_checkpoint(tmp_path: Path, folder:
         trainer = subprocess.Popen(
             command(folder, out, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )
-        wait_for(lambda seen=seen: (p := newest_whole(out / "checkpoints")[0]) is not None and int(p.name) > seen)
+
+        def went_on(seen: int = seen) -> bool:
+            newest = newest_whole(out / "checkpoints")[0]
+            return newest is not None and int(newest.name) > seen
+
+        wait_for(went_on)
         time.sleep(chance.random() * 0.5)
         trainer.kill()
         trainer.wait()
@@ -332,7 +337,7 @@ def test_kill_nine_at_each_write_loses_no_checkpoint(tmp_path: Path) -> None:
         whole = os.WIFSIGNALED(status)
         calls += 1
     assert calls > 12, "each of six files is synced, the folder renamed, the old one deleted"
-    assert int(path.name) == 1 + calls
+    assert path is not None and int(path.name) == 1 + calls
     state.sweep(folder)
     assert not [p for p in folder.iterdir() if p.name.startswith(".")], "what the dead left is swept"
 

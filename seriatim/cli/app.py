@@ -1,0 +1,65 @@
+"""The verbs of `seriatim`, in one table."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from seriatim import __version__
+from seriatim.cli.bench import bench
+from seriatim.cli.cache import cache
+from seriatim.cli.convert import convert, export
+from seriatim.cli.convert_arinar import convert_arinar, export_arinar
+from seriatim.cli.demo import demo
+from seriatim.cli.doctor import doctor
+from seriatim.cli.edit import edit
+from seriatim.cli.evaluate import evaluate
+from seriatim.cli.measure import measure_latents
+from seriatim.cli.models import models
+from seriatim.cli.recipes import recipes
+from seriatim.cli.sample import sample
+from seriatim.cli.sweep import sweep
+from seriatim.cli.train import train
+
+app = typer.Typer(
+    name="seriatim",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Autoregressive image generation: train, sample, look.",
+    epilog="Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 numbers, 6 resources, 143 stopped, saved.",
+)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"seriatim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command()(demo)
+app.command()(train)
+app.command()(cache)
+app.command()(sample)
+app.command()(edit)
+app.command()(evaluate)
+app.command()(sweep)
+app.command()(measure_latents)
+app.command()(bench)
+app.command()(models)
+app.command()(doctor)
+app.add_typer(recipes, name="recipes")
+convert.command("arinar")(convert_arinar)
+export.command("arinar")(export_arinar)
+app.add_typer(convert, name="convert")
+app.add_typer(export, name="export")
