@@ -11,29 +11,31 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from helpers import cases, golden
 from safetensors.torch import load_file
 from torch import Tensor
-from typing_extensions import override
 
 from seriatim.checkpoints.arinar import arinar_tensors, model_from_arinar
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.checkpoints.official import OfficialFile
-from seriatim.core.random import Noise, ReplayNoise
-from seriatim.core.schedules import mask_ratio
+from seriatim.core.keys import Keys, ReplayKeys
+from seriatim.core.schedules import mask_ratio, unknown_after
+from seriatim.core.settings import Settings
 from seriatim.heads import mixture as leaf
+from seriatim.heads.base import Guidance
 from seriatim.heads.gaussians import GaussianMixture
 from seriatim.heads.mixture import Mixture
 from seriatim.models.build import build_model, parameter_count
 from seriatim.models.masked_model import MaskedModel
 from seriatim.models.nested import Nested, scheduled
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.sampling.parallel import masked_steps
 from seriatim.zoo import PRESETS
 
 FOLDER = golden("arinar")
@@ -103,7 +105,7 @@ def named(path: Path, key: str, pattern: str, default: str) -> str:
 
 def warmth_of(path: Path, file: dict[str, Tensor], schedule: str, parts: int) -> float:
     """The temperature of a sampling run; where nothing names it, that of which the file's first is a scheduled one."""
-    rate = scheduled(schedule, 2.0, 1, parts) - 1  # a schedule multiplies the distance from 1
+    rate = scheduled(schedule, 1, parts)  # a schedule multiplies the distance from 1
     first = file.get("feat00_temperature", torch.tensor(1.0))
     return float(named(path, "temperature", r"_t([\d.]+)", str(1 + (float(first) - 1) / rate)))
 
@@ -132,16 +134,16 @@ def test_parameters_and_likelihood(case: str, path: Path) -> None:
     head, file = head_of(case), load_file(path)
     z, target, mask = file["z"], file["target"], file["mask"].float()
     N, D = target.shape
-    inner, _ = head.inner(z, target)
-    assert isinstance(head.head, Mixture)
-    flat = head.head(inner)
+    inner = head.model.backbone.sequence(head.condition(z, None), head.split.cut(target)).flatten(0, 1)
+    assert isinstance(head.model.head, Mixture)
+    flat = head.model.head(inner)
     close(flat.view(N, head.parts, -1), file["causal_pred"], PARAMETERS)
-    made = head.head.mixture(inner)
+    made = head.model.head.mixture(inner)
     close(made.log_weights().exp().view_as(file["causal_weight"]), file["causal_weight"], PARAMETERS)
     close(made.means.view_as(file["causal_mu"]), file["causal_mu"], PARAMETERS)
     close((2 * made.log_std).view_as(file["causal_logvar"]), file["causal_logvar"], PARAMETERS)
 
-    loss = head.loss(z, target, Noise.per_image(range(N)))
+    loss = head.loss(z, target, Keys.of_seeds(range(N)))
     nll = loss.sum - D * CONSTANT
     close(nll, file["causal_nll_per_token"], NLL)
     close(-head.log_prob(z, target), loss.sum, NLL)
@@ -153,66 +155,75 @@ def test_parameters_and_likelihood(case: str, path: Path) -> None:
 # --- sampling -----------------------------------------------------------------------------------------------------
 
 
-class Official(Noise):
-    """The official code's draws for our calls.
+class Official(Mapping[str, Tensor]):
+    """The official code's draws under our names.
 
     It draws, for each feature, S candidates of the conditional mixture: a uniform number each for the component, a
     normal one for *every* component; and, guided, one uniform number that chooses among them. Ours draws a normal
     number for the chosen component alone, so this must know which one that is: from the mixtures as they are made.
     """
 
-    def __init__(self, file: dict[str, Tensor], head: Nested, orders: Tensor | None = None) -> None:
-        self.draws = [file[name] for name in sorted(file) if re.match(r"draw\d+_", name)]
-        self.device, self.orders, self.last = torch.device("cpu"), orders, torch.empty(0)
+    def __init__(self, file: dict[str, Tensor], head: Nested, steps: list[list[str]]) -> None:
+        """steps[k] are the paths of the tokens that are drawn together at step k, as the official rows come."""
+        self.rows = {path: (k, n) for k, paths in enumerate(steps) for n, path in enumerate(paths)}
+        self.draws, self.parts = draws_of(file), head.parts
+        assert len(self.draws) == len(steps) * head.parts
+        self.left = {(path, i) for path in self.rows for i in range(head.parts)}
         self.made: list[GaussianMixture] = []
-        assert isinstance(head.head, Mixture)
-        build = head.head.mixture
+        assert isinstance(head.model.head, Mixture)
+        build = head.model.head.mixture
 
         def recorded(z: Tensor) -> GaussianMixture:
             self.made.append(build(z))
             return self.made[-1]
 
-        head.head.mixture = recorded  # type: ignore[method-assign]
+        head.model.head.mixture = recorded  # type: ignore[method-assign]
 
     def __len__(self) -> int:
-        return 0 if self.orders is None else len(self.orders)
+        return len(self.rows) * self.parts
 
-    @override
-    def select(self, rows: Tensor) -> Official:
-        return self
+    def __iter__(self) -> Iterator[str]:
+        return (f"{path}/part/{i}" for path in self.rows for i in range(self.parts))
 
-    @override
-    def permutation(self, n: int) -> Tensor:
-        assert self.orders is not None
-        return self.orders
-
-    def next(self) -> tuple[Tensor, Tensor]:
-        """Uniform (N, S), and normal (N, S, K, D)."""
-        uniform, normal = self.draws.pop(0), self.draws.pop(0)
-        return uniform[..., 0].T, normal[:, :, 0].transpose(0, 1)
-
-    @override
-    def uniform(self, *tail: int, draws: int | None = None) -> Tensor:
-        if not tail and len(self.last):
-            chosen, self.last = self.last, torch.empty(0)
-            return chosen
-        u, self.normals = self.next()
-        if tail:  # guided: `made` are the conditional and the unconditional mixture
-            assert u.shape[1] == tail[0]
-            self.k, self.last = self.made[-2].component(u), self.draws.pop(0)[:, 0]
+    def __getitem__(self, name: str) -> Tensor:
+        path, _, asked = name.partition("/part/")
+        part, _, what = asked.partition("/")
+        step, n = self.rows[path]
+        self.left.discard((path, int(part)))
+        draw = self.draws[step * self.parts + int(part)]
+        u, normal = draw.uniform[n], draw.normal[n]  # (S,), (S, K, D)
+        S = torch.arange(len(u))
+        guided = self.made[-2:-1]  # the conditional mixture, where the unconditional one was made after it
+        if what == "choice/uniform" and draw.choice is not None:
+            return draw.choice[n]
+        if what == "candidates/component/uniform":
             return u
-        if u.shape[1] > 1:  # a scale that a schedule brought to 1: any of its candidates is as good as another
-            index = (self.draws.pop(0) * u.shape[1]).long()  # (N, 1)
-            u, normals = u.gather(1, index), self.normals
-            self.normals = normals[torch.arange(len(u)), index[:, 0]][:, None]
-        self.k = self.made[-1].component(u)
-        return u[:, 0]
+        if what == "candidates/value/normal":
+            return normal[S, guided[0].component(draw.uniform)[n]]
+        # A scale that a schedule brought to 1: any of its candidates is as good as another.
+        chosen = 0 if draw.choice is None else int(draw.choice[n] * len(u))
+        if what == "component/uniform":
+            return u[chosen]
+        if what == "value/normal":
+            return normal[chosen, self.made[-1].component(draw.uniform)[n, chosen]]
+        raise KeyError(name)
 
-    @override
-    def normal(self, *tail: int, draws: int | None = None) -> Tensor:
-        D = self.normals.shape[-1]
-        chosen = self.normals.gather(2, self.k[..., None, None].expand(-1, -1, 1, D))[:, :, 0]  # (N, S, D)
-        return chosen if len(tail) == 2 else chosen[:, 0]
+
+class Draw(NamedTuple):
+    """What the official code draws for a feature of N tokens."""
+
+    uniform: Tensor  # (N, S)
+    normal: Tensor  # (N, S, K, D)
+    choice: Tensor | None  # (N,)
+
+
+def draws_of(file: dict[str, Tensor]) -> list[Draw]:
+    """The draws of a file, feature by feature."""
+    found, result = [file[name] for name in sorted(file) if re.match(r"draw\d+_", name)], []
+    while found:
+        uniform, normal = found.pop(0)[..., 0].T, found.pop(0)[:, :, 0].transpose(0, 1)
+        result.append(Draw(uniform, normal, found.pop(0)[:, 0] if uniform.shape[1] > 1 else None))
+    return result
 
 
 def candidates(file: dict[str, Tensor]) -> int:
@@ -229,12 +240,14 @@ def test_samples_of_the_head(case: str, path: Path, naive: bool, monkeypatch: py
     temperature = warmth_of(path, file, schedule, head.parts)
     monkeypatch.setattr(leaf, "CANDIDATES", candidates(file))
     N = len(z) if cfg == 1 else len(z) // 2
-    noise, parameters = Official(file, head), []
-    head.head.final.register_forward_hook(lambda _, __, made: parameters.append(made))  # type: ignore[union-attr]
+    draws, parameters = Official(file, head, [[str(n) for n in range(N)]]), []
+    head.model.head.final.register_forward_hook(lambda _, __, made: parameters.append(made))  # type: ignore[union-attr]
     options = {} if cfg == 1 else {"guidance_mode": "resample"}
+    plan = head.plan(head.options(feature_schedule=schedule, **options))
     null = None if cfg == 1 else z[N:]
-    drawn = head.sample(z[:N], noise, null, cfg, temperature, feature_schedule=schedule, naive=naive, **options)
-    assert not noise.draws and not len(noise.last)
+    sample = head.sample_naive if naive else head.sample
+    drawn = sample(z[:N], ReplayKeys(draws, N), plan, null, Guidance.of(cfg, N, "cpu"), temperature)
+    assert not draws.left
     close(drawn, file["sample"][:N], SAMPLES)
     for i in range(head.parts):  # the conditional half, which is all that a scale of 1 looks at
         close(parameters.pop(0), file["pred"][:N, i], PARAMETERS)
@@ -247,33 +260,47 @@ def test_samples_of_the_head(case: str, path: Path, naive: bool, monkeypatch: py
 def test_temperatures_and_candidates(case: str, path: Path) -> None:
     """The schedule, the candidates and both their log-densities, by feature, from the file's own parameters."""
     head, file = head_of(case), load_file(path)
-    assert isinstance(head.head, Mixture)
+    assert isinstance(head.model.head, Mixture)
     cfg, schedule = (
         float(named(path, "cfg", r"cfg([\d.]+)", "1")),
         named(path, "bilevel_schedule", r"(linear|cosine)", "constant"),
     )
     temperature = warmth_of(path, file, schedule, head.parts)
     N = len(file["z"]) if cfg == 1 else len(file["z"]) // 2
-    draws = [file[name] for name in sorted(file) if re.match(r"draw\d+_", name)]
-    for i in range(head.parts):
-        prefix = f"feat{i:02d}"
-        warmth = scheduled(schedule, temperature, i + 1, head.parts)
+    for i, draw in enumerate(draws_of(file)):
+        prefix, g = f"feat{i:02d}", head.split.spec.dim
+        assert g is not None
+        warmth = max(0.0, 1 + scheduled(schedule, i + 1, head.parts) * (temperature - 1))
         close(torch.tensor(warmth), file[f"{prefix}_temperature"].float(), 1e-6)
         flat = file["pred"][:, i]
-        made = leaf.unpacked(flat, head.head.components, head.part_dim)
+        made = leaf.unpacked(flat, head.model.head.components, g)
         cond, null = made.select(slice(0, N)), made.select(slice(N, None))
-        u, normal = draws.pop(0)[..., 0].T, draws.pop(0)[:, :, 0].transpose(0, 1)
-        k = cond.component(u)
-        eps = normal.gather(2, k[..., None, None].expand(-1, -1, 1, head.part_dim))[:, :, 0]
+        u, k = draw.uniform, cond.component(draw.uniform)
+        eps = draw.normal.gather(2, k[..., None, None].expand(-1, -1, 1, g))[:, :, 0]
         x = cond.sample(u, eps, warmth)  # (N, S, g)
         close(x, file[f"{prefix}_candidates"][:, :, 0].transpose(0, 1), SAMPLES)
         if cfg != 1:
-            draws.pop(0)
             close(cond.log_prob(x), file[f"{prefix}_ll_cond"][..., 0].T, NLL)
             close(null.log_prob(x), file[f"{prefix}_ll_uncond"][..., 0].T, NLL)
 
 
 # --- the whole model ----------------------------------------------------------------------------------------------
+
+
+def orders_of(file: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The order of each image, as our draw."""
+    return {f"{b}/order/permutation": order.long() for b, order in enumerate(file["orders"])}
+
+
+def drawn_together(orders: Tensor, steps: int) -> list[list[str]]:
+    """The paths of the tokens that each step draws, row by row; orders (B, L), of which the last are drawn first."""
+    B, L = orders.shape
+    left, result = L, []
+    for step in range(steps):
+        before, left = left, unknown_after(step, steps, L, left)
+        places = orders[:, left:before].sort(dim=1).values
+        result.append([f"{b}/token/{p}" for b in range(B) for p in places[b].tolist()])
+    return result
 
 
 @pytest.mark.parametrize("case", [case for case, _ in MODELS])
@@ -288,15 +315,14 @@ def test_model(case: str) -> None:
     labels = file["labels"].long()
     condition = model.condition(labels, B)
     index = (~mask).nonzero()[:, 1].view(B, -1)
-    backbone: Any = model.backbone
-    close(backbone.encode(condition, tokens, index, None), file["enc"], PARAMETERS)
-    z = model.backbone.z(model.backbone.start(condition, B), tokens, ~mask, torch.ones_like(mask))
+    close(model.backbone.encode(condition, tokens, index, None)[0], file["enc"], PARAMETERS)
+    z = model.backbone.z(condition, tokens, ~mask, torch.ones_like(mask))
     close(z.view(B, L, -1), file["z"], PARAMETERS)
 
     masked = int(mask[0].sum())
     once = next(u for n in range(4096) if math.ceil(L * mask_ratio(u := n / 4096, low=0.7)) == masked)
-    noise = ReplayNoise(once=[once], permutation=[file["orders"].long()])
-    loss = model.loss(tokens, labels, noise).mean - D * CONSTANT
+    draws = orders_of(file) | {"step/ratio/uniform": torch.tensor(once)}
+    loss = model(tokens, labels, ReplayKeys(draws, B), ReplayKeys(draws, ["step"])).mean - D * CONSTANT
     close(loss, file["loss"], NLL)
 
 
@@ -312,22 +338,29 @@ def test_samples_of_the_model(case: str, path: Path, monkeypatch: pytest.MonkeyP
     )
     steps = len([name for name in file if re.fullmatch(r"step\d+_out", name)])
     latent, orders = file["tokens"], file["orders"].long()
-    options: dict[str, Any] = {"steps": steps, "guidance_scale": cfg, "guidance_schedule": schedule}
-    if cfg != 1:
-        options["guidance_mode"] = "resample"
+    settings = Settings(
+        num_inference_steps=steps,
+        guidance_scale=cfg,
+        guidance_schedule=schedule,
+        head_options={} if cfg == 1 else {"guidance_mode": "resample"},
+    )
     labels = file["labels"].long()
     for fast in (False, True):
         model = tiny_model(case)[1]
         assert isinstance(model.head, Nested)
-        p = round(math.sqrt(latent.shape[2] * latent.shape[3] / model.tokens))
-        noise = Official(file, model.head, orders)
+        B, p = len(labels), round(math.sqrt(latent.shape[2] * latent.shape[3] / model.tokens))
+        draws = Official(file, model.head, drawn_together(orders, steps))
+        keys = ReplayKeys(ChainMap(draws, orders_of(file)), B)  # type: ignore[arg-type]
         seen: list[tuple[Tensor, Tensor]] = []
         inner = model.head.sample
 
-        def watched(z: Tensor, noise: Noise, null: Tensor | None, scale: Tensor, *more: Any, **rest: Any) -> Tensor:
-            out = inner(z, noise, null, scale, *more, **rest)  # noqa: B023
+        def watched(
+            z: Tensor, keys: Keys, plan: Any, null: Tensor | None, guidance: Guidance | None, *rest: Any
+        ) -> Any:
+            out = inner(z, keys, plan, null, guidance, *rest)  # noqa: B023
             both = z if cfg == 1 or null is None else torch.cat([z, null])
             step = len(seen)  # noqa: B023
+            scale = torch.ones(len(z)) if guidance is None else guidance.scale
             close(scale, file[f"step{step}_cfg"].float().expand_as(scale), 1e-6)
             close(both, file[f"step{step}_z"], PARAMETERS)
             close(out, file[f"step{step}_out"][: len(out)], SAMPLES, relative=True)
@@ -335,12 +368,13 @@ def test_samples_of_the_model(case: str, path: Path, monkeypatch: pytest.MonkeyP
             return out
 
         monkeypatch.setattr(model.head, "sample", watched)
+        both = model.condition(labels, B), model.null(B)
         if fast:
-            *_, last = masked_steps(model, labels, noise, **options)
+            *_, last = model.steps(*both, keys, settings)
             tokens = last.tokens
         else:
-            tokens = model.sample(labels, noise, **options)
-        assert len(seen) == steps and not noise.draws
+            tokens = model.sample(*both, keys, settings)
+        assert len(seen) == steps and not draws.left
         close(unpatchify(tokens, p, latent.shape[2] // p, latent.shape[3] // p), latent, SAMPLES, relative=True)
 
 

@@ -17,16 +17,17 @@ import pytest
 import torch
 from helpers import golden
 from safetensors.torch import load_file
-from seriatim.models.captions import Captions
 from torch import Tensor
 
 from seriatim.checkpoints.llamagen import CLASSES, llamagen_tensors, model_from_llamagen, official_name
 from seriatim.checkpoints.official import OfficialFile
-from seriatim.core.random import Noise
+from seriatim.conditions.base import Condition
+from seriatim.conditions.captions import CaptionEmbedder, Captions
+from seriatim.core.keys import Keys
+from seriatim.core.settings import Settings
 from seriatim.heads.categorical import filtered
 from seriatim.models.build import build_model, parameter_count
-from seriatim.models.causal_model import CausalModel, Condition
-from seriatim.sampling.sequential import causal_steps
+from seriatim.models.causal_model import CausalModel
 from seriatim.zoo import PRESETS
 
 FOLDER = golden("llamagen")
@@ -56,13 +57,16 @@ class Case:
         official = OfficialFile(path, weights, {"dropout_p": 0.0})
         self.codes = self.file["in.idx"].long()  # (B, L)
         self.model = model_from_llamagen(official, tokens=self.codes.shape[1], heads=int(config["n_head"]))
-        self.null = self.model.captions.none(len(self.codes), self.captions()) if self.model.captions else None
+        B = len(self.codes)
+        self.condition = self.model.condition(self.inputs, B)
+        self.null = self.model.null(B, like=self.condition)
 
     def captions(self) -> Captions | None:
         """Features (B, T, F) and their mask, whatever the file calls them."""
-        if self.model.captions is None:
+        embedder = self.model.conditioner
+        if not isinstance(embedder, CaptionEmbedder):
             return None
-        B, T, F = len(self.codes), self.model.captions.tokens, self.model.captions.dim
+        B, T, F = len(self.codes), embedder.count, embedder.dim
         S = T + self.model.tokens - 1
         inputs = {name: tensor for name, tensor in self.file.items() if name.startswith("in.")}
         features = [t for t in inputs.values() if t.shape == (B, T, F)]
@@ -75,14 +79,15 @@ class Case:
         return Captions(features[0].float(), masks[0])
 
     @property
-    def labels(self) -> Condition:
-        return self.captions() if self.model.captions else self.file["in.cls"].long()
+    def inputs(self) -> Any:
+        """Labels or captions."""
+        captions = self.captions()
+        return self.file["in.cls"].long() if captions is None else captions
 
-    def logits(self, labels: Condition) -> Tensor:
+    def logits(self, condition: Condition) -> Tensor:
         """In one pass: (B, L, V)."""
-        condition, _, valid = self.model.conditions(labels, len(self.codes))
-        z = self.model.backbone.sequence(condition, self.codes, valid=valid)
-        return self.model.head.logits(z)  # type: ignore[operator]
+        z = self.model.backbone.sequence(condition, self.codes)
+        return self.model.head.logits(z)  # type: ignore[operator, no-any-return]
 
 
 def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
@@ -98,7 +103,7 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 @torch.no_grad()
 def test_logits_in_one_pass(path: Path) -> None:
     case = Case(path)
-    close(case.logits(case.labels), case.file["out.train_logits"], LOGITS)
+    close(case.logits(case.condition), case.file["out.train_logits"], LOGITS)
     if "out.train_logits_null" in case.file:
         close(case.logits(case.null), case.file["out.train_logits_null"], LOGITS)
 
@@ -108,11 +113,9 @@ def test_logits_in_one_pass(path: Path) -> None:
 def test_logits_with_a_cache(path: Path) -> None:
     """Rows with the condition, then rows without, teacher-forced."""
     case = Case(path)
-    condition, null, valid = case.model.conditions(case.labels, len(case.codes))
-    both = torch.cat([condition, null])
-    state = case.model.backbone.start(both, len(both), valid=None if valid is None else torch.cat([valid, valid]))
+    state = case.model.backbone.start(case.condition.join(case.null))
     codes = case.codes.repeat(2, 1)
-    z = [case.model.backbone.step(state, codes[:, i - 1] if i else None) for i in range(codes.shape[1])]
+    z = [case.model.backbone.step(state, codes[:, i - 1 : i] if i else None)[:, 0] for i in range(codes.shape[1])]
     ours = case.model.head.logits(torch.stack(z, dim=1))  # type: ignore[operator]
     close(ours, case.file["out.cached_logits"], LOGITS)
 
@@ -124,15 +127,14 @@ def test_loss_and_gradients(path: Path) -> None:
     weight = case.file.get("in.valid", torch.ones(len(case.codes))).flatten()
     assert weight.shape == (len(case.codes),) and bool(((weight == 0) | (weight == 1)).all()), weight
     some = weight.nonzero()[:, 0]  # the rest have no share in the loss
-    labels: Any = case.labels
-    labels = Captions(labels.features[some], labels.valid[some]) if case.model.captions else labels[some]
+    inputs = case.inputs.select(some) if isinstance(case.inputs, Captions) else case.inputs[some]
     case.model.requires_grad_(True)
-    loss = case.model.eval().loss(case.codes[some], labels, Noise.shared(0, len(some))).mean
+    loss = case.model.eval()(case.codes[some], inputs).mean
     assert float(loss.detach()) == pytest.approx(float(case.file["out.train_loss"]), rel=1e-5)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     ours = {official_name(name): parameter.grad for name, parameter in case.model.named_parameters()}
     if case.model.classes:
-        parts = (case.model.class_embedding, case.model.no_class)
+        parts = (case.model.conditioner.class_embedding, case.model.conditioner.no_class)
         ours[CLASSES] = torch.cat([torch.zeros_like(p) if p.grad is None else p.grad for p in parts])
     theirs = {name[5:]: tensor for name, tensor in case.file.items() if name.startswith("grad.")}
     assert theirs
@@ -161,9 +163,9 @@ def test_greedy_codes(path: Path, name: str) -> None:
     if found[2]:
         options |= {"guidance_schedule": "interval", "guidance_interval": (0.0, (int(found[2]) + 2) / L)}
     theirs = case.file[name].long()
-    noise = range(len(theirs))
-    assert torch.equal(case.model.sample(case.labels, Noise.per_image(noise), **options), theirs)
-    *_, last = causal_steps(case.model, case.labels, Noise.per_image(noise), **options)
+    both, keys, settings = (case.condition, case.null), Keys.of_seeds(range(len(theirs))), Settings(**options)
+    assert torch.equal(case.model.sample(*both, keys, settings), theirs)
+    *_, last = case.model.steps(*both, keys, settings)
     assert torch.equal(last.tokens, theirs)
 
 
@@ -204,7 +206,7 @@ def test_presets_have_the_official_tensors(path: Path) -> None:
     assert isinstance(model, CausalModel)
     ours = {name: tuple(tensor.shape) for name, tensor in llamagen_tensors(model).items()}
     assert ours == expected
-    null = 0 if model.captions is None else model.captions.null.numel()
+    null = sum(buffer.numel() for name, buffer in model.named_buffers() if name == "conditioner.no_caption")
     assert parameter_count(model) == sum(math.prod(shape) for shape in expected.values()) - null
 
 
@@ -213,5 +215,5 @@ def test_a_fresh_model_finds_every_code_as_likely() -> None:
     model = build_model(
         {**PRESETS["llamagen-b"].model, "width": 64, "depth": 1, "heads": 2, "tokens": 4, "grid": [2, 2]}
     )
-    loss = model.loss(torch.randint(16384, (1, 4)), torch.tensor([3]), Noise.shared(0, 1)).mean
+    loss = model(torch.randint(16384, (1, 4)), torch.tensor([3])).mean
     assert float(loss.detach()) == pytest.approx(9.704, abs=1e-3)

@@ -22,15 +22,17 @@ from torch import Tensor
 
 from seriatim.checkpoints.mar import infer, mar_tensors, model_from_mar, official_name
 from seriatim.checkpoints.official import OfficialFile, squeezed
-from seriatim.core.random import ReplayNoise
+from seriatim.conditions.base import Condition
+from seriatim.core.keys import ReplayKeys
 from seriatim.core.schedules import guidance_at, mask_ratio, unknown_after
+from seriatim.core.settings import Settings
+from seriatim.heads.base import Guidance
 from seriatim.heads.ddpm import full_chain, respaced
 from seriatim.heads.diffusion import Diffusion, log_variance, predict_x0, variational_bound
 from seriatim.models.build import build_model, parameter_count
 from seriatim.models.masked_model import MaskedModel
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.nn.position import sinusoid
-from seriatim.sampling.parallel import masked_steps
 from seriatim.training.optim import parameter_groups
 from seriatim.zoo import PRESETS
 
@@ -60,11 +62,9 @@ def model_of(case: str) -> MaskedModel:
     sizes = infer(weights, str(found[0]))
     sides = zip(("encoder", "decoder"), sizes["width"], strict=True)
     heads = tuple(config.get(f"{side}_num_heads", width // 16) for side, width in sides)
-    arguments: dict[str, Any] = {k: config[k] for k in ("diffusion_batch_mul", "proj_dropout") if k in config}
+    arguments = {k: config[k] for k in ("diffusion_batch_mul", "proj_dropout") if k in config}
     file = OfficialFile(found[0], weights, {"proj_dropout": 0.0, **arguments})
-    model = model_from_mar(file, heads=(heads[0], heads[1]))
-    assert isinstance(model, MaskedModel)
-    return model
+    return model_from_mar(file, heads=(heads[0], heads[1]))
 
 
 def patch_of(case: str, images: Tensor, tokens: int) -> int:
@@ -115,19 +115,18 @@ def test_backbone(case: str, path: Path) -> None:
     tokens, known, labels = file["patchified"], ~file["mask"].bool(), file["labels"].long()
     B, L = known.shape
     condition = model.condition(labels, B)
-    close(condition, file["class_embedding"], 0.0)
+    close(condition.vectors[:, 0], file["class_embedding"], 0.0)
     index = known.nonzero()[:, 1].view(B, -1)
-    backbone: Any = model.backbone
-    close(backbone.encode(condition, tokens, index, None), file["encoder_out"], NETWORK)
+    close(model.backbone.encode(condition, tokens, index, None)[0], file["encoder_out"], NETWORK)
     everywhere = torch.ones_like(known)
-    z = model.backbone.z(model.backbone.start(condition, B), tokens, known, everywhere)
+    z = model.backbone.z(condition, tokens, known, everywhere)
     close(z.view(B, L, -1), file["z"], NETWORK)
     if "z_allmasked_uncond" in file:
         nothing = model.condition(None, B)
         empty = index[:, :0]
-        encoded = backbone.encode(nothing, torch.zeros_like(tokens), empty, None)
+        encoded, _ = model.backbone.encode(nothing, torch.zeros_like(tokens), empty, None)
         close(encoded, file["encoder_out_allmasked_uncond"], NETWORK)
-        z = model.backbone.z(model.backbone.start(nothing, B), torch.zeros_like(tokens), ~everywhere, everywhere)
+        z = model.backbone.z(nothing, torch.zeros_like(tokens), ~everywhere, everywhere)
         close(z.view(B, L, -1), file["z_allmasked_uncond"], NETWORK)
 
 
@@ -153,7 +152,7 @@ def test_head(case: str, path: Path) -> None:
 
 
 def training_step(case: str, path: Path) -> tuple[dict[str, Tensor], MaskedModel, Tensor]:
-    """The official training step replayed through `MaskedModel.loss`: the file, the model, its loss."""
+    """The official training step replayed through `MaskedModel.forward`: the file, the model, its loss."""
     file, model = load_file(path), model_of(case).train()
     mask, tokens = file["mask"].bool(), file["patchified"]
     B, L, D = tokens.shape
@@ -167,13 +166,14 @@ def training_step(case: str, path: Path) -> tuple[dict[str, Tensor], MaskedModel
         u for u in between if math.ceil(L * mask_ratio(u, std=model.mask_ratio_std, low=model.min_mask_ratio)) == masked
     )
     rows = mask.flatten().nonzero()[:, 0]  # ours draws for masked tokens alone, the official code for all
-    noise = ReplayNoise(
-        uniform=[file["train_label_drop_uniform"]],
-        once=[once],
-        permutation=[file["orders"].long()],
-        integers=[file["train_t"].view(M, B * L)[:, rows]],
-        normal=[file["train_noise"].view(M, B * L, D)[:, rows]],
-    )
+    t, eps = file["train_t"].view(M, B, L), file["train_noise"].view(M, B, L, D)
+    draws = {"step/ratio/uniform": torch.tensor(once)}
+    for b, p in mask.nonzero().tolist():
+        draws[f"{b}/token/{p}/t/integers"], draws[f"{b}/token/{p}/eps/normal"] = t[:, b, p], eps[:, b, p]
+    for b in range(B):
+        draws[f"{b}/drop/uniform"] = file["train_label_drop_uniform"][b]
+        draws[f"{b}/order/permutation"] = file["orders"][b].long()
+    keys, step = ReplayKeys(draws, B), ReplayKeys(draws, ["step"])
     terms: dict[str, Tensor] = {}
     inner = model.head.loss
 
@@ -182,9 +182,9 @@ def training_step(case: str, path: Path) -> tuple[dict[str, Tensor], MaskedModel
         terms.update({"mse": result.parts["mse"], "vb": result.parts["vb"], "sum": result.sum})
         return result
 
-    model.head.loss = recorded  # type: ignore[method-assign, assignment]
-    loss = model.loss(tokens, file["labels"].long(), noise).mean
-    assert noise.exhausted()
+    model.head.loss = recorded  # type: ignore[method-assign]
+    loss = model(tokens, file["labels"].long(), keys, step).mean
+    assert set(keys.unused()) & set(step.unused()) == set()
     for ours, theirs in (("mse", "train_mse"), ("vb", "train_vb"), ("sum", "train_loss_terms")):
         expected = file[theirs].view(M, B * L)[:, rows].sum(dim=0)
         close(terms[ours].detach(), expected, LOSS, relative=True)
@@ -203,7 +203,7 @@ def test_gradients(case: str, path: Path) -> None:
     if not gradients.exists():
         pytest.skip(f"no gradients of {case}")
     _, model, loss = training_step(case, path)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     theirs = load_file(gradients)
     ours = {official_name(name): parameter for name, parameter in model.named_parameters()}
     assert ours.keys() == theirs.keys()
@@ -219,17 +219,6 @@ def test_gradients(case: str, path: Path) -> None:
 # --- sampling -----------------------------------------------------------------------------------------------------
 
 
-class Recorded(ReplayNoise):
-    """With a number of images, as the samplers ask for."""
-
-    def __init__(self, images: int, **queues: Any) -> None:
-        super().__init__(**queues)
-        self.images = images
-
-    def __len__(self) -> int:
-        return self.images
-
-
 class Run:
     """A recorded run of the official sampler, and what it was asked for in our words."""
 
@@ -241,28 +230,41 @@ class Run:
         conditional = settings.get("conditional", "True") == "True"
         self.labels = self.file["labels"].long() if conditional else None
         self.scale = float(settings["cfg"])
-        self.options: dict[str, Any] = {
-            "steps": self.steps,
-            "guidance_scale": self.scale if conditional else 1.0,  # without labels there is nothing to guide
-            "guidance_schedule": settings["cfg_schedule"],
-            "temperature": float(settings["temperature"]),
-        }
         timesteps = sorted(self.file["timesteps"].tolist())
         count = settings["num_sampling_steps"]
         # The published start multiplies rounding errors by thousands: values reach 2e4 and are compared relatively.
         self.official = count.isdigit() and timesteps == respaced(int(count), 999).timesteps.tolist()
         published = {"num_diffusion_steps": len(timesteps), "start_timestep": 999}
-        self.head: dict[str, Any] = published if self.official else {"timesteps": timesteps}
+        self.settings = Settings(
+            num_inference_steps=self.steps,
+            guidance_scale=self.scale if conditional else 1.0,  # without labels there is nothing to guide
+            guidance_schedule=settings["cfg_schedule"],
+            temperature=float(settings["temperature"]),
+            head_options=published if self.official else {"timesteps": timesteps},
+        )
 
     def part(self, step: int) -> dict[str, Tensor]:
         begin = f"iter{step:02d}."
         return {name.removeprefix(begin): tensor for name, tensor in self.file.items() if name.startswith(begin)}
 
-    def noise(self, *steps: int) -> Recorded:
-        """The numbers drawn in these steps: the start, then one draw for each reverse step; of the first half only."""
-        parts = [self.part(step) for step in steps]
-        normal = [torch.cat([p["init_noise"][None], p["noise"][:, : len(p["init_noise"])]]) for p in parts]
-        return Recorded(self.images, normal=normal, permutation=[self.file["orders"].long()])
+    def drawn(self, step: int) -> Tensor:
+        """Which tokens a step draws: (B, L)."""
+        masked = self.part(step)["mask_in"].bool()
+        return masked if step + 1 == self.steps else masked & ~self.part(step + 1)["mask_in"].bool()
+
+    def keys(self, *steps: int) -> ReplayKeys:
+        """The numbers drawn in these steps: each token's start, and then one draw for each reverse step.
+
+        With guidance the official code draws for a second half of rows too, which it does not use.
+        """
+        draws = {f"{b}/order/permutation": order.long() for b, order in enumerate(self.file["orders"])}
+        for step in steps:
+            part = self.part(step)
+            N = len(part["init_noise"])
+            normal = torch.cat([part["init_noise"][None], part["noise"][:, :N]]).transpose(0, 1)  # (N, T+1, D)
+            for (b, p), noise in zip(self.drawn(step).nonzero().tolist(), normal, strict=True):
+                draws[f"{b}/token/{p}/noise/normal"] = noise
+        return ReplayKeys(draws, self.images)
 
 
 @each_sample
@@ -272,19 +274,20 @@ def test_whole_sampling_runs(case: str, path: Path) -> None:
     run, model = Run(path), model_of(case)
     latent = run.file["out_latent"]
     p = patch_of(case, latent, model.tokens)
+    both = model.condition(run.labels, run.images), model.null(run.images)
 
     def as_latent(tokens: Tensor) -> Tensor:
         return unpatchify(tokens, p, latent.shape[2] // p, latent.shape[3] // p)
 
-    naive = model.sample(run.labels, run.noise(*range(run.steps)), **run.options, **run.head)
+    naive = model.sample(*both, run.keys(*range(run.steps)), run.settings)
     close(as_latent(naive), latent, SAMPLING, run.official)
-    replay = run.noise(*range(run.steps))
-    for step in masked_steps(model, run.labels, replay, **run.options, **run.head):
+    replay = run.keys(*range(run.steps))
+    for step in model.steps(*both, replay, run.settings):
         if step.index + 1 < run.steps:
             following = run.part(step.index + 1)
             assert torch.equal(~step.known, following["mask_in"].bool())
             close(step.tokens, following["tokens_in"], SAMPLING, run.official)
-    assert replay.exhausted()
+    assert not replay.unused()
     close(as_latent(step.tokens), latent, SAMPLING, run.official)
 
 
@@ -293,7 +296,8 @@ def test_whole_sampling_runs(case: str, path: Path) -> None:
 def test_each_step_of_a_run(case: str, path: Path) -> None:
     """From the tokens that the official step began with: how many it draws, its guidance, z, what the head draws."""
     run, model = Run(path), model_of(case)
-    conditions = [model.condition(run.labels, run.images), model.condition(None, run.images)]
+    conditions: list[Condition] = [model.condition(run.labels, run.images), model.null(run.images)]
+    plan = model.head.plan(model.head.options(**run.settings.head_options))
     masked = torch.ones(run.images, model.tokens, dtype=torch.bool)
     for step in range(run.steps):
         part = run.part(step)
@@ -301,15 +305,18 @@ def test_each_step_of_a_run(case: str, path: Path) -> None:
         left = unknown_after(step, run.steps, model.tokens, int(masked[0].sum()))
         after = torch.zeros_like(masked).scatter(1, run.file["orders"][:, :left].long(), True)
         ask, known, masked = masked & ~after, ~masked, after
-        guidance = guidance_at(run.options["guidance_schedule"], run.scale, left, model.tokens)
-        assert guidance == pytest.approx(part["cfg_iter"].item(), abs=1e-6)
+        assert torch.equal(ask, run.drawn(step))
+        scale = guidance_at(run.settings.guidance_schedule, run.scale, left, model.tokens)
+        assert scale == pytest.approx(part["cfg_iter"].item(), abs=1e-6)
         N = len(part["init_noise"])
-        halves = [model.backbone.start(condition, run.images) for condition in conditions[: len(part["z"]) // N]]
+        halves = conditions[: len(part["z"]) // N]
         z = torch.cat([model.backbone.z(half, part["tokens_in"], known, ask) for half in halves])
         close(z, part["z"], NETWORK, run.official)
-        guided: dict[str, Any] = {"z_null": part["z"][N:], "guidance": guidance} if len(halves) > 1 else {}
-        temperature = run.options["temperature"]
-        drawn = model.head.sample(part["z"][:N], run.noise(step), temperature=temperature, **guided, **run.head)
+        guidance = Guidance.of(scale, N, "cpu") if len(halves) > 1 else None
+        z_null = part["z"][N:] if guidance is not None else None
+        rows, places = ask.nonzero().unbind(1)
+        keys = run.keys(step).fold("token").select(rows).fold(places)
+        drawn = model.head.sample(part["z"][:N], keys, plan, z_null, guidance, run.settings.temperature)
         close(drawn, part["sampled"][:N], SAMPLING, run.official)
 
 
