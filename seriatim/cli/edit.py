@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,33 +74,30 @@ def edit(
     taken = [file for file in (out / "grid.png", *sorted(out.glob("0*.png"))) if file.exists()]
     if taken and not overwrite:
         raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
+    settings: dict[str, Any] = {
+        "num_images_per_label": num_images_per_label,
+        "guidance_scale": guidance_scale,
+        "guidance_schedule": guidance_schedule,
+        "guidance_interval": guidance_interval,
+        "guidance_power": guidance_power,
+        "num_inference_steps": num_inference_steps,
+        "token_schedule": token_schedule,
+        "min_tokens": min_tokens,
+        "order": order_or_positions(order),
+        "choice_temperature": choice_temperature,
+        "num_diffusion_steps": num_diffusion_steps,
+        "num_diffusion_steps_last": num_diffusion_steps_last,
+        "solver": solver,
+        "start_timestep": start_timestep,
+        "feature_schedule": feature_schedule,
+        "guidance_mode": guidance_mode,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
     with drawing_with(pipe, threads):
-        result = pipe.edit(
-            picture,
-            mask=white,
-            class_labels=label or [None],
-            batch_size=batch_size,
-            num_images_per_label=num_images_per_label,
-            guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule,
-            guidance_interval=guidance_interval,
-            guidance_power=guidance_power,
-            num_inference_steps=num_inference_steps,
-            token_schedule=token_schedule,
-            min_tokens=min_tokens,
-            order=order_or_positions(order),
-            choice_temperature=choice_temperature,
-            num_diffusion_steps=num_diffusion_steps,
-            num_diffusion_steps_last=num_diffusion_steps_last,
-            solver=solver,
-            start_timestep=start_timestep,
-            feature_schedule=feature_schedule,
-            guidance_mode=guidance_mode,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        )
+        result = pipe.edit(picture, mask=white, class_labels=label or [None], batch_size=batch_size, **settings)
     out = writable_folder(out)
     files = result.save(out)
     shown = [picture, white.convert(picture.mode), *result.images]

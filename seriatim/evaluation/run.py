@@ -162,7 +162,9 @@ def evaluate(
     if neighbours and reference is not None:
 
         def again(images: Sequence[int]) -> Tensor:
-            return eight_bits(pipe(request=request_for(pipe, request, images), output_type="pt").images)
+            return eight_bits(
+                pipe(request=request_for(pipe, request, images), output_type="pt", progress=False).images * 2 - 1
+            )
 
         path = folder / NEIGHBOURS
         rows = nearest_picture(path.with_suffix(".png"), drawn_vectors, reference, vectors[0], again, neighbours)
@@ -309,8 +311,8 @@ def drawn(pipe: Pipeline, request: SampleRequest, batch_size: int | None, block:
     size = batch_size or max(1, BATCH_TOKENS // pipe.model.tokens)
     for first in range(block.start, block.stop, size):
         some = range(first, min(first + size, block.stop))
-        result = pipe(request=request_for(pipe, request, some), batch_size=size, output_type="pt")
-        yield eight_bits(result.images)
+        result = pipe(request=request_for(pipe, request, some), batch_size=size, output_type="pt", progress=False)
+        yield eight_bits(result.images * 2 - 1)
 
 
 # --- a row for people ---------------------------------------------------------------------------------------------

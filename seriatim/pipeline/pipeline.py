@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from PIL import Image
@@ -21,9 +21,11 @@ from seriatim.core.device import pick_device, pick_dtype, plain_torch
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.keys import Keys
 from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
+from seriatim.core.progress import Progress
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import plain
 from seriatim.nn.packed import prepare
+from seriatim.pipeline.arguments import SettingsArgs
 from seriatim.pipeline.editing import (
     as_images,
     broadcast,
@@ -35,7 +37,7 @@ from seriatim.pipeline.editing import (
 )
 from seriatim.pipeline.metadata import versions
 from seriatim.pipeline.request import Label, SampleRequest, fitted, resolved, seeds_of
-from seriatim.pipeline.result import Result, arrays_of, as_pil, check_output, converted, finite
+from seriatim.pipeline.result import Result, arrays_of, as_pil, check_output, converted, finite, gathered
 from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.base import to_uint8
 
@@ -119,9 +121,9 @@ class Pipeline:
         if settings.get("guidance_schedule", defaults.get("guidance_schedule")) != defaults.get("guidance_schedule"):
             for option in GUIDANCE_OPTIONS.values():  # these belong to the schedule that the call replaces
                 defaults.pop(option, None)
-        labels = settings.get("class_labels", defaults.get("class_labels"))
+        labels = settings.get("class_labels", defaults.get("class_labels"))  # None: one image of no class
         if labels is None:
-            settings["class_labels"] = tuple(range(self.model.classes)) or (None,)
+            settings["class_labels"] = (None,)
         elif isinstance(labels, (str, int, float)):
             settings["class_labels"] = (labels,)
         settings.setdefault("seed", secrets.randbits(32))
@@ -181,11 +183,12 @@ class Pipeline:
 
     def stream(
         self,
+        class_labels: Any = None,
         *,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         request: SampleRequest | None = None,
-        **settings: Any,
+        **settings: Unpack[SettingsArgs],
     ) -> Iterator[Step]:
         """Yield a `Step` after every step over the images; `step.preview()` decodes it. Close it to cancel.
 
@@ -193,7 +196,10 @@ class Pipeline:
         stands in for `seed`: a seed for each image is drawn from it. Otherwise arguments are those of a
         `SampleRequest`.
         """
-        return self._steps(self._resolve(generator, request, settings), batch_size)
+        given: dict[str, Any] = dict(settings)
+        if class_labels is not None:
+            given["class_labels"] = class_labels
+        return self._steps(self._resolve(generator, request, given), batch_size)
 
     def _resolve(
         self,
@@ -241,26 +247,38 @@ class Pipeline:
 
     def __call__(
         self,
+        class_labels: Any = None,
         *,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         request: SampleRequest | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
-        **settings: Any,
+        progress: bool = True,
+        **settings: Unpack[SettingsArgs],
     ) -> Result:
-        """Draw images. Arguments are those of a `SampleRequest`, diffusers' names where it has them.
+        """Draw images: `pipe([3, 8])` draws one of each class, `pipe()` one image of no class.
 
-        `output_type` is "pil", "np" (uint8), "pt" (float in [-1, 1]) or "latent" (tokens). What is no picture comes
-        as the tokenizer's decode() gives it: a tensor with "pt", an array otherwise.
+        The settings are those of a `SampleRequest`, with diffusers' names where it has them; options of the head
+        (`num_diffusion_steps`, `top_k`, ...) may be given beside them. `output_type` is "pil"; "np", (B, H, W, c)
+        float32 in [0, 1]; "pt", (B, c, H, W) float32 in [0, 1]; or "tokens", the model's tokens (B, L, D). What is no
+        picture comes as the tokenizer's decode() gives it: a tensor with "pt", an array otherwise.
+
         `callback_on_step_end(pipeline, index, total, {"tokens", "known"})` is called after each step; "tokens" in the
-        mapping that it may return replace the known ones, and sampling goes on from those.
+        mapping that it may return replace the known ones, and sampling goes on from those. Whatever lasts more than two
+        seconds shows a progress bar on standard error, unless `progress` is False.
+
+        Raises UsageError, one line, where a setting is not allowed or would have no effect, and NumericsError where the
+        sampled tokens are not finite.
         """
         check_output(output_type)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise UsageError(f"callback_on_step_end: {callback_on_step_end!r} is not allowed; give a function")
-        request = self._resolve(generator, request, settings)
-        return self._result(request, self._steps(request, batch_size), output_type, callback_on_step_end)
+        check_callback(callback_on_step_end)
+        given: dict[str, Any] = dict(settings)
+        if class_labels is not None:
+            given["class_labels"] = class_labels
+        request = self._resolve(generator, request, given)
+        steps = self._steps(request, batch_size)
+        return self._result(request, steps, output_type, callback_on_step_end, progress=progress)
 
     def _result(
         self,
@@ -270,36 +288,40 @@ class Pipeline:
         callback_on_step_end: StepCallback | None = None,
         keep: tuple[Tensor, Tensor] | None = None,  # pixels (B, H, W, c) uint8, and where (B, H, W) others replace them
         edited: bool = False,  # the request alone does not make these images
+        progress: bool = True,
     ) -> Result:
-        """Run the steps, decode the last of each batch."""
+        """Run the steps; decode each batch when it is finished, so that pictures leave the device batch by batch."""
+        pictures: list[Any] = []
         finished: list[Tensor] = []
-        last: Step | None = None
-        for step in steps:
-            if callback_on_step_end is not None:
-                values = {"tokens": step.tokens, "known": step.known}
-                returned = callback_on_step_end(self, step.index, step.total, values)
-                other = replacement(returned, self.model, len(step.images))
-                if other is not None:
-                    edited = True
-                    step.replace(other)
-            if last is not None and last.images != step.images:
-                finished.append(last.tokens)
-            last = step
-        assert last is not None, "a request has at least one image and one step"
-        finished.append(last.tokens)
+        with Progress(request.num_images, "sampling", "images", quiet=not progress) as bar:
+            for step in steps:
+                if callback_on_step_end is not None:
+                    values = {"tokens": step.tokens, "known": step.known}
+                    returned = callback_on_step_end(self, step.index, step.total, values)
+                    other = replacement(returned, self.model, len(step.images))
+                    if other is not None:
+                        edited = True
+                        step.replace(other)
+                if step.last:
+                    some = slice(step.images.start, step.images.stop)
+                    finished.append(step.tokens.cpu())
+                    if output_type != "tokens":
+                        back = None if keep is None else (keep[0][some], keep[1][some])
+                        pictures.append(self._output(step.tokens, output_type, back))
+                bar.advance(len(step.images) if step.last else 0, f"step {step.index + 1} of {step.total}")
         tokens = torch.cat(finished)  # (B, L, D)
         names = [self.label_name(label) for label in request.image_labels()]
-        images: Any = tokens
-        if output_type != "latent":
-            images = torch.cat([self._decode(some) for some in finished])  # (B, c, H, W)
-            images = converted(images, output_type, keep) if self.tokenizer.pictures else arrays_of(images, output_type)
+        images = tokens if output_type == "tokens" else gathered(pictures)
         made = versions(self.device, self.dtype)
-        sha = self.bundle.sha256
-        return Result(images, names, request.image_seeds(), request, tokens, sha, made, edited, keep)
+        return Result(images, names, request.image_seeds(), request, tokens, self.bundle.sha256, made, edited, keep)
+
+    def _output(self, tokens: Tensor, output_type: str, keep: tuple[Tensor, Tensor] | None) -> Any:
+        """What a caller gets of the tokens of one batch."""
+        decoded = self._decode(tokens)
+        return converted(decoded, output_type, keep) if self.tokenizer.pictures else arrays_of(decoded, output_type)
 
     # --- editing --------------------------------------------------------------------------------------------------
 
-    @plain_torch()
     def edit(
         self,
         image: Any,
@@ -309,16 +331,43 @@ class Pipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
-        **settings: Any,
+        callback_on_step_end: StepCallback | None = None,
+        progress: bool = True,
+        **settings: Unpack[SettingsArgs],
     ) -> Result:
         """Repaint where `mask` is white: inpaint, outpaint inside the frame, or change the class of a region.
 
         `image`: one picture or several, of the model's size: PIL, arrays (B, H, W, c) uint8, tensors (B, c, H, W) in
         [-1, 1]. `mask`: one for all or one for each: PIL, or (H, W), (B, H, W) arrays. `class_labels`: one for all or
         one for each; None is no class. Several labels for one picture make several pictures. A token with a white pixel
-        is redrawn; all other tokens stay bitwise equal, and black pixels stay exactly as they were.
+        is redrawn; all other tokens stay bitwise equal, and black pixels stay exactly as they were. The other arguments
+        are those of a call.
         """
         check_output(output_type)
+        check_callback(callback_on_step_end)
+        request, start, keep = self._edit(image, mask, class_labels, generator, dict(settings))
+        steps = self._steps(request, batch_size, start)
+        return self._result(request, steps, output_type, callback_on_step_end, keep, edited=True, progress=progress)
+
+    def stream_edit(
+        self,
+        image: Any,
+        *,
+        mask: Any,
+        class_labels: Any = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        **settings: Unpack[SettingsArgs],
+    ) -> Iterator[Step]:
+        """The steps of an edit, as `stream` yields those of a request; previews show the model's pixels everywhere."""
+        request, start, _ = self._edit(image, mask, class_labels, generator, dict(settings))
+        return self._steps(request, batch_size, start)
+
+    @plain_torch()
+    def _edit(
+        self, image: Any, mask: Any, class_labels: Any, generator: Any, settings: dict[str, Any]
+    ) -> tuple[SampleRequest, Start, tuple[Tensor, Tensor]]:
+        """The request of an edit, the tokens it begins from, and the pixels that are put back at the end."""
         originals = as_images(image, self.tokenizer)  # (n, H, W, c)
         labels = tuple(class_labels) if isinstance(class_labels, (list, tuple)) else (class_labels,)
         count = broadcast(originals, labels)
@@ -329,15 +378,9 @@ class Pipeline:
         white = pixel_mask(mask, self.tokenizer.size, count).repeat_interleave(each, dim=0)  # (B, H, W)
         originals = originals.repeat_interleave(each, dim=0)  # (B, H, W, c)
         floats = originals.permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
-        tokens = self.tokenizer.tokens(self.tokenizer.moments(floats))  # (B, L, D), the mode
-        start = Start(tokens, ~token_mask(white, self.tokenizer))
-        return self._result(
-            request,
-            self._steps(request, batch_size, start),
-            output_type,
-            keep=(originals, white),
-            edited=True,
-        )
+        with self.sampling():
+            tokens = self.tokenizer.tokens(self.tokenizer.moments(floats))  # (B, L, D), the mode
+        return request, Start(tokens, ~token_mask(white, self.tokenizer)), (originals, white)
 
     def regenerate(
         self,
@@ -347,13 +390,17 @@ class Pipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
-        **settings: Any,
+        callback_on_step_end: StepCallback | None = None,
+        progress: bool = True,
+        **settings: Unpack[SettingsArgs],
     ) -> Result:
         """Redraw chosen tokens of a result: indices, or a bool mask (L,) or (B, L). The others stay bitwise equal.
 
-        Settings are those of the result's request but for the seed, unless given.
+        Settings are those of the result's request but for the seed, unless given. The other arguments are those of a
+        call.
         """
         check_output(output_type)
+        check_callback(callback_on_step_end)
         count, L = result.tokens.shape[:2]
         redraw = chosen_tokens(tokens, count, L)
         given = {k: plain(v) for k, v in settings.items() if v is not None}
@@ -363,15 +410,15 @@ class Pipeline:
         if request.num_images != count:
             raise UsageError(f"class_labels: the request is for {request.num_images} images, the result has {count}")
         keep = None
-        if result.kept is not None:  # of an edited picture: what was kept still is, but for the tokens redrawn
+        if result.kept is not None:  # what an edited picture kept still is kept, but for the tokens redrawn
             originals, white = result.kept
             keep = (originals, white | token_pixels(redraw, self.tokenizer))
         steps = self._steps(request, batch_size, Start(result.tokens, ~redraw))
-        return self._result(request, steps, output_type, keep=keep, edited=True)
+        return self._result(request, steps, output_type, callback_on_step_end, keep, edited=True, progress=progress)
 
-    @plain_torch()
     def _decode(self, tokens: Tensor, known: Tensor | None = None) -> Tensor:
-        return finite(self.tokenizer.look(tokens.to(self.device), known))
+        with self.sampling():
+            return finite(self.tokenizer.look(tokens.to(self.device), known))
 
     def _pil(self, tokens: Tensor, known: Tensor | None = None) -> list[Image.Image]:
         if not self.tokenizer.pictures:
@@ -383,6 +430,11 @@ class Pipeline:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write a model folder that `load` takes back."""
         return save_bundle(self.bundle, Path(folder))
+
+
+def check_callback(callback: Any) -> None:
+    if callback is not None and not callable(callback):
+        raise UsageError(f"callback_on_step_end: {callback!r} is not allowed; give a function")
 
 
 # --- loading ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from seriatim.pipeline.metadata import Recorded, alone, chunk, pixels_sha256
 from seriatim.pipeline.request import SampleRequest
 from seriatim.tokenizers.base import to_uint8
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
 SAMPLES, SAYS = "samples.npy", "samples.json"  # of what is no picture
 
 
@@ -27,8 +27,8 @@ SAMPLES, SAYS = "samples.npy", "samples.json"  # of what is no picture
 class Result:
     """Images in the order of the labels, and their tokens."""
 
-    images: Any  # list of PIL images; or (B, H, W, c) uint8; or (B, c, H, W) in [-1, 1]; or tokens (B, L, D)
-    # ... of what is no picture: (B, L, D) in its own units, or codes (B, L)
+    images: Any  # a list of PIL images; (B, H, W, c) or (B, c, H, W) in [0, 1]; or tokens (B, L, D)
+    # What is no picture: (B, L, D) in its own units, or codes (B, L)
     labels: list[str | None]  # the class of each image, by name
     seeds: list[int]  # of each image
     request: SampleRequest
@@ -105,15 +105,26 @@ def save_array(array: Any, path: Path | str) -> Path:
 
 
 def converted(pictures: Tensor, output_type: str, keep: tuple[Tensor, Tensor] | None) -> Any:
-    """Pictures (B, c, H, W) in [-1, 1] as what a call was asked for; `keep`: what an edit puts back, and where not."""
+    """Decoded pictures (B, c, H, W) in [-1, 1] as a call was asked for, off the device; the values are diffusers'.
+
+    "pil": a list; "np": (B, H, W, c) float32 in [0, 1]; "pt": (B, c, H, W) float32 in [0, 1], not rounded to 8 bits
+    unless an edit puts pixels back. `keep`: the pixels that an edit puts back, and where others replace them.
+    """
     if keep is None and output_type == "pt":
-        return pictures
+        return ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
     arrays = to_uint8(pictures)  # (B, H, W, c)
     if keep is not None:
         arrays = composite(arrays, *keep)
     if output_type == "pt":
-        return (arrays.permute(0, 3, 1, 2).float() / 127.5 - 1).to(pictures.device)
-    return arrays.numpy() if output_type == "np" else as_pil(arrays)
+        return arrays.permute(0, 3, 1, 2).float() / 255
+    return arrays.numpy().astype(np.float32) / 255 if output_type == "np" else as_pil(arrays)
+
+
+def gathered(parts: list[Any]) -> Any:
+    """The pictures of all batches: lists, arrays or tensors put one after another."""
+    if isinstance(parts[0], list):
+        return [image for part in parts for image in part]
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else np.concatenate(parts)
 
 
 def finite(images: Tensor) -> Tensor:

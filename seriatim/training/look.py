@@ -15,15 +15,15 @@ IMAGES, COLUMNS = 32, 8
 SIDE = 32  # small images are enlarged to about this in a grid
 
 
-def draw_samples(bundle: Bundle, folder: Path, seen: int, device: str, seed: int) -> Path:
+def draw_samples(bundle: Bundle, folder: Path, seen: int, seed: int) -> Path:
     """Write `folder/<images seen>.png`: the same seeds and classes every time; then the timeline.
 
     Of sequences that are no pictures, `folder/<seen>.npy`.
     """
-    pipe = Pipeline(bundle, device=device)
+    pipe = Pipeline(bundle)  # where the averaged weights are
     classes = pipe.model.classes
     labels = [i % classes for i in range(IMAGES)] if classes else [None] * IMAGES
-    result = pipe(class_labels=labels, seed=seed)
+    result = pipe(labels, seed=seed, progress=False)
     if not pipe.tokenizer.pictures:
         return save_array(result.images, folder / f"{seen:012d}.npy")
     path = save_png(grid(result.images, COLUMNS, side=SIDE), folder / f"{seen:012d}.png")

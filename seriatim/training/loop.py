@@ -184,7 +184,7 @@ def train(
                     run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
                     logged, waited = now, loader.waited
                 if crossed(before, run.seen, settings.sample_images):
-                    draw_samples(bundle(), out / "samples", run.seen, str(where), recipe.seed)
+                    draw_samples(bundle(), out / "samples", run.seen, recipe.seed)
                 due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
                 if due and not stop.requested:
                     save_checkpoint()

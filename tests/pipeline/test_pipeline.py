@@ -14,7 +14,8 @@ from PIL import Image
 import seriatim
 from seriatim.checkpoints.native import Bundle
 from seriatim.core.errors import CheckpointError, UsageError
-from seriatim.core.random import Noise, derive_seed
+from seriatim.core.keys import Keys
+from seriatim.core.random import derive_seed
 from seriatim.pipeline.pipeline import Pipeline, load
 from seriatim.pipeline.request import SampleRequest
 from seriatim.tokenizers.base import to_uint8
@@ -33,7 +34,8 @@ def test_a_call(pipe: Pipeline) -> None:
     assert result.seeds == [derive_seed(7, i) for i in range(4)]
     assert result.request.guidance_scale == 1.5, "the model's own default"
     assert pipe(class_labels="dog", seed=1).labels == ["dog"]
-    assert pipe(seed=1).labels == ["cat", "dog", "horse"], "every class, unless told"
+    assert pipe([2, "cat"], seed=1).labels == ["horse", "cat"], "labels come first, so they need no name"
+    assert pipe(seed=1).labels == [None], "without labels one image of no class, not one of each"
     assert pipe(class_labels=[None], seed=1).labels == [None]
     assert pipe(class_labels=np.array([2, 1]), seed=1).labels == ["horse", "dog"]
 
@@ -94,11 +96,13 @@ def test_a_schedule_of_the_call_replaces_that_of_the_model_with_its_settings(bun
 def test_output_types(pipe: Pipeline) -> None:
     options: dict[str, Any] = {"class_labels": [0, 1], "seed": 3}
     pil, array = pipe(**options).images, pipe(**options, output_type="np").images
-    tensor, latent = pipe(**options, output_type="pt").images, pipe(**options, output_type="latent").images
-    assert array.shape == (2, 8, 8, 1) and array.dtype == np.uint8
-    assert np.array_equal(np.asarray(pil[1]), array[1, ..., 0])
-    assert torch.equal(to_uint8(tensor), torch.from_numpy(array))
-    assert latent.shape == (2, 16, 4)
+    tensor, tokens = pipe(**options, output_type="pt").images, pipe(**options, output_type="tokens").images
+    assert array.shape == (2, 8, 8, 1) and array.dtype == np.float32
+    assert 0 <= array.min() <= array.max() <= 1, "diffusers' range"
+    assert np.array_equal(np.asarray(pil[1]), np.round(array[1, ..., 0] * 255))
+    assert tensor.shape == (2, 1, 8, 8) and 0 <= float(tensor.min()) <= float(tensor.max()) <= 1
+    assert torch.equal(to_uint8(tensor * 2 - 1), torch.from_numpy(np.round(array * 255)).to(torch.uint8))
+    assert tokens.shape == (2, 16, 4)
     with pytest.raises(UsageError, match="output_type: 'pill' is not known; did you mean 'pil'"):
         pipe(**options, output_type="pill")
 
@@ -151,7 +155,10 @@ def test_generators_stand_in_for_seeds(pipe: Pipeline) -> None:
         ({"num_diffusion_steps_last": 0}, "num_diffusion_steps_last"),
         ({"order": [0, 1, 2]}, "order: 3 positions given for 16 tokens; name each position from 0 to 15 once"),
         ({"order": [0, *range(15)]}, "order: position 0 is given twice"),
-        ({"order": [[*range(16)]] * 2 + [[16, *range(15)]]}, "order[2]: position 16 is out of range"),
+        (
+            {"class_labels": [0, 1, 2], "order": [[*range(16)]] * 2 + [[16, *range(15)]]},
+            "order[2]: position 16 is out of range",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(pipe: Pipeline, settings: dict[str, Any], words: str) -> None:
@@ -211,8 +218,10 @@ def test_scalars_of_numpy_and_torch_are_numbers(pipe: Pipeline) -> None:
 
 def test_a_request_of_ones_own_is_checked_like_a_call(pipe: Pipeline) -> None:
     with pytest.warns(UserWarning, match="64 is more than the model's 16 tokens") as caught:
-        result = pipe(request=SampleRequest(class_labels=(1,), num_diffusion_steps=2))
+        options = {"num_diffusion_steps": 2}
+        result = pipe(request=SampleRequest(class_labels=(1,), num_inference_steps=64, head_options=options))
     assert result.request.num_inference_steps == 16
+    assert pipe(request=SampleRequest(head_options=options)).request.num_inference_steps == 16, "nobody asked for 64"
     assert caught[0].filename == __file__, "the warning points to the caller"
     with pytest.raises(UsageError, match="out of range"):
         pipe(request=SampleRequest(class_labels=(9,), num_inference_steps=2))
@@ -224,16 +233,17 @@ def test_solver_and_annealing_reach_the_head(pipe: Pipeline, bundle: Bundle) -> 
     options: dict[str, Any] = {"class_labels": [0, 1], "seed": 3, "num_inference_steps": 4, "guidance_scale": 2.0}
     for extra in ({"solver": "dpm++"}, {"solver": "ddim", "num_diffusion_steps_last": 2}):
         result = pipe(**options, **extra)
-        noise = Noise.per_image(result.seeds)
-        naive: dict[str, Any] = {"steps": 4, "guidance_scale": 2.0, "num_diffusion_steps": 6, **extra}
-        expected = bundle.model.sample(torch.tensor([0, 1]), noise, **naive)
+        model, keys = bundle.model, Keys.of_seeds(result.seeds)
+        condition = model.condition(torch.tensor([0, 1]), 2)
+        expected = model.sample(condition, model.null(2, condition), keys, result.request)
+        assert result.request.head_options["num_diffusion_steps"] == 6, "the model's default"
         assert torch.allclose(result.tokens, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_no_solver_is_the_heads_own(pipe: Pipeline) -> None:
     options: dict[str, Any] = {"class_labels": [0], "seed": 3, "num_inference_steps": 3}
     own = pipe(**options)
-    assert own.request.solver is None, "another head has another default"
+    assert "solver" not in own.request.head_options, "another head has another default"
     assert torch.equal(own.tokens, pipe(**options, solver="ddpm").tokens)
 
 
@@ -248,3 +258,84 @@ def test_a_callback_may_replace_tokens(pipe: Pipeline) -> None:
 
     assert not pipe(class_labels=[0], seed=1, callback_on_step_end=zeros).tokens.any()
     assert pipe(class_labels=[0], seed=1, callback_on_step_end=lambda *_: None).tokens.any()
+
+
+def test_pictures_are_decoded_batch_by_batch(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    decode = pipe.tokenizer.look
+    monkeypatch.setattr(pipe.tokenizer, "look", lambda *a: events.append(f"decode {len(a[0])}") or decode(*a))
+
+    def watch(*_: object) -> None:
+        events.append("step")
+
+    options: dict[str, Any] = {"num_images_per_label": 5, "seed": 1, "num_inference_steps": 2}
+    result = pipe(["cat"], batch_size=2, callback_on_step_end=watch, **options)
+    assert events == ["step", "step", "decode 2"] * 2 + ["step", "step", "decode 1"]
+    whole = pipe(["cat"], **options)
+    assert [a.tobytes() for a in result.images] == [b.tobytes() for b in whole.images]
+
+
+def test_a_pipeline_leaves_a_callers_model_as_it_was(bundle: Bundle) -> None:
+    """A preview inside a training loop: label dropout and dropout go on, and the weights stay where they are."""
+    model = bundle.model.train()
+    model.head.eval()
+    modes = [part.training for part in model.modules()]
+    where = [p.data_ptr() for p in model.parameters()]
+    pipe = Pipeline(bundle)
+    *_, last = pipe.stream(["cat"], seed=1, num_inference_steps=2)
+    for _ in pipe.stream(["cat"], seed=1, num_inference_steps=2):
+        assert [part.training for part in model.modules()] == modes, "between steps too"
+    last.preview()
+    pipe(["cat"], seed=1, num_inference_steps=2)
+    picture = pipe(["cat"], seed=1, num_inference_steps=2).images[0]
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[:4] = True
+    pipe.edit(picture, mask=mask, seed=1, num_inference_steps=2)
+    with pytest.raises(UsageError):
+        pipe(["cat"], guidance_scale=-1.0)
+    assert [part.training for part in model.modules()] == modes
+    assert [p.data_ptr() for p in model.parameters()] == where
+    assert all(p.requires_grad for p in model.parameters())
+    model(torch.randn(2, 16, 4), torch.tensor([0, 1])).mean.backward()
+
+
+def test_weights_written_between_two_calls_are_seen(bundle: Bundle) -> None:
+    pipe, options = Pipeline(bundle), {"seed": 1, "num_inference_steps": 2}
+    before = pipe(["cat"], **options)  # type: ignore[arg-type]
+    for parameter in bundle.model.parameters():
+        parameter.data.mul_(1.5)  # which torch does not count as a write
+    after = pipe(["cat"], **options)  # type: ignore[arg-type]
+    fresh = Pipeline(Bundle(bundle.model, bundle.tokenizer, bundle.class_names, bundle.sampling))
+    assert not torch.equal(before.tokens, after.tokens)
+    assert torch.equal(after.tokens, fresh(["cat"], **options).tokens)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"top_k": 5}, "top_k: the Diffusion head has no such option"),
+        ({"choice_temperature": 2.0}, "choice_temperature: would have no effect"),
+        ({"guidance_power": 2.0}, "guidance_power"),
+        ({"head_options": {"churn": 0.5}}, "churn: the Diffusion head has no such option"),
+    ],
+)
+def test_a_given_setting_without_effect_is_refused(pipe: Pipeline, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        pipe(["cat"], **settings)
+    assert words in str(caught.value)
+
+
+def test_an_edit_streams_and_takes_a_callback(pipe: Pipeline) -> None:
+    picture = pipe(["cat"], seed=1, num_inference_steps=2).images[0]
+    mask = np.zeros((8, 8), dtype=bool)
+    mask[:4] = True
+    steps = list(pipe.stream_edit(picture, mask=mask, class_labels=["dog"], seed=3, num_inference_steps=3))
+    assert len(steps) == 3 and bool(steps[-1].known.all()) and not bool(steps[0].known.all())
+    seen: list[int] = []
+
+    def watch(_: Pipeline, index: int, *rest: object) -> None:
+        seen.append(index if rest else -1)
+
+    options: dict[str, Any] = {"mask": mask, "class_labels": ["dog"], "seed": 3, "num_inference_steps": 3}
+    result = pipe.edit(picture, callback_on_step_end=watch, **options)
+    assert seen == [0, 1, 2] and torch.equal(result.tokens, steps[-1].tokens)
