@@ -1,5 +1,7 @@
 """The fixtures in tests/fixtures/numerics: what version 0.1 computed on small models, and how a case is read.
 
+Version 0.1 wrote them, so they are not made again: later versions must compute the same from the same draws.
+
 A case is a model, one training step and some sampling runs. Every random number of a run is stored under a path, which
 says for what it was drawn and not when. Its last two words are a name and the kind of draw:
 
@@ -23,14 +25,12 @@ In a file, all draws whose paths differ in their numbers alone are one tensor, b
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent / "fixtures" / "numerics"
@@ -128,34 +128,6 @@ def load_case(path: Path) -> Case:
     return Case(path.stem, meta["config"], weights, read, samplings)
 
 
-def save_case(case: Case, folder: Path) -> None:
-    """Write FOLDER/<name>.safetensors; the two shared files are the business of the generator."""
-    t = case.training
-    training: dict[str, Any] = {
-        "tokens": t.tokens,
-        "labels": t.labels,
-        "captions": t.captions,
-        "loss": t.loss,
-        "z": t.z,
-        "rows": t.rows,
-        "places": t.places,
-        "sums": t.sums,
-        "counts": t.counts,
-    }
-    training |= {f"parts|{name}": value for name, value in t.parts.items()}
-    training |= {f"gradients|{name}": value for name, value in t.gradients.items()}
-    training |= {f"draws|{name}": value for name, value in packed(t.draws).items()}
-    flat = {f"training|{name}": value for name, value in training.items()}
-    for run, s in case.samplings.items():
-        found: dict[str, Any] = {"labels": s.labels, "captions": s.captions, "tokens": s.tokens, "known": s.known}
-        found |= {"result": s.result} | {f"draws|{name}": value for name, value in packed(s.draws).items()}
-        flat |= {f"{run}|{name}": value for name, value in found.items()}
-    for name in [name for name, value in flat.items() if isinstance(value, tuple)]:
-        flat[f"{name}|features"], flat[f"{name}|valid"] = flat.pop(name)
-    tensors = {name: value.detach().clone().contiguous() for name, value in flat.items() if value is not None}
-    save_file(tensors, folder / f"{case.name}.safetensors")
-
-
 def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those whose names begin with the prefix, without it."""
     begin = f"{prefix}|"
@@ -167,26 +139,11 @@ def captions_of(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     return (found["features"], found["valid"]) if found else None
 
 
-# --- packing ------------------------------------------------------------------------------------------------------
-
-
-def packed(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`pattern@shape` -> all draws of this pattern and shape; with `@numbers` behind it, the numbers of their paths."""
-    groups: dict[str, list[tuple[list[int], Tensor]]] = {}
-    for path, value in draws.items():
-        numbers = [int(word) for word in path.split("/") if word.isdigit()]
-        pattern = re.sub(r"(?<![^/])\d+(?![^/])", "*", path)
-        groups.setdefault(f"{pattern}@{'x'.join(map(str, value.shape))}", []).append((numbers, value))
-    result = {}
-    for name, members in groups.items():
-        values = torch.stack([value for _, value in members])
-        result[name] = values if values.is_floating_point() else values.to(torch.int16)
-        result[f"{name}@numbers"] = torch.tensor([numbers for numbers, _ in members], dtype=torch.uint8)
-    return result
-
-
 def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `packed`: path -> draw."""
+    """Draws as they are stored -> path -> draw.
+
+    `pattern@shape` holds all draws of this pattern and shape; with `@numbers` behind it, the numbers of their paths.
+    """
     return dict(each_draw(tensors))
 
 

@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numerics_cases import FOLDER, Case, load_case, names, packed, runs, unpacked
-from numerics_noise import Player, built, sampled, trained
+from numerics_cases import FOLDER, Case, load_case, names, runs
+from numerics_replay import Draws, built, now_called, sampled, stepped, trained
 from torch import Tensor
 
+from seriatim.checkpoints.renames import renamed
 from seriatim.core.keys import ReplayKeys
 
 TRAINING, GRADIENT, SAMPLING = 1e-6, 1e-5, 1e-5  # the last of values up to 1, and relative beyond
@@ -31,8 +32,8 @@ HEAD = {  # name of a draw -> its shape, after the token's path and the places o
         r"component/uniform": "",
         r"value/normal": "g",
         r"product/uniform": "",
-        r"candidates/uniform": "S",
-        r"candidates/normal": "S g",
+        r"candidates/component/uniform": "S",
+        r"candidates/value/normal": "S g",
         r"choice/uniform": "",
         r"code/uniform": "",
         r"bin/uniform": "g",
@@ -61,10 +62,10 @@ def close(ours: Tensor, expected: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("name", names())
 def test_a_training_step(name: str) -> None:
     case = case_of(name)
-    expected, player = case.training, Player(case.training.draws)
+    expected, draws = case.training, Draws(case.training.draws)
     model = built(case)
-    made = trained(model, expected, player)
-    assert not player.left, f"draws that nobody asked for: {sorted(player.left)[:3]}"
+    made = trained(model, expected, draws)
+    assert not draws.unused(), f"draws that nobody asked for: {draws.unused()[:3]}"
     close(made.loss, expected.loss, TRAINING)
     assert made.parts.keys() == expected.parts.keys()
     for part, value in expected.parts.items():
@@ -73,9 +74,10 @@ def test_a_training_step(name: str) -> None:
     close(made.sums, expected.sums, SAMPLING)
     assert torch.equal(made.counts, expected.counts)
     assert torch.equal(made.rows, expected.rows) and torch.equal(made.places, expected.places)
-    assert expected.gradients.keys() == dict(model.named_parameters()).keys() == made.gradients.keys()
-    largest = max(float(gradient.norm()) for gradient in expected.gradients.values())
-    for parameter, gradient in expected.gradients.items():
+    gradients = renamed(expected.gradients, 1)
+    assert gradients.keys() == dict(model.named_parameters()).keys() == made.gradients.keys()
+    largest = max(float(gradient.norm()) for gradient in gradients.values())
+    for parameter, gradient in gradients.items():
         bound = GRADIENT * max(float(gradient.norm()), 1e-4 * largest)  # where all is near 0, rounding is what is left
         assert float((made.gradients[parameter] - gradient).norm()) <= bound, parameter
 
@@ -84,10 +86,13 @@ def test_a_training_step(name: str) -> None:
 def test_a_sampling_run(name: str, run: str) -> None:
     case = case_of(name)
     of = case.samplings[run]
-    player = Player(of.draws)
-    drawn = sampled(built(case), of, player)
-    assert not player.left, f"draws that nobody asked for: {sorted(player.left)[:3]}"
+    draws, model = Draws(of.draws), built(case)
+    drawn = sampled(model, of, draws)
+    assert not draws.unused(), f"draws that nobody asked for: {draws.unused()[:3]}"
     close(drawn, of.result, SAMPLING)
+    *_, last = stepped(model, of, Draws(of.draws))
+    assert bool(last.known.all())
+    close(last.tokens, of.result, SAMPLING)
     if of.known is not None:
         assert of.tokens is not None and torch.equal(drawn[of.known], of.tokens[of.known])
         assert len(set(of.known.sum(dim=1).tolist())) == 3, "images begin from different numbers of tokens"
@@ -97,7 +102,7 @@ def test_a_sampling_run(name: str, run: str) -> None:
 def test_guidance_has_a_say_in_the_fixtures(head: str) -> None:
     case = case_of(f"random-{head}")
     of = case.samplings["guided"]
-    other = sampled(built(case), replace(of, settings=of.settings | {"guidance_scale": 1.5}), Player(of.draws))
+    other = sampled(built(case), replace(of, settings=of.settings | {"guidance_scale": 1.5}), Draws(of.draws))
     assert not torch.equal(other, of.result)
 
 
@@ -110,10 +115,12 @@ def test_every_draw_has_a_name_of_the_table_and_its_shape(name: str) -> None:
     L = case.config["tokens"]
     for when, draws in [("training", case.training.draws), *(("sampling", s.draws) for s in case.samplings.values())]:
         assert draws or name.startswith("raster") or name.startswith("adaln")
-        parts = r"(part/\d/)*" if case.config["head"]["kind"] == "nested" else ""
-        for path, value in draws.items():
+        parts = {"training": r"(part/token/\d/)*", "sampling": r"(part/\d/)*"}
+        if case.config["head"]["kind"] != "nested":
+            parts = dict.fromkeys(parts, "")
+        for path, value in now_called(draws).items():
             known = {rf"{path}": shape for path, shape in IMAGE[when].items()}
-            known |= {rf"\d/token/\d/(step/\d/)?{parts}{path}": shape for path, shape in HEAD[when].items()}
+            known |= {rf"\d/token/\d/(step/\d/)?{parts[when]}{path}": shape for path, shape in HEAD[when].items()}
             found = [shape for pattern, shape in known.items() if re.fullmatch(pattern, path)]
             assert len(found) == 1, path
             sizes = {"L": str(L), "S": "20", "M": r"\d", "T": r"\d", "g": r"\d"}
@@ -153,7 +160,7 @@ def test_other_draws_of_a_token_give_another_token_there(name: str, run: str) ->
             continue
         moved = torch.zeros(of.result.shape[:2], dtype=torch.bool)
         for by in (1, 2, 3):
-            other = sampled(model, replace(of, draws={}), Player(with_other(of.draws, begin, by)))
+            other = sampled(model, of, Draws(with_other(of.draws, begin, by)))
             differs = other != of.result
             moved |= differs if differs.ndim == 2 else differs.any(dim=2)
             if bool(moved[image, place]):
@@ -167,10 +174,11 @@ def test_other_draws_of_a_token_give_another_token_there(name: str, run: str) ->
 def test_other_draws_of_a_token_give_another_loss_of_that_token(name: str) -> None:
     case = case_of(name)
     of, model, rows = case.training, built(case), range(0, len(case.training.rows), 4)
+    before = trained(model, of, Draws(of.draws)).sums
     for row in rows:
         begin = f"{int(of.rows[row])}/token/{int(of.places[row])}/"
         draws = {p: v + 1 if p.startswith(begin) and "eps" in p else v for p, v in of.draws.items()}
-        moved = trained(model, of, Player(draws)).sums != of.sums
+        moved = trained(model, of, Draws(draws)).sums != before
         assert moved.nonzero()[:, 0].tolist() == [row]
 
 
@@ -182,7 +190,8 @@ def test_a_row_of_the_loss_is_the_token_that_it_says(name: str) -> None:
     tokens = of.tokens.clone()
     at = int(of.rows[row]), int(of.places[row])
     tokens[at] = (tokens[at] + 3) % 16
-    moved = trained(model, replace(of, tokens=tokens), Player(of.draws)).sums != of.sums
+    before = trained(model, of, Draws(of.draws)).sums
+    moved = trained(model, replace(of, tokens=tokens), Draws(of.draws)).sums != before
     assert bool(moved[row])
     assert not bool(moved[of.rows != at[0]].any())
     if name.startswith("masked"):  # a token asked for is seen by nobody
@@ -195,15 +204,18 @@ def test_parts_are_counted_as_they_are_drawn() -> None:
     of, model, last = case.samplings["free"], built(case), case.config["tokens"] - 1
     for part, features in ((0, [2, 3]), (1, [0, 1])):
         draws = with_other(of.draws, f"0/token/{last}/part/{part}/", 1)
-        moved = sampled(model, of, Player(draws))[0, last] != of.result[0, last]
+        moved = sampled(model, of, Draws(draws))[0, last] != of.result[0, last]
         assert bool(moved[features].all()) and (part == 0 or not bool(moved[[2, 3]].any()))
 
 
-class Lenient(Player):
+class Lenient(dict[str, Tensor]):
     """Where other draws make a model ask for what was never recorded, it gets one half."""
 
-    def __call__(self, path: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
-        return super().__call__(path, shape, high) if path in self.draws else torch.full(shape, 0.5)
+    def __contains__(self, path: object) -> bool:
+        return True
+
+    def __missing__(self, path: str) -> Tensor:
+        return torch.tensor(0.5)
 
 
 def test_steps_of_the_order_confidence_are_counted_from_the_first() -> None:
@@ -215,12 +227,14 @@ def test_steps_of_the_order_confidence_are_counted_from_the_first() -> None:
         chosen = {
             path: torch.tensor(1 - 2**-24) if path == f"{begin}/0/choice/uniform" else v for path, v in of.draws.items()
         }
-        player = Lenient(chosen)
-        sampled(model, of, player)
-        assert not any(path.startswith(begin) for path in set(of.draws) - player.left if "/step/0/" not in path)
+        draws = Draws(chosen)
+        draws.draws = Lenient(chosen)
+        sampled(model, of, draws)
+        asked = set(of.draws) - set(draws.unused())
+        assert not any(path.startswith(begin) for path in asked if "/step/0/" not in path)
         if f"{begin}/{last}/code/uniform" in of.draws:
             others = [
-                sampled(model, of, Player(with_other(of.draws, f"{begin}/{last}/code", by))) != of.result
+                sampled(model, of, Draws(with_other(of.draws, f"{begin}/{last}/code", by))) != of.result
                 for by in (1, 2, 3)
             ]
             moved = torch.stack(others).any(dim=0)
@@ -238,21 +252,6 @@ def test_keys_replay_the_draws_by_their_paths() -> None:
     assert t.shape == (len(of.rows), 2) and eps.shape == (len(of.rows), 2, 4)
     assert keys.fold("drop").uniform().shape == (3,)
     assert len(keys.unused()) == 1, "the ratio, which another object was asked for"
-
-
-def test_packing_loses_nothing() -> None:
-    draws = {
-        "step/ratio/uniform": torch.tensor(0.25),
-        "0/order/permutation": torch.arange(9),
-        "1/token/3/t/integers": torch.tensor([999, 0]),
-        "1/token/4/t/integers": torch.tensor([7, 8]),
-        "1/token/4/noise/normal": torch.randn(3, 2),
-        "1/token/5/noise/normal": torch.randn(5, 2),
-        "2/token/8/step/1/part/0/part/3/bin/uniform": torch.rand(1),
-    }
-    again = unpacked(packed(draws))
-    assert again.keys() == draws.keys()
-    assert all(torch.equal(again[path], value) and again[path].dtype == value.dtype for path, value in draws.items())
 
 
 def test_there_is_a_case_of_each_kind() -> None:

@@ -144,16 +144,3 @@ def usual(layer: nn.Module) -> TypeGuard[nn.Linear]:
     kind = type(layer)
     plain = kind is nn.Linear or "as_usual" in vars(kind)
     return plain and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-
-
-def version(module: nn.Module) -> tuple[int, ...]:
-    """Changes when a weight or a buffer does, or the mode: for what is computed from these alone and kept.
-
-    What is written through `.data` doesn't show: torch counts no such writing.
-    """
-    numbers: list[int] = []
-    for tensor in (*module.parameters(), *module.buffers()):
-        numbers += (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-    for part in module.modules():
-        numbers += (int(part.training), *((id(part),) if isinstance(part, PackedLinear) else ()))
-    return tuple(numbers)

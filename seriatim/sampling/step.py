@@ -88,7 +88,7 @@ def begin(spec: TokenSpec, images: int, device: torch.device, start: Start | Non
         shape = tuple(known.shape)
         raise UsageError(f"known: {known.dtype} of shape {shape} is not allowed; give bool ({images}, {spec.count})")
     spec.check(tokens, images)
-    host = known.cpu()
+    host = known.to("cpu", copy=True)  # samplers write into it
     there = host.to(device)
     tokens = tokens.to(device, blank.dtype)
     if not bool(torch.isfinite(tokens[there]).all()):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import seriatim
 from seriatim.core import orders as o
 from seriatim.core.errors import UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 
 sides = st.integers(1, 20)
 
@@ -60,7 +60,7 @@ def test_halton_is_far_from_what_is_drawn() -> None:
         return float((torch.cdist(places, places) + 99 * torch.eye(len(cells))).min(dim=1).values.mean())
 
     spread = nearest(torch.tensor(o.halton(16, 16)[:32]))
-    drawn = Noise.per_image(range(50)).permutation(256)[:, :32]
+    drawn = Keys.of_seeds(range(50)).permutation(256)[:, :32]
     assert spread > max(nearest(cells) for cells in drawn)
 
 
@@ -83,18 +83,18 @@ def test_spiral_goes_from_neighbour_to_neighbour() -> None:
 
 def test_tokens_are_taken_from_the_end_of_a_vector() -> None:
     nothing = torch.zeros(2, 4, dtype=torch.bool)
-    noise = Noise.per_image([1, 2])
+    noise = Keys.of_seeds([1, 2])
     assert o.order_vectors([2, 0, 3, 1], noise, nothing).tolist() == [[1, 3, 0, 2]] * 2, "2, drawn first, comes last"
     each = torch.tensor([[2, 0, 3, 1], [0, 1, 2, 3]])
     assert o.order_vectors(each, noise, nothing).tolist() == [[1, 3, 0, 2], [3, 2, 1, 0]]
-    assert torch.equal(o.order_vectors(None, noise, nothing), Noise.per_image([1, 2]).permutation(4))
+    assert torch.equal(o.order_vectors(None, noise, nothing), Keys.of_seeds([1, 2]).permutation(4))
 
 
 @given(seed=st.integers(0, 99), data=st.data(), tokens=st.integers(1, 30))
 def test_known_tokens_come_last(seed: int, data: st.DataObject, tokens: int) -> None:
     known = torch.tensor([data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)) for _ in range(2)])
-    vectors = o.order_vectors(None, Noise.per_image([seed, 7]), known)
-    plain = Noise.per_image([seed, 7]).permutation(tokens)
+    vectors = o.order_vectors(None, Keys.of_seeds([seed, 7]), known)
+    plain = Keys.of_seeds([seed, 7]).permutation(tokens)
     for vector, before, is_known in zip(vectors, plain, known, strict=True):
         unknown = int((~is_known).sum())
         assert not is_known[vector[:unknown]].any()
@@ -118,7 +118,7 @@ def test_known_tokens_come_last(seed: int, data: st.DataObject, tokens: int) -> 
 )
 def test_what_is_no_order_is_named(order: Any, words: str) -> None:
     with pytest.raises(UsageError) as caught:
-        o.order_vectors(order, Noise.per_image([1, 2]), torch.zeros(2, 4, dtype=torch.bool))
+        o.order_vectors(order, Keys.of_seeds([1, 2]), torch.zeros(2, 4, dtype=torch.bool))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

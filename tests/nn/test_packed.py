@@ -15,14 +15,14 @@ from torch import nn
 import seriatim
 from seriatim.checkpoints.native import load_bundle, save_bundle
 from seriatim.core.errors import UsageError
-from seriatim.core.random import Noise
-from seriatim.heads.diffusion import Diffusion
+from seriatim.core.keys import Keys
+from seriatim.core.settings import Settings
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import parameter_count
 from seriatim.nn import packed
 from seriatim.nn.block import MLP
 from seriatim.nn.linear import Linear
-from seriatim.nn.packed import PackedLinear, packs, prepare, version
-from seriatim.sampling.parallel import masked_steps, prepare_model
+from seriatim.nn.packed import PackedLinear, packs, prepare
 
 pytestmark = pytest.mark.skipif(not packs(torch.float32), reason="this build of torch has no oneDNN products")
 
@@ -30,6 +30,11 @@ pytestmark = pytest.mark.skipif(not packs(torch.float32), reason="this build of 
 @pytest.fixture(autouse=True)
 def pack_small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "SMALLEST", 1)
+
+
+def prepare_model(model: SequenceModel, dtype: torch.dtype = torch.float32) -> None:
+    prepare(model.backbone, dtype, keep=("token_embed",))
+    prepare(model.head)
 
 
 @pytest.mark.parametrize("rows", [(1,), (2,), (7,), (2, 33), (640,)])
@@ -66,10 +71,11 @@ def test_a_packed_model_draws_the_same(dtype: torch.dtype) -> None:
     if not packs(dtype):
         pytest.skip(f"this processor has no packed products in {dtype}")
     model = make_masked()
-    options: dict[str, Any] = {"steps": 6, "num_diffusion_steps": 8, "guidance_scale": 2.0, "dtype": dtype}
+    settings = Settings(num_inference_steps=6, guidance_scale=2.0, head_options={"num_diffusion_steps": 8})
 
     def draw() -> torch.Tensor:
-        *_, last = masked_steps(model, torch.tensor([0, 2, -1]), Noise.per_image([1, 2, 3]), **options)
+        condition = model.condition(torch.tensor([0, 2, -1]), 3)
+        *_, last = model.steps(condition, model.null(3), Keys.of_seeds([1, 2, 3]), settings, dtype=dtype)
         return last.tokens
 
     plain = draw()
@@ -116,15 +122,6 @@ def test_without_the_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(mlp.fc1, nn.Linear) and mlp.fc1.weight.dtype == torch.float32
 
 
-def test_the_version_changes_with_a_weight() -> None:
-    layer = nn.Linear(4, 4)
-    before = version(layer)
-    assert before == version(layer)
-    with torch.no_grad():
-        layer.weight.add_(1)
-    assert version(layer) != before
-
-
 class Doubled(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
@@ -161,26 +158,7 @@ def test_load_without_preparing_gives_a_model_to_train(tmp_path: Path) -> None:
     plain, ready = seriatim.load(folder, device="cpu", prepare=False), seriatim.load(folder, device="cpu")
     assert isinstance(ready.model.backbone.token_embed, PackedLinear)
     tokens = torch.randn(2, 16, 4)
-    plain.model.loss(tokens, torch.tensor([0, 1])).mean.backward()
+    plain.model(tokens, torch.tensor([0, 1])).mean.backward()
     assert plain.model.backbone.get_parameter("token_embed.weight").grad is not None
     with pytest.raises(UsageError, match="prepare=False"):
-        ready.model.loss(tokens, torch.tensor([0, 1])).mean.backward()
-
-
-def test_times_are_embedded_anew_when_their_weights_change() -> None:
-    head = Diffusion(4, 16, 1, z_dim=8).eval()
-    for weight in (head.final.linear.weight, head.final.modulation.weight):
-        nn.init.normal_(weight, std=0.02)
-    z = torch.randn(3, 8)
-
-    def draw() -> torch.Tensor:
-        return head.sample(z, Noise.per_image([1, 2, 3]), num_diffusion_steps=5)
-
-    before = draw()
-    assert torch.equal(draw(), before)
-    with torch.no_grad():
-        head.time_embed[2].bias.add_(1.0)  # type: ignore[operator]
-    changed, fresh = draw(), copy.deepcopy(head)
-    fresh._times = None
-    assert not torch.equal(changed, before)
-    assert torch.equal(changed, fresh.sample(z, Noise.per_image([1, 2, 3]), num_diffusion_steps=5))
+        ready.model(tokens, torch.tensor([0, 1])).mean.backward()
