@@ -41,8 +41,8 @@ def grey(values: Any) -> Any:
     return np.asarray(values, dtype=float)[:, None].repeat(3, axis=1)
 
 
-def palette_picture(mode: str = "P") -> Image.Image:
-    picture = Image.fromarray(blocks(range(4)), "L").convert("P") if mode == "?" else Image.new("P", (SIDE, SIDE))
+def palette_picture() -> Image.Image:
+    picture = Image.new("P", (SIDE, SIDE))
     picture.putpalette(COLOURS.astype(np.uint8).tobytes())
     picture.putdata(blocks(range(4)).ravel().tolist())
     return picture
@@ -224,9 +224,9 @@ def test_sixteen_bits_of_colour_and_alpha() -> None:
         seen = np.asarray(read_image(png(16, kind, [row] * 4, 4), 3, PINK))[0]
         assert np.abs(seen - over(colours.repeat(3 // colours.shape[1], 1), ALPHAS, PINK)).max() <= 1.5
     data = encoded(raw("RGBA", np.c_[COLOURS * ALPHAS[:, None] / 255, ALPHAS]), "TIFF")
-    kind = struct.pack("<HHI", 338, 3, 1)  # ExtraSamples: 2 is alpha beside the colours, 1 alpha multiplied in
-    assert kind + b"\2\0" in data
-    data = data.replace(kind + b"\2\0", kind + b"\1\0")
+    tag = struct.pack("<HHI", 338, 3, 1)  # ExtraSamples: 2 is alpha beside the colours, 1 alpha multiplied in
+    assert tag + b"\2\0" in data
+    data = data.replace(tag + b"\2\0", tag + b"\1\0")
     assert np.abs(look(data, PINK) - over(COLOURS, ALPHAS, PINK)).max() <= 2
 
 
