@@ -95,7 +95,7 @@ for path in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
 
 
 SIDES = (1600, 1600)
-LARGE = {
+LARGE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grey16.png": ("I;16", "PNG", {}),
     "clear16.png": ("I;16", "PNG", {"transparency": 7}),
     "alpha.png": ("RGBA", "PNG", {"compress_level": 1}),
