@@ -10,9 +10,10 @@ ways. Width and depth are those of all trunks; rate, batch, images and their ord
     known   the processes of `known_density`, and its scores: three seeds, 95 % t-intervals, differences seed by seed.
             Codes are 256 k-means centres of tokens.
     cifar   class folders of small pictures, one seed: Frechet distance, precision, recall and accuracy with a
-            classifier's features, and as many real test images beside. Intervals are 95 %, of the jackknife's standard
-            error over the samples; they say nothing of other seeds. Codes are k-means centres of the same patches that
-            features are of; what decoded codes of real images are given is the floor of -ce.
+            classifier's features, and as many real test images beside. Intervals are 95 % of Student's t, of one seed
+            with the error of a jackknife of ten groups of its samples, which says nothing of other seeds. Codes are
+            k-means centres of the same patches that features are of; what decoded codes of real images are given is
+            the floor of -ce.
 
 Every training is judged on its way twice: when it has seen --images (--known-images), and when its updates have taken
 --seconds (--known-seconds) of a thread's processor time; reading images and judging don't count. The weights are

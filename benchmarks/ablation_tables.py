@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ablation_cells import COMPARED
-from known_density_tables import BUDGETS, Interval, Results, head_of, is_truth, row_of, show
+from known_density_tables import BUDGETS, Interval, Results, head_of, interval, is_truth, row_of, show, student
 
 Row = dict[str, Any]
 
-NORMAL = 1.96  # half a 95 % interval, in standard errors
+GROUPS = 10  # of the jackknife that gives the standard error of one training's figures
 KNOWN_SCORES = ("distance", "excess", "outside")
 UNITS = {"images": "images", "seconds": "s of updates"}
 
@@ -89,16 +89,19 @@ def known_differences(results: Results, task: str, names: Sequence[str]) -> Iter
 
 
 def with_interval(rows: Sequence[Row], score: str) -> Interval | None:
-    """The mean over seeds, and half a 95 % interval from the standard errors of each."""
+    """The mean over seeds, and half a 95 % interval.
+
+    Several seeds are judged by the variance between them, which contains that of the samples. One seed has its
+    jackknife's standard error alone, which GROUPS groups give GROUPS - 1 degrees of freedom.
+    """
     given = [r for r in rows if score in r["scores"]]
-    if not given:
-        return None
-    error = math.sqrt(sum(r["errors"][score] ** 2 for r in given)) / len(given)
-    return statistics.fmean(r["scores"][score] for r in given), NORMAL * error
+    if len(given) != 1:
+        return interval([r["scores"][score] for r in given])
+    return given[0]["scores"][score], student(GROUPS - 1) * given[0]["errors"][score]
 
 
 def less(a: Interval | None, b: Interval | None) -> Interval | None:
-    """Of independent samples: variances add up."""
+    """Of two independent samples: variances add up. Degrees of freedom are those of one, which is never too narrow."""
     if a is None or b is None:
         return None
     return a[0] - b[0], math.hypot(a[1] or 0.0, b[1] or 0.0)
@@ -114,8 +117,13 @@ class Pictures:
         return [r for r in self.rows if (r["name"], r["budget"], r["guidance"]) == (name, budget, guidance)]
 
     def difference(self, name: str, other: str, budget: str, guidance: float, score: str) -> Interval | None:
-        a, b = (with_interval(self.of(n, budget, guidance), score) for n in (name, other))
-        return less(a, b)
+        """name less other: seed by seed where both have several, else of the two trainings."""
+        a, b = (self.of(n, budget, guidance) for n in (name, other))
+        ours, theirs = ({r["seed"]: r["scores"][score] for r in rows if score in r["scores"]} for rows in (a, b))
+        both = sorted(ours.keys() & theirs.keys())
+        if len(both) > 1:
+            return interval([ours[seed] - theirs[seed] for seed in both])
+        return less(with_interval(a, score), with_interval(b, score))
 
 
 def cifar_tables(rows: Sequence[Row], truths: dict[str, Any], cells: Sequence[str]) -> Iterator[str]:

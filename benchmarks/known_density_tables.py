@@ -30,9 +30,14 @@ def interval(values: Sequence[float]) -> Interval | None:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None
+    return mean, student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def student(degrees: int) -> float:
+    """Half a 95 % interval of Student's t with these degrees of freedom, in standard errors."""
     from scipy.stats import t
 
-    return mean, float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return float(t.ppf(0.975, degrees))
 
 
 def show(value: Interval | None, percent: bool = False, signed: bool = False) -> str:

@@ -75,7 +75,7 @@ class DeviceError(RuntimeError):
 class Pretend(Tensor):
     """A tensor that says it is on cuda:0; `inner` holds its numbers on the CPU."""
 
-    inner: Tensor
+    inner: Tensor  # type: ignore[assignment]  # torch.Tensor.inner is a product that nothing here asks for
 
     @staticmethod
     def __new__(cls, inner: Tensor, requires_grad: bool = False) -> Pretend:
@@ -95,7 +95,7 @@ class Pretend(Tensor):
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Pretend({self.inner!r})"
 
     def tolist(self) -> Any:
@@ -110,7 +110,9 @@ class Pretend(Tensor):
     def __array__(self, *_: Any, **__: Any) -> Any:
         return self.numpy()
 
-    def new_tensor(self, data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:
+    def new_tensor(  # type: ignore[override]
+        self, data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
+    ) -> Tensor:
         where = self.device if device is None else device
         return torch.tensor(data, dtype=dtype or self.dtype, device=where, requires_grad=requires_grad)
 
@@ -127,7 +129,7 @@ class Pretend(Tensor):
         return memo[id(self)]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return running().__torch_dispatch__(func, types, args, kwargs)
 
 
@@ -167,7 +169,8 @@ class Calls(TorchFunctionMode):
         """`x.to(...)`: x itself, where nothing changes."""
         if args and isinstance(args[0], Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
-        device, dtype, later, layout = torch._C._nn._parse_to(*args, **named)
+        parsed: tuple[Any, ...] = torch._C._nn._parse_to(*args, **named)
+        device, dtype, later, layout = parsed
         if device is None:
             device = x.device
         elif device.type == "cuda" or (device.type == "meta" and isinstance(x, Pretend)):  # which PyTorch takes it for
@@ -287,7 +290,8 @@ class PretendCUDA(TorchDispatchMode):
         if ours[0].dtype == torch.float32:
             if name in PRODUCTS and (self.half or torch.backends.cuda.matmul.fp32_precision == "tf32"):
                 self.reduced[f"{caller()} {name}"] += 1
-            if name in CONVOLUTIONS and (self.half or torch.backends.cudnn.conv.fp32_precision == "tf32"):
+            cudnn: Any = torch.backends.cudnn  # `conv` is not in its types
+            if name in CONVOLUTIONS and (self.half or cudnn.conv.fp32_precision == "tf32"):
                 self.reduced[f"{caller()} {name}"] += 1
 
     def _on_the_cpu(self, func: Any, named: dict[str, Any]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ SETTINGS = {  # what a folder that was begun must agree on: field -> what a user
     "format": "format", "size": "data.size", "channels": "data.channels", "moments_fingerprint": "tokenizer",
     "moments": "tokenizer (the shape of its moments)", "crop": "crop", "flip": "data.flip", "dtype": "dtype",
     "shard_images": "shard_images", "images": "data (its count)", "class_names": "data (its classes)",
-    "data_fingerprint": "data (its images)",
+    "background": "data.background", "data_fingerprint": "data (its images)",
 }  # fmt: skip
 
 
@@ -114,6 +114,7 @@ def write_cache(
         images=data.count,
         class_names=data.class_names,
         flip=data.flips,
+        background=data.background,
         dtype=cast(Any, dtype),
         shard_images=shard_images,
         moments=tuple(first.shape[1:]),
@@ -235,7 +236,9 @@ def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> 
             write_sealed(out / CACHE, info.model_dump(mode="json"))
         if not sealed(out / SOURCES):
             names = [data.name(i) for i in range(data.count)]
-            write_sealed(out / SOURCES, {"names": names, "left_out": dict(data.bad)})
+            write_sealed(
+                out / SOURCES, {"names": names, "left_out": dict(data.bad), "passed_over": dict(data.passed_over)}
+            )
 
 
 def sealed(path: Path) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seriatim.core.errors import UsageError
+from seriatim.core.flatten import WHITE, Colour
 from seriatim.core.random import derive_seed, generator
 from seriatim.tokenizers.base import Tokenizer
 
@@ -27,7 +28,9 @@ class ImageData:
       class_names   the name of each class; empty where there are none
     and, where they apply,
       flips         mirror half of the images at random
-      bad           files left out, with reasons
+      bad           pictures left out because they can't be read, with reasons
+      passed_over   other files and folders that are not used, with reasons
+      background    what the transparent parts of pictures show
       cached        its "images" are a tokenizer's moments (B, m, h, w), float32 or int64 codes, ready for `tokens`
       pictures      False where they are sequences of another kind: (1, L) of D features
     """
@@ -38,6 +41,8 @@ class ImageData:
     class_names: list[str]
     flips = False
     bad: Mapping[str, str] = {}
+    passed_over: Mapping[str, str] = {}
+    background: Colour = WHITE
     cached = False
     pictures = True
 

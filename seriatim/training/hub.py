@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from seriatim.core.errors import ConfigError, DataError, UsageError, nearest, one_line
+from seriatim.core.flatten import WHITE, as_colour
+from seriatim.core.images import MAX_PIXELS, BadImage, Source, check_max_pixels, load_pixels
 from seriatim.core.random import derive_seed
 from seriatim.training.data import ImageData, Position, Row, StreamData
 from seriatim.training.folder import check_all, refuse_bad, square
-from seriatim.training.images import BadImage, Source, load_pixels
+from seriatim.training.listing import say_unused
 
 LABELS = ("label", "labels", "cls", "class", "fine_label")  # looked for where none is named
 
@@ -40,7 +42,10 @@ class HuggingFace(ImageData):
         flip: bool = True,
         max_bad: float = 0.01,
         check: bool = True,
+        background: str | Sequence[int] = "white",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        self.background, self.max_pixels = as_colour(background), check_max_pixels(max_pixels)
         self.size, self.channels, self.flips = square(size, channels), channels, flip
         loaded, self.source = open_data(path, name, split, data_dir, data_files, streaming=False)
         self.source += f" {loaded._fingerprint}"
@@ -54,11 +59,12 @@ class HuggingFace(ImageData):
             self.bad = {self._name(i): why for i, why in zip(kept, reasons, strict=True) if why}
             kept = [i for i, why in zip(kept, reasons, strict=True) if not why]
         refuse_bad(path, self.bad, len(self.rows), max_bad, len(kept))
+        say_unused(path, self.bad, {})
         self.kept, self.count = kept, len(kept)
         self._labels = torch.tensor([labels[i] for i in kept]) if labels else None
 
     def _load(self, row: int) -> Any:
-        return decode(self.rows[row][self.image], self.size, self.channels)
+        return decode(self.rows[row][self.image], self)
 
     def _name(self, row: int) -> str:
         return f"row {row}" + file_name(self.rows[row][self.image])
@@ -77,7 +83,7 @@ class HuggingFace(ImageData):
         return self._name(self.kept[i])
 
     def fingerprint(self) -> str:
-        return f"{self.source} {self.count}"
+        return f"{self.source} {self.count}{over(self)}"
 
 
 class HuggingFaceStream(StreamData):
@@ -103,7 +109,10 @@ class HuggingFaceStream(StreamData):
         buffer: int = 1000,  # rows among which one is drawn
         flip: bool = True,
         max_bad: float = 0.01,
+        background: str | Sequence[int] = "white",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        self.background, self.max_pixels = as_colour(background), check_max_pixels(max_pixels)
         self.size, self.channels, self.flips, self.max_bad = square(size, channels), channels, flip, max_bad
         if not 0 <= max_bad <= 1:
             raise UsageError(f"max_bad: {max_bad!r} is not allowed; it must be a share from 0 to 1")
@@ -129,7 +138,7 @@ class HuggingFaceStream(StreamData):
         self.bad: dict[str, str] = {}
 
     def fingerprint(self) -> str:
-        return f"{self.source} buffer={self.buffer} {self.image} {self.label} {self.class_names}"
+        return f"{self.source} buffer={self.buffer} {self.image} {self.label} {self.class_names}{over(self)}"
 
     def rows(self, seed: int, begin: Position) -> Iterator[Row]:
         """Rows from a position on: the same for the same (seed, position)."""
@@ -141,7 +150,7 @@ class HuggingFaceStream(StreamData):
                 label, why, pixels = 0, None, None
                 try:
                     label = self._class(value)
-                    pixels = decode(value[self.image], self.size, self.channels)
+                    pixels = decode(value[self.image], self)
                 except BadImage as error:
                     why = str(error)
                 name = f"row {number} of pass {epoch}" + file_name(value[self.image])
@@ -208,12 +217,17 @@ def as_bytes(loaded: Any, image: str) -> Any:
     return loaded.cast_column(image, datasets.Image(decode=False))
 
 
-def decode(value: Mapping[str, Any] | None, size: tuple[int, int], channels: int) -> Any:
-    """(c, H, W) uint8 of a stored image; raises BadImage."""
+def decode(value: Mapping[str, Any] | None, data: HuggingFace | HuggingFaceStream) -> Any:
+    """(c, H, W) uint8 of a stored image, as the data set's settings say; raises BadImage."""
     source: Source | None = (value or {}).get("bytes") or (value or {}).get("path")
     if not source:
         raise BadImage("no image")
-    return load_pixels(source, size, channels)
+    return load_pixels(source, data.size, data.channels, data.background, data.max_pixels)
+
+
+def over(data: ImageData) -> str:
+    """The background as a part of a fingerprint; nothing where it is white."""
+    return "" if data.background == WHITE else f" over {data.background}"
 
 
 def file_name(value: Mapping[str, Any] | None) -> str:

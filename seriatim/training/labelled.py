@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seriatim.core.errors import ConfigError, DataError
+from seriatim.core.names import match_names
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed, generator
 from seriatim.training.data import ImageData, StreamData
@@ -31,6 +32,7 @@ class InMemory(ImageData):
         self.source, self.index = source, torch.arange(source.count) if index is None else index
         self.count, self.size, self.channels = len(self.index), source.size, source.channels
         self.class_names, self.flips, self.bad = source.class_names, source.flips, source.bad
+        self.passed_over, self.background = source.passed_over, source.background
         first = source.images(self.index[:1])
         check_room(self.count, first)
         self._images = first.new_empty(self.count, *first.shape[1:])
@@ -92,7 +94,7 @@ def build_labelled(config: Mapping[str, Any], seed: int, *, quiet: bool = False)
         other = build_data({**rest, "path": test_path})
     except DataError as error:
         raise DataError(str(error).replace("data.path", "data.test_path")) from error
-    if other.class_names != source.class_names:
+    if match_names(other.class_names, source.class_names) != list(range(len(source.class_names))):
         odd = sorted(set(other.class_names) ^ set(source.class_names))
         where = "data.test_path" if odd and odd[0] in other.class_names else "data.path"
         which = f"{odd[0]!r} is in {where} alone" if odd else "their order differs"

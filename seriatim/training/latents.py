@@ -24,6 +24,7 @@ from torch import Tensor
 
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, one_line
 from seriatim.core.files import MANIFEST, read_manifest, sha256, verify_file, write_json
+from seriatim.core.flatten import WHITE, Colour
 from seriatim.core.progress import track
 from seriatim.core.validation import Strict, parse
 from seriatim.tokenizers.base import Tokenizer
@@ -51,6 +52,7 @@ class CacheInfo(Strict):
     images: int = Field(ge=1)
     class_names: list[str]
     flip: bool  # whether it holds mirrored images too
+    background: Colour = WHITE  # what transparent parts of the images show
     dtype: Literal["float32", "float16", "int16", "int32"]
     shard_images: int = Field(ge=1)
     moments: tuple[int, ...]  # (m, h, w)
@@ -70,7 +72,8 @@ class CacheInfo(Strict):
 
     def key(self) -> str:
         """sha256 of what decides the contents: a shard of another cache doesn't pass for one of this."""
-        return digest(self.model_dump(mode="json", exclude={"tokenizer", "made_with"}))
+        usual = {"background"} if self.background == WHITE else set()  # caches made before there was a choice
+        return digest(self.model_dump(mode="json", exclude={"tokenizer", "made_with", *usual}))
 
 
 def shard_name(number: int) -> str:
@@ -157,7 +160,7 @@ class Latents(ImageData):
         if flip and not self.info.flip:
             raise ConfigError(f"flip: {self.root} holds no mirrored images; set it to false, or make another")
         self.count, self.size, self.channels = self.info.images, self.info.size, self.info.channels
-        self.class_names = self.info.class_names
+        self.class_names, self.background = self.info.class_names, self.info.background
         self._slices: dict[tuple[int, str], Any] = {}
         self._names: list[str] | None = None
         self._labels = self._read_labels() if self.class_names else None

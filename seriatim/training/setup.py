@@ -16,6 +16,7 @@ from seriatim.checkpoints.native import Bundle, load_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
 from seriatim.core.files import write_json, write_text
+from seriatim.core.names import find_name
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
 from seriatim.models.base import SequenceModel
@@ -36,7 +37,8 @@ from seriatim.training.sources import build_data
 FREE = {
     "description", "sampling", "training.images", "training.log_images", "training.save_images", "training.keep",
     "training.sample_images", "training.test_images", "training.tensorboard", "training.workers", "data.path",
-    "data.labels", "data.check", "data.max_bad", "data.test_path", "tokenizer.from", "tokenizer.path",
+    "data.labels", "data.check", "data.max_bad", "data.max_pixels", "data.loose", "data.empty", "data.test_path",
+    "tokenizer.from", "tokenizer.path",
 }  # fmt: skip
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
 CLASSES = "conditioner.class_embedding"
@@ -137,6 +139,7 @@ def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool, ov
             "classes": data.class_names,
             "fingerprint": data.fingerprint(),
             "left_out": dict(data.bad),
+            "passed_over": dict(data.passed_over),
         },
     )
     write_json(out / "environment.json", environment())
@@ -216,8 +219,8 @@ def initialise_from(folder: str, model: SequenceModel, tokenizer: Tokenizer, cla
             # A new class begins at the mean of the old ones: nearer to an image than a random vector.
             merged[CLASSES][:] = theirs[CLASSES].mean(dim=0)
             for row, name in enumerate(class_names):
-                if name in source.class_names:
-                    merged[CLASSES][row] = theirs[CLASSES][source.class_names.index(name)]
+                for place in find_name(name, source.class_names)[:1]:
+                    merged[CLASSES][row] = theirs[CLASSES][place]
     model.load_state_dict(merged)
     with torch.no_grad():
         tokenizer.load_state_dict(source.tokenizer.state_dict())

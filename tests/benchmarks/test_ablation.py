@@ -18,7 +18,7 @@ import ablation
 import ablation_cifar
 import known_density
 from ablation_cells import CELLS, COMPARED
-from ablation_tables import less, with_interval
+from ablation_tables import Pictures, less, with_interval
 
 from seriatim.checkpoints.native import load_bundle
 from seriatim.core.errors import NumericsError
@@ -138,13 +138,30 @@ def test_one_that_fails_stops_no_other(capsys: pytest.CaptureFixture[str], monke
     assert "2/2 mixture, raster-ce, seed 1" in capsys.readouterr().out
 
 
-def test_intervals_of_differences_add_variances() -> None:
-    a, b = ({"scores": {"FD": value}, "errors": {"FD": error}} for value, error in ((5.0, 0.3), (7.0, 0.4)))
+def row(value: float, error: float, seed: int = 0, name: str = "a") -> dict[str, Any]:
+    scores: dict[str, Any] = {"scores": {"FD": value}, "errors": {"FD": error}}
+    return {**scores, "seed": seed, "name": name, "budget": "images", "guidance": 1.0}
+
+
+def test_ten_groups_have_nine_degrees_of_freedom() -> None:
+    a, b = row(5.0, 0.3), row(7.0, 0.4)
+    assert with_interval([a], "FD") == (5.0, pytest.approx(2.262157 * 0.3))
     found = less(with_interval([a], "FD"), with_interval([b], "FD"))
-    assert found is not None and found[0] == -2.0 and found[1] == pytest.approx(1.96 * 0.5)
-    mean = with_interval([a, b], "FD")
-    assert mean is not None and mean[0] == 6.0 and mean[1] == pytest.approx(1.96 * 0.25)
-    assert with_interval([a], "KD") is None and less(None, mean) is None
+    assert found is not None and found[0] == -2.0 and found[1] == pytest.approx(2.262157 * 0.5)
+    assert with_interval([a], "KD") is None and less(None, found) is None
+
+
+def test_several_seeds_count_by_the_variance_between_them() -> None:
+    """However sure each is of itself. Differences are taken seed by seed, as those of the known densities."""
+    rows = [row(5.0, 0.01, 0), row(7.0, 0.01, 1), row(9.0, 0.01, 2)]
+    others = [row(6.0, 0.01, 0, "b"), row(8.1, 0.01, 1, "b"), row(10.2, 0.01, 2, "b")]
+    mean = with_interval(rows, "FD")
+    assert mean is not None and mean[0] == 7.0 and mean[1] == pytest.approx(4.302653 * 2 / 3**0.5)
+    found = Pictures([*rows, *others]).difference("b", "a", "images", 1.0, "FD")
+    half = 4.302653 * 0.1 / 3**0.5
+    assert found is not None and found[0] == pytest.approx(1.1) and found[1] == pytest.approx(half)
+    alone = Pictures([rows[0], *others]).difference("b", "a", "images", 1.0, "FD")
+    assert alone is not None and alone[1] is not None and alone[1] > half
 
 
 @pytest.mark.parametrize(

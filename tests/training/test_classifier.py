@@ -378,4 +378,7 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     refused(2, "trains a classifier, which `seriatim train` alone takes", "cache", "classifier-cifar10", "--out", "c")
     for path in (*(folder / "a").iterdir(), *(folder / "b").iterdir()):
         path.unlink()
+    refused(3, "of data, a/, b/ would be a class without pictures", *train[:-1], "other")
+    for name in "ab":
+        (folder / name).rmdir()
     refused(3, "has the one class 'c'; a classifier needs two or more", *train[:-1], "other")

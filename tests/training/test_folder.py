@@ -26,7 +26,6 @@ def make(folder: Path, names: list[str], size: int = 8, seed: int = 0) -> None:
 @pytest.fixture
 def pets(tmp_path: Path) -> Path:
     make(tmp_path / "pets", [f"{name}/{i}.png" for name in ("dog", "cat", "a b") for i in range(4)])
-    (tmp_path / "pets" / "empty").mkdir()
     (tmp_path / "pets" / ".cache").mkdir()
     (tmp_path / "pets" / "cat" / "notes.txt").write_text("x")
     return tmp_path / "pets"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seriatim.training.images import BadImage, centre_crop, load_pixels, read_image
+from seriatim.core import images
+from seriatim.core.errors import UsageError
+from seriatim.core.images import BadImage, centre_crop, check_max_pixels, load_pixels, read_image
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -42,7 +47,7 @@ def photo(width: int = 40, height: int = 30) -> Image.Image:
 
 BAD = {
     "long.png": (png(1, 80000), "1x80000 pixels, more than 8 times as long as wide"),
-    "huge.png": (png(13000, 13000), "more than 34 megapixels"),
+    "huge.png": (png(13000, 13000), "more than 50 megapixels"),
     "truncated.jpg": (encoded(photo(), "JPEG")[:-200], "runcated"),
     "truncated.png": (encoded(photo(), "PNG")[:-60], ""),
     "empty.jpg": (b"", "empty file"),
@@ -73,7 +78,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "good.png").write_bytes(encoded(photo(2000, 1500), "PNG"))
     code = f"""
 import resource, pathlib
-from seriatim.training.images import BadImage, load_pixels
+from seriatim.core.images import BadImage, load_pixels
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() + (300 << 20)
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 for path in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
@@ -87,6 +92,100 @@ for path in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines())
     assert lines.pop("good.png") == "(3, 256, 256)"
     assert lines == {name: "bad" for name in BAD}
+
+
+SIDES = (1600, 1600)
+LARGE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "grey16.png": ("I;16", "PNG", {}),
+    "clear16.png": ("I;16", "PNG", {"transparency": 7}),
+    "alpha.png": ("RGBA", "PNG", {"compress_level": 1}),
+    "greyalpha.png": ("LA", "PNG", {}),
+    "clear.png": ("RGB", "PNG", {"transparency": (1, 2, 3)}),
+    "palette.png": ("P", "PNG", {"transparency": 3}),
+    "one.png": ("1", "PNG", {}),
+    "turned.png": ("RGB", "PNG", {"exif": b"II*\0\x08\0\0\0\x01\0\x12\x01\3\0\1\0\0\0\6\0\0\0\0\0\0\0"}),
+    "float.tif": ("F", "TIFF", {}),
+    "whole.tif": ("I", "TIFF", {}),
+    "ink.tif": ("CMYK", "TIFF", {}),
+    "ink.jpg": ("CMYK", "JPEG", {}),
+    "alpha.webp": ("RGBA", "WEBP", {"quality": 1, "method": 0}),
+}
+
+
+def deep(bits: int, kind: int, samples: int, width: int, height: int) -> bytes:
+    """A PNG of 16 bits and several samples a pixel, all of them 0."""
+    packer = zlib.compressobj(1)
+    row = b"\0" * (1 + width * samples * bits // 8)
+    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def test_any_kind_of_picture_takes_few_bytes_a_pixel(tmp_path: Path) -> None:
+    """In a child that may take 16 bytes a pixel and 12 MB more than it starts with."""
+    for name, (mode, kind, options) in LARGE.items():
+        (tmp_path / name).write_bytes(encoded(Image.new(mode, SIDES), kind, **options))
+    for name, colour, samples in (("rgb16.png", 2, 3), ("rgba16.png", 6, 4), ("la16.png", 4, 2)):
+        (tmp_path / name).write_bytes(deep(16, colour, samples, *SIDES))
+    code = f"""
+import resource, pathlib
+from PIL import Image
+from seriatim.core.images import load_pixels
+load_pixels(pathlib.Path({str(tmp_path / "one.png")!r}), (8, 8), 3)  # what is loaded once
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 16 * {SIDES[0] * SIDES[1]} + (12 << 20),) * 2)
+for path in sorted(pathlib.Path({str(tmp_path)!r}).iterdir()):
+    assert load_pixels(path, (64, 64), 3).shape == (3, 64, 64), path
+print("all read")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "all read\n", done.stderr[-500:]
+
+
+def test_a_photograph_of_48_megapixels_is_read() -> None:
+    data = encoded(Image.new("1", (8064, 6048), 1), "PNG", compress_level=1)
+    assert load_pixels(data, (8, 8), 1).min() == 255
+    with pytest.raises(BadImage, match=r"8064x6048 pixels, more than 49 megapixels \(max_pixels\)"):
+        read_image(data, 1, max_pixels=8064 * 6048 - 1)
+    with pytest.raises(UsageError, match=r"max_pixels: 0 is not allowed; .* from 1 to 178,000,000"):
+        check_max_pixels(0)
+    with pytest.raises(UsageError, match="data: 178000001 is not allowed"):
+        check_max_pixels(178_000_001, "data")
+
+
+def test_a_header_does_not_decide_how_much_is_done(tmp_path: Path) -> None:
+    """Tiles far larger than the picture, and files that are no files."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 5, 262: 1, 277: 1, 322: 1 << 15, 323: 1 << 15, 324: 8, 325: 8}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tiled = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + b"\0" * 64
+    with pytest.raises(BadImage, match="tiles of 32768x32768 pixels in a picture of 16x16"):
+        read_image(tiled, 3)
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, why in (("pipe.png", "not a regular file"), (".", "not a regular file"), ("none.png", "no such file")):
+        with pytest.raises(BadImage, match=why):
+            read_image(tmp_path / name, 3)
+
+
+def test_large_pictures_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, inside, most = encoded(photo(200, 200), "PNG"), 0, []
+    flatten = images.flatten
+
+    def counted(*arguments: Any) -> Image.Image:
+        nonlocal inside
+        inside += 1
+        most.append(inside)
+        time.sleep(0.01)
+        result = flatten(*arguments)
+        inside -= 1
+        return result
+
+    monkeypatch.setattr(images, "flatten", counted)
+    for limit, expected in ((100 * 100, 1), (images.LARGE, 4)):
+        monkeypatch.setattr(images, "LARGE", limit)
+        most.clear()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: read_image(data, 3), range(8)))
+        assert max(most) <= expected and (max(most) > 1) == (expected > 1)
 
 
 def centre(path: Path, channels: int = 3) -> list[int]:

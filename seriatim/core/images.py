@@ -1,0 +1,254 @@
+"""The one decoder of pictures: training data, rows of the hub, caches, evaluation, edits and their masks.
+
+A picture is read as a person sees it: the first frame, upright, in 8 bits of sRGB, its transparent parts over a
+background. Files come from anywhere: truncated, renamed, huge, 390 bytes that claim 80,000 rows. Whatever is wrong
+becomes a `BadImage` with a reason of one line. Nothing here needs torch.
+
+A header is checked before a pixel is decoded, and only the first frame ever is. Decoding takes at most about 16 bytes a
+pixel (a WebP of the largest size; 8 for most files): 0.8 GB at `MAX_PIXELS`. In each process one picture of more than
+`LARGE` pixels is decoded at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import os
+import re
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from seriatim.core.errors import UsageError, one_line
+from seriatim.core.flatten import WHITE, Colour, flatten, turn_of, upright
+from seriatim.core.names import printable
+
+Source = Path | str | bytes
+
+MAX_PIXELS = 3 << 24  # 50.3 megapixels, 8192 x 6144: photographs of 48 and 50 megapixels are read
+MOST_PIXELS = 178_000_000  # where Pillow itself refuses
+LARGE = 1 << 24  # pixels; a picture of more is decoded while no other one is
+MAX_ASPECT = 8.0  # a crop scales the short side up: 1 x 80000 would become 256 x 20,480,000
+
+FORMAT_OF = {  # suffix -> Pillow's name of the format; none whose decoder runs programs
+    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".mpo": "JPEG", ".png": "PNG", ".apng": "PNG",
+    ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP", ".dib": "DIB", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF",
+    ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM", ".heic": "HEIF", ".heif": "HEIF",
+}  # fmt: skip
+UNREAD = set(  # suffixes of pictures that may not be read: a folder of them was meant as a folder of pictures
+    ".avif .heic .heif .hif .avifs .jp2 .j2k .jpf .jpx .jxl .jxr .qoi .tga .psd .psb .xcf .svg .svgz .eps .ai .ico "
+    ".icns .pcx .sgi .dds .exr .hdr .pfm .fits .raw .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .pef .srw".split()
+)
+PNG = b"\x89PNG\r\n\x1a\n"
+PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # of a PNG: all that its look depends on
+TILE_SIDES = (322, 323)  # tags of a TIFF
+
+
+# The lock of each process: one that a fork copied could be held by a thread that is not there.
+LARGE_ONES: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
+
+
+class BadImage(Exception):
+    """This file is not an image that can be used; the message says why, on one line."""
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """The formats of `FORMAT_OF` that this Pillow reads (HEIF only where a plugin was registered)."""
+    from PIL import features
+
+    Image.init()
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Pillow's own log goes to the screen
+    lacks = {"AVIF", "WEBP"} - {name.upper() for name in ("avif", "webp") if features.check(name)}
+    return tuple(name for name in dict.fromkeys(FORMAT_OF.values()) if name in Image.OPEN and name not in lacks)
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """The suffixes, in lower case, of files that are read."""
+    return frozenset(suffix for suffix, name in FORMAT_OF.items() if name in formats())
+
+
+def check_max_pixels(value: int, argument: str = "max_pixels") -> int:
+    if not 1 <= value <= MOST_PIXELS:
+        raise UsageError(
+            f"{argument}: {value!r} is not allowed; it must be a number of pixels from 1 to {MOST_PIXELS:,}, such as "
+            f"{MAX_PIXELS} (a picture takes up to 16 bytes a pixel while it is decoded)"
+        )
+    return value
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_image(source: Source, channels: int, background: Colour = WHITE, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A file, or the bytes of one, as a person sees it: "RGB" for 3 channels, "L" for 1; raises BadImage.
+
+    Transparent parts show `background`. A picture of more than `max_pixels` is refused from its header.
+    """
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise BadImage("not a regular file" if Path(source).exists() else "no such file")
+    mode = mode_of(channels)
+    try:
+        with SILENCE:
+            try:
+                return decoded(
+                    io.BytesIO(source) if isinstance(source, bytes) else source, mode, background, max_pixels
+                )
+            except (BadImage, MemoryError):
+                raise
+            except Exception:
+                spared = pared(source)
+                if spared is None:
+                    raise
+            return decoded(spared, mode, background, max_pixels)
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+        raise BadImage("empty file" if size == 0 else f"not a {', '.join(formats())} file") from None
+    except Image.DecompressionBombError:
+        raise BadImage(f"more than {max_pixels / 1e6:.0f} megapixels") from None
+    except MemoryError:
+        raise BadImage("out of memory while decoding") from None
+    except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, ...
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise BadImage(printable(reason)[:120]) from None
+
+
+def load_pixels(
+    source: Source,
+    size: Sequence[int],
+    channels: int,
+    background: Colour = WHITE,
+    max_pixels: int = MAX_PIXELS,
+) -> npt.NDArray[np.uint8]:
+    """One file, or the bytes of one, cropped to `size`: (c, H, W) uint8; raises BadImage."""
+    array = np.asarray(centre_crop(read_image(source, channels, background, max_pixels), size))
+    return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
+
+
+def as_seen(image: Image.Image, channels: int, background: Colour = WHITE) -> Image.Image:
+    """A picture in memory as `read_image` gives a file: upright, 8 bits, flat; raises BadImage."""
+    try:
+        with SILENCE:
+            flat = flatten(image, mode_of(channels), background)
+            return upright(flat, turn_of(image))
+    except Exception as error:
+        raise BadImage(printable(one_line(error))[:120]) from None
+
+
+def mode_of(channels: int) -> str:
+    return "RGB" if channels == 3 else "L"
+
+
+def decoded(file: Path | str | BinaryIO, mode: str, background: Colour, max_pixels: int) -> Image.Image:
+    """The first frame, flat and upright."""
+    with contextlib.ExitStack() as alone:
+        with Image.open(file, formats=formats()) as image:
+            check_header(image, max_pixels)
+            if image.width * image.height > LARGE:
+                alone.enter_context(LARGE_ONES[os.getpid()])
+            flat = flatten(image, mode, background)
+            turn = turn_of(image)
+        del image  # its memory is free before a second copy is made
+        return upright(flat, turn)
+
+
+def check_header(image: Image.Image, max_pixels: int) -> None:
+    """Refuse what would take too much memory, before a pixel is decoded."""
+    width, height = image.size
+    if min(width, height) < 1:
+        raise BadImage(f"{width}x{height} pixels")
+    if width * height > max_pixels:
+        raise BadImage(f"{width}x{height} pixels, more than {max_pixels / 1e6:.0f} megapixels (max_pixels)")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"{width}x{height} pixels, more than {MAX_ASPECT:g} times as long as wide")
+    tags: Any = getattr(image, "tag_v2", {})
+    wide, high = (tags.get(tag, 1) for tag in TILE_SIDES)
+    if isinstance(wide, int) and isinstance(high, int) and wide * high > max(max_pixels, LARGE):
+        raise BadImage(f"tiles of {wide}x{high} pixels in a picture of {width}x{height}")
+
+
+class Silence:
+    """Silences Pillow's warnings about odd metadata while any thread is inside.
+
+    `warnings.catch_warnings` alone is not safe: threads that overlap would restore each other's filters.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.before = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                self.before = warnings.catch_warnings()
+                self.before.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                self.before.__exit__(None, None, None)
+
+
+SILENCE = Silence()
+
+
+def pared(source: Source) -> io.BytesIO | None:
+    """A PNG or AVIF without what its look does not depend on; None where `source` is neither.
+
+    Pillow refuses a PNG for a long text, a large profile or a damaged remark beside sound pixels, and an AVIF for a
+    damaged EXIF block (what makes that upright stands elsewhere).
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        begin = file.read(12)
+        if begin[4:11] == b"ftypavi":
+            return io.BytesIO(re.sub(rb"(infe[\0-\xff]{8})Exif", rb"\1none", begin + file.read()))
+        if not begin.startswith(PNG):
+            return None
+        kept, end = io.BytesIO(), file.seek(0, os.SEEK_END)
+        kept.write(PNG)
+        place = len(PNG)
+        while place + 12 <= end:
+            file.seek(place)
+            length = int.from_bytes(file.read(4), "big")
+            kind = file.read(4)
+            if kind in PIXEL_CHUNKS:
+                file.seek(place)
+                kept.write(file.read(min(12 + length, end - place)))
+            place += 12 + length
+    kept.seek(0)
+    return kept
+
+
+def centre_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
+    """The largest centred part of the shape of `size` (H, W), scaled to it.
+
+    ADM's preprocessing (Dhariwal & Nichol 2021): halve by boxes while both sides stay at least twice the target's,
+    then one bicubic resize, then the crop.
+    """
+    H, W = size
+    while image.width >= 2 * W and image.height >= 2 * H:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(W / image.width, H / image.height)
+    if scale != 1.0:
+        scaled = (max(W, round(image.width * scale)), max(H, round(image.height * scale)))
+        image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (image.width - W) // 2, (image.height - H) // 2
+    return image.crop((left, top, left + W, top + H))
