@@ -79,7 +79,7 @@ def test_last_weights_and_class_names(official: Path) -> None:
     assert pipe.class_names == ["cat", "dog", "horse", "ship", "truck"]
     assert pipe.bundle.provenance["weights"] == "model"
     last = torch.load(official / "mar.pth", weights_only=True)["model"]
-    assert torch.equal(pipe.model.no_class, last["fake_latent"])
+    assert torch.equal(pipe.model.conditioner.no_class, last["fake_latent"])
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_the_same_recipe_gives_the_same_weights(tmp_path: Path, threads: int) ->
         )
         states.append(seriatim.load(tmp_path / name, device="cpu").model.state_dict())
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
-    assert not torch.equal(states[0]["no_class"], states[2]["no_class"])
+    assert not torch.equal(states[0]["conditioner.no_class"], states[2]["conditioner.no_class"])
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """At step 7: the weights are those after step 6, and the message names the batch."""
-    true_loss, calls = MaskedModel.loss, [0]
+    true_loss, calls = MaskedModel.forward, [0]
     kept: dict[str, Any] = {}
 
     def poisoned(self: MaskedModel, *arguments: object) -> Loss:
@@ -108,11 +108,11 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch:
         if calls[0] == 7:
             kept.update(model=self, weights={k: v.clone() for k, v in self.state_dict().items()})
             if what == "loss":
-                return Loss(loss.mean * float("nan"), loss.parts)
-            self.no_class.register_hook(lambda g: g * float("nan"))
+                return Loss(loss.sum * float("nan"), loss.count, loss.parts)
+            self.conditioner.no_class.register_hook(lambda g: g * float("nan"))
         return loss
 
-    monkeypatch.setattr(MaskedModel, "loss", poisoned)
+    monkeypatch.setattr(MaskedModel, "forward", poisoned)
     with pytest.raises(NumericsError) as caught:
         train(tiny(), tmp_path, quiet=True)
     message = str(caught.value)

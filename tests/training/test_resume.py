@@ -318,7 +318,7 @@ def test_kill_nine_at_each_write_loses_no_checkpoint(tmp_path: Path) -> None:
     recipe = tiny("training.images=16", "training.save_images=0")
     _, tokenizer, model = setup.build(recipe)
     parts = Trainables(model, averaged(model, 0.9), adamw(model, 1e-3, (0.9, 0.95), 0.0), tokenizer)
-    model.loss(torch.randn(2, 16, 4), torch.tensor([0, 1])).mean.backward()
+    model(torch.randn(2, 16, 4), torch.tensor([0, 1])).mean.backward()
     parts.optimiser.step()
     folder, calls = tmp_path / "checkpoints", 0
     state.save(folder, parts, RunState(seen=1))
@@ -390,7 +390,7 @@ def test_another_models_weights_with_other_classes(tmp_path: Path, folder: Path)
     train(read_recipe("mar-cifar10-tiny", [*more, f"training.init_from={source}"]), tmp_path / "second", quiet=True)
     one, two = (seriatim.load(tmp_path / name, device="cpu") for name in ("first", "second"))
     assert two.class_names == ["dog", "zebra"]
-    old, new = one.model.class_embedding, two.model.class_embedding
+    old, new = one.model.conditioner.class_embedding, two.model.conditioner.class_embedding
     assert torch.allclose(new[0], old[1], atol=1e-6), "a class of the same name keeps its vector"
     assert torch.allclose(new[1], old.mean(dim=0), atol=1e-6), "a new one begins at the mean"
     assert torch.allclose(one.model.backbone.mask_token, two.model.backbone.mask_token, atol=1e-6)
