@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor, nn
 
 from seriatim.conditions.base import Condition
@@ -132,5 +133,6 @@ def check_condition(condition: Condition, images: int, width: int) -> None:
     B, P, A = condition.vectors.shape
     if (B, A) != (images, width):
         raise UsageError(f"condition: shape {(B, P, A)} is not ({images}, P, {width})")
-    if condition.valid is not None and condition.valid.shape != (B, P):
-        raise UsageError(f"condition.valid: shape {tuple(condition.valid.shape)} is not {(B, P)}")
+    valid = condition.valid
+    if valid is not None and (valid.shape != (B, P) or valid.dtype != torch.bool):
+        raise UsageError(f"condition.valid: {valid.dtype} of shape {tuple(valid.shape)} is not bool {(B, P)}")

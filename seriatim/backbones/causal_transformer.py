@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seriatim.backbones.base import Sequential, token_embedding
+from seriatim.backbones.base import Sequential, check_condition, token_embedding
 from seriatim.backbones.masked_transformer import usual_heads
 from seriatim.conditions.base import Condition
 from seriatim.core.errors import UsageError, nearest
@@ -287,7 +287,9 @@ class Causal(Sequential):
         m, P = content.shape[1], self.prefix
         counts = [m] * len(state.seen) if content_valid is None else content_valid.sum(dim=1).tolist()
         if max(seen + count for seen, count in zip(state.seen, counts, strict=True)) > self.length:
-            raise UsageError(f"content: more than the {self.tokens} tokens of an image; begin another with start()")
+            raise UsageError(
+                f"content: all {self.tokens} tokens are known, so that none is left to ask for; begin anew with start()"
+            )
         if len(set(state.seen)) == 1 and min(counts) == m:
             begin = state.seen[0]
             end = begin + m
@@ -362,6 +364,7 @@ class Causal(Sequential):
         if vectors.shape not in ((B, 1, self.width), (B, P, self.width)):
             shape = tuple(vectors.shape)
             raise UsageError(f"condition: shape {shape} is not ({B}, 1 or {P}, {self.width}), with a prefix of {P}")
+        check_condition(condition, B, self.width)
         each = vectors.expand(-1, P, -1)  # (B, P, A)
         if self.conditioning == "adaln":
             prefix = each.new_zeros(B, P, self.z_dim)

@@ -87,6 +87,8 @@ class Masked(Parallel):
         if positions not in ("random", "sincos"):
             raise UsageError(f"positions: {positions!r} is not known{nearest(positions, ('random', 'sincos'))}")
         if positions == "sincos":
+            if grid is None and shape[0] != shape[1]:
+                raise UsageError(f"grid: {tokens} tokens are no square; give their rows and columns, for sincos")
             self.config["positions"] = positions
         if grid is not None and (positions == "sincos" or shape != grid_of(None, tokens)):
             self.config["grid"] = list(grid)

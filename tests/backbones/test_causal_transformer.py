@@ -11,10 +11,12 @@ from helpers import golden, randomise
 from safetensors.torch import load_file
 from torch import Tensor
 
-from seriatim.backbones.causal_transformer import Causal, usual_hidden
+from seriatim.backbones.causal_transformer import Causal, CausalState, usual_hidden
+from seriatim.conditions.base import Condition
 from seriatim.core.errors import UsageError
 from seriatim.models.build import seeded
-from seriatim.nn import ahead
+from seriatim.nn import scalar_qkv
+from seriatim.nn.kv_cache import Window
 from seriatim.nn.packed import prepare
 from seriatim.nn.rotary import grid_places, rotate, rotation
 
@@ -43,22 +45,25 @@ def make(variant: str, **options: Any) -> Causal:
     return backbone
 
 
-def inputs(backbone: Causal, B: int = 3, seed: int = 1) -> tuple[Tensor, Tensor, Tensor | None]:
+def inputs(backbone: Causal, B: int = 3, seed: int = 1) -> tuple[Condition, Tensor, Tensor | None]:
     """Condition, tokens and order."""
     g = torch.Generator().manual_seed(seed)
-    condition = torch.randn(B, backbone.width, generator=g)
+    condition = Condition(torch.randn(B, 1, backbone.width, generator=g))
     codes = torch.randint(V, (B, L), generator=g)
     tokens = codes if backbone.vocab else torch.randn(B, L, backbone.dim or 0, generator=g)
-    order = torch.rand(B, L, generator=g).argsort(dim=1) if backbone.order == "any" else None
+    order = torch.rand(B, L, generator=g).argsort(dim=1) if backbone.any_order else None
     return condition, tokens, order
 
 
-def one_by_one(backbone: Causal, condition: Tensor, tokens: Tensor, order: Tensor | None, **options: Any) -> Tensor:
-    state = backbone.start(condition, len(condition), order, **options)
-    index = torch.arange(L).expand(len(condition), -1) if order is None else order
-    rows = torch.arange(len(condition))
-    z = [backbone.step(state, tokens[rows, index[:, i - 1]] if i else None) for i in range(L)]
-    return torch.stack(z, dim=1)
+def in_order(tokens: Tensor, order: Tensor | None) -> Tensor:
+    """The tokens as they are generated."""
+    return tokens if order is None else tokens[torch.arange(len(tokens))[:, None], order]
+
+
+def one_by_one(backbone: Causal, condition: Condition, tokens: Tensor, order: Tensor | None) -> Tensor:
+    state, content = backbone.start(condition, order), in_order(tokens, order)
+    z = [backbone.step(state, content[:, i - 1 : i] if i else None) for i in range(L)]
+    return torch.cat(z, dim=1)
 
 
 @each_variant
@@ -100,7 +105,7 @@ def test_a_token_follows_from_those_before_it_and_from_no_other(variant: str) ->
             after = backbone.sequence(condition, changed, order)
             assert torch.equal(after[:, : i + 1], before[:, : i + 1]), i
             assert i == L - 1 or not torch.isclose(after[:, i + 1 :], before[:, i + 1 :]).all(dim=-1).any(), i
-        moved = backbone.sequence(condition + 1, tokens, order)
+        moved = backbone.sequence(Condition(condition.vectors + 1), tokens, order)
     assert not torch.isclose(moved, before).all(dim=-1).any(), "every token follows from the condition"
 
 
@@ -111,8 +116,10 @@ def test_an_image_is_the_same_in_any_batch_and_any_order_of_the_batch() -> None:
     assert order is not None
     whole = backbone.sequence(condition, tokens, order)
     swap = torch.tensor([2, 0, 1])
-    assert torch.allclose(backbone.sequence(condition[swap], tokens[swap], order[swap]), whole[swap], atol=1e-5)
-    assert torch.allclose(backbone.sequence(condition[1:2], tokens[1:2], order[1:2]), whole[1:2], atol=1e-5)
+    assert torch.allclose(backbone.sequence(condition.select(swap), tokens[swap], order[swap]), whole[swap], atol=1e-5)
+    assert torch.allclose(
+        backbone.sequence(condition.select(slice(1, 2)), tokens[1:2], order[1:2]), whole[1:2], atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -131,21 +138,23 @@ def test_in_any_order_the_positions_are_what_counts() -> None:
     assert torch.equal(backbone.sequence(condition, everywhere, first)[:, :5], z[:, :5])
 
 
+@each_variant
 @torch.no_grad()
-def test_the_contract_gives_the_next_token_and_refuses_others() -> None:
-    for variant in ("features", "any"):
-        backbone = make(variant)
-        condition, tokens, order = inputs(backbone)
-        index = torch.arange(L).expand(3, -1) if order is None else order
-        z = backbone.sequence(condition, tokens, order)
-        state = backbone.start(condition, 3, order)
-        known = torch.zeros(3, L, dtype=torch.bool)
-        for i in (0, 1, 4):  # those between are fed without being asked for
-            known.scatter_(1, index[:, :i], True)
-            ask = torch.zeros_like(known).scatter(1, index[:, i : i + 1], True)
-            assert torch.allclose(backbone.z(state, tokens, known, ask), z[:, i], atol=2e-5)
-        with pytest.raises(UsageError, match="next token of its order alone"):
-            backbone.z(state, tokens, known, ~known)
+def test_tokens_may_come_in_groups(variant: str) -> None:
+    """What is known enters at once, and rows may have seen different numbers of tokens."""
+    backbone = make(variant)
+    condition, tokens, order = inputs(backbone)
+    z, content = backbone.sequence(condition, tokens, order), in_order(tokens, order)
+    state = backbone.start(condition, order)
+    for begin, end in ((0, 0), (0, 1), (1, 5), (5, 6), (6, L - 1)):
+        assert torch.allclose(backbone.step(state, content[:, begin:end])[:, 0], z[:, end], atol=2e-5), end
+    state, seen = backbone.start(condition, order), torch.zeros(3, dtype=torch.long)
+    for counts in ((0, 4, 1), (3, 0, 0), (0, 0, 0), (1, 1, 1), (2, 6, 9)):
+        index = (seen[:, None] + torch.arange(max(counts))).clamp(max=L - 1)
+        valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        asked = backbone.step(state, content[torch.arange(3)[:, None], index], valid)
+        seen += torch.tensor(counts)
+        assert torch.allclose(asked[:, 0], z[torch.arange(3), seen], atol=2e-5), seen
 
 
 @torch.no_grad()
@@ -153,35 +162,48 @@ def test_padding_of_the_prefix_is_not_looked_at() -> None:
     for variant in ("long-prefix", "projected"):
         backbone = make(variant)
         condition, tokens, _ = inputs(backbone)
-        condition = torch.randn(3, backbone.prefix, backbone.width, generator=torch.Generator().manual_seed(3))
+        vectors = torch.randn(3, backbone.prefix, backbone.width, generator=torch.Generator().manual_seed(3))
         valid = torch.ones(3, backbone.prefix, dtype=torch.bool)
         valid[0, 0] = False
-        z = backbone.sequence(condition, tokens, valid=valid)
-        assert torch.allclose(one_by_one(backbone, condition, tokens, None, valid=valid), z, atol=2e-5)
-        other = condition.clone()
+        condition = Condition(vectors, valid)
+        z = backbone.sequence(condition, tokens)
+        assert torch.allclose(one_by_one(backbone, condition, tokens, None), z, atol=2e-5)
+        other = vectors.clone()
         other[:, 0] += 1
-        changed = backbone.sequence(other, tokens, valid=valid)
+        changed = backbone.sequence(Condition(other, valid), tokens)
         assert torch.equal(changed[0], z[0]) and not torch.allclose(changed[1], z[1], atol=1e-3)
-        assert torch.allclose(backbone.sequence(condition, tokens)[1:], z[1:], atol=1e-5)
+        assert torch.allclose(backbone.sequence(Condition(vectors), tokens)[1:], z[1:], atol=1e-5)
 
 
+@each_variant
 @torch.no_grad()
-def test_some_rows_go_on_alone() -> None:
-    backbone = make("any-adaln-codes")
+def test_rows_are_selected_and_joined(variant: str) -> None:
+    """Leading rows share memory with the whole; joined rows may have seen different numbers of tokens."""
+    backbone = make(variant)
     condition, tokens, order = inputs(backbone)
-    assert order is not None
-    z = backbone.sequence(condition, tokens, order)
-    state = backbone.start(condition, 3, order)
-    rows = torch.arange(3)
-    for i in range(5):
-        backbone.step(state, tokens[rows, order[:, i - 1]] if i else None)
-    fewer = state.first(2)
-    assert torch.allclose(backbone.step(fewer, tokens[rows[:2], order[:2, 4]]), z[:2, 5], atol=2e-5)
+    z, content = backbone.sequence(condition, tokens, order), in_order(tokens, order)
+
+    def after(count: int) -> CausalState:
+        state = backbone.start(condition, order)
+        backbone.step(state, content[:, :count])
+        return state
+
+    first = after(4).select(slice(0, 2))
+    assert len(first) == 2
+    assert torch.allclose(backbone.step(first, content[:2, 4:5])[:, 0], z[:2, 5], atol=2e-5)
+    mixed = after(4).select(torch.tensor([2, 0])).join(after(7).select(torch.tensor([1])))
+    rows = torch.tensor([2, 0, 1])
+    assert len(mixed) == 3
+    following = content[rows, torch.tensor([4, 4, 7])][:, None]
+    assert torch.allclose(backbone.step(mixed, following)[:, 0], z[rows, torch.tensor([5, 5, 8])], atol=2e-5)
+    state = after(4)
+    assert state.caches[0].keys is not None
+    assert state.select(slice(0, 2)).caches[0].keys.data_ptr() == state.caches[0].keys.data_ptr()  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 @torch.no_grad()
-def test_a_number_a_token_is_projected_ahead(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scalar_tokens_are_projected_before_they_are_known(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as memory goes: with it and without, of all rows and of some, where the embedding is a line or nothing."""
     backbone = make("var", depth=depth)
     condition, tokens, _ = inputs(backbone)
@@ -195,19 +217,15 @@ def test_a_number_a_token_is_projected_ahead(depth: int, monkeypatch: pytest.Mon
         elif fault == "zero":
             backbone.token_embed.get_parameter("weight").zero_()
         z = backbone.sequence(condition, tokens)
-        assert backbone.start(condition, 3).ahead is not None
+        assert backbone.start(condition).scalar_qkv is not None
         atol = 5e-3 if fault == "parallel" else 2e-5  # of what is nearly 0 the norm magnifies rounding
         assert torch.allclose(one_by_one(backbone, condition, tokens, None), z, atol=atol), fault
-    state = backbone.start(condition, 3)
-    for i in range(4):
-        backbone.step(state, tokens[:, i - 1] if i else None)
-    assert torch.allclose(backbone.step(state.first(2), tokens[:2, 3]), z[:2, 4], atol=2e-5)
-    assert backbone.double().start(condition.double(), 3).ahead is not None
+    assert backbone.double().start(Condition(condition.vectors.double())).scalar_qkv is not None
     with torch.autocast("cpu", torch.bfloat16):
-        assert backbone.float().start(condition, 3).ahead is None, "which rounds otherwise"
-    assert make("adaln").start(condition, 3).ahead is None
-    monkeypatch.setattr(ahead, "CAP", 3 * (2 + L) * 3 * C - 1)
-    assert backbone.start(condition, 3).ahead is None
+        assert backbone.float().start(condition).scalar_qkv is None, "which rounds otherwise"
+    assert make("adaln").start(condition).scalar_qkv is None
+    monkeypatch.setattr(scalar_qkv, "CAP", 3 * (2 + L) * 3 * C - 1)
+    assert backbone.start(condition).scalar_qkv is None
     assert torch.allclose(one_by_one(backbone, condition, tokens, None), z, atol=2e-5)
 
 
@@ -246,7 +264,7 @@ def test_the_modulated_block_is_that_of_the_equations() -> None:
     expected = x + gamma1 * a.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     y = norm(expected) * (1 + scale2) + shift2
     expected = expected + gamma2 * m.down(F.gelu(m.fc1(y), approximate="tanh"))
-    ours = block(x, causal=True, modulation=block.modulate(F.silu(condition)))
+    ours = block(x, Window(causal=True), modulation=block.modulate(F.silu(condition)))
     assert torch.allclose(ours, expected, atol=1e-5)
 
 
@@ -255,7 +273,7 @@ def test_modulated_blocks_begin_as_the_identity_nearly() -> None:
         block: Any = Causal(L, D, width=C, depth=2, conditioning="adaln").eval().get_submodule("blocks.0")
     x = torch.randn(2, L, C)
     activated = F.silu(torch.randn(2, C))
-    assert torch.allclose(block(x, causal=True, modulation=block.modulate(activated)), x, atol=1e-3)
+    assert torch.allclose(block(x, Window(causal=True), modulation=block.modulate(activated)), x, atol=1e-3)
 
 
 def test_every_parameter_is_trained() -> None:
@@ -269,7 +287,7 @@ def test_every_parameter_is_trained() -> None:
 
 @torch.no_grad()
 def test_a_step_waits_for_no_device() -> None:
-    """No number of a tensor is looked at, in eager mode or compiled: `advance` is one graph."""
+    """No number of a tensor is looked at."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
@@ -281,10 +299,10 @@ def test_a_step_waits_for_no_device() -> None:
     for variant in ("llamagen", "any"):
         backbone = make(variant)
         condition, tokens, order = inputs(backbone)
-        state = backbone.start(condition, 3, order)
+        state = backbone.start(condition, order)
         with Watch():
             for i in range(3):
-                backbone.step(state, tokens[:, i] if i else None)
+                backbone.step(state, tokens[:, i : i + 1] if i else None)
 
 
 @pytest.mark.slow
@@ -302,7 +320,7 @@ def test_a_step_compiles_into_one_graph_for_all_positions(variant: str) -> None:
         return graph
 
     backbone.whole_cache = True
-    backbone.advance = torch.compile(backbone.advance, fullgraph=True, backend=counting)  # type: ignore[method-assign]
+    backbone._advance = torch.compile(backbone._advance, fullgraph=True, backend=counting)  # type: ignore[method-assign]
     assert torch.allclose(one_by_one(backbone, condition, tokens, order), z, atol=2e-5)
     assert len(graphs) <= 2, "one for the prefix, one for all later steps"
 
@@ -379,42 +397,45 @@ def test_what_makes_no_backbone_is_refused(options: dict[str, Any], words: str) 
         Causal(L, **{"dim": D, "width": C, "depth": 1, **options})
 
 
+@torch.no_grad()
 def test_what_makes_no_step_is_refused() -> None:
     backbone, free = make("features"), make("any")
     condition, tokens, order = inputs(free)
     with pytest.raises(UsageError, match="order: a backbone of order 'raster' has its own"):
-        backbone.start(condition, 3, order)
+        backbone.start(condition, order)
     with pytest.raises(UsageError, match="order: None is not"):
-        free.start(condition, 3)
-    state = backbone.start(condition, 3)
-    with pytest.raises(UsageError, match="one is given at step 0"):
-        backbone.step(state, tokens[:, 0])
-    backbone.step(state)
-    with pytest.raises(UsageError, match="none is given at step 1"):
-        backbone.step(state)
-    state.drawn = L
-    with pytest.raises(UsageError, match="all 12 tokens are drawn"):
-        backbone.step(state, tokens[:, 0])
+        free.start(condition)
+    state = backbone.start(condition)
+    with pytest.raises(UsageError, match="content: all 12 tokens are known, so that none is left to ask for"):
+        backbone.step(state, tokens)
+    backbone.step(state, tokens[:, :5])
+    with pytest.raises(UsageError, match="content: all 12 tokens are known"):
+        backbone.step(state, tokens[:, 5:])
+    for asked in ({"ask": torch.zeros(3, 2, dtype=torch.long)}, {"ask_valid": torch.ones(3, 1, dtype=torch.bool)}):
+        with pytest.raises(UsageError, match="ask: this backbone gives z of one token a step"):
+            backbone.step(state, tokens[:, 5:6], **asked)
     with pytest.raises(UsageError, match="one vector for each image, not 2"):
-        make("adaln", prefix=2).start(torch.zeros(3, 2, 10), 3)
+        make("adaln", prefix=2).start(Condition(torch.zeros(3, 2, 10)))
 
 
 @pytest.mark.parametrize(
-    ("condition", "valid", "words"),
+    ("shape", "valid", "words"),
     [
-        ((3, 4, C), None, r"condition: shape \(3, 4, 32\) is not \(3, 32\) or \(3, 3, 32\), with a prefix of 3"),
+        ((3, 4, C), None, r"condition: shape \(3, 4, 32\) is not \(3, 1 or 3, 32\), with a prefix of 3"),
         ((3, 3, C + 1), None, "condition: shape"),
-        ((3, 3, C), torch.ones(3, 4, dtype=torch.bool), r"valid: torch.bool of shape \(3, 4\) is not bool \(3, 3\)"),
-        ((3, 3, C), torch.ones(3, 3), "valid: torch.float32 of shape"),
+        (
+            (3, 3, C),
+            torch.ones(3, 4, dtype=torch.bool),
+            r"condition.valid: torch.bool of shape \(3, 4\) is not",
+        ),
+        ((3, 3, C), torch.ones(3, 3), "condition.valid: torch.float32 of shape"),
     ],
 )
-def test_a_prefix_of_another_length_is_refused(condition: tuple[int, ...], valid: Tensor | None, words: str) -> None:
+def test_a_prefix_of_another_length_is_refused(shape: tuple[int, ...], valid: Tensor | None, words: str) -> None:
     backbone = make("long-prefix")
     _, tokens, _ = inputs(backbone)
-    for call in (
-        lambda c: backbone.sequence(c, tokens, valid=valid),
-        lambda c: backbone.start(c, 3, valid=valid),
-    ):
+    condition = Condition(torch.zeros(shape), valid)
+    for call in (lambda: backbone.sequence(condition, tokens), lambda: backbone.start(condition)):
         with pytest.raises(UsageError, match=words) as caught:
-            call(torch.zeros(condition))
+            call()
         assert "\n" not in str(caught.value)
