@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.backbones.base import Sequential, check_condition, token_embedding
+from seriatim.backbones.causal_state import CausalState
 from seriatim.backbones.masked_transformer import usual_heads
 from seriatim.conditions.base import Condition
 from seriatim.core.errors import UsageError, nearest
@@ -44,59 +44,6 @@ CHOICES = {
     "positions": ("rope", "learned"),
     "order": ("raster", "any"),
 }
-
-
-@dataclass
-class CausalState:
-    """What the backbone keeps of a batch between steps: caches, and how far each image has come."""
-
-    caches: list[KVCache]  # one for each block
-    modulations: list[tuple[Tensor, ...]]  # of each block and of the last norm; empty without adaLN
-    order: Tensor | None  # (B, L): positions, the first generated first; None: raster
-    valid: Tensor | None  # (B, P) bool: which prefix positions count; None: all
-    places: Tensor = field(repr=False)  # 0 .. S-1, on the device
-    z: Tensor  # (B, C), z of the next token of each image
-    seen: list[int]  # places of each image that are in the caches: the prefix, and tokens
-    scalar_qkv: ScalarQKV | None = None  # of the first block, where tokens are scalars
-
-    def __len__(self) -> int:
-        return len(self.seen)
-
-    def select(self, rows: Tensor | slice) -> CausalState:
-        seen = self.seen[rows] if isinstance(rows, slice) else [self.seen[i] for i in rows.tolist()]
-        rows = rows if isinstance(rows, slice) else rows.to(self.places.device)
-        return CausalState(
-            [cache.select(rows) for cache in self.caches],
-            [tuple(t[rows] for t in made) for made in self.modulations],
-            None if self.order is None else self.order[rows],
-            None if self.valid is None else self.valid[rows],
-            self.places,
-            self.z[rows],
-            seen,
-            None if self.scalar_qkv is None else self.scalar_qkv.select(rows),
-        )
-
-    def join(self, other: CausalState) -> CausalState:
-        assert (self.order is None) == (other.order is None), (
-            "states of the same backbone have an order, or neither has"
-        )
-        assert (self.valid is None) == (other.valid is None), "states of the same conditioner have padding, or neither"
-        scalar = None
-        if self.scalar_qkv is not None and other.scalar_qkv is not None:
-            scalar = self.scalar_qkv.join(other.scalar_qkv)
-        return CausalState(
-            [a.join(b) for a, b in zip(self.caches, other.caches, strict=True)],
-            [
-                tuple(torch.cat(pair) for pair in zip(a, b, strict=True))
-                for a, b in zip(self.modulations, other.modulations, strict=True)
-            ],
-            None if self.order is None or other.order is None else torch.cat([self.order, other.order]),
-            None if self.valid is None or other.valid is None else torch.cat([self.valid, other.valid]),
-            self.places,
-            torch.cat([self.z, other.z]),
-            self.seen + other.seen,
-            scalar,
-        )
 
 
 class Causal(Sequential):

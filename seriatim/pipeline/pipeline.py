@@ -19,8 +19,6 @@ from seriatim.checkpoints.hub import located
 from seriatim.checkpoints.native import Bundle, load_bundle, save_bundle
 from seriatim.core.device import pick_device, pick_dtype, plain_torch
 from seriatim.core.errors import UsageError, nearest
-from seriatim.core.keys import Keys
-from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
 from seriatim.core.progress import Progress
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import plain
@@ -38,6 +36,7 @@ from seriatim.pipeline.editing import (
 from seriatim.pipeline.metadata import versions
 from seriatim.pipeline.request import Label, SampleRequest, fitted, resolved, seeds_of
 from seriatim.pipeline.result import Result, arrays_of, as_pil, check_output, converted, finite, gathered
+from seriatim.pipeline.sampler import sampled
 from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.base import to_uint8
 
@@ -144,15 +143,6 @@ class Pipeline:
         for label in request.class_labels:
             self.label_index(label)
 
-    def positions(self, request: SampleRequest, images: slice) -> Tensor | None:
-        """The order of these images as positions on the tokenizer's grid, (L,) or (B, L); None: up to the model."""
-        if request.order is None or request.order in (RANDOM, CONFIDENCE):
-            return None
-        if isinstance(request.order, str):
-            return torch.tensor(ORDERS[request.order](*self.tokenizer.grid))
-        given = torch.tensor(request.order)
-        return given if given.ndim == 1 else given[images]
-
     def label_index(self, label: Label) -> int:
         """The number of a class given by number or name; -1 for None, which "none" stands for on a command line.
 
@@ -215,35 +205,12 @@ class Pipeline:
         return request.model_copy(update={"seeds": seeds_of(given, request.num_images)})
 
     def _steps(self, request: SampleRequest, batch_size: int | None, start: Start | None = None) -> Iterator[Step]:
+        """The steps of a request; what is wrong with `batch_size` is said now, not when the first step is asked for."""
         if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
             raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be an integer of at least 1")
-        return self._batches(request, batch_size or max(1, BATCH_TOKENS // self.model.tokens), start)
-
-    def _batches(self, request: SampleRequest, size: int, start: Start | None) -> Iterator[Step]:
-        labels = torch.tensor([self.label_index(label) for label in request.image_labels()])
-        keys = Keys.of_seeds(request.image_seeds())
-        batches = [range(i, min(i + size, len(labels))) for i in range(0, len(labels), size)]
-        for number, images in enumerate(batches):
-            some = slice(images.start, images.stop)
-            with self.sampling():
-                condition = self.model.condition(labels[some] if self.model.classes else None, len(images))
-                steps = self.model.steps(
-                    condition,
-                    self.model.null(len(images), condition),
-                    keys.select(some),
-                    request,
-                    None if start is None else Start(start.tokens[some], start.known[some]),
-                    self.positions(request, some),
-                    dtype=self.dtype,
-                )
-            while True:
-                with self.sampling():  # between steps the model is as the caller left it
-                    step = next(steps, None)
-                if step is None:
-                    break
-                step.index, step.total = number * step.total + step.index, len(batches) * step.total
-                step.images, step.decode = images, self._pil
-                yield step
+        labels = torch.tensor([self.label_index(label) for label in request.image_labels()], device="cpu")
+        size, grid = batch_size or max(1, BATCH_TOKENS // self.model.tokens), self.tokenizer.grid
+        return sampled(self.model, request, labels, grid, size, start, self.dtype, self.sampling, self._pil)
 
     def __call__(
         self,
