@@ -181,7 +181,7 @@ def test_probing_for_speed_changes_nothing(tmp_path: Path) -> None:
         loss_of(torch.float32).mean.backward()
         return Choice("float32", 1, {})
 
-    classifier.fastest = probed
+    classifier.fastest = probed  # type: ignore[assignment]
     try:
         train_classifier(tiny("training.images=64", "training.dtype=auto"), tmp_path / "b", quiet=True)
     finally:

@@ -91,7 +91,7 @@ def test_one_of_several_processes_does_not_train(
     train(tiny("training.images=16"), tmp_path / "run", quiet=True)
 
 
-AROUND = {
+AROUND: dict[str, Any] = {
     "inference mode": torch.inference_mode,
     "no gradients": torch.no_grad,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
