@@ -29,6 +29,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
+from seriatim.checkpoints.unfinished import newest_whole
 from seriatim.core.errors import DataError, NumericsError
 from seriatim.core.files import write_json
 from seriatim.core.progress import Progress
@@ -237,7 +238,7 @@ def train(work: CifarWork, budgets: Sequence[str]) -> None:
     average = AveragedModel(model, multi_avg_fn=power_average)
     parts, folder = Trainables(model, average, optimiser), work.folder / "checkpoints"
     checkpoints.sweep(folder)
-    newest, _ = checkpoints.newest_whole(folder)
+    newest, _ = newest_whole(folder)
     run = checkpoints.load(newest, parts) if newest is not None else RunState()
     seconds = run.sums.get("seconds", 0.0)  # of updates, so far; the sums are kept in a checkpoint
     batches = Batches(data, derive_seed("training", work.seed), 0, FOREVER, BATCH)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from seriatim import __version__
 from seriatim.checkpoints.renames import FORMAT, READABLE, renamed
+from seriatim.checkpoints.unfinished import AVERAGE, CHECKPOINTS, RECIPE, checkpoint_of, is_checkpoint, usable
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, UsageError, one_line
 from seriatim.core.files import MANIFEST, atomic_folder, verify_manifest, write_json, write_manifest, write_text
 from seriatim.models.base import SequenceModel
@@ -54,14 +55,23 @@ def save_bundle(bundle: Bundle, folder: Path | str, *, card: str | None = None) 
 
     `card` becomes its README.md, which the manifest leaves out: people may edit it.
     """
-    config = {
+    config = bundle_config(bundle)
+    return save_folder(replaceable(folder), config, {MODEL: bundle.model, TOKENIZER: bundle.tokenizer}, card)
+
+
+def bundle_config(bundle: Bundle) -> dict[str, Any]:
+    """All of a bundle but its weights, as plain data."""
+    return {
         "model": model_config(bundle.model),
         "tokenizer": tokenizer_config(bundle.tokenizer),
         "class_names": bundle.class_names,
         "sampling": bundle.sampling,
         "provenance": bundle.provenance,
     }
-    return save_folder(replaceable(folder), config, {MODEL: bundle.model, TOKENIZER: bundle.tokenizer}, card)
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    write_json(folder / CONFIG, {"format": FORMAT, "seriatim": __version__, **config})
 
 
 def save_folder(
@@ -71,7 +81,7 @@ def save_folder(
     for file, module in modules.items():
         check_finite_weights(module, Path(file).stem)
     with atomic_folder(folder) as temporary:
-        write_json(temporary / CONFIG, {"format": FORMAT, "seriatim": __version__, **config})
+        write_config(temporary, config)
         for file, module in modules.items():
             write_tensors(temporary / file, module.state_dict())
         if card is not None:
@@ -135,9 +145,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def find_bundle(folder: Path) -> Path:
-    """The model folder that `folder` is, or that it holds as `model/` (a run, a demo)."""
-    inner = folder / "model"
-    return inner if not (folder / CONFIG).exists() and inner.is_dir() else folder
+    """The model folder that `folder` is, or that it holds as `model/` (a run, a demo).
+
+    Of a run that is not finished it is the newest whole checkpoint, which standard error is told.
+    """
+    if (folder / CONFIG).exists():
+        return folder
+    if (folder / "model").is_dir():
+        return folder / "model"
+    if is_checkpoint(folder):
+        return usable(folder)
+    is_run = (folder / RECIPE).is_file() or (folder / CHECKPOINTS).is_dir()
+    return checkpoint_of(folder) if is_run and not (folder / MANIFEST).exists() else folder
 
 
 def load_bundle(folder: Path | str) -> Bundle:
@@ -145,18 +164,29 @@ def load_bundle(folder: Path | str) -> Bundle:
 
     Raises CheckpointError, one line that names the file, when anything is missing, damaged or does not fit.
     """
-    folder = find_bundle(Path(folder))
+    found = find_bundle(Path(folder))
+    try:
+        return read_bundle(found)
+    except CheckpointError:
+        if found.exists() or found == Path(folder):
+            raise
+    return load_bundle(folder)  # the run goes on, and has deleted this checkpoint since: there is a newer one
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """The bundle of a model folder, or of a checkpoint that has a config."""
     if (folder / CLASSIFIER).exists():
         raise CheckpointError(f"{folder} holds a classifier, which draws nothing; name a model folder")
-    with opened(folder, MODEL, TOKENIZER) as (config, hashes):
+    weights = AVERAGE if is_checkpoint(folder) else MODEL
+    with opened(folder, weights, TOKENIZER) as (config, hashes):
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
             model = build_model(config["model"])
             tokenizer = build_tokenizer(config["tokenizer"])
         class_names = [str(name) for name in config["class_names"]]
         sampling, provenance = dict(config["sampling"]), dict(config["provenance"])
-    fill(model, folder / MODEL, written=int(config["format"]))
+    fill(model, folder / weights, written=int(config["format"]))
     fill(tokenizer, folder / TOKENIZER)
-    return Bundle(model.eval(), tokenizer.eval(), class_names, sampling, provenance, hashes[MODEL])
+    return Bundle(model.eval(), tokenizer.eval(), class_names, sampling, provenance, hashes[weights])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

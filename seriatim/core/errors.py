@@ -77,8 +77,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 def caller_level() -> int:
     """The `stacklevel` that makes a warning of this function's caller point to the first line outside the package."""
+    ours = (__name__.split(".")[0], "contextlib")  # whose frames lie between a decorated function and its caller
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == __name__.split(".")[0]:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ours:
         frame, level = frame.f_back, level + 1
     return level
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from seriatim.checkpoints.native import replaceable
-from seriatim.core.device import DTYPES, pick_device
+from seriatim.core.device import DTYPES, pick_device, plain_torch
 from seriatim.core.errors import ConfigError, Stopped
 from seriatim.core.files import writable_folder, write_json, write_text
 from seriatim.core.progress import Progress
@@ -28,16 +28,17 @@ from seriatim.evaluation.classifier import PARTS, ResNet, TrainedClassifier, bui
 from seriatim.models.base import Loss
 from seriatim.models.build import parameter_count, seeded
 from seriatim.training import state as checkpoints
+from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import ClassifierRecipe, dump
 from seriatim.training.labelled import InMemory, augmented, build_labelled, draws_of
 from seriatim.training.loader import Batch, Batches, to_float
-from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve
+from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve, record_choice
 from seriatim.training.loop import check_finite, crossed, restore
 from seriatim.training.optim import averaged, sgd
 from seriatim.training.precision import fastest, threads
-from seriatim.training.setup import begin_run
+from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.stopping import StopRequest, only_trainer
+from seriatim.training.stopping import StopRequest, only_trainer, refuse_many_processes
 
 TEST_BATCH = 500
 LOOK_PIXELS = 2_000_000  # at which the stem's filters are measured
@@ -66,6 +67,7 @@ class ClassifierResult:
     threads: int
 
 
+@plain_torch(grad=True)
 def train_classifier(
     recipe: ClassifierRecipe,
     out: Path | str,
@@ -83,6 +85,7 @@ def train_classifier(
 
     and recipe.yaml, data.json, environment.json, metrics.jsonl, training.png, checkpoints/ as there.
     """
+    refuse_many_processes()
     settings = recipe.training
     data, test, net = build(recipe, quiet=quiet)
     out = writable_folder(out)
@@ -117,9 +120,14 @@ def train_classifier(
                 where,
                 lambda dtype: Loss(loss_of(*logits_of(trial, probe, dtype)), torch.ones(()), {}),
             )
-            run = RunState(dtype=chosen[0], threads=chosen[1])
+            record_choice(out, chosen)
+            run = RunState(dtype=chosen.dtype, threads=chosen.threads)
+        refuse_fewer_images(total, run.seen, out)
+        changes = changes_of(out, recipe, run.seen)  # none where the run begins: its recipe was just written
+        if settings.dtype != "auto":
+            run.dtype = settings.dtype
         settings = settings.model_copy(update={"dtype": run.dtype, "threads": run.threads})
-        recipe = recipe.model_copy(update={"training": settings})
+        recipe = recipe.model_copy(update={"training": settings, "changes": changes})
         write_text(out / "recipe.yaml", dump(recipe))  # what was measured included: it repeats this run
         dtype = DTYPES[run.dtype]
         stack.enter_context(threads(run.threads))
@@ -132,6 +140,7 @@ def train_classifier(
             checkpoints.prune(out / "checkpoints", settings.keep)
             return path
 
+        guard, cure = BlowUpGuard(settings, out), way_out(settings, out)
         batches = Batches(data, recipe.seed, run.seen, total, settings.batch_size)
         with Progress(total, "training", "images", done=run.seen, quiet=quiet) as bar:
             for n in range(len(batches)):
@@ -143,10 +152,11 @@ def train_classifier(
                     group["lr"] = settings.learning_rate * factor
                 logits, labels = logits_of(net, batch, dtype)
                 loss = loss_of(logits, labels)
-                check_finite("loss", loss, run.seen, batch, data)
+                check_finite("loss", loss, run.seen, batch, data, cure)
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(net.parameters(), settings.clip)
-                check_finite("gradient", norm, run.seen, batch, data)
+                check_finite("gradient", norm, run.seen, batch, data, cure)
+                guard.check(run, loss.item())
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
                 average.update_parameters(net)

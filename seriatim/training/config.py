@@ -36,6 +36,7 @@ class Common(Strict):
     log_images: StrictInt = Field(2048, ge=1)  # a line of metrics this often
     save_images: StrictInt = Field(20_000, ge=0)  # a checkpoint this often; 0: only when stopped
     keep: StrictInt = Field(2, ge=1)  # newest checkpoints that stay, besides the best
+    on_blow_up: Literal["warn", "stop"] = "warn"  # when the loss is a thousand times its own recent mean
     tensorboard: bool = False  # also write metrics for TensorBoard
 
 
@@ -73,6 +74,7 @@ class Described(Strict):
     description: str = ""
     seed: StrictInt = Field(0, ge=0, lt=2**63)
     data: dict[str, Any]
+    changes: list[str] = Field(default_factory=list)  # settings that were changed when the run was resumed; not yours
 
 
 class Recipe(Described):
@@ -180,4 +182,7 @@ def override(
 
 def dump(recipe: AnyRecipe) -> str:
     """The recipe as YAML that `read_any` takes back, every default filled in."""
-    return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    values = recipe.model_dump(mode="json")
+    if not recipe.changes:
+        del values["changes"]
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

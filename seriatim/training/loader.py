@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from seriatim.core.errors import ConfigError, DataError
+from seriatim.core.errors import ConfigError, DataError, ResourceError, SeriatimError
 from seriatim.core.random import derive_seed
 from seriatim.core.terminal import say
 from seriatim.training.data import BEGINNING, ImageData, Order, Position, Row, StreamData, mirror
@@ -123,6 +123,10 @@ def batches_of(
     return Batches(data, seed, first, total, batch_size)
 
 
+class WorkerLost(ResourceError):
+    """A process that reads images is gone. It is raised where the next batch is asked for, between two steps."""
+
+
 class Loader:
     """Iterates over batches; `waited` is how many seconds the loop has waited for them."""
 
@@ -145,6 +149,9 @@ class Loader:
             generator=torch.Generator(),  # so that torch's own is left alone
         )
         ready: Any = iter(source)
+        # Torch's handler raises its error wherever the trainer is, in the middle of an update too. Without it the loss
+        # of a worker is noticed where the next batch is asked for.
+        torchs = silence_child_signals() if self.workers else None
         try:
             while (batch := self._next(ready)) is not None:
                 if isinstance(self.batches, StreamBatches):
@@ -155,16 +162,38 @@ class Loader:
         finally:
             if self.workers:  # now: an exception may hold on to them, and at exit Python would wait for their end
                 ready._shutdown_workers()
+            if torchs is not None:
+                signal.signal(signal.SIGCHLD, torchs)
 
     def _next(self, ready: Iterator[Batch]) -> Batch | None:
         begin = time.perf_counter()
         try:
             return next(ready, None)
+        except (RuntimeError, OSError, EOFError) as error:
+            if isinstance(error, SeriatimError) or not self.workers or not lost_worker(error):
+                raise
+            raise WorkerLost(
+                "training.workers: a process that reads images was killed, as a rule because memory ran out; set "
+                f"training.workers=0, or fewer than {self.workers}, or a smaller training.batch_size"
+            ) from error
         except DataError as error:  # from a worker it comes with the worker's traceback around it
             last = str(error).strip().splitlines()[-1]
             raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
         finally:
             self.waited += time.perf_counter() - begin
+
+
+def silence_child_signals() -> Any:
+    """Let no handler hear that a child process has ended; return the one that did, None where none can be set."""
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def lost_worker(error: Exception) -> bool:
+    """Whether the data loader says that one of its processes is gone; it notices in one of several places."""
+    said = any(words in str(error) for words in ("DataLoader worker", "received 0 items of ancdata", "shared memory"))
+    return said or isinstance(error, (ConnectionError, EOFError))
 
 
 def leave_signals_to_the_trainer(_: int) -> None:

@@ -14,9 +14,11 @@ import torch
 
 from seriatim import __version__
 from seriatim.core.errors import ConfigError
-from seriatim.core.files import atomic_write, write_text
+from seriatim.core.files import atomic_write, write_json, write_text
+from seriatim.core.terminal import say
 from seriatim.training.config import ClassifierRecipe, Recipe, dump
 from seriatim.training.data import ImageData
+from seriatim.training.precision import Choice
 
 
 class MetricsLog:
@@ -110,6 +112,14 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": sys.argv,
     }
+
+
+def record_choice(folder: Path, choice: Choice) -> None:
+    """Say once what dtype and threads were chosen by, and write it to environment.json."""
+    if choice.seconds:
+        say(f"training in {choice}")
+        chosen = {"dtype": choice.dtype, "threads": choice.threads, "seconds": choice.seconds}
+        write_json(folder / "environment.json", environment() | {"measured": chosen})
 
 
 def model_card(recipe: Recipe, seen: int, parameters: int, rows: Sequence[dict[str, Any]], data: ImageData) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -15,9 +16,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.native import Bundle, replaceable, save_bundle
-from seriatim.core.device import DTYPES, pick_device
-from seriatim.core.errors import NumericsError, Stopped
+from seriatim.checkpoints.native import Bundle, bundle_config, replaceable, save_bundle
+from seriatim.checkpoints.unfinished import newest_whole
+from seriatim.core.device import DTYPES, pick_device, plain_torch
+from seriatim.core.errors import NumericsError, ResourceError, Stopped
 from seriatim.core.files import writable_folder, write_text
 from seriatim.core.keys import Keys
 from seriatim.core.progress import Progress
@@ -27,16 +29,17 @@ from seriatim.core.terminal import say
 from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import parameter_count
 from seriatim.training import state as checkpoints
+from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import Recipe, dump
 from seriatim.training.data import ImageData, Position
-from seriatim.training.loader import Batch, Loader, batches_of, to_float
-from seriatim.training.log import MetricsLog, loss_curve, model_card
+from seriatim.training.loader import Batch, Loader, WorkerLost, batches_of, to_float
+from seriatim.training.log import MetricsLog, loss_curve, model_card, record_choice
 from seriatim.training.look import draw_samples
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.precision import fastest, threads
-from seriatim.training.setup import begin_run, build, fit_tokenizer, initialise_from
+from seriatim.training.setup import begin_run, build, changes_of, fit_tokenizer, initialise_from, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.stopping import StopRequest, only_trainer
+from seriatim.training.stopping import StopRequest, only_trainer, refuse_many_processes
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class TrainingResult:
     threads: int
 
 
+@plain_torch(grad=True)
 def train(
     recipe: Recipe,
     out: Path | str,
@@ -75,6 +79,7 @@ def train(
     NumericsError when the loss or its gradient is not finite, before anything is updated; Stopped, after saving, on
     SIGTERM or SIGINT.
     """
+    refuse_many_processes()
     settings = recipe.training
     data, tokenizer, model = build(recipe)
     out = writable_folder(out)
@@ -114,10 +119,15 @@ def train(
             probe = next(iter(Loader(batches_of(data, recipe.seed, 0, settings.images, settings.batch_size), 0)))
             whole = slice(0, -(-len(probe) // settings.accumulate))
             chosen = fastest(settings.dtype, settings.threads, where, lambda dtype: loss_of(probe, whole, dtype))
-            run = RunState(dtype=chosen[0], threads=chosen[1])
+            record_choice(out, chosen)
+            run = RunState(dtype=chosen.dtype, threads=chosen.threads)
             model.zero_grad(set_to_none=True)
+        refuse_fewer_images(settings.images, run.seen, out)
+        changes = changes_of(out, recipe, run.seen)  # none where the run begins: its recipe was just written
+        if settings.dtype != "auto":
+            run.dtype = settings.dtype
         settings = settings.model_copy(update={"dtype": run.dtype, "threads": run.threads})
-        recipe = recipe.model_copy(update={"training": settings})
+        recipe = recipe.model_copy(update={"training": settings, "changes": changes})
         write_text(out / "recipe.yaml", dump(recipe))  # what was measured included: it repeats this run
         dtype = DTYPES[run.dtype]
         stack.enter_context(threads(run.threads))
@@ -132,15 +142,23 @@ def train(
             return Bundle(trained, tokenizer, data.class_names, recipe.sampling, provenance)
 
         def save_checkpoint() -> Path:
-            path = checkpoints.save(out / "checkpoints", parts, run)
+            path = checkpoints.save(out / "checkpoints", parts, run, bundle_config(bundle()))
             checkpoints.prune(out / "checkpoints", settings.keep)
             return path
 
         position = Position(*run.position)
         batches = batches_of(data, recipe.seed, run.seen, settings.images, settings.batch_size, position)
         loader = Loader(batches, settings.workers)
+        guard, cure = BlowUpGuard(settings, out), way_out(settings, out)
+
+        def saved_if_lost(batches: Generator[Batch]) -> Generator[Batch]:
+            try:
+                yield from batches
+            except WorkerLost as error:
+                raise ResourceError(f"{error}; saved {save_checkpoint()}: go on with --resume") from error
+
         with Progress(settings.images, "training", "images", done=run.seen, quiet=quiet) as bar:
-            for batch in stack.enter_context(contextlib.closing(iter(loader))):
+            for batch in stack.enter_context(contextlib.closing(saved_if_lost(iter(loader)))):
                 # --- one step
                 size = len(batch)
                 factor = learning_rate(run.seen + size, settings.images, settings.warmup_images, settings.schedule)
@@ -151,7 +169,7 @@ def train(
                 for part in slices(size, settings.accumulate):
                     # The sum over a nominal count: dividing by the true one is left until all parts are known.
                     loss = loss_of(batch, part, dtype)
-                    check_finite("loss", loss.sum, run.seen, batch, data)
+                    check_finite("loss", loss.sum, run.seen, batch, data, cure)
                     (loss.sum / nominal).backward()
                     count += loss.count.item()
                     for name, value in (("loss", loss.sum), *((f"loss_{k}", v) for k, v in loss.parts.items())):
@@ -159,7 +177,8 @@ def train(
                 sums = {name: value / count for name, value in sums.items()}
                 torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], nominal / count)
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-                check_finite("gradient", norm, run.seen, batch, data)
+                check_finite("gradient", norm, run.seen, batch, data, cure)
+                guard.check(run, sums["loss"])
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
                 average.update_parameters(model)
@@ -184,7 +203,10 @@ def train(
                     run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
                     logged, waited = now, loader.waited
                 if crossed(before, run.seen, settings.sample_images):
-                    draw_samples(bundle(), out / "samples", run.seen, recipe.seed)
+                    try:
+                        draw_samples(bundle(), out / "samples", run.seen, recipe.seed)
+                    except NumericsError as error:  # training goes on: later weights may do better
+                        say(f"no samples after {run.seen} images: {error}")
                 due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
                 if due and not stop.requested:
                     save_checkpoint()
@@ -208,7 +230,7 @@ def restore(out: Path, parts: Trainables) -> RunState | None:
     """The newest whole checkpoint into `parts`; says which, and which newer ones were damaged."""
     folder = out / "checkpoints"
     checkpoints.sweep(folder)
-    path, passed_over = checkpoints.newest_whole(folder)
+    path, passed_over = newest_whole(folder)
     for reason in passed_over:
         say(f"stepping back: {reason}")
     if path is None:
@@ -230,7 +252,7 @@ def crossed(before: int, now: int, every: int) -> bool:
     return bool(every) and now // every > before // every
 
 
-def check_finite(what: str, value: Tensor, seen: int, batch: Batch, data: ImageData) -> None:
+def check_finite(what: str, value: Tensor, seen: int, batch: Batch, data: ImageData, cure: str) -> None:
     """Stop before anything is updated."""
     number = value.detach().item()
     if not math.isfinite(number):
@@ -238,5 +260,5 @@ def check_finite(what: str, value: Tensor, seen: int, batch: Batch, data: ImageD
         named = ", ".join(names) + (", ..." if len(batch) > 8 else "")
         raise NumericsError(
             f"the {what} is not finite ({number}) after {seen} images, in the batch of images {named}; nothing was "
-            "updated; lower training.learning_rate, or use training.dtype=float32"
+            f"updated; {cure}"
         )

@@ -35,11 +35,31 @@ from seriatim.training.sources import build_data
 
 # A resumed run may change these and nothing else: they don't affect a weight, or only how long it goes on.
 FREE = {
-    "description", "sampling", "training.images", "training.log_images", "training.save_images", "training.keep",
-    "training.sample_images", "training.test_images", "training.tensorboard", "training.workers", "data.path",
-    "data.labels", "data.check", "data.max_bad", "data.max_pixels", "data.loose", "data.empty", "data.test_path",
-    "tokenizer.from", "tokenizer.path",
-}  # fmt: skip
+    "changes",
+    "data.check",
+    "data.empty",
+    "data.labels",
+    "data.loose",
+    "data.max_bad",
+    "data.max_pixels",
+    "data.path",
+    "data.test_path",
+    "description",
+    "sampling",
+    "tokenizer.from",
+    "tokenizer.path",
+    "training.images",
+    "training.keep",
+    "training.log_images",
+    "training.on_blow_up",
+    "training.sample_images",
+    "training.save_images",
+    "training.tensorboard",
+    "training.test_images",
+    "training.workers",
+}
+# ... and these, which do affect weights, because they are what helps a run whose loss blew up. recipe.yaml records it.
+CURES = {"training.learning_rate", "training.clip", "training.dtype"}
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
 CLASSES = "conditioner.class_embedding"
 LEFTOVERS = ("checkpoints", "samples", "tensorboard")
@@ -143,7 +163,7 @@ def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool, ov
         },
     )
     write_json(out / "environment.json", environment())
-    write_text(out / "recipe.yaml", dump(recipe))
+    write_text(out / "recipe.yaml", dump(recipe.model_copy(update={"changes": []})))  # those are another run's
     return False
 
 
@@ -155,18 +175,35 @@ def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
         raise ConfigError(f"kind: {out} holds the run of a {kinds[0]}, not of a {kinds[1]}; begin another run")
     before, now = flat(first), flat(recipe)
     for key in sorted(before.keys() | now.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in FREE)
+        free = any(key == name or key.startswith(f"{name}.") for name in FREE | CURES)
         measured = key in MEASURED and now.get(key) == "auto"
         if before.get(key) != now.get(key) and not free and not measured:
             raise ConfigError(
                 f"{key}: {before.get(key)!r} in {out / 'recipe.yaml'}, {now.get(key)!r} now; a resumed run keeps its "
-                "settings: change it back, or begin another run"
+                f"settings, but for {', '.join(sorted(CURES))}: change it back, or begin another run"
             )
     recorded = json.loads((out / "data.json").read_text(encoding="utf-8"))
     if recorded["fingerprint"] != data.fingerprint():
         raise DataError(
             f"data: its images are not those that {out} began with ({recorded['images']} then, {data.count} now, or "
             "files changed); restore them, or begin another run with training.init_from"
+        )
+
+
+def changes_of(out: Path, recipe: AnyRecipe, seen: int) -> list[str]:
+    """What was changed whenever a run was resumed, now included, after `seen` images."""
+    first = read_any(str(out / "recipe.yaml"))
+    before, now = flat(first), flat(recipe)
+    changed = [key for key in sorted(CURES) if before[key] != now[key] and now[key] != "auto"]
+    return [*first.changes, *(f"after {seen} images: {key} from {before[key]} to {now[key]}" for key in changed)]
+
+
+def refuse_fewer_images(images: int, seen: int, out: Path) -> None:
+    """Refuse to end a run before where it stands."""
+    if images < seen:
+        raise UsageError(
+            f"training.images: {images} is less than the {seen} images that the run in {out} has seen; to end it where "
+            f"it stands, which writes {out / 'model'}, set training.images={seen}"
         )
 
 

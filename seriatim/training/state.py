@@ -1,6 +1,7 @@
 """Checkpoints of a run: all that resuming needs, whole or absent.
 
     RUN/checkpoints/000000123456/     one for each save, named by the images seen
+        config.json                   of a generator: what a model folder's says
         model.safetensors             weights
         average.safetensors           averaged weights
         optimiser.safetensors         the optimiser's moments
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from seriatim.checkpoints.native import check_finite_weights, fill, read_tensors, write_tensors
+from seriatim.checkpoints.native import check_finite_weights, fill, read_tensors, write_config, write_tensors
+from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoints
 from seriatim.core.errors import CheckpointError, one_line
 from seriatim.core.files import atomic_folder, verify_manifest, write_json, write_manifest
-
-FILES = ("model.safetensors", "average.safetensors", "optimiser.safetensors", "tokenizer.safetensors", "state.json")
-STATE = "state.json"
 
 
 @dataclass
@@ -44,6 +43,7 @@ class RunState:
     sums: dict[str, float] = field(default_factory=dict)  # of the metrics since their last line
     since: int = 0  # images seen at that line
     steps_since: int = 0
+    recent: float | None = None  # logarithm of the loss, a mean over about the last hundred steps
     position: list[int] = field(default_factory=lambda: [0, 0])  # of a stream: passes, rows since
 
 
@@ -57,8 +57,8 @@ class Trainables:
     tokenizer: nn.Module = field(default_factory=nn.Identity)  # a classifier has none
 
 
-def save(folder: Path, parts: Trainables, state: RunState) -> Path:
-    """Write the checkpoint of `state.seen` images."""
+def save(folder: Path, parts: Trainables, state: RunState, config: Mapping[str, Any] | None = None) -> Path:
+    """Write the checkpoint of `state.seen` images; with the `config` of its model it can be used without the run."""
     check_finite_weights(parts.model, "model")
     check_finite_weights(parts.average.module, "average")
     path = folder / f"{state.seen:012d}"
@@ -68,7 +68,9 @@ def save(folder: Path, parts: Trainables, state: RunState) -> Path:
         write_tensors(temporary / "optimiser.safetensors", dict(moments(parts.optimiser)))
         write_tensors(temporary / "tokenizer.safetensors", parts.tokenizer.state_dict())
         write_json(temporary / STATE, {"format": 1, **vars(state)})
-        write_manifest(temporary, FILES)
+        if config is not None:
+            write_config(temporary, config)
+        write_manifest(temporary, FILES if config is None else (CONFIG, *FILES))
     return path
 
 
@@ -100,26 +102,6 @@ def load(path: Path, parts: Trainables) -> RunState:
     parts.average.n_averaged.fill_(state.steps)
     parts.optimiser.load_state_dict({"state": tensors, "param_groups": optimiser_state["param_groups"]})
     return state
-
-
-def all_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints, oldest first; what a crash left half-written has another kind of name."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
-
-
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file matches its sha256, and why each newer one was passed over."""
-    passed_over = []
-    for path in reversed(all_checkpoints(folder)):
-        try:
-            verify_manifest(path, FILES)
-        except CheckpointError as error:
-            passed_over.append(str(error))
-            continue
-        return path, passed_over
-    return None, passed_over
 
 
 def best_of(folder: Path) -> Path | None:

@@ -54,6 +54,17 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+def refuse_many_processes() -> None:
+    """Training is one process on one device; one of several would train everything again, or wait for the others."""
+    for name, most in (("WORLD_SIZE", 1), ("RANK", 0)):
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > most:
+            raise UsageError(
+                f"train: {name}={value} is set, but training is one process on one device; start it without torchrun, "
+                f"or unset {name}"
+            )
+
+
 @contextlib.contextmanager
 def only_trainer(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process; the system lets go when the process ends, however it ends."""

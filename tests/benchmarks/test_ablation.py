@@ -21,11 +21,11 @@ from ablation_cells import CELLS, COMPARED
 from ablation_tables import Pictures, less, with_interval
 
 from seriatim.checkpoints.native import load_bundle
+from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.errors import NumericsError
 from seriatim.core.progress import Progress
 from seriatim.evaluation.classifier import ResNet, TrainedClassifier, save_classifier
 from seriatim.models.build import seeded
-from seriatim.training import state as checkpoints
 
 TINY = ["--images", "64", "--seconds", "0.01", "--samples", "16", "--guidance", "1.5", "--side", "8", "--codes", "8",
         "--width", "16", "--depth", "2"]  # fmt: skip
@@ -100,7 +100,7 @@ def test_a_training_goes_on_where_it_was_stopped(
     monkeypatch.setattr(Progress, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ablation_cifar.train(stopped, ["images"])
-    assert [p.name for p in checkpoints.all_checkpoints(stopped.folder / "checkpoints")] == [f"{96:012d}"]
+    assert [p.name for p in all_checkpoints(stopped.folder / "checkpoints")] == [f"{96:012d}"]
     ablation_cifar.train(stopped, ["images"])
     assert not (stopped.folder / "checkpoints").exists()
     ours, theirs = (load_bundle(each.folder / "images") for each in (whole, stopped))

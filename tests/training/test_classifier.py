@@ -15,6 +15,7 @@ import torch
 from helpers import read_picture
 from PIL import Image
 
+from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.cli.main import run
 from seriatim.core.errors import ConfigError, DataError, NumericsError, SeriatimError, Stopped, UsageError
 from seriatim.evaluation.classifier import ResNet, load_classifier
@@ -23,7 +24,7 @@ from seriatim.training.classifier import build, train_classifier
 from seriatim.training.config import ClassifierRecipe, dump, read_any, read_recipe
 from seriatim.training.labelled import augmented, build_labelled, draws_of, held_out_share
 from seriatim.training.loop import train
-from seriatim.training.state import all_checkpoints
+from seriatim.training.precision import Choice
 
 TINY = [
     "data={kind: digits, test_share: 0.2}", "model.widths=[16]", "model.depth=[1]", "training.images=320",
@@ -175,10 +176,10 @@ def test_probing_for_speed_changes_nothing(tmp_path: Path) -> None:
     train_classifier(tiny("training.images=64"), tmp_path / "a", quiet=True)
     true = classifier.fastest
 
-    def probed(*arguments: Any) -> tuple[str, int]:
+    def probed(*arguments: Any) -> Choice:
         loss_of = arguments[-1]
         loss_of(torch.float32).mean.backward()
-        return "float32", 1
+        return Choice("float32", 1, {})
 
     classifier.fastest = probed  # type: ignore[assignment]
     try:

@@ -176,16 +176,53 @@ def test_auto_takes_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
             now[0] += 0.1 + (str(dtype) != f"torch.{fast[0]}") + (used[0] != fast[1])
             return Loss(torch.zeros((), requires_grad=True) * 1)
 
-        assert fastest("auto", "auto", cpu, loss_of) == fast
-        assert fastest("bfloat16", 2, cpu, loss_of) == ("bfloat16", 2)
-        assert fastest("auto", 1, cpu, loss_of) == (fast[0], 1)
+        assert fastest("auto", "auto", cpu, loss_of)[:2] == fast
+        assert fastest("bfloat16", 2, cpu, loss_of) == ("bfloat16", 2, {})
+        assert fastest("auto", 1, cpu, loss_of)[:2] == (fast[0], 1)
         assert used == [2], "the caller's number of threads is restored"
 
 
-def test_what_was_measured_is_written_down(tmp_path: Path) -> None:
+@pytest.mark.parametrize("busy", [(0, 9), (8, 17), (17, 30)])
+def test_a_machine_that_is_busy_for_a_while_does_not_decide(
+    monkeypatch: pytest.MonkeyPatch, busy: tuple[int, int]
+) -> None:
+    """Passes number 8 to 16, say, take a hundred times as long: bfloat16 is six times as fast, and is taken."""
+    now, calls = [0.0], [0]
+    monkeypatch.setattr("seriatim.training.precision.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def loss_of(dtype: torch.dtype) -> Loss:
+        calls[0] += 1
+        now[0] += (0.01 if dtype == torch.bfloat16 else 0.06) * (100 if busy[0] <= calls[0] < busy[1] else 1)
+        return Loss(torch.zeros((), requires_grad=True) * 1, {})
+
+    choice = fastest("auto", "auto", torch.device("cpu"), loss_of)
+    assert choice.dtype == "bfloat16" and len(choice.seconds) == 4
+
+
+def test_a_slow_model_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], [0]
+    monkeypatch.setattr("seriatim.training.precision.time.perf_counter", lambda: now[0])
+
+    def loss_of(_: torch.dtype) -> Loss:
+        calls[0], now[0] = calls[0] + 1, now[0] + 60.0
+        return Loss(torch.zeros((), requires_grad=True) * 1, {})
+
+    assert fastest("auto", 1, torch.device("cpu"), loss_of).dtype == "float32"
+    assert calls[0] == 2 * (1 + 3), "one pass to warm up and the fewest rounds"
+
+
+def test_what_was_measured_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = train(tiny("training.images=64", "training.dtype=auto"), tmp_path, quiet=True)
     written = read_recipe(str(tmp_path / "recipe.yaml")).training
     assert (written.dtype, written.threads) == (result.dtype, 1)
+    measured = json.loads((tmp_path / "environment.json").read_text())["measured"]
+    assert (measured["dtype"], measured["threads"]) == (result.dtype, 1)
+    assert min(measured["seconds"], key=measured["seconds"].get) == f"{result.dtype} with 1 thread"
+    said = [line for line in capsys.readouterr().err.splitlines() if "median seconds of a pass" in line]
+    assert len(said) == 1 and said[0].startswith(f"training in {result.dtype} with 1 thread: ")
+    train(tiny("training.images=64", "training.dtype=float32"), tmp_path / "told", quiet=True)
+    assert "measured" not in json.loads((tmp_path / "told" / "environment.json").read_text())
 
 
 def test_foreign_files_are_never_replaced(tmp_path: Path) -> None:

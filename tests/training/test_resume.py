@@ -20,12 +20,13 @@ import pytest
 import torch
 from PIL import Image
 
+from seriatim.checkpoints.unfinished import all_checkpoints, newest_whole
 from seriatim.core.errors import ConfigError, DataError, ResourceError, Stopped, UsageError
 from seriatim.training import loader, loop, setup, state
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged
-from seriatim.training.state import RunState, Trainables, all_checkpoints, newest_whole, prune
+from seriatim.training.state import RunState, Trainables, prune
 
 TINY = [
     "model.width=32", "model.depth=1", "model.heads=2", "model.dropout=0.1",

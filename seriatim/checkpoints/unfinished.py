@@ -1,0 +1,76 @@
+"""A run that has no model yet: its newest whole checkpoint stands in for one, with the averaged weights.
+
+RUN/recipe.yaml
+RUN/checkpoints/000000123456/     one for each save, named by the images seen; `training/state.py` writes it
+RUN/model/                        written when the last image was seen
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from seriatim.core.errors import CheckpointError
+from seriatim.core.files import verify_manifest
+from seriatim.core.terminal import say
+
+CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"
+AVERAGE, STATE, CONFIG = "average.safetensors", "state.json", "config.json"
+# Release 0.1 wrote no config.json: what it wrote can be resumed, but says too little of the model to be used alone.
+FILES = ("model.safetensors", AVERAGE, "optimiser.safetensors", "tokenizer.safetensors", STATE)
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints, oldest first; what a crash left half-written has another kind of name."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every file matches its sha256, and why each newer one was passed over."""
+    passed_over = []
+    for path in reversed(all_checkpoints(folder)):
+        try:
+            verify_manifest(path, FILES)
+        except CheckpointError as error:
+            passed_over.append(str(error))
+            continue
+        return path, passed_over
+    return None, passed_over
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / STATE).is_file() and folder.name.isdigit()
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The checkpoint to use of a run that has no model; raises CheckpointError where there is none, and says so."""
+    path, passed_over = newest_whole(run / CHECKPOINTS)
+    for reason in passed_over:
+        say(f"stepping back: {reason}")
+    if path is None:
+        raise CheckpointError(
+            f"{run} is a run that is not finished and has no whole checkpoint: there is no model to use yet; go on "
+            f"with `{resume(run)}`"
+        )
+    usable(path)
+    say(f"{run} is not finished: taking the averaged weights of its checkpoint {path.name}")
+    return path
+
+
+def usable(checkpoint: Path) -> Path:
+    """The checkpoint itself, unless it lacks what it takes to be used without its run."""
+    if not (checkpoint / CONFIG).is_file():
+        run = checkpoint.parent.parent
+        raise CheckpointError(
+            f"{checkpoint} says too little of its model to be used alone (release 0.1 wrote it, or it is no "
+            f"generator's), and its run is not finished; go on with `{resume(run)}`, which writes {run / 'model'}; to "
+            f"end it where it stands, add training.images={int(checkpoint.name)}"
+        )
+    return checkpoint
+
+
+def resume(run: Path) -> str:
+    """The command that goes on with a run."""
+    return f"seriatim train {shlex.quote(str(run / RECIPE))} --out {shlex.quote(str(run))} --resume"

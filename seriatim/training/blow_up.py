@@ -1,0 +1,60 @@
+"""What to do when numbers go wrong: a loss that blows up is noticed, and every message names what helps."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+
+from seriatim.core.errors import NumericsError, caller_level
+from seriatim.training.config import Common, Training
+from seriatim.training.state import RunState
+
+GROWTH = 1000.0  # a loss this many times its recent mean has blown up
+SHARE = 0.01  # of each step in that mean, which so spans about a hundred steps
+TINY = 1e-12
+
+
+def way_out(settings: Common, out: Path) -> str:
+    """What a run whose numbers went wrong can do: `--resume` allows exactly these settings to change."""
+    float32 = "" if settings.dtype == "float32" else ", or training.dtype=float32"
+    anew = f"; or begin another run with training.init_from={out}, or with an older one of its checkpoints"
+    return (
+        f"go on with --resume and a lower training.learning_rate (now {settings.learning_rate:g}) or training.clip "
+        f"(now {settings.clip:g}){float32}{anew if isinstance(settings, Training) else ''}"
+    )
+
+
+def growth(run: RunState, loss: float) -> float:
+    """How many times larger a step's loss is than its own recent mean, which then takes it in.
+
+    The mean is that of logarithms of absolute values: a few large losses on the way up don't hide the growth, and it is
+    there for losses that may be negative.
+    """
+    size = math.log(max(abs(loss), TINY))
+    if run.recent is None:
+        run.recent = size if run.loss is None else math.log(max(abs(run.loss), TINY))
+    grown = math.exp(min(size - run.recent, 700.0)) if loss > 0 else 0.0
+    run.recent += SHARE * (size - run.recent)
+    return grown
+
+
+class BlowUpGuard:
+    """Looks at the loss of each step before the weights are updated; warns once for each time that it blows up."""
+
+    def __init__(self, settings: Common, out: Path) -> None:
+        self.settings, self.out, self.warned = settings, out, False
+
+    def check(self, run: RunState, loss: float) -> None:
+        """Raise NumericsError where `training.on_blow_up` is "stop"."""
+        grown = growth(run, loss)
+        if grown <= GROWTH:
+            self.warned = False
+        elif not self.warned:
+            self.warned = True
+            what = f"the loss has grown {grown:.3g} times over its recent mean, to {loss:.3g} after {run.seen} images"
+            remedy = way_out(self.settings, self.out)
+            if self.settings.on_blow_up == "stop":
+                raise NumericsError(f"{what}; stopped before the next update; {remedy}")
+            message = f"{what}; training.on_blow_up=stop would stop here; stop it and {remedy}"
+            warnings.warn(message, stacklevel=caller_level())
