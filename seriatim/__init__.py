@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "BACKBONES": "seriatim.models.registry",
