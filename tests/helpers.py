@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.native import Bundle
+from seriatim.core.keys import Keys, ReplayKeys
+from seriatim.heads.base import Guidance, Head
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
@@ -74,3 +78,29 @@ def read_picture(path: Path) -> Image.Image:
 def cases(folder: Path, pattern: str, marker: str) -> list[tuple[str, Path]]:
     """(case, file) of each file that matches; the case is what comes before `marker` in its name."""
     return [(path.name.split(marker)[0], path) for path in sorted(folder.glob(pattern))]
+
+
+def replay(draws: Mapping[str, torch.Tensor]) -> ReplayKeys:
+    """Keys that play these draws: the name of a draw -> the draw of each row, (N, ...)."""
+    rows = {f"{n}/{name}": row for name, draw in draws.items() for n, row in enumerate(draw)}
+    return ReplayKeys(rows, len(next(iter(draws.values()))))
+
+
+def many(seed: int, rows: int) -> Keys:
+    """Keys of so many rows."""
+    return Keys.of(seed).fold(torch.arange(rows))
+
+
+def drawn(
+    head: Head,
+    z: torch.Tensor,
+    keys: Keys,
+    z_null: torch.Tensor | None = None,
+    scale: torch.Tensor | float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
+    **options: Any,
+) -> torch.Tensor:
+    """Tokens of a head at a guidance scale, with the options that the head declares."""
+    guidance = Guidance.of(scale, len(z), z.device)
+    null = None if guidance is None else z_null
+    return head.sample(z, keys, head.plan(head.options(**options), z.device), null, guidance, temperature)

@@ -56,6 +56,7 @@ class Bins(Head):
         # Plain tensors on the host, not buffers: a model built on the meta device has them, and a cast leaves them.
         self.edges = torch.tensor(edges, dtype=torch.float64, device="cpu").mul(scale).float()  # (B+1,)
         self.means = torch.tensor(means, dtype=torch.float64, device="cpu").mul(scale).float()  # (B,)
+        self.drawn = torch.cat([self.means, torch.tensor([math.nan], device="cpu")])  # (B+1,), see `draw_code`
         if z_dim is not None:
             self.bind(z_dim)
 
@@ -116,7 +117,7 @@ class Bins(Head):
             temperature = temperature.repeat_interleave(self.output)  # one for each feature of each row
         kept = filtered(logits.flatten(0, 1), column(temperature), options.top_k, options.top_p)  # (N D, B)
         drawn = draw_code(kept, keys.fold("bin").uniform(self.output).flatten())
-        return self.means.to(z.device)[drawn].view(len(z), self.output)
+        return self.drawn.to(z.device)[drawn].view(len(z), self.output)
 
     def check_options(self, options: CodeOptions, temperature: float = 1.0) -> None:
         super().check_options(options, temperature)

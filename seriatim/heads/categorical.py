@@ -156,7 +156,10 @@ def filtered(
 
 
 def draw_code(logits: Tensor, u: Tensor) -> Tensor:
-    """Inverse CDF: the first code whose cumulative probability exceeds u (N,), of logits (N, V) -> (N,)."""
+    """Inverse CDF: the first code whose cumulative probability exceeds u (N,), of logits (N, V) -> (N,).
+
+    Of logits that are not finite it is V, which is no code, so that nobody takes it for one.
+    """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # (N, V)
     # Rounding may leave the last sum below 1: u, at most 1 - 2^-24, is taken as a share of it, and so lies below it.
     return torch.searchsorted(cumulative, u[:, None].to(cumulative) * cumulative[:, -1:], right=True)[:, 0]

@@ -88,7 +88,8 @@ class AdaLNHead(Head):
 
     def embedded(self, times: npt.NDArray[Any], device: torch.device | str) -> Tensor:
         """Times (S,), as the sinusoids take them, embedded: (S, W). Times are float32 on every device."""
-        return self.time_embed(sinusoid(torch.from_numpy(times.astype(np.float32)).to(device), FREQUENCIES))
+        with torch.autocast(torch.device(device).type, enabled=False):
+            return self.time_embed(sinusoid(torch.from_numpy(times.astype(np.float32)).to(device), FREQUENCIES))
 
 
 def modulation_budget(device: torch.device) -> int:

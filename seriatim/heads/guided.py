@@ -219,6 +219,8 @@ def resample_product(
         p_c, p_u = cond.select(s), null.select(s)
         x = p_c.sample(uniform[s], normal[s], _rows(temperature, s))  # (rows, S, D)
         log_ratio = (w[s, None] - 1) * (p_c.log_prob(x) - p_u.log_prob(x))  # (rows, S)
-        chosen, _ = find(log_ratio.softmax(dim=1), u[s])  # (rows, 1)
-        parts.append(x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))[:, 0])
+        weights = log_ratio.softmax(dim=1)
+        chosen, _ = find(weights, u[s])  # (rows, 1)
+        unsound = 0.0 * weights.amax(dim=1, keepdim=True)  # 0, or NaN: what is drawn by weights that are NaN is NaN
+        parts.append(x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))[:, 0] + unsound)
     return torch.cat(parts) if parts else normal.new_zeros(0, normal.shape[-1])

@@ -30,7 +30,7 @@ from seriatim.sampling.draw import Drawing
 from seriatim.sampling.guidance import scales_at
 from seriatim.sampling.parallel import order_of
 from seriatim.sampling.sequential import sequential_steps
-from seriatim.sampling.step import Start, Step, begin
+from seriatim.sampling.step import Start, Step, begin, check_finite
 
 
 class CausalModel(SequenceModel):
@@ -133,6 +133,7 @@ class CausalModel(SequenceModel):
             z_null = self.backbone.sequence(null, tokens, given)[there, i] if guidance is not None else None
             own = keys.fold("token").select(rows).fold(places).to(device)
             tokens[there, places.to(device)] = draw(z, own, z_null, guidance, settings.temperature, [i / L] * len(rows))
+        check_finite(tokens, draw.sound)
         return tokens
 
     def steps(

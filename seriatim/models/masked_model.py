@@ -31,7 +31,7 @@ from seriatim.models.base import SequenceModel, make_conditioner, summed
 from seriatim.sampling.draw import Drawing
 from seriatim.sampling.guidance import scales_at
 from seriatim.sampling.parallel import STEPS, is_confidence, order_of, parallel_steps, surest
-from seriatim.sampling.step import Start, Step, begin
+from seriatim.sampling.step import Start, Step, begin, check_finite
 
 
 class MaskedModel(SequenceModel):
@@ -146,6 +146,7 @@ class MaskedModel(SequenceModel):
                 ask, drawn = ask.masked_scatter(ask, keep), drawn[keep.to(device)]
             tokens[ask.to(device)] = drawn
             known |= ask
+        check_finite(tokens, draw.sound)
         return tokens
 
     def steps(

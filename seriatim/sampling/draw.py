@@ -30,6 +30,7 @@ class Drawing:
         if self.last is not None and not hasattr(options, STEPS):
             raise UsageError(f"num_diffusion_steps_last: the {type(head).__name__} head has no steps to anneal")
         self.plans: dict[int, Any] = {self.first: head.plan(options, device)}
+        self.sound = torch.ones((), dtype=torch.bool, device=device)  # False once a code was drawn that is none
 
     def plan(self, count: int) -> Any:
         """The plan with `count` steps inside the head."""
@@ -47,6 +48,21 @@ class Drawing:
         shares: list[float],
     ) -> Tensor:
         """Tokens (N, D) of z (N, C); shares[n] is the known share of the n-th token's image before the step."""
+        drawn = self._drawn(z, keys, z_null, guidance, temperature, shares)
+        if self.head.discrete:  # of logits that are not finite; `check_finite` says so at the end
+            self.sound = self.sound & (drawn < self.head.output).all()
+            drawn = drawn.clamp(max=self.head.output - 1)
+        return drawn
+
+    def _drawn(
+        self,
+        z: Tensor,
+        keys: Keys,
+        z_null: Tensor | None,
+        guidance: Guidance | None,
+        temperature: float | Tensor,
+        shares: list[float],
+    ) -> Tensor:
         if self.last is None:
             return self.head.sample(z, keys, self.plan(self.first), z_null, guidance, temperature)
         counts = torch.tensor([annealed_steps(self.first, self.last, share) for share in shares])  # (N,)

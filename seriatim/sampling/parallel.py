@@ -104,7 +104,7 @@ def parallel_steps(
         made = Step(step, steps, "tokens", tokens, known, drawn=drawn_here, last=step == steps - 1)
         yield made
         tokens = made.tokens
-    check_finite(tokens, sound)
+    check_finite(tokens, sound & draw.sound)
 
 
 def order_of(order: Tensor | Sequence[int] | None, settings: Settings, spec: TokenSpec) -> Tensor | None:

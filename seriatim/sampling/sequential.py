@@ -84,7 +84,7 @@ def sequential_steps(
         tokens = made.tokens
         if made.replaced:  # the caches are of the tokens before
             passes.restart()
-    check_finite(tokens, sound)
+    check_finite(tokens, sound & draw.sound)
 
 
 class CachedPasses:

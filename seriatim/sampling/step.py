@@ -98,7 +98,8 @@ def begin(spec: TokenSpec, images: int, device: torch.device, start: Start | Non
 
 
 def check_finite(tokens: Tensor, sound: Tensor) -> None:
-    """Raise NumericsError where sampled tokens, or a z on the way (`sound`, a bool on the device), are not finite."""
+    """Raise NumericsError where sampled tokens are not finite, or anything on the way was not (`sound`, a bool on the
+    device)."""
     if not bool(sound & torch.isfinite(tokens).all()):
         raise NumericsError(
             "the sampled tokens are not finite: the model is not trained enough for these settings; "

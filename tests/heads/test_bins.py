@@ -6,23 +6,16 @@ import math
 
 import pytest
 import torch
+from helpers import drawn, many
 
 from seriatim.core.errors import UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.heads.bins import Bins, equal_bins
-from seriatim.models.nested import Nested
 from seriatim.testing import check_head
-
-INSIDE = {"kind": "bins"}
-BACKBONE = {"kind": "causal", "width": 32, "depth": 1, "heads": 4}
 
 
 def test_it_is_a_head() -> None:
     check_head(Bins, learn=False)
-
-
-def test_nested_it_learns_a_known_density() -> None:
-    check_head(Nested, split={"kind": "features"}, backbone=BACKBONE, head=INSIDE, steps=200)
 
 
 def test_bins_are_equally_likely() -> None:
@@ -53,7 +46,7 @@ def test_quantising_costs_little_and_the_density_is_one() -> None:
     density = head.log_prob(z.expand(len(grid), -1), grid).exp()
     assert abs(float(density.sum()) * 12 / 24_000 - 1) < 5e-3
     assert float(density[0]) == 0.0
-    loss = head.loss(z, torch.tensor([[0.3]]), Noise.per_image([0])).sum
+    loss = head.loss(z, torch.tensor([[0.3]]), Keys.of_seeds([0])).sum
     width = head.edges.diff()[head.bin_of(torch.tensor(0.3))]
     assert torch.allclose(loss, -head.log_prob(z, torch.tensor([[0.3]])) - width.log(), atol=1e-5)
 
@@ -65,11 +58,11 @@ def test_sampling() -> None:
     head.final.weight.copy_(torch.eye(4))
     odds = torch.tensor([0.1, 0.2, 0.3, 0.4])
     z = odds.log().expand(4000, -1)
-    drawn = head.bin_of(head.sample(z, Noise.shared(0, 4000)))
-    assert torch.allclose(torch.bincount(drawn[:, 0], minlength=4) / 4000, odds, atol=0.03)
-    assert (head.bin_of(head.sample(z[:9], Noise.shared(0, 9), temperature=0.0)) == 3).all()
-    assert (head.bin_of(head.sample(z[:9], Noise.shared(0, 9), top_k=1)) == 3).all()
-    squared = head.bin_of(head.sample(z, Noise.shared(0, 4000), torch.zeros_like(z), 2.0))
+    bins = head.bin_of(head.sample(z, many(0, 4000)))
+    assert torch.allclose(torch.bincount(bins[:, 0], minlength=4) / 4000, odds, atol=0.03)
+    assert (head.bin_of(drawn(head, z[:9], many(0, 9), temperature=0.0)) == 3).all()
+    assert (head.bin_of(drawn(head, z[:9], many(0, 9), top_k=1)) == 3).all()
+    squared = head.bin_of(drawn(head, z, many(0, 4000), torch.zeros_like(z), 2.0))
     share = torch.bincount(squared[:, 0], minlength=4) / 4000
     assert torch.allclose(share, odds.square() / odds.square().sum(), atol=0.03)
 
@@ -95,3 +88,11 @@ def test_the_entropy_is_that_of_its_histogram() -> None:
         single = (mass.log() - head.edges.diff().log()).T  # (B, 2)
         assert torch.allclose(single.sum(dim=1), log_p[:, 0], atol=1e-4)
         assert torch.allclose(head.entropy(z, tokens)[n], -(mass.T * single).sum(dim=0), atol=1e-4)
+
+
+@torch.no_grad()
+def test_of_logits_that_are_not_finite_comes_nan() -> None:
+    head = Bins(2, bins=4, z_dim=3)
+    head.final.bias[5] = math.nan  # of the second feature
+    x = head.sample(torch.zeros(6, 3), many(0, 6))
+    assert bool(x[:, 0].isfinite().all()) and bool(x[:, 1].isnan().all())

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from seriatim.heads.build import build_head
+from helpers import drawn, many
 
 from seriatim.core.errors import ConfigError, UsageError
-from seriatim.core.random import Noise
-from seriatim.heads.base import Head
+from seriatim.heads.base import Guidance, Head
 from seriatim.heads.categorical import Categorical, draw_code, filtered
+from seriatim.models.build import build_head
 from seriatim.testing import check_head
 
 INF = math.inf
@@ -30,14 +30,14 @@ def test_it_keeps_the_contract() -> None:
 
 def test_fresh_it_finds_every_code_as_likely() -> None:
     fresh = Categorical(8, z_dim=4)
-    loss = fresh.loss(torch.randn(6, 4), torch.arange(6), Noise.shared(0, 6))
+    loss = fresh.loss(torch.randn(6, 4), torch.arange(6), many(0, 6))
     assert torch.allclose(loss.sum, torch.full((6,), math.log(8)))
 
 
 def test_the_loss_is_the_negative_log_probability() -> None:
     made, z = head(), torch.randn(5, 3)
     codes = torch.arange(5)
-    assert torch.allclose(made.loss(z, codes, Noise.shared(0, 5)).sum, -made.log_prob(z, codes))
+    assert torch.allclose(made.loss(z, codes, many(0, 5)).sum, -made.log_prob(z, codes))
     every = torch.stack([made.log_prob(z, torch.full((5,), code)) for code in range(5)]).exp().sum(dim=0)
     assert torch.allclose(every, torch.ones(5)), "a probability"
 
@@ -52,8 +52,8 @@ def test_inverse_cdf() -> None:
 def test_codes_come_with_their_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.25, 0.2, 0.05])
     u = (torch.arange(10_000) + 0.5) / 10_000
-    drawn = draw_code(probabilities.log().expand(10_000, -1), u)
-    assert torch.allclose(drawn.bincount(minlength=4) / 10_000, probabilities, atol=2e-4)
+    codes = draw_code(probabilities.log().expand(10_000, -1), u)
+    assert torch.allclose(codes.bincount(minlength=4) / 10_000, probabilities, atol=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,14 @@ def test_temperature_sharpens_below_one() -> None:
 def test_guidance_mixes_logits() -> None:
     made, z, null = head(), torch.randn(4, 3), torch.randn(4, 3)
     scale = torch.tensor([[0.0], [1.0], [2.5], [-1.0]])
-    mixed = made.guided(z, null, scale)
+    guidance = Guidance.of(scale[:, 0], 4, "cpu")
+    mixed = made.guided(z, null, guidance)
     c, u = made.logits(z), made.logits(null)
     assert torch.allclose(mixed, c * scale + u * (1 - scale), atol=1e-6)
     codes = torch.tensor([0, 1, 2, 3])
-    sure = made.confidence(z, codes, null, scale[:, 0])
+    sure = made.confidence(z, codes, null, guidance)
     assert torch.allclose(sure, mixed.log_softmax(dim=1)[torch.arange(4), codes], atol=1e-6)
-    greedy = made.sample(z, Noise.shared(0, 4), null, scale[:, 0], temperature=0.0)
+    greedy = made.sample(z, many(0, 4), None, null, guidance, temperature=0.0)
     assert torch.equal(greedy, mixed.argmax(dim=1))
 
 
@@ -105,7 +106,7 @@ def test_guidance_mixes_logits() -> None:
 )
 def test_bad_settings_are_named(settings: dict[str, float], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        head().sample(torch.randn(2, 3), Noise.shared(0, 2), **settings)  # type: ignore[arg-type]
+        drawn(head(), torch.randn(2, 3), many(0, 2), **settings)
 
 
 @pytest.mark.parametrize("options", [{"vocab": 1}, {"vocab": 4, "label_smoothing": 1.0}])
@@ -127,7 +128,7 @@ def test_a_head_must_fit_the_tokens() -> None:
 
 def test_features_have_no_confidence() -> None:
     with pytest.raises(UsageError, match="draws no codes"):
-        Head().confidence(torch.zeros(1, 1), torch.zeros(1), None, 1.0)
+        Head().confidence(torch.zeros(1, 1), torch.zeros(1), None, None)
 
 
 def test_the_entropy_of_a_code() -> None:
@@ -135,3 +136,15 @@ def test_the_entropy_of_a_code() -> None:
     expected = torch.distributions.Categorical(logits=head().logits(z)).entropy()
     assert torch.allclose(head().entropy(z, codes), expected[:, None], atol=1e-5)
     assert torch.allclose(Categorical(5, z_dim=3).entropy(z, codes), torch.full((4, 1), math.log(5)))
+
+
+def test_a_temperature_of_each_row() -> None:
+    logits = torch.tensor([[0.2, 0.5, 0.3]]).log().expand(3, -1)
+    each = filtered(logits, torch.tensor([[0.0], [1.0], [0.5]]))
+    for row, temperature in enumerate((0.0, 1.0, 0.5)):
+        assert torch.allclose(each[row], filtered(logits[:1], temperature)[0])
+
+
+def test_of_logits_that_are_not_finite_comes_no_code() -> None:
+    logits = torch.tensor([[0.0, math.nan, 0.0], [0.0, math.inf, 0.0], [0.0, -INF, 0.0]])
+    assert draw_code(logits, torch.tensor([0.1, 0.1, 0.9])).tolist() == [3, 3, 2]

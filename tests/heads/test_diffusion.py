@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
-from helpers import randomise
+from helpers import drawn, many, randomise, replay
 from typing_extensions import override
 
 from seriatim.core.errors import UsageError
-from seriatim.core.random import Noise, ReplayNoise
-from seriatim.heads import adaln, diffusion
+from seriatim.core.keys import Keys
+from seriatim.heads import denoiser, diffusion
 from seriatim.heads.ddpm import full_chain, respaced
-from seriatim.heads.diffusion import Diffusion, log_variance, normal_kl, predict_x0
+from seriatim.heads.diffusion import Diffusion, DiffusionOptions, DiffusionPlan, log_variance, normal_kl, predict_x0
 from seriatim.testing import check_head
 
 
@@ -62,9 +62,9 @@ def naive(
 @pytest.mark.parametrize("cap", [1, 5000, 1 << 24])
 def test_the_fast_sampler_is_the_naive_one(head: Diffusion, monkeypatch: pytest.MonkeyPatch, cap: int) -> None:
     """Modulations of many steps at once, in chunks of any size, change nothing."""
-    monkeypatch.setattr(adaln, "MODULATION_CAP", cap)
+    monkeypatch.setattr(denoiser, "MODULATION_CAP", cap)
     z, z_null, draws = torch.randn(6, 8), torch.randn(6, 8), torch.randn(21, 6, 4)
-    x = head.sample(z, ReplayNoise(normal=[draws]), z_null, 2.5, 0.9, num_diffusion_steps=20)
+    x = drawn(head, z, replay({"noise/normal": draws.transpose(0, 1)}), z_null, 2.5, 0.9, num_diffusion_steps=20)
     expected = naive(head, z, draws, 20, z_null, 2.5, 0.9)
     assert torch.allclose(x, expected, atol=1e-4, rtol=1e-4)
 
@@ -72,9 +72,9 @@ def test_the_fast_sampler_is_the_naive_one(head: Diffusion, monkeypatch: pytest.
 @torch.no_grad()
 def test_the_sampler_is_float32_under_autocast(head: Diffusion) -> None:
     z = torch.randn(3, 8)
-    plain = head.sample(z, Noise.per_image([1, 2, 3]), num_diffusion_steps=10)
+    plain = drawn(head, z, Keys.of_seeds([1, 2, 3]), num_diffusion_steps=10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(head.sample(z, Noise.per_image([1, 2, 3]), num_diffusion_steps=10), plain)
+        assert torch.equal(drawn(head, z, Keys.of_seeds([1, 2, 3]), num_diffusion_steps=10), plain)
 
 
 class Perfect(Diffusion):
@@ -82,10 +82,11 @@ class Perfect(Diffusion):
 
     mean, std = 0.3, 0.5
 
-    def sample(self, *arguments: object, **options: object) -> torch.Tensor:
-        self._steps = respaced(int(options["num_diffusion_steps"]), options.get("start_timestep"))  # type: ignore[call-overload]
-        self._i = len(self._steps) - 1
-        return super().sample(*arguments, **options)  # type: ignore[arg-type]
+    @override
+    def plan(self, options: DiffusionOptions | None = None, device: torch.device | str = "cpu") -> DiffusionPlan:
+        plan = super().plan(options, device)
+        self._steps, self._i = plan.chain, len(plan.chain) - 1
+        return plan
 
     @override
     def denoise(self, x: torch.Tensor, modulations: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +105,7 @@ class Perfect(Diffusion):
 def test_a_perfect_head_draws_the_data(steps: int) -> None:
     """The closed form of a Gaussian: mean and standard deviation within 5 % (DESIGN section 4)."""
     head = Perfect(2, 8, 1, z_dim=3)
-    x = head.sample(torch.zeros(4000, 3), Noise.shared(0, 4000), num_diffusion_steps=steps)
+    x = drawn(head, torch.zeros(4000, 3), many(0, 4000), num_diffusion_steps=steps)
     assert float(x.mean()) == pytest.approx(0.3, abs=0.03)
     assert float(x.std()) == pytest.approx(0.5, rel=0.05)
 
@@ -112,8 +113,8 @@ def test_a_perfect_head_draws_the_data(steps: int) -> None:
 def test_an_untrained_head_stays_finite_from_the_stable_start_only() -> None:
     """The published start multiplies by 20291 while eps is 0; ours does not (mar.md section 4, point 9)."""
     head = Diffusion(4, 16, 1, z_dim=3)
-    ours = head.sample(torch.zeros(200, 3), Noise.shared(0, 200))
-    published = head.sample(torch.zeros(200, 3), Noise.shared(0, 200), start_timestep=999)
+    ours = head.sample(torch.zeros(200, 3), many(0, 200))
+    published = drawn(head, torch.zeros(200, 3), many(0, 200), start_timestep=999)
     assert float(ours.std()) < 100
     assert float(published.std()) > 5000
 
@@ -122,7 +123,7 @@ def test_an_untrained_head_stays_finite_from_the_stable_start_only() -> None:
 def test_the_loss_by_hand(head: Diffusion) -> None:
     z, x0 = torch.randn(3, 8), torch.randn(3, 4)
     t, eps = torch.randint(1, 1000, (4, 3)), torch.randn(4, 3, 4)
-    loss = head.loss(z, x0, ReplayNoise(integers=[t], normal=[eps]))
+    loss = head.loss(z, x0, replay({"t/integers": t.T, "eps/normal": eps.transpose(0, 1)}))
     chain = full_chain()
     for n in range(3):
         mse = vb = 0.0
@@ -145,8 +146,8 @@ def test_the_loss_by_hand(head: Diffusion) -> None:
 
 
 def test_the_variance_term_does_not_train_eps(head: Diffusion) -> None:
-    t, eps = torch.randint(1, 1000, (4, 3)), torch.randn(4, 3, 4)
-    loss = head.loss(torch.randn(3, 8), torch.randn(3, 4), ReplayNoise(integers=[t], normal=[eps]))
+    draws = replay({"t/integers": torch.randint(1, 1000, (3, 4)), "eps/normal": torch.randn(3, 4, 4)})
+    loss = head.loss(torch.randn(3, 8), torch.randn(3, 4), draws)
     loss.parts["vb"].sum().backward()
     gradient = head.final.linear.weight.grad
     assert gradient is not None and not gradient[:4].any() and gradient[4:].any()
@@ -164,9 +165,8 @@ def test_the_term_at_the_first_timestep_by_value(head: Diffusion) -> None:
     """At t = 0 the variational term is the likelihood of a bin of 2/255 under the model's Gaussian, in bits."""
     chain, x0, eps = full_chain(), torch.tensor([[0.3, -0.5, 1.2, -1.5]]), torch.randn(1, 4)
     t = torch.zeros(1, dtype=torch.long)
-    loss = Diffusion.loss(
-        head, z := torch.randn(1, 8), x0, ReplayNoise(integers=[t.repeat(4, 1)], normal=[eps.repeat(4, 1, 1)])
-    )
+    z, draws = torch.randn(1, 8), replay({"t/integers": t.repeat(1, 4), "eps/normal": eps.repeat(1, 4, 1)})
+    loss = head.loss(z, x0, draws)
     x_t = chain.at("sqrt_alphas_cumprod", t) * x0 + chain.at("sqrt_one_minus_alphas_cumprod", t) * eps
     guess, v = head(x_t, t, z)
     mean = predict_x0(chain, x_t, t, guess)  # at t = 0 the posterior mean is x_0 itself
@@ -196,9 +196,9 @@ def test_one_time_embedding_for_each_timestep_is_the_same(head: Diffusion) -> No
         ({"timesteps": [5, 2, 900]}, "timesteps: must ascend"),
         ({"timesteps": [0, 1000]}, "timesteps: must ascend"),
         ({"temperature": float("nan")}, "temperature: nan"),
-        ({"guidance": float("inf"), "z_null": torch.zeros(1, 8)}, "guidance: the scale must be finite"),
+        ({"scale": float("inf"), "z_null": torch.zeros(1, 8)}, "guidance: the scale must be finite"),
     ],
 )
 def test_bad_options_are_named(head: Diffusion, options: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        head.sample(torch.zeros(1, 8), Noise.per_image([0]), **options)  # type: ignore[arg-type]
+        drawn(head, torch.zeros(1, 8), Keys.of_seeds([0]), **options)  # type: ignore[arg-type]

@@ -8,16 +8,16 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import randomise
-from seriatim.heads.build import HEADS
+from helpers import drawn, many, randomise, replay
 from torch import Tensor
 from typing_extensions import override
 
 from seriatim.core.errors import UsageError
-from seriatim.core.random import Noise, ReplayNoise
-from seriatim.heads import adaln, flow
+from seriatim.core.keys import Keys
+from seriatim.heads import denoiser, flow
 from seriatim.heads.flow import Flow
 from seriatim.models.build import seeded
+from seriatim.models.registry import HEADS
 from seriatim.nn.packed import packs, prepare
 from seriatim.testing import check_head
 
@@ -66,7 +66,7 @@ def test_the_loss_by_hand(head: Flow) -> None:
     head.time_mean, head.time_std = 0.5, 2.0
     z, x = torch.randn(3, 8), torch.randn(3, 4)
     u, eps = torch.randn(4, 3), torch.randn(4, 3, 4)
-    loss = head.loss(z, x, ReplayNoise(normal=[u, eps]))
+    loss = head.loss(z, x, replay({"t/normal": u.T, "eps/normal": eps.transpose(0, 1)}))
     for n in range(3):
         total = 0.0
         for m in range(4):
@@ -88,7 +88,7 @@ def test_times_are_logit_normal() -> None:
             return super().embed_times(t)
 
     made = Watch(2, 8, 1, time_mean=-0.5, time_std=0.7, z_dim=3)
-    made.loss(torch.zeros(5000, 3), torch.zeros(5000, 2), Noise.shared(0, 5000))
+    made.loss(torch.zeros(5000, 3), torch.zeros(5000, 2), many(0, 5000))
     t = seen[0]
     assert float((t < 1 / (1 + math.exp(0.5))).float().mean()) == pytest.approx(0.5, abs=0.01)
     assert float((t > 1 / (1 + math.exp(-0.2))).float().mean()) == pytest.approx(0.1587, abs=0.01)
@@ -102,7 +102,7 @@ def test_times_are_logit_normal() -> None:
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_the_fast_sampler_is_the_naive_one(head: Flow, monkeypatch: pytest.MonkeyPatch, cap: int, solver: str) -> None:
     """Modulations of many steps at once, in chunks of any size, change nothing."""
-    monkeypatch.setattr(adaln, "MODULATION_CAP", cap)
+    monkeypatch.setattr(denoiser, "MODULATION_CAP", cap)
     z, z_null, start, steps = torch.randn(6, 8), torch.randn(6, 8), torch.randn(6, 4), 9
     w = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 4.0])
 
@@ -116,8 +116,7 @@ def test_the_fast_sampler_is_the_naive_one(head: Flow, monkeypatch: pytest.Monke
         if solver == "heun":
             v = (v + velocity((i + 1) / steps, x + v / steps)) / 2
         x = x + v / steps
-    options = {"num_diffusion_steps": steps, "solver": solver}
-    fast = head.sample(z, ReplayNoise(normal=[start]), z_null, w, **options)  # type: ignore[arg-type]
+    fast = drawn(head, z, replay({"noise/normal": start}), z_null, w, num_diffusion_steps=steps, solver=solver)
     assert torch.allclose(fast, x, atol=1e-4, rtol=1e-4)
 
 
@@ -128,8 +127,8 @@ def test_the_exact_velocity_transports_a_gaussian(solver: str, order: int) -> No
     start = torch.linspace(-3, 3, 9, dtype=torch.float64)[:, None]
     errors = []
     for steps in (40, 80, 160):
-        options = {"num_diffusion_steps": steps, "solver": solver}
-        x = head.sample(torch.zeros(9, 3), ReplayNoise(normal=[start]), **options)  # type: ignore[arg-type]
+        keys = replay({"noise/normal": start})
+        x = drawn(head, torch.zeros(9, 3), keys, num_diffusion_steps=steps, solver=solver)
         errors.append(float((x - MEAN - STD * start).abs().max()))
     assert errors[-1] < (0.02 if order == 1 else 2e-4)
     for coarse, fine in pairwise(errors):
@@ -139,10 +138,10 @@ def test_the_exact_velocity_transports_a_gaussian(solver: str, order: int) -> No
 @torch.no_grad()
 def test_the_sampler_is_float32_under_autocast(head: Flow) -> None:
     z = torch.randn(3, 8)
-    plain = head.sample(z, Noise.per_image([1, 2, 3]), num_diffusion_steps=10)
+    plain = drawn(head, z, Keys.of_seeds([1, 2, 3]), num_diffusion_steps=10)
     density = head.log_prob(z, plain)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(head.sample(z, Noise.per_image([1, 2, 3]), num_diffusion_steps=10), plain)
+        assert torch.equal(drawn(head, z, Keys.of_seeds([1, 2, 3]), num_diffusion_steps=10), plain)
         assert torch.equal(head.log_prob(z, plain), density)
 
 
@@ -155,12 +154,12 @@ def test_the_sampler_is_float32_under_autocast(head: Flow) -> None:
         ({"solver": "huen"}, "solver: 'huen' is not known to the Flow head; did you mean 'heun'"),
         ({"solver": "ddpm"}, "solver: 'ddpm' is not known to the Flow head; allowed: euler, heun"),
         ({"temperature": 0.9}, "temperature: the Flow head can't sample at 0.9"),
-        ({"guidance": 2.0}, "guidance: a scale other than 1 needs z_null"),
+        ({"scale": 2.0}, "guidance: a scale other than 1 needs z_null"),
     ],
 )
 def test_bad_options_are_named(head: Flow, options: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
-        head.sample(torch.zeros(1, 8), Noise.per_image([0]), **options)  # type: ignore[arg-type]
+        drawn(head, torch.zeros(1, 8), Keys.of_seeds([0]), **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -202,7 +201,7 @@ def test_the_density_is_normalised_and_that_of_the_samples() -> None:
     p = made.log_prob(z.expand(801, -1), grid, steps=100).exp().double()
     cdf = torch.cumulative_trapezoid(p, dx=0.02)
     assert float(cdf[-1]) == pytest.approx(1, abs=1e-3)
-    x = made.sample(z.expand(4000, -1), Noise.shared(0, 4000), num_diffusion_steps=200, solver="heun")
+    x = drawn(made, z.expand(4000, -1), many(0, 4000), num_diffusion_steps=200, solver="heun")
     empirical = torch.arange(1, 4001) / 4000
     index = torch.searchsorted(grid[1:, 0], x[:, 0].sort().values).clamp(max=799)
     assert float((cdf[index] - empirical).abs().max()) < 1.63 / math.sqrt(4000) + 0.01, "Kolmogorov, at 1 %"

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise
+from helpers import drawn, randomise, replay
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from seriatim.core.errors import UsageError
-from seriatim.core.random import Noise, ReplayNoise
+from seriatim.core.keys import Keys, ReplayKeys
 from seriatim.heads.ddpm import Tables, full_chain, ode_spread, respaced, restricted, spread
 from seriatim.heads.diffusion import Diffusion
 from seriatim.heads.solvers import ODES, SDES, SOLVERS, Predict, from_noise
@@ -251,7 +251,8 @@ def head() -> Diffusion:
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_guidance_is_on_eps_and_leaves_the_variance(head: Diffusion, solver: str, start: int | None) -> None:
     z, z_null, scale = torch.randn(6, 8), torch.randn(6, 8), torch.tensor([1.0, 2, 3, 0, 1.5, 2.5])
-    chain = head.chain(12, start, solver=solver)
+    options: dict[str, Any] = {"num_diffusion_steps": 12, "start_timestep": start, "solver": solver}
+    chain = head.chain(head.options(**options))
     draws = torch.randn(1 if solver in ODES else 13, 6, 4)  # an ODE's solver draws its start, and nothing else
 
     def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,11 +260,11 @@ def test_guidance_is_on_eps_and_leaves_the_variance(head: Diffusion, solver: str
         (eps, v), (eps_null, _) = head(x, t, z), head(x, t, z_null)
         return eps_null + scale[:, None] * (eps - eps_null), v
 
-    noise = ReplayNoise(normal=[draws])
-    x = head.sample(z, noise, z_null, scale, solver=solver, num_diffusion_steps=12, start_timestep=start)
+    keys = replay({"noise/normal": draws.transpose(0, 1)})
+    x = drawn(head, z, keys, z_null, scale, **options)
     begin = (predict, draws[0]) if solver not in ODES or start == 999 else from_noise(chain, predict, draws[0])
     expected = SOLVERS[solver](chain, *begin, draws[1:], 1.0)
-    assert noise.exhausted() and x.dtype == torch.float32
+    assert not keys.unused() and x.dtype == torch.float32
     assert float((x - expected).abs().max()) < 1e-4 * float(expected.abs().max() + 1)
 
 
@@ -272,11 +273,10 @@ def test_guidance_is_on_eps_and_leaves_the_variance(head: Diffusion, solver: str
 def test_solvers_are_float32_under_autocast(head: Diffusion, solver: str) -> None:
     z = torch.randn(3, 8)
     options: dict[str, Any] = {"num_diffusion_steps": 10, "solver": solver}
-    plain = head.sample(z, Noise.per_image([1, 2, 3]), **options)
+    plain = drawn(head, z, Keys.of_seeds([1, 2, 3]), **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(head.sample(z, Noise.per_image([1, 2, 3]), **options), plain)
-    none = Noise.per_image([1]).select(torch.empty(0, dtype=torch.long))
-    assert head.sample(z[:0], none, **options).shape == (0, 4)
+        assert torch.equal(drawn(head, z, Keys.of_seeds([1, 2, 3]), **options), plain)
+    assert drawn(head, z[:0], Keys.of_seeds([]), **options).shape == (0, 4)
 
 
 @pytest.mark.parametrize(
@@ -295,11 +295,12 @@ def test_solvers_are_float32_under_autocast(head: Diffusion, solver: str) -> Non
     ],
 )
 def test_what_is_refused_is_refused_before_any_work(head: Diffusion, options: dict[str, Any], words: str) -> None:
+    temperature = options.pop("temperature", 1.0)
     with pytest.raises(UsageError) as caught:
-        head.check_options(**options)
+        head.check_options(head.options(**options), temperature)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UsageError) as caught:
-        head.sample(torch.zeros(1, 8), ReplayNoise(), **options)
+        drawn(head, torch.zeros(1, 8), ReplayKeys({}, 1), temperature=temperature, **options)
     assert words in str(caught.value)
 
 
@@ -308,15 +309,16 @@ def test_a_solver_of_ones_own(head: Diffusion, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(SOLVERS, "start", lambda _chain, _predict, start, _noise, _temperature: start)
     draws, z = torch.randn(11, 2, 4), torch.zeros(2, 8)
     options: dict[str, Any] = {"num_diffusion_steps": 10, "solver": "start"}
-    assert torch.equal(head.sample(z, ReplayNoise(normal=[draws]), **options), draws[0])
+    assert torch.equal(drawn(head, z, replay({"noise/normal": draws.transpose(0, 1)}), **options), draws[0])
     monkeypatch.setitem(ODES, "start", 1.0)  # as an ODE's it draws its start alone, and begins as pure noise
-    noise, chain = draws[:1], head.chain(10, solver="start")
-    x = head.sample(z, ReplayNoise(normal=[noise]), **options)
+    noise, chain = draws[:1], head.chain(head.options(**options))
+    keys = replay({"noise/normal": noise.transpose(0, 1)})
+    x = drawn(head, z, keys, **options)
     eps, _ = head(noise[0], torch.full((2,), int(chain.timesteps[-1])), z)
     sigma = float(chain.sqrt_one_minus_alphas_cumprod[-1])
     assert torch.allclose(x, noise[0] - sigma * eps + sigma * noise[0], atol=1e-5)
     for as_it_is in ({"start_timestep": 999}, {"timesteps": chain.timesteps.tolist()}):
-        assert torch.equal(head.sample(z, ReplayNoise(normal=[noise]), **options, **as_it_is), noise[0])
+        assert torch.equal(drawn(head, z, keys, **options, **as_it_is), noise[0])
 
 
 @given(count=st.integers(1, 60), start=st.integers(0, 999), share=st.floats(0, 1))

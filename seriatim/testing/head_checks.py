@@ -20,7 +20,7 @@ from seriatim.heads.base import Guidance, Head
 Z, D = 6, 3
 
 
-def check_head(make: Callable[..., Head], *, dim: int = D, learn: bool = True, steps: int = 300, **config: Any) -> Head:
+def check_head(make: Callable[..., Head], *, dim: int = D, learn: bool = True, steps: int = 200, **config: Any) -> Head:
     """Build `make(dim=dim, **config)` and check the contract of `heads/base.py`; return the head.
 
     A head of codes (`discrete = True`) is built as `make(vocab=dim, **config)`. With `learn`, the head is also trained
@@ -170,20 +170,27 @@ def known_density(z: Tensor, keys: Keys, dim: int) -> Tensor:
     return z[:, :1] + sign + 0.2 * keys.fold("spread").normal(dim)
 
 
-def _learns(head: Head, steps: int) -> None:
-    """After training on `known_density`, samples have its mean, its spread, and both its modes."""
-    name, dim, N = type(head).__name__, head.output, 128
+def _trained(head: Head, steps: int, rate: float, target: Callable[[Tensor, Keys], Tensor]) -> None:
+    """Train the head on `target`. The learning rate falls to 0, so that the last steps do not decide the outcome."""
+    name, N = type(head).__name__, 128
     head.bind(Z)
-    optimiser = torch.optim.Adam(head.parameters(), lr=2e-3)
+    optimiser = torch.optim.Adam(head.parameters(), lr=rate)
     for step in range(steps):
         keys = Keys.of(step).fold(torch.arange(N))
         z = keys.fold("z").normal(Z)
-        loss = head.loss(z, known_density(z, keys, dim), keys)
+        loss = head.loss(z, target(z, keys), keys)
+        optimiser.param_groups[0]["lr"] = rate * (1 - step / steps)
         optimiser.zero_grad()
         (loss.sum.sum() / loss.count.sum()).backward()
         optimiser.step()
     touched = [key for key, p in head.named_parameters() if p.grad is not None]
     assert touched, f"{name}: no parameter receives a gradient"
+
+
+def _learns(head: Head, steps: int) -> None:
+    """After training on `known_density`, samples have its mean, its spread, and both its modes."""
+    name = type(head).__name__
+    _trained(head, steps, 3e-3, lambda z, keys: known_density(z, keys, head.output))
     keys = Keys.of(10**6).fold(torch.arange(500))
     z = keys.fold("z").normal(Z)
     x = head.sample(z, keys) - z[:, :1]  # (N, D), of modes at -1 and 1
@@ -200,23 +207,15 @@ def _learns(head: Head, steps: int) -> None:
 
 def _learns_codes(head: Head, steps: int) -> None:
     """After training, codes come with the odds that z says: p(code | z) is a softmax of the first numbers of z."""
-    name, V, N = type(head).__name__, head.output, 128
-    head.bind(Z)
-    optimiser = torch.optim.Adam(head.parameters(), lr=2e-2)
+    name, V = type(head).__name__, head.output
 
     def odds(z: Tensor) -> Tensor:
         return (2 * z[:, [i % Z for i in range(V)]]).softmax(dim=1)  # (N, V)
 
-    for step in range(steps):
-        keys = Keys.of(step).fold(torch.arange(N))
-        z = keys.fold("z").normal(Z)
-        codes = (keys.fold("true").uniform()[:, None] > odds(z).cumsum(dim=1)[:, :-1]).sum(dim=1)  # (N,)
-        loss = head.loss(z, codes, keys)
-        optimiser.zero_grad()
-        (loss.sum.sum() / loss.count.sum()).backward()
-        optimiser.step()
-    touched = [key for key, p in head.named_parameters() if p.grad is not None]
-    assert touched, f"{name}: no parameter receives a gradient"
+    def codes(z: Tensor, keys: Keys) -> Tensor:
+        return (keys.fold("true").uniform()[:, None] > odds(z).cumsum(dim=1)[:, :-1]).sum(dim=1)  # (N,)
+
+    _trained(head, steps, 3e-2, codes)
     keys = Keys.of(10**6).fold(torch.arange(2000))
     z = keys.fold("z").normal(Z)
     drawn = torch.nn.functional.one_hot(head.sample(z, keys), V).float()  # (N, V)
