@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import secrets
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from torch import Tensor
 from seriatim.checkpoints.hub import located
 from seriatim.checkpoints.native import Bundle, load_bundle, save_bundle
 from seriatim.core.device import pick_device, pick_dtype, plain_torch
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError
 from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
 from seriatim.core.random import Noise, generator
 from seriatim.core.schedules import GUIDANCE_OPTIONS
@@ -32,6 +31,7 @@ from seriatim.sampling.editing import (
     token_mask,
     token_pixels,
 )
+from seriatim.sampling.labels import class_number, label_of, name_of
 from seriatim.sampling.loops import one_by_one, steps_of
 from seriatim.sampling.masked import FirstStep, Step, prepare_model
 from seriatim.sampling.metadata import versions
@@ -91,7 +91,7 @@ class Pipeline:
         merged = {**defaults, **settings}
         labels = merged.get("class_labels")
         if labels is None:
-            merged["class_labels"] = tuple(range(self.model.classes)) or (None,)
+            merged["class_labels"] = tuple(label_of(i, self.class_names) for i in range(self.model.classes)) or (None,)
         elif isinstance(labels, (str, int, float)):
             merged["class_labels"] = (labels,)
         merged.setdefault("seed", secrets.randbits(32))
@@ -130,28 +130,13 @@ class Pipeline:
     def label_index(self, label: Label) -> int:
         """The number of a class given by number or name; -1 for None, which "none" stands for on a command line.
 
-        A name goes before a number in digits.
+        Digits that name one class and number another are refused; "number:3" is a number.
         """
-        classes, names = self.model.classes, self.class_names
-        if label is None or (label == "none" and label not in names):
-            return -1
-        if isinstance(label, str):
-            if label in names:
-                return names.index(label)
-            if not re.fullmatch(r"-?\d+", label):
-                raise UsageError(f"class_labels: {label!r} is not a class of this model{nearest(label, names)}")
-            label = int(label)
-        if not classes:
-            raise UsageError(f"class_labels: {label!r} given, but this model has no classes; leave it out")
-        if not 0 <= label < classes:
-            raise UsageError(f"class_labels: {label} is out of range; this model has classes 0 to {classes - 1}")
-        return label
+        return class_number(label, self.model.classes, self.class_names)
 
     def label_name(self, label: Label) -> str | None:
         index = self.label_index(label)
-        if index < 0:
-            return None
-        return self.class_names[index] if index < len(self.class_names) else str(index)
+        return None if index < 0 else name_of(index, self.class_names)
 
     # --- drawing --------------------------------------------------------------------------------------------------
 
@@ -312,7 +297,7 @@ class Pipeline:
         is redrawn; all other tokens stay bitwise equal, and black pixels stay exactly as they were.
         """
         check_output(output_type)
-        originals = as_images(image, self.tokenizer)  # (n, H, W, c)
+        originals = as_images(image, self.tokenizer, self.bundle.background)  # (n, H, W, c)
         labels = tuple(class_labels) if isinstance(class_labels, (list, tuple)) else (class_labels,)
         count = broadcast(originals, labels)
         labels = labels * count if len(labels) == 1 else labels

@@ -27,6 +27,7 @@ from seriatim import __version__
 from seriatim.checkpoints.unfinished import AVERAGE, CHECKPOINTS, RECIPE, checkpoint_of, is_checkpoint, usable
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, UsageError, one_line
 from seriatim.core.files import MANIFEST, atomic_folder, verify_manifest, write_json, write_manifest, write_text
+from seriatim.core.flatten import WHITE, Colour, as_colour
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config
 from seriatim.tokenizers.base import Tokenizer
@@ -48,6 +49,7 @@ class Bundle:
     sampling: dict[str, Any] = field(default_factory=dict)  # defaults of a request
     provenance: dict[str, Any] = field(default_factory=dict)  # how it was made: for people
     sha256: str = ""  # of the weights file, once saved or loaded
+    background: Colour = WHITE  # what transparent parts of its training images showed; those of an edit do too
 
 
 def save_bundle(bundle: Bundle, folder: Path | str, *, card: str | None = None) -> Path:
@@ -67,6 +69,7 @@ def bundle_config(bundle: Bundle) -> dict[str, Any]:
         "class_names": bundle.class_names,
         "sampling": bundle.sampling,
         "provenance": bundle.provenance,
+        **({"background": list(bundle.background)} if bundle.background != WHITE else {}),
     }
 
 
@@ -184,9 +187,10 @@ def read_bundle(folder: Path) -> Bundle:
             tokenizer = build_tokenizer(config["tokenizer"])
         class_names = [str(name) for name in config["class_names"]]
         sampling, provenance = dict(config["sampling"]), dict(config["provenance"])
+        background = as_colour(config.get("background", WHITE))
     fill(model, folder / weights)
     fill(tokenizer, folder / TOKENIZER)
-    return Bundle(model.eval(), tokenizer.eval(), class_names, sampling, provenance, hashes[weights])
+    return Bundle(model.eval(), tokenizer.eval(), class_names, sampling, provenance, hashes[weights], background)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seriatim.core.errors import CheckpointError, ResourceError, UsageError, one_line
+from seriatim.core.names import SURROGATE
 
 MANIFEST = "manifest.json"
 
@@ -91,7 +92,13 @@ def write_text(path: Path | str, text: str) -> Path:
 
 
 def write_json(path: Path | str, value: Any) -> Path:
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return write_text(path, json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """JSON that can be encoded: bytes of a name that are not UTF-8 become escapes, which are read back as they were."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 @contextlib.contextmanager

@@ -10,12 +10,15 @@ import torch
 from pydantic import BeforeValidator, Field, StrictInt, model_validator
 
 from seriatim.core.errors import UsageError, caller_level
+from seriatim.core.names import as_text
 from seriatim.core.orders import CONFIDENCE, RASTER, check_order_name, check_permutation
 from seriatim.core.random import derive_seed
 from seriatim.core.schedules import check_guidance, check_one_a_step, check_token_schedule
 from seriatim.core.validation import Strict
 
-Label = StrictInt | str | None
+Label = Annotated[
+    StrictInt | str | None, BeforeValidator(lambda label: as_text(label) if isinstance(label, str) else label)
+]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 

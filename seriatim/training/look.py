@@ -9,6 +9,7 @@ from PIL import Image
 from seriatim.checkpoints.native import Bundle
 from seriatim.evaluation.grid import grid, save_png
 from seriatim.pipeline import Pipeline
+from seriatim.sampling.labels import label_of
 from seriatim.sampling.result import save_array
 
 IMAGES, COLUMNS = 32, 8
@@ -22,7 +23,7 @@ def draw_samples(bundle: Bundle, folder: Path, seen: int, device: str, seed: int
     """
     pipe = Pipeline(bundle, device=device)
     classes = pipe.model.classes
-    labels = [i % classes for i in range(IMAGES)] if classes else [None] * IMAGES
+    labels = [label_of(i % classes, pipe.class_names) if classes else None for i in range(IMAGES)]
     result = pipe(class_labels=labels, seed=seed)
     if not pipe.tokenizer.pictures:
         return save_array(result.images, folder / f"{seen:012d}.npy")
