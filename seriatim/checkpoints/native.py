@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from seriatim import __version__
 from seriatim.checkpoints.unfinished import AVERAGE, CHECKPOINTS, RECIPE, checkpoint_of, is_checkpoint, usable
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, UsageError, one_line
-from seriatim.core.files import MANIFEST, atomic_folder, verify_manifest, write_json, write_manifest, write_text
+from seriatim.core.files import (
+    MANIFEST,
+    atomic_folder,
+    utf8_path,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from seriatim.core.flatten import WHITE, Colour, as_colour
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config
@@ -196,7 +204,7 @@ def read_bundle(folder: Path) -> Bundle:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, which are refused unless they are finite."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error

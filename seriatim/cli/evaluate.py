@@ -298,6 +298,7 @@ def open_data(
 
     from seriatim.core.errors import UsageError
     from seriatim.evaluation.reference import read_statistics
+    from seriatim.training.config import read_yaml
     from seriatim.training.data import StreamData
     from seriatim.training.sources import DATASETS, build_data
 
@@ -305,7 +306,7 @@ def open_data(
         return read_statistics(text)
     if text.lstrip().startswith("{"):
         try:
-            config = yaml.safe_load(text)
+            config = read_yaml(text)
         except yaml.YAMLError as error:
             raise UsageError(f"{argument}: {text!r} is no YAML ({str(error).splitlines()[0]})") from error
     elif text in DATASETS and not Path(text).exists():

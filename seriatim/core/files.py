@@ -102,6 +102,18 @@ def json_text(value: Any) -> str:
 
 
 @contextlib.contextmanager
+def utf8_path(path: Path | str) -> Iterator[str]:
+    """A name of the file that is valid UTF-8, which some libraries need: its own, or that of a link to it."""
+    if not SURROGATE.search(str(path)):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "link"
+        link.symlink_to(Path(path).absolute())
+        yield str(link)
+
+
+@contextlib.contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success sync it and rename it to `path`.
 
