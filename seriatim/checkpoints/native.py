@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,8 +152,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     except SafetensorError as error:  # how this library reports a full disk
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else 0, one_line(error)) from error
+        raise told_by(error) from error
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """Write a file as torch does; the disk's errors are an OSError, as those of other writers."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise told_by(error) from error
+
+
+def told_by(error: Exception) -> OSError:
+    """The error of the system that a library's error tells of in its message."""
+    number = re.search(r"(?:os error |\[Errno )(\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(0, one_line(error))
 
 
 def find_bundle(folder: Path) -> Path:
