@@ -30,7 +30,7 @@ def check_head(make: Callable[..., Head], *, dim: int = D, learn: bool = True, s
     """
     size = {"vocab" if getattr(make, "discrete", False) else "dim": dim}
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # of the CPU alone
         head = make(**size, **config)
         assert isinstance(head, Head), f"{make!r} made a {type(head).__name__}, which is no seriatim.heads.Head"
         name = type(head).__name__

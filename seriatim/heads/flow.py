@@ -128,7 +128,8 @@ class Flow(AdaLNHead):
 
         Backwards, at time 1 - i / steps.
         """
-        times = TIME_SCALE * np.arange(steps + 1) / steps  # as `walk` takes them: the first visited is the last
+        # As `walk` takes them, the first visited is the last. They are rounded here: Apple's GPU has no float64.
+        times = (TIME_SCALE * np.arange(steps + 1) / steps).astype(np.float32)
         walk = self.walk(self.times_of(times if backwards else times[::-1].copy(), z.device), self.z_embed(z))
         now: list[tuple[int, list[list[Tensor]]]] = [(-1, [])]
 

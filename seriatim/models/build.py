@@ -85,10 +85,14 @@ def name_of(module: nn.Module, table: Mapping[str, type[Any]], label: str) -> st
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Weights drawn inside depend on `seed` alone; torch's own generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Weights drawn inside depend on `seed` alone; torch's generator of the CPU is left as it was, and no other is
+    touched."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
         yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def parameter_count(model: nn.Module) -> int:
