@@ -23,10 +23,21 @@ def test_emulated_bfloat16_is_not_auto(native: bool, dtype: torch.dtype, monkeyp
     assert pick_dtype("auto", CPU) == pick_dtype("auto", torch.device("mps")) == torch.float32
 
 
+BACKENDS: Any = torch.backends
+PRODUCTS = (BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul)
+CONVOLUTIONS = (BACKENDS.cudnn.conv, BACKENDS.mkldnn.conv)
+
+
+def precisions() -> list[str]:
+    return [part.fp32_precision for part in (*PRODUCTS, *CONVOLUTIONS)]
+
+
 def settings() -> list[Any]:
-    backends: Any = torch.backends
-    parts = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.mkldnn.conv)
-    return [torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32, *(part.fp32_precision for part in parts)]
+    return [torch.get_float32_matmul_precision(), BACKENDS.cudnn.allow_tf32, *precisions()]
+
+
+def lowered() -> list[str]:
+    return [value for value in precisions() if value not in ("ieee", "none")]
 
 
 CHOICES: dict[str, Callable[[], None]] = {
@@ -44,18 +55,8 @@ def chosen(request: pytest.FixtureRequest) -> Iterator[list[Any]]:
     yield settings()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
-    for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # as PyTorch starts
-        part.fp32_precision = "none"  # type: ignore[attr-defined]
-
-
-def lowered() -> list[str]:
-    return [value for value in settings_of_parts() if value not in ("ieee", "none")]
-
-
-def settings_of_parts() -> list[str]:
-    backends: Any = torch.backends
-    parts = (backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.mkldnn.conv)
-    return [part.fp32_precision for part in parts]
+    for part in PRODUCTS:  # as PyTorch starts
+        part.fp32_precision = "none"
 
 
 def test_settings_of_the_process_are_raised_and_put_back(chosen: list[Any]) -> None:
