@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,16 @@ from seriatim import __version__
 from seriatim.checkpoints.renames import FORMAT, READABLE, renamed
 from seriatim.checkpoints.unfinished import AVERAGE, CHECKPOINTS, RECIPE, checkpoint_of, is_checkpoint, usable
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, UsageError, one_line
-from seriatim.core.files import MANIFEST, atomic_folder, verify_manifest, write_json, write_manifest, write_text
+from seriatim.core.files import (
+    MANIFEST,
+    atomic_folder,
+    utf8_path,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_text,
+)
+from seriatim.core.flatten import WHITE, Colour, as_colour
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, model_config
 from seriatim.tokenizers.base import Tokenizer
@@ -48,6 +58,7 @@ class Bundle:
     sampling: dict[str, Any] = field(default_factory=dict)  # defaults of a request
     provenance: dict[str, Any] = field(default_factory=dict)  # how it was made: for people
     sha256: str = ""  # of the weights file, once saved or loaded
+    background: Colour = WHITE  # what transparent parts of its training images showed; those of an edit do too
 
 
 def save_bundle(bundle: Bundle, folder: Path | str, *, card: str | None = None) -> Path:
@@ -67,6 +78,7 @@ def bundle_config(bundle: Bundle) -> dict[str, Any]:
         "class_names": bundle.class_names,
         "sampling": bundle.sampling,
         "provenance": bundle.provenance,
+        **({"background": list(bundle.background)} if bundle.background != WHITE else {}),
     }
 
 
@@ -140,8 +152,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     except SafetensorError as error:  # how this library reports a full disk
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else 0, one_line(error)) from error
+        raise told_by(error) from error
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """Write a file as torch does; the disk's errors are an OSError, as those of other writers."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise told_by(error) from error
+
+
+def told_by(error: Exception) -> OSError:
+    """The error of the system that a library's error tells of in its message."""
+    number = re.search(r"(?:os error |\[Errno )(\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(0, one_line(error))
 
 
 def find_bundle(folder: Path) -> Path:
@@ -184,15 +210,16 @@ def read_bundle(folder: Path) -> Bundle:
             tokenizer = build_tokenizer(config["tokenizer"])
         class_names = [str(name) for name in config["class_names"]]
         sampling, provenance = dict(config["sampling"]), dict(config["provenance"])
+        background = as_colour(config.get("background", WHITE))
     fill(model, folder / weights, written=int(config["format"]))
     fill(tokenizer, folder / TOKENIZER)
-    return Bundle(model.eval(), tokenizer.eval(), class_names, sampling, provenance, hashes[weights])
+    return Bundle(model.eval(), tokenizer.eval(), class_names, sampling, provenance, hashes[weights], background)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, which are refused unless they are finite."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error

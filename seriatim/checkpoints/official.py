@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
+from seriatim.core.files import utf8_path
 
 SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
 
@@ -96,7 +97,7 @@ def only_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
 def read_safetensors(path: Path, entries: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
     """The state dicts of a safetensors file, by prefix; "" where there is one alone."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error

@@ -282,9 +282,7 @@ def read_names(path: Path | None) -> list[str]:
 
 def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str, ...], overwrite: bool) -> None:
     """A safetensors file, or a torch file whose every entry is these tensors."""
-    import torch
-    from safetensors.torch import save_file
-
+    from seriatim.checkpoints.native import write_tensors, write_torch
     from seriatim.core.errors import UsageError
     from seriatim.core.files import atomic_write
 
@@ -294,9 +292,9 @@ def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str,
         raise UsageError(f"out: {out} must end in .safetensors, .pth, .pt or .ckpt")
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if out.suffix == ".safetensors":
-        atomic_write(out, lambda file: save_file(whole, file))
+        atomic_write(out, lambda file: write_tensors(file, whole))
     else:
-        atomic_write(out, lambda file: torch.save({entry: whole for entry in entries}, file))
+        atomic_write(out, lambda file: write_torch(file, {entry: whole for entry in entries}))
     say(f"wrote {out}: {len(whole)} tensors")
 
 

@@ -62,15 +62,19 @@ def edit(
     """Inpaint, outpaint inside the frame, change the class of a region: black pixels of the mask stay as they are."""
     from seriatim.core.errors import UsageError
     from seriatim.core.files import writable_folder
+    from seriatim.core.flatten import BLACK
+    from seriatim.core.images import BadImage, read_image
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.pipeline.pipeline import load
-    from seriatim.training.images import BadImage, read_image
 
     pipe = load(model, device=device, dtype=dtype)
     try:
-        picture, white = read_image(image, pipe.tokenizer.channels), read_image(mask, 1)
+        argument, file = "image", image
+        picture = read_image(image, pipe.tokenizer.channels, pipe.bundle.background)
+        argument, file = "mask", mask
+        white = read_image(mask, 1, BLACK)
     except BadImage as error:
-        raise UsageError(f"image: {image} or mask {mask} can't be read: {error}") from error
+        raise UsageError(f"{argument}: {file} can't be read: {error}") from error
     taken = [file for file in (out / "grid.png", *sorted(out.glob("0*.png"))) if file.exists()]
     if taken and not overwrite:
         raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from seriatim.cli.threads import drawing_with
 from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
+    from seriatim.core.flatten import Colour
     from seriatim.evaluation.blocks import Share
     from seriatim.evaluation.reference import Images, Statistics
 
@@ -110,8 +112,9 @@ def evaluate(
         temperature=temperature,
     ) | fields(set_ or [])
     extractor = open_features(features, size=size, channels=channels)
-    reference = open_data(data, size, channels, "data")
-    others = None if real_data is None else only_images(open_data(real_data, size, channels, "real-data"), real_data)
+    opened = partial(open_data, size=size, channels=channels, background=pipe.bundle.background)
+    reference = opened(data, argument="data")
+    others = None if real_data is None else only_images(opened(real_data, argument="real-data"), real_data)
     with drawing_with(pipe, threads):
         done = run(
             pipe,
@@ -179,11 +182,11 @@ def evaluate_tokenizer(
     size, channels = made.size, made.channels
     done = run(
         made,
-        only_images(open_data(data, size, channels, "data"), data),
+        only_images(open_data(data, "data", size, channels), data),
         out,
         num=num,
         features=None if features == "none" else open_features(features, size=size, channels=channels),
-        real=None if real_data is None else only_images(open_data(real_data, size, channels, "real-data"), real_data),
+        real=None if real_data is None else only_images(open_data(real_data, "real-data", size, channels), real_data),
         noise=noise,
         source=folder,
         seed=seed,
@@ -284,12 +287,18 @@ def field_value(name: str, text: str, known: Any) -> Any:
         raise UsageError(f"{name}: {text!r} is no value ({str(error).splitlines()[0]})") from error
 
 
-def open_data(text: str, size: tuple[int, int], channels: int, argument: str) -> Images | Statistics:
-    """A folder, a reference `.npz`, the name of a source, or its section of a recipe: `{kind: hf, path: cifar10}`."""
+def open_data(
+    text: str, argument: str, size: tuple[int, int], channels: int, background: Colour | None = None
+) -> Images | Statistics:
+    """A folder, a reference `.npz`, the name of a source, or its section of a recipe: `{kind: hf, path: cifar10}`.
+
+    `background` is that of the model: what transparent parts of its training images showed.
+    """
     import yaml
 
     from seriatim.core.errors import UsageError
     from seriatim.evaluation.reference import read_statistics
+    from seriatim.training.config import read_yaml
     from seriatim.training.data import StreamData
     from seriatim.training.sources import DATASETS, build_data
 
@@ -297,7 +306,7 @@ def open_data(text: str, size: tuple[int, int], channels: int, argument: str) ->
         return read_statistics(text)
     if text.lstrip().startswith("{"):
         try:
-            config = yaml.safe_load(text)
+            config = read_yaml(text)
         except yaml.YAMLError as error:
             raise UsageError(f"{argument}: {text!r} is no YAML ({str(error).splitlines()[0]})") from error
     elif text in DATASETS and not Path(text).exists():
@@ -305,7 +314,8 @@ def open_data(text: str, size: tuple[int, int], channels: int, argument: str) ->
     else:
         config = {"kind": "folder", "path": text}
     if config.get("kind") in ("folder", "hf"):
-        config = {"size": list(size), "channels": channels, **config}
+        usual = {} if background is None else {"background": list(background)}
+        config = {"size": list(size), "channels": channels, **usual, **config}
     found = build_data(config)
     if found.cached or isinstance(found, StreamData):
         raise UsageError(f"{argument}: {config.get('kind')!r} can't be read image by image; name folder, hf or digits")

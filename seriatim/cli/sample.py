@@ -256,6 +256,7 @@ def read_repeatable(path: Path) -> tuple[Image.Image, Recorded]:
 def request_of(says: Recorded, path: Path | None, pipe: Pipeline, given: list[str]) -> SampleRequest:
     """The request that a picture carries, for the model that drew it."""
     from seriatim.core.errors import CheckpointError, UsageError
+    from seriatim.pipeline.labels import label_of
 
     if given:
         raise UsageError(f"{given[0]}: given together with --from, which repeats a picture as it was; leave it out")
@@ -264,7 +265,11 @@ def request_of(says: Recorded, path: Path | None, pipe: Pipeline, given: list[st
         raise CheckpointError(
             f"model: its weights have sha256 {ours}..., {path} was drawn by {theirs}...; name the model that drew it"
         )
-    return pipe.checked(says.sample_request())  # not `request`: the model's own defaults have no say
+    request = says.sample_request()
+    if says.label in pipe.class_names:  # a number that was drawn before names in digits were told from numbers
+        number = pipe.class_names.index(says.label)
+        request = request.model_copy(update={"class_labels": (label_of(number, pipe.class_names),)})
+    return pipe.checked(request)  # not `request`: the model's own defaults have no say
 
 
 def compared(original: tuple[Image.Image, Recorded], image: Image.Image, made: dict[str, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,11 +66,12 @@ def sweep(
 
     pipe = load(model, device=device_of(device), dtype=dtype)
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
-    others = None if real_data is None else only_images(open_data(real_data, size, channels, "real-data"), real_data)
+    opened = partial(open_data, size=size, channels=channels, background=pipe.bundle.background)
+    others = None if real_data is None else only_images(opened(real_data, argument="real-data"), real_data)
     with drawing_with(pipe, threads):
         done = run(
             pipe,
-            open_data(data, size, channels, "data"),
+            opened(data, argument="data"),
             out,
             swept,
             num=num,

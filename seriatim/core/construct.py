@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from seriatim.core.errors import ConfigError, SeriatimError, UsageError, nearest, one_line
+from seriatim.core.names import SURROGATE
 
 T = TypeVar("T")
 
@@ -60,7 +61,8 @@ def checked_types(build: Callable[..., Any], config: Mapping[str, Any], where: s
         return dict(config)
     values = dict(config)
     for name, value in config.items():
-        if name in hints:
+        as_is = isinstance(value, str) and SURROGATE.search(value)  # a path of any bytes, which pydantic refuses
+        if name in hints and not as_is:
             try:
                 values[name] = TypeAdapter(hints[name]).validate_python(value)
             except ValidationError as error:

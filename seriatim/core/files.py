@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from seriatim.core.errors import CheckpointError, ResourceError, UsageError, one_line
+from seriatim.core.names import SURROGATE
 
 MANIFEST = "manifest.json"
 
@@ -91,7 +92,25 @@ def write_text(path: Path | str, text: str) -> Path:
 
 
 def write_json(path: Path | str, value: Any) -> Path:
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    return write_text(path, json_text(value) + "\n")
+
+
+def json_text(value: Any) -> str:
+    """JSON that can be encoded: bytes of a name that are not UTF-8 become escapes, which are read back as they were."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path | str) -> Iterator[str]:
+    """A name of the file that is valid UTF-8, which some libraries need: its own, or that of a link to it."""
+    if not SURROGATE.search(str(path)):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder) / "link"
+        link.symlink_to(Path(path).absolute())
+        yield str(link)
 
 
 @contextlib.contextmanager

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import sys
 
+from seriatim.core.names import printable
+
 
 def say(text: str) -> None:
     """Write one line to standard error.
 
     Where standard error was closed, never existed (a daemon, pythonw) or has gone away with its terminal, the line is
-    lost and nothing else is; what the stream's encoding lacks is escaped.
+    lost and nothing else is; what the stream's encoding lacks, or would break the line, is escaped.
     """
     stream = sys.stderr
     if stream is None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed from within Python
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from seriatim.checkpoints.native import write_tensors
 from seriatim.core.errors import NumericsError, UsageError
-from seriatim.core.files import atomic_write
+from seriatim.core.files import atomic_write, utf8_path
 from seriatim.core.progress import Progress
 from seriatim.evaluation.base import FeatureExtractor, Features
 from seriatim.evaluation.metrics import Array
@@ -102,7 +102,8 @@ class Blocks:
         found: dict[str, list[Array]] = {}
         for block in self.ranges():
             try:
-                tensors = load_file(self.path(block))
+                with utf8_path(self.path(block)) as readable:
+                    tensors = load_file(readable)
             except (SafetensorError, OSError) as error:
                 self.path(block).unlink(missing_ok=True)
                 raise NumericsError(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from seriatim.core.errors import DataError, UsageError, nearest
+from seriatim.core.names import match_names
 from seriatim.core.progress import Progress
 from seriatim.evaluation.base import FeatureExtractor
 from seriatim.evaluation.blocks import Vectors
@@ -242,7 +243,8 @@ def class_map(extractor: FeatureExtractor, classes: int, names: Sequence[str]) -
     if not classes or extractor.standard or extractor.classes != classes:
         return None
     if theirs and names:
-        return np.array([theirs.index(n) for n in names]) if sorted(theirs) == sorted(names) else None
+        places = match_names(names, theirs)
+        return None if places is None else np.array(places)
     return np.arange(classes)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from seriatim.core.errors import DataError, UsageError, one_line
 from seriatim.core.files import sha256
+from seriatim.core.names import match_names
 from seriatim.core.random import derive_seed, generator
 from seriatim.evaluation.metrics import Array
 
@@ -92,7 +93,8 @@ def class_numbers(data: Images, classes: int, names: Sequence[str]) -> Labels | 
     theirs = data.class_names
     if not classes or not theirs:
         return None
-    if names and sorted(names) != sorted(theirs):
+    places = match_names(theirs, names) if names else list(range(classes))
+    if places is None:
         ours, other = (sorted(set(a) - set(b)) for a, b in ((names, theirs), (theirs, names)))
         lacks = f"the data lacks {ours[0]!r}" if ours else f"the model lacks {other[0]!r}"
         raise DataError(
@@ -100,7 +102,7 @@ def class_numbers(data: Images, classes: int, names: Sequence[str]) -> Labels | 
         )
     if len(theirs) != classes:
         raise DataError(f"classes: the model has {classes}, the data {len(theirs)}; name data with the model's classes")
-    return np.array([names.index(name) for name in theirs]) if names else np.arange(classes)
+    return np.array(places)
 
 
 def whole(data: Images, classes: int, names: Sequence[str]) -> Part:

@@ -41,6 +41,7 @@ from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, described, halves, whole
 from seriatim.evaluation.rows import markdown
 from seriatim.evaluation.settings import SETTINGS, said, same_settings
+from seriatim.pipeline.labels import label_of, name_of
 from seriatim.pipeline.metadata import versions
 from seriatim.pipeline.pipeline import BATCH_TOKENS, Pipeline
 from seriatim.pipeline.request import SampleRequest
@@ -240,7 +241,9 @@ def asked(pipe: Pipeline, num: int, seed: int, settings: Mapping[str, Any]) -> S
             raise UsageError(f"{name}: is not for evaluation, which draws every class alike; leave it out")
     if isinstance(num, bool) or not isinstance(num, int) or num < 1:
         raise UsageError(f"num: {num!r} is not allowed; it must be an integer of at least 1")
-    request = pipe.request(**{**settings, "seed": seed, "class_labels": (None,) if not pipe.model.classes else (0,)})
+    request = pipe.request(
+        **{**settings, "seed": seed, "class_labels": (label_of(0, pipe.class_names) if pipe.model.classes else None,)}
+    )
     if isinstance(request.order, tuple) and request.order and isinstance(request.order[0], tuple):
         raise UsageError("order: one for each image is not for evaluation; give a name, or one order for all")
     return request
@@ -283,7 +286,7 @@ def check_shape(argument: str, images: Images, pipe: Pipeline) -> None:
 
 
 def balanced_names(pipe: Pipeline) -> list[str]:
-    return [pipe.label_name(c) or str(c) for c in range(pipe.model.classes)]
+    return [name_of(c, pipe.class_names) for c in range(pipe.model.classes)]
 
 
 def key(extractor: FeatureExtractor, part: Part) -> str:
@@ -302,7 +305,7 @@ def pictures(part: Part, block: range) -> Iterator[Tensor]:
 def request_for(pipe: Pipeline, request: SampleRequest, images: Sequence[int]) -> SampleRequest:
     """The request that draws these images of the evaluation, by their numbers in it."""
     classes = pipe.model.classes
-    labels = tuple(i % classes if classes else None for i in images)
+    labels = tuple(label_of(i % classes, pipe.class_names) if classes else None for i in images)
     seeds = tuple(derive_seed(request.seed, i) for i in images)
     return request.model_copy(update={"class_labels": labels, "num_images_per_label": 1, "seeds": seeds})
 

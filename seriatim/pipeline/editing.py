@@ -18,6 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from seriatim.core.errors import UsageError
+from seriatim.core.flatten import BLACK, WHITE, Colour
+from seriatim.core.images import BadImage, as_seen
 from seriatim.models.base import SequenceModel
 from seriatim.tokenizers.base import Tokenizer, to_uint8
 
@@ -27,7 +29,8 @@ GREY = 128  # of a mask's 256 levels: this and brighter is repainted
 def pixel_mask(mask: Any, size: tuple[int, int], images: int) -> Tensor:
     """One mask for all images or one for each -> (B, H, W) bool.
 
-    PIL pictures (white is repainted), arrays or tensors (H, W) or (B, H, W): bool, uint8 or float in [0, 1].
+    PIL pictures (white is repainted, transparent is not), arrays or tensors (H, W) or (B, H, W): bool, uint8 or float
+    in [0, 1].
     """
     many = list(mask) if isinstance(mask, (list, tuple)) else [mask]
     planes = [plane for one in many for plane in as_planes(one)]
@@ -51,9 +54,7 @@ def pixel_mask(mask: Any, size: tuple[int, int], images: int) -> Tensor:
 def as_planes(mask: Any) -> list[Tensor]:
     """A picture, array or tensor -> bool planes (H, W)."""
     if isinstance(mask, Image.Image):
-        if mask.mode in ("F", "I", "I;16"):
-            raise UsageError(f"mask: a picture of mode {mask.mode} has no fixed white; convert it to 'L'")
-        return [torch.from_numpy(np.array(mask.convert("L")) >= GREY)]
+        return [torch.from_numpy(np.asarray(seen(mask, 1, BLACK, "mask")) >= GREY)]
     try:
         values = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     except TypeError:
@@ -83,14 +84,17 @@ def token_pixels(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
     return image[:, :H, :W]
 
 
-def as_images(images: Any, tokenizer: Tokenizer) -> Tensor:
-    """PIL pictures, arrays (B, H, W, c) uint8 or tensors (B, c, H, W) in [-1, 1] -> (B, H, W, c) uint8."""
+def as_images(images: Any, tokenizer: Tokenizer, background: Colour = WHITE) -> Tensor:
+    """PIL pictures, arrays (B, H, W, c) uint8 or tensors (B, c, H, W) in [-1, 1] -> (B, H, W, c) uint8.
+
+    Transparent parts of PIL pictures show `background`.
+    """
     if not tokenizer.pictures:
         raise UsageError("image: this model's tokens are no pictures, which editing needs; use `regenerate`")
     many = list(images) if isinstance(images, (list, tuple)) else [images]
     if not many:
         raise UsageError("image: none given")
-    arrays = [array for one in many for array in as_arrays(one, tokenizer.channels)]
+    arrays = [array for one in many for array in as_arrays(one, tokenizer.channels, background)]
     H, W = tokenizer.size
     for array in arrays:
         if array.shape[:2] != (H, W):
@@ -101,14 +105,18 @@ def as_images(images: Any, tokenizer: Tokenizer) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
-def as_arrays(image: Any, channels: int) -> list[Any]:
+def seen(picture: Image.Image, channels: int, background: Colour, argument: str) -> Image.Image:
+    """A picture as a person sees it, which is how files are read too."""
+    try:
+        return as_seen(picture, channels, background)
+    except BadImage as error:
+        raise UsageError(f"{argument}: a picture of mode {picture.mode} can't be read ({error})") from error
+
+
+def as_arrays(image: Any, channels: int, background: Colour) -> list[Any]:
     """One picture, or a batch of them -> arrays (H, W, c) uint8."""
     if isinstance(image, Image.Image):
-        if image.mode in ("F", "I", "I;16"):
-            raise UsageError(
-                f"image: a picture of mode {image.mode} would lose levels; convert it to 'RGB' or 'L' first"
-            )
-        array = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+        array = np.asarray(seen(image, channels, background, "image"))
         return [array[..., None] if channels == 1 else array]
     if isinstance(image, Tensor):
         tensor = image[None] if image.ndim == 3 else image

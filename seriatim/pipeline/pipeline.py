@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from seriatim.checkpoints.hub import located
 from seriatim.checkpoints.native import Bundle, load_bundle, save_bundle
 from seriatim.core.device import pick_device, pick_dtype, plain_torch
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError
 from seriatim.core.progress import Progress
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import plain
@@ -33,6 +32,7 @@ from seriatim.pipeline.editing import (
     token_mask,
     token_pixels,
 )
+from seriatim.pipeline.labels import class_number, name_of
 from seriatim.pipeline.metadata import versions
 from seriatim.pipeline.request import Label, SampleRequest, fitted, resolved, seeds_of
 from seriatim.pipeline.result import Result, arrays_of, as_pil, check_output, converted, finite, gathered
@@ -146,28 +146,13 @@ class Pipeline:
     def label_index(self, label: Label) -> int:
         """The number of a class given by number or name; -1 for None, which "none" stands for on a command line.
 
-        A name goes before a number in digits.
+        Digits that name one class and number another are refused; "number:3" is a number.
         """
-        classes, names = self.model.classes, self.class_names
-        if label is None or (label == "none" and label not in names):
-            return -1
-        if isinstance(label, str):
-            if label in names:
-                return names.index(label)
-            if not re.fullmatch(r"-?\d+", label):
-                raise UsageError(f"class_labels: {label!r} is not a class of this model{nearest(label, names)}")
-            label = int(label)
-        if not classes:
-            raise UsageError(f"class_labels: {label!r} given, but this model has no classes; leave it out")
-        if not 0 <= label < classes:
-            raise UsageError(f"class_labels: {label} is out of range; this model has classes 0 to {classes - 1}")
-        return label
+        return class_number(label, self.model.classes, self.class_names)
 
     def label_name(self, label: Label) -> str | None:
         index = self.label_index(label)
-        if index < 0:
-            return None
-        return self.class_names[index] if index < len(self.class_names) else str(index)
+        return None if index < 0 else name_of(index, self.class_names)
 
     # --- drawing --------------------------------------------------------------------------------------------------
 
@@ -335,7 +320,7 @@ class Pipeline:
         self, image: Any, mask: Any, class_labels: Any, generator: Any, settings: dict[str, Any]
     ) -> tuple[SampleRequest, Start, tuple[Tensor, Tensor]]:
         """The request of an edit, the tokens it begins from, and the pixels that are put back at the end."""
-        originals = as_images(image, self.tokenizer)  # (n, H, W, c)
+        originals = as_images(image, self.tokenizer, self.bundle.background)  # (n, H, W, c)
         labels = tuple(class_labels) if isinstance(class_labels, (list, tuple)) else (class_labels,)
         count = broadcast(originals, labels)
         labels = labels * count if len(labels) == 1 else labels

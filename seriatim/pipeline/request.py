@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, StrictInt, model_validator
+from pydantic import BeforeValidator, Field, StrictInt, model_validator
 
 from seriatim.core.errors import UsageError, caller_level, nearest
+from seriatim.core.names import as_text
 from seriatim.core.orders import CONFIDENCE, check_permutation
 from seriatim.core.random import derive_seed
 from seriatim.core.settings import Settings
@@ -21,7 +22,9 @@ from seriatim.models.registry import HEADS
 from seriatim.sampling.draw import STEPS as HEAD_STEPS
 from seriatim.sampling.parallel import STEPS
 
-Label = StrictInt | str | None
+Label = Annotated[
+    StrictInt | str | None, BeforeValidator(lambda label: as_text(label) if isinstance(label, str) else label)
+]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 

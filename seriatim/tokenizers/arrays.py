@@ -53,7 +53,7 @@ class Arrays(Tokenizer):
     def moments(self, images: Tensor) -> Tensor:
         """Tokens (B, L, D) or codes (B, L), as the arrays have them -> (B, D, 1, L) or (B, 1, 1, L)."""
         moments = images[:, None] if images.ndim == 2 else images.transpose(1, 2)
-        return self.check_moments(moments[:, :, None])
+        return self.check_moments(moments[:, :, None])  # float32 of features, int64 of codes
 
     @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
@@ -61,7 +61,9 @@ class Arrays(Tokenizer):
         return x[..., 0] if self.vocab is not None else (x - self.mean) / self.std
 
     def decode(self, tokens: Tensor) -> Tensor:
-        return self.check_codes(tokens) if self.vocab is not None else tokens * self.std + self.mean
+        if self.vocab is not None:
+            return self.check_codes(tokens)
+        return tokens.to(self.device, torch.float32) * self.std + self.mean
 
     @override
     def look(self, tokens: Tensor, known: Tensor | None = None) -> Tensor:
@@ -76,7 +78,9 @@ class Arrays(Tokenizer):
         raise UsageError("tokenizer: arrays of codes come without codewords; use the tokenizer that made them")
 
     def check_moments(self, moments: Tensor) -> Tensor:
-        """Refuse another shape, features for codes, codes for features, and codes outside the vocabulary."""
+        """The moments on the tokenizer's device; refuses another shape, features for codes, codes for features, and
+        codes outside the vocabulary.
+        """
         wanted = (self.channels, *self.size)
         if moments.ndim != 4 or tuple(moments.shape[1:]) != wanted:
             length, features = moments.shape[-1], moments.shape[1]
@@ -87,11 +91,11 @@ class Arrays(Tokenizer):
         if self.vocab is None:
             if not moments.is_floating_point():
                 raise DataError("arrays: they are whole numbers; set tokenizer.vocab if they are codes")
+            return moments.to(self.device, torch.float32)
         elif moments.dtype != torch.int64:
             raise DataError("arrays: codes are whole numbers, int64; leave out tokenizer.vocab if they are features")
-        else:
-            self.check_codes(moments[:, 0, 0])
-        return moments
+        self.check_codes(moments[:, 0, 0])
+        return moments.to(self.device)
 
     def fit(self, batches: Iterable[Tensor]) -> None:
         if not self.measured:

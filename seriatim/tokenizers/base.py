@@ -30,6 +30,9 @@ class Tokenizer(nn.Module):
       pictures   False where `decode` gives no pictures
       config     the constructor's arguments, as plain data
     All else that it knows is in its state_dict: loading builds it without memory and fills that in.
+
+    Everything that is given to a tokenizer is moved to its device, and everything that it returns is there. Pictures,
+    moments and tokens of features are float32 and are computed in float32, inside autocast too.
     """
 
     size: tuple[int, int]
@@ -40,6 +43,13 @@ class Tokenizer(nn.Module):
     vocab: int | None = None
     pictures: bool = True
     config: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of its weights and statistics."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
 
     @property
     def count(self) -> int:
@@ -83,17 +93,17 @@ class Tokenizer(nn.Module):
         every = torch.arange(self.vocab, device=tokens.device)
         every = torch.cat([every, every.new_zeros(-len(every) % self.count)]).view(-1, self.count)  # (n, L)
         mean = self.embeddings(every).flatten(0, 1)[: self.vocab].mean(dim=0)  # (D,)
-        return self.decode_embeddings(torch.where(known[..., None].to(mean.device), self.embeddings(tokens), mean))
+        return self.decode_embeddings(torch.where(known[..., None].to(self.device), self.embeddings(tokens), mean))
 
     def check_codes(self, codes: Tensor) -> Tensor:
-        """Refuse what is not (B, L) int64 inside the vocabulary."""
+        """The codes on the tokenizer's device; refuses what is not (B, L) int64 inside the vocabulary."""
         vocab, L = self.vocab or 0, self.count
         if codes.ndim != 2 or codes.shape[1] != L or codes.dtype != torch.long:
             raise UsageError(f"codes: {codes.dtype} of shape {tuple(codes.shape)} is not allowed; give int64 (B, {L})")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < vocab:
             low, high = int(codes.min()), int(codes.max())
             raise UsageError(f"codes: from {low} to {high} are not all in the vocabulary, 0 to {vocab - 1}")
-        return codes
+        return codes.to(self.device)
 
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Measure, over batches of images, the statistics that normalise tokens."""
@@ -118,14 +128,14 @@ class Tokenizer(nn.Module):
         return self.fingerprint()
 
     def check_images(self, images: Tensor) -> Tensor:
-        """Refuse what is not (B, c, H, W)."""
+        """The images as float32 on the tokenizer's device; refuses what is not (B, c, H, W)."""
         wanted = (self.channels, *self.size)
         if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
             raise DataError(
                 f"images: shape {tuple(images.shape)} is not (B, {', '.join(map(str, wanted))}); "
                 "resize them or choose another tokenizer size"
             )
-        return images
+        return images.to(self.device, torch.float32)
 
 
 def digest_of(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

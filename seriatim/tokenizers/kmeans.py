@@ -88,16 +88,16 @@ class KMeans(Tokenizer):
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         if not self.measured:
             raise UsageError("tokenizer: k-means has seen no images; call fit(batches), or load one that was trained")
-        patches = patchify(moments, self.patch)  # (B, L, D)
-        return nearest_codes(patches.flatten(0, 1).to(self.centres.dtype), self.centres).view(patches.shape[:2])
+        patches = patchify(moments.to(self.device, torch.float32), self.patch)  # (B, L, D)
+        return nearest_codes(patches.flatten(0, 1), self.centres).view(patches.shape[:2])
 
     @torch.no_grad()
     def embeddings(self, codes: Tensor) -> Tensor:
-        return F.embedding(self.check_codes(codes).to(self.centres.device), self.centres)  # (B, L, D)
+        return F.embedding(self.check_codes(codes), self.centres)  # (B, L, D)
 
     @torch.no_grad()
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
-        images = unpatchify(embeddings, self.patch, *self.grid)  # (B, c, h p, w p)
+        images = unpatchify(embeddings.to(self.device, torch.float32), self.patch, *self.grid)  # (B, c, h p, w p)
         return images[..., : self.size[0], : self.size[1]].clamp(-1, 1)
 
     def decode(self, tokens: Tensor) -> Tensor:

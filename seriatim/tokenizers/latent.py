@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from seriatim.core.device import full_float32
 from seriatim.core.errors import DataError, NumericsError, UsageError, nearest
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
@@ -100,13 +101,13 @@ class Latent(Tokenizer):
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
         """(B, c, H, W) -> (B, 2z, h', w'): mean and log-variance, not clamped; (B, z, h', w') of a point posterior."""
-        images = self.check_images(images).to(self.mean.device, torch.float32)
-        with torch.autocast(images.device.type, enabled=False):
+        images = self.check_images(images)
+        with full_float32(images.device):
             parts = [self.autoencoder.encode(part, return_dict=False)[0] for part in images.split(self._chunk)]
         return torch.cat([part.parameters if self.gaussian else part for part in parts])
 
     def posterior(self, moments: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments -> mean and standard deviation, (B, z, h', w') each."""
+        """Moments -> mean and standard deviation, (B, z, h', w') each, on the tokenizer's device."""
         wanted = (
             self.latent_channels * (2 if self.gaussian else 1),
             self.size[0] // self.stride,
@@ -117,9 +118,10 @@ class Latent(Tokenizer):
                 f"moments: shape {tuple(moments.shape)} is not (B, {', '.join(map(str, wanted))}); "
                 "they were made by another tokenizer or for another size"
             )
+        moments = moments.to(self.device, torch.float32)
         if not self.gaussian:
-            return moments.float(), torch.zeros_like(moments, dtype=torch.float32)
-        mean, logvar = moments.float().chunk(2, dim=1)
+            return moments, torch.zeros_like(moments)
+        mean, logvar = moments.chunk(2, dim=1)
         return mean, (0.5 * logvar.clamp(*LOGVAR)).exp()
 
     @torch.no_grad()
@@ -134,9 +136,9 @@ class Latent(Tokenizer):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        x = unpatchify(tokens.to(self.mean.device, torch.float32), self.patch, *self.grid)  # (B, z, h', w')
+        x = unpatchify(tokens.to(self.device, torch.float32), self.patch, *self.grid)  # (B, z, h', w')
         latents = x * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_float32(latents.device):
             parts = [self.autoencoder.decode(part, return_dict=False)[0] for part in latents.split(self._chunk)]
         return torch.cat(parts).clamp(-1, 1)  # (B, c, H, W)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from seriatim.core.device import full_float32
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
@@ -82,12 +83,14 @@ class Pixels(Tokenizer):
 
     @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
-        features = patchify(moments, self.patch) - self.mean  # (B, L, D)
-        return (features @ self.basis if self.rotated else features) / self.std
+        features = patchify(moments.to(self.device, torch.float32), self.patch) - self.mean  # (B, L, D)
+        with full_float32(features.device):
+            return (features @ self.basis if self.rotated else features) / self.std
 
     def decode(self, tokens: Tensor) -> Tensor:
-        features = tokens * self.std
-        features = (features @ self.basis.T if self.rotated else features) + self.mean
+        features = tokens.to(self.device, torch.float32) * self.std
+        with full_float32(features.device):
+            features = (features @ self.basis.T if self.rotated else features) + self.mean
         images = unpatchify(features, self.patch, *self.grid)  # (B, c, h p, w p)
         return images[..., : self.size[0], : self.size[1]].clamp(-1, 1)
 
@@ -104,7 +107,7 @@ class Pixels(Tokenizer):
         size = len(self.mean)
         total, products = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
         for moments in batches:
-            features = patchify(moments, self.patch).flatten(0, 1).double()  # (B L, D)
+            features = patchify(moments.cpu(), self.patch).flatten(0, 1).double()  # (B L, D); not every device has it
             count += len(features)
             total += features.sum(dim=0)
             products += features.T @ features

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seriatim.core.device import full_float32
 from seriatim.core.errors import UsageError
 
 MOST_DISTANCES = 1 << 24  # N x V of them at a time, to bound memory
@@ -30,13 +31,15 @@ class Quantised:
 def nearest_codes(vectors: Tensor, codewords: Tensor) -> Tensor:
     """Vectors (N, C), codewords (V, C) -> (N,) int64: the least squared distance; of equal ones the first.
 
-    |z - e|^2 = |z|^2 + |e|^2 - 2 z e, as published codes compute it: near-ties fall as they do there.
+    |z - e|^2 = |z|^2 + |e|^2 - 2 z e, as published codes compute it: near-ties fall as they do there. Autocast would
+    flip them.
     """
-    square = codewords.square().sum(dim=1)  # (V,)
-    found = [
-        (some.square().sum(dim=1, keepdim=True) + square - 2 * some @ codewords.T).argmin(dim=1)
-        for some in vectors.split(max(1, MOST_DISTANCES // len(codewords)))
-    ]
+    with full_float32(vectors.device):
+        square = codewords.square().sum(dim=1)  # (V,)
+        found = [
+            (some.square().sum(dim=1, keepdim=True) + square - 2 * some @ codewords.T).argmin(dim=1)
+            for some in vectors.split(max(1, MOST_DISTANCES // len(codewords)))
+        ]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device=vectors.device)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from seriatim.core.device import full_float32
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
@@ -92,8 +93,8 @@ class VQ(Tokenizer):
 
     def features(self, images: Tensor) -> Tensor:
         """(B, c, H, W) -> (B, C, h, w), before they are quantised."""
-        images = self.check_images(images).to(self.quant_conv.weight.device, torch.float32)
-        with torch.autocast(images.device.type, enabled=False):
+        images = self.check_images(images)
+        with full_float32(images.device):
             parts = [self.quant_conv(self.encoder(part)) for part in images.split(self._chunk)]
         return torch.cat(parts)
 
@@ -114,11 +115,11 @@ class VQ(Tokenizer):
 
     @torch.no_grad()
     def embeddings(self, codes: Tensor) -> Tensor:
-        return self.quantiser.lookup(self.check_codes(codes).to(self.quantiser.codebook.device))  # (B, L, C)
+        return self.quantiser.lookup(self.check_codes(codes))  # (B, L, C)
 
     @torch.no_grad()
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
-        x = unpatchify(embeddings.to(self.quantiser.codebook.device, torch.float32), 1, *self.grid)  # (B, C, h, w)
+        x = unpatchify(embeddings.to(self.device, torch.float32), 1, *self.grid)  # (B, C, h, w)
         return self.draw(x).clamp(-1, 1)
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class VQ(Tokenizer):
 
     def draw(self, quantised: Tensor) -> Tensor:
         """Codewords (B, C, h, w) -> (B, c, H, W), not clamped."""
-        with torch.autocast(quantised.device.type, enabled=False):
+        with full_float32(quantised.device):
             parts = [self.decoder(self.post_quant_conv(part)) for part in quantised.split(self._chunk)]
         return torch.cat(parts)
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seriatim.core.errors import ConfigError, DataError, one_line
-from seriatim.core.files import sha256
+from seriatim.core.files import sha256, utf8_path
 from seriatim.tokenizers.arrays import Arrays
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.training.data import ImageData
@@ -140,7 +140,7 @@ def read(path: Path, argument: str) -> dict[str, Any]:
     try:
         if path.suffix == ".npy":
             return {TOKENS: np.load(path, mmap_mode="r", allow_pickle=False)}
-        with safe_open(path, framework="pt") as file:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
     except (OSError, ValueError, EOFError, SafetensorError) as error:
         reason = one_line(error)

@@ -12,12 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, StrictInt
+from pydantic import Field, PlainValidator, StrictInt
 
 from seriatim.core.errors import ConfigError, UsageError, nearest, one_line
+from seriatim.core.names import SURROGATE
 from seriatim.core.validation import Strict, parse
 
+PRIVATE = 0xF0000  # a plane of Unicode for private use, where bytes that are not UTF-8 stand while YAML is read
+PathText = Annotated[Any, PlainValidator(lambda value: str_of(value))]  # pydantic's own refuses such bytes
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def str_of(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError("must be a path")
 
 
 class Common(Strict):
@@ -47,7 +56,7 @@ class Training(Common):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     workers: StrictInt = Field(0, ge=0)  # processes that read images ahead
     sample_images: StrictInt = Field(0, ge=0)  # a grid of samples at fixed seeds this often; 0: never
-    init_from: str | None = None  # a model folder whose weights to begin with; its classes may differ
+    init_from: PathText | None = None  # a model folder whose weights to begin with; its classes may differ
 
 
 class ClassifierTraining(Common):
@@ -174,10 +183,25 @@ def override(
                 raise ConfigError(f"{key.strip()}: {part!r} is a value, not a section")
             place = inner
         try:
-            place[parts[-1]] = yaml.safe_load(value)
+            place[parts[-1]] = read_yaml(value)
         except yaml.YAMLError as error:
             raise ConfigError(f"{key.strip()}: {value!r} is not a YAML value ({one_line(error)})") from error
     return result
+
+
+def read_yaml(text: str) -> Any:
+    """A YAML value in which the bytes of names that are not UTF-8, which YAML refuses, stay as they are."""
+    if not SURROGATE.search(text):
+        return yaml.safe_load(text)
+
+    def restored(value: Any) -> Any:
+        if isinstance(value, str):
+            return "".join(chr(ord(c) - PRIVATE) if 0 <= ord(c) - PRIVATE - 0xD800 < 0x800 else c for c in value)
+        if isinstance(value, list):
+            return [restored(item) for item in value]
+        return {restored(k): restored(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return restored(yaml.safe_load(SURROGATE.sub(lambda found: chr(ord(found[0]) + PRIVATE), text)))
 
 
 def dump(recipe: AnyRecipe) -> str:

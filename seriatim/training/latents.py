@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, one_line
-from seriatim.core.files import MANIFEST, read_manifest, sha256, verify_file, write_json
+from seriatim.core.files import MANIFEST, read_manifest, sha256, utf8_path, verify_file, write_json
 from seriatim.core.flatten import WHITE, Colour
 from seriatim.core.progress import track
 from seriatim.core.validation import Strict, parse
@@ -184,7 +184,8 @@ class Latents(ImageData):
         if (shard, name) not in self._slices:
             path = self.root / f"{shard_name(shard)}.safetensors"
             try:
-                rows = safe_open(path, framework="pt").get_slice(name)
+                with utf8_path(path) as file:
+                    rows = safe_open(file, framework="pt").get_slice(name)
             except (SafetensorError, OSError) as error:
                 raise DataError(f"data.path: {path} can't be read ({one_line(error)}); {MEND}") from error
             tail = () if name == "labels" else self.info.moments

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,8 @@ from pathlib import Path
 
 from seriatim.core.errors import DataError
 from seriatim.core.images import UNREAD, suffixes
-from seriatim.core.names import as_text, printable, twins
+from seriatim.core.names import as_text, twins
+from seriatim.core.terminal import say
 
 HIDDEN = "hidden or of the system"
 SYSTEM = {  # files and folders that systems and archivers leave behind, in lower case; so are all that begin with a dot
@@ -211,4 +211,4 @@ def say_unused(where: str, bad: Mapping[str, str], passed_over: Mapping[str, str
         if why
     ]
     if parts:
-        print(printable(f"not used of {where}: {', '.join(parts)}"), file=sys.stderr)  # noqa: T201
+        say(f"not used of {where}: {', '.join(parts)}")

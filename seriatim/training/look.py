@@ -8,6 +8,7 @@ from PIL import Image
 
 from seriatim.checkpoints.native import Bundle
 from seriatim.evaluation.grid import grid, save_png
+from seriatim.pipeline.labels import label_of
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.result import save_array
 
@@ -22,7 +23,7 @@ def draw_samples(bundle: Bundle, folder: Path, seen: int, seed: int) -> Path:
     """
     pipe = Pipeline(bundle)  # where the averaged weights are
     classes = pipe.model.classes
-    labels = [i % classes for i in range(IMAGES)] if classes else [None] * IMAGES
+    labels = [label_of(i % classes, pipe.class_names) if classes else None for i in range(IMAGES)]
     result = pipe(labels, seed=seed, progress=False)
     if not pipe.tokenizer.pictures:
         return save_array(result.images, folder / f"{seen:012d}.npy")

@@ -139,7 +139,7 @@ def train(
         def bundle() -> Bundle:
             provenance = {"recipe": recipe.model_dump(mode="json"), "images": run.seen, "data": trained_on}
             trained = cast(SequenceModel, average.module)
-            return Bundle(trained, tokenizer, data.class_names, recipe.sampling, provenance)
+            return Bundle(trained, tokenizer, data.class_names, recipe.sampling, provenance, background=data.background)
 
         def save_checkpoint() -> Path:
             path = checkpoints.save(out / "checkpoints", parts, run, bundle_config(bundle()))

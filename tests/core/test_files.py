@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
@@ -191,3 +192,16 @@ def test_writable_folder(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="cannot write"):
         files.writable_folder("/proc/nowhere/out")
     assert files.writable_folder(tmp_path / "new" / "folder").is_dir()
+
+
+def test_names_that_are_not_utf8_survive_json_and_libraries(tmp_path: Path) -> None:
+    """Bytes of a name come back from JSON as they were; what needs valid UTF-8 gets a name that is."""
+    name = os.fsdecode(b"caf\xe9")
+    value = {name: [name, "é日本\n"]}
+    assert json.loads(files.write_json(tmp_path / "a.json", value).read_bytes()) == value
+    assert "é日本" in (tmp_path / "a.json").read_text(encoding="utf-8"), "what can be read stays readable"
+    files.write_json(tmp_path / name / "b.json", value)
+    with files.utf8_path(tmp_path / name / "b.json") as readable:
+        assert readable.encode() and json.loads(Path(readable).read_bytes()) == value
+    with files.utf8_path(tmp_path / "a.json") as readable:
+        assert readable == str(tmp_path / "a.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from seriatim.core.errors import ConfigError
 from seriatim.core.random import Noise
 from seriatim.heads.base import Head, HeadLoss
 from seriatim.models.build import build_model, model_config, seeded
+from seriatim.testing import check_head
 
 CONFIG: dict[str, Any] = {
     "kind": "masked", "tokens": 4, "dim": 3, "width": 32, "depth": 1, "heads": 2, "buffer": 2, "classes": 2,
@@ -40,6 +42,32 @@ def test_weights_depend_on_the_seed_alone() -> None:
     for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
         assert torch.equal(x, y)
     assert not torch.equal(a.no_class, c.no_class)
+
+
+def test_no_generator_of_another_device_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` would seed those of all devices, which nobody puts back."""
+    seeds: list[int] = []
+
+    def spy() -> Callable[[int], None]:
+        return lambda seed: seeds.append(seed)  # another object each time: PyTorch keeps a table of its functions
+
+    for device, name in ((torch.cuda, "manual_seed_all"), (torch.xpu, "manual_seed_all"), (torch.mps, "manual_seed")):
+        monkeypatch.setattr(device, name, spy())
+    torch.manual_seed(5)
+    assert seeds, "this test would not see it"
+    seeds.clear()
+    before = torch.get_rng_state()
+    with seeded(1):
+        torch.rand(1)
+    check_head(HEADS["diffusion"], width=16, depth=1, learn=False)
+    assert not seeds and torch.equal(before, torch.get_rng_state())
+
+
+def test_the_generator_is_put_back_after_an_error() -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), seeded(1):
+        _ = 1 / 0
+    assert torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(

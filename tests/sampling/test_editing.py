@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,13 @@ import torch
 from helpers import make_bundle
 from PIL import Image
 
+from seriatim.backbones.masked_transformer import Masked
+from seriatim.checkpoints.native import Bundle, load_bundle, save_bundle
+from seriatim.cli.main import run
 from seriatim.core.errors import UsageError
+from seriatim.heads.diffusion import Diffusion
+from seriatim.models.build import seeded
+from seriatim.models.masked_model import MaskedModel
 from seriatim.pipeline.editing import chosen_tokens, composite, pixel_mask, token_mask
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.result import Result
@@ -225,7 +232,6 @@ def test_a_callback_that_changes_tokens_is_recorded(pipe: Pipeline) -> None:
         (None, "mask: NoneType is no picture"),
         (np.eye(8, dtype=np.uint8), "mask: holds 0 and 1 as integers"),
         (np.eye(8, dtype=complex), "mask: torch.complex128 is not allowed"),
-        (Image.new("F", (8, 8), 1.0), "mask: a picture of mode F"),
     ],
 )
 def test_masks_of_odd_kinds(mask: Any, words: str) -> None:
@@ -235,8 +241,70 @@ def test_masks_of_odd_kinds(mask: Any, words: str) -> None:
 
 
 def test_pictures_of_odd_kinds(pipe: Pipeline) -> None:
-    for image in (torch.full((1, 1, 8, 8), float("nan")), torch.full((1, 1, 8, 8), 3.0), Image.new("I;16", (8, 8))):
+    for image in (torch.full((1, 1, 8, 8), float("nan")), torch.full((1, 1, 8, 8), 3.0)):
         with pytest.raises(UsageError, match="image: "):
             pipe.edit(image, mask=box(0, 0, 3, 8))
     with pytest.raises(UsageError, match="tokens: str is not a list"):
         chosen_tokens("a", 1, 16)
+
+
+# --- pictures as people see them ----------------------------------------------------------------------------------
+
+
+def colour_pipe(**options: Any) -> Pipeline:
+    """8x8 pixels, three channels."""
+    with seeded(0):
+        backbone = Masked(tokens=16, dim=12, width=32, depth=1, heads=1)
+        model = MaskedModel(backbone, Diffusion(dim=12, width=32, depth=1))
+    return Pipeline(Bundle(model.eval(), Pixels(8, 2, 3), **options), device="cpu")
+
+
+def layer() -> Image.Image:
+    """White paint in a corner of a transparent layer, of which the hidden colour is white too."""
+    painted = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    painted.paste((255, 255, 255, 255), (0, 0, 4, 2))
+    return painted
+
+
+def test_transparent_parts_of_a_mask_are_kept() -> None:
+    expected = pixel_mask(box(0, 0, 2, 4), (8, 8), 1)
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255] * 6)
+    palette.paste(1, (0, 0, 4, 2))
+    palette.info["transparency"] = 0
+    grey = Image.fromarray(np.where(np.asarray(box(0, 0, 2, 4)) > 0, 65535, 0).astype(np.uint16))
+    for mask in (layer(), layer().convert("LA"), layer().convert("RGBa"), palette, grey):
+        assert torch.equal(pixel_mask(mask, (8, 8), 1), expected), mask.mode
+
+
+@pytest.mark.parametrize("background", [(255, 255, 255), (250, 120, 180)])
+def test_python_and_the_command_line_edit_the_same_picture(tmp_path: Path, background: tuple[int, int, int]) -> None:
+    """A transparent picture and a mask on a transparent layer: kept pixels show the model's background."""
+    pipe = colour_pipe(background=background)
+    save_bundle(pipe.bundle, tmp_path / "model")
+    assert load_bundle(tmp_path / "model").background == background
+    shown = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    shown.paste((200, 30, 60, 255), (0, 0, 8, 3))
+    shown.save(tmp_path / "shown.png")
+    layer().save(tmp_path / "layer.png")
+    few: dict[str, Any] = {"num_inference_steps": 1, "num_diffusion_steps": 2, "seed": 1}
+    ours = np.asarray(pipe.edit(shown, mask=layer(), **few).images[0])
+    options = [word for key, value in few.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    files = [str(tmp_path / name) for name in ("model", "shown.png", "layer.png", "out")]
+    assert run(["edit", files[0], files[1], "--mask", files[2], *options, "--out", files[3], "--device", "cpu"]) == 0
+    with Image.open(next((tmp_path / "out").glob("0*.png"))) as drawn:
+        theirs = np.asarray(drawn)
+    kept = np.asarray(box(0, 0, 2, 4)) == 0
+    assert (ours[kept] == theirs[kept]).all() and ours[7, 7].tolist() == list(background)
+    assert ours[2, 7].tolist() == [200, 30, 60]
+
+
+def test_a_photograph_taken_sideways_is_edited_upright() -> None:
+    shown = Image.fromarray(np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3))
+    turned = shown.rotate(90)
+    exif = turned.getexif()
+    exif[0x112] = 6
+    turned.info["exif"] = exif.tobytes()
+    pipe = colour_pipe()
+    result = np.asarray(pipe.edit(turned, mask=layer(), seed=1, num_inference_steps=1, num_diffusion_steps=2).images[0])
+    assert (result[2:] == np.asarray(shown)[2:]).all()

@@ -1,0 +1,73 @@
+"""Which class a label means: its name, in any Unicode form, or its number.
+
+Digits mean the same as a string and as a number, from Python and from the command line. Where they could name one class
+and number another, neither is guessed: `number:3` says that a number is meant.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+
+from seriatim.core.errors import UsageError, nearest
+from seriatim.core.names import as_text, find_name
+
+NONE = "none"  # no class, on a command line
+NUMBER = "number:"
+LONGEST = 18  # digits of a number that is looked at
+
+
+def class_number(label: int | str | None, classes: int, names: Sequence[str]) -> int:
+    """The number of a class given by number or name; -1 for no class, which is None or "none"."""
+    if label is None or (label == NONE and label not in names):
+        return -1
+    text = as_text(str(label))
+    explicit = text.startswith(NUMBER) and text not in names
+    value = value_of(text.removeprefix(NUMBER) if explicit else text)
+    if value is None and explicit:
+        raise UsageError(f"class_labels: {text!r} is not allowed; write {NUMBER} and digits, such as {NUMBER}0")
+    named = [] if explicit else find_name(text, names)
+    if value is not None and not explicit and not named:
+        named = digits(tuple(names)).get(value, [])  # "2" may mean the class "02"
+    only_a_name = text in names and text != str(value)  # nobody writes the number 2 as "02"
+    numbered = [] if value is None or only_a_name or not 0 <= value < classes else [value]
+    readings = list(dict.fromkeys([*named, *numbered]))
+    if len(readings) == 1:
+        return readings[0]
+    if readings:
+        told = [f"the class named {names[place]!r} ({NUMBER}{place})" for place in named]
+        told += [f"class number {place}, named {name_of(place, names)!r} ({NUMBER}{place})" for place in numbered]
+        raise UsageError(f"class_labels: {text} is ambiguous: {' or '.join(told)}; write what is in the brackets")
+    if value is None:
+        raise UsageError(f"class_labels: {text!r} is not a class of this model{nearest(text, names)}")
+    if not classes:
+        raise UsageError(f"class_labels: {label!r} given, but this model has no classes; leave it out")
+    raise UsageError(f"class_labels: {text[:30]} is out of range; this model has classes 0 to {classes - 1}")
+
+
+def value_of(text: str) -> int | None:
+    """The number that a text is, in digits of any script; one too long for any class counts as the largest."""
+    if not re.fullmatch(r"-?\d+", text):
+        return None
+    return int(text) if len(text) <= LONGEST else 10**LONGEST
+
+
+@functools.lru_cache(maxsize=64)
+def digits(names: tuple[str, ...]) -> dict[int, list[int]]:
+    """Value -> the classes whose names are that number in digits, such as "2" or "02"."""
+    found: dict[int, list[int]] = {}
+    for place, name in enumerate(names):
+        value = value_of(name)
+        if value is not None:
+            found.setdefault(value, []).append(place)
+    return found
+
+
+def name_of(number: int, names: Sequence[str]) -> str:
+    return names[number] if number < len(names) else str(number)
+
+
+def label_of(number: int, names: Sequence[str]) -> int | str:
+    """The label of a class by its number that can't be taken for the name of another class."""
+    return number if digits(tuple(names)).get(number, [number]) == [number] else f"{NUMBER}{number}"
