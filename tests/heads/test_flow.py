@@ -237,13 +237,14 @@ def test_weights_packed_for_sampling_have_no_density() -> None:
 def test_nothing_of_float64_is_sent_to_the_device(head: Flow) -> None:
     """Apple's GPU has no float64; what is drawn there is what is drawn here."""
     z, target = torch.randn(3, 8), torch.randn(3, 4)
-    noise = [Noise.per_image([1, 2, 3]), Noise.per_image([1, 2, 3], "cuda")]
-    samples = [head.sample(z, noise[0], num_diffusion_steps=steps) for steps in (5, 10)]
-    expected = [*samples, head.log_prob(z, target, steps=4)]
+    keys = Keys.of_seeds([1, 2, 3])
+    plans = [head.options(num_diffusion_steps=steps) for steps in (5, 10)]
+    expected = [head.sample(z, keys, head.plan(options)) for options in plans] + [head.log_prob(z, target, steps=4)]
     with pretend_cuda(float64=False):
         pretend(head)
-        found = [head.sample(pretend(z), noise[1], num_diffusion_steps=steps) for steps in (5, 10)]
+        there_keys = keys.to("cuda")
+        found = [head.sample(pretend(z), there_keys, head.plan(options, "cuda")) for options in plans]
         found.append(head.log_prob(pretend(z), pretend(target), steps=4))
-        head.loss(pretend(z), pretend(target), noise[1])
+        head.loss(pretend(z), pretend(target), there_keys)
     for there, here in zip(found, expected, strict=True):
         assert torch.allclose(real(there), here, atol=1e-5)
