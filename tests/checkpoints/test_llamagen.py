@@ -91,7 +91,7 @@ def test_a_safetensors_file_in_half_precision(prefix: str, tmp_path: Path) -> No
     save_file({prefix + k: v.bfloat16().contiguous() for k, v in tensors().items()}, tmp_path / "c2i.safetensors")
     model = load(tmp_path / "c2i.safetensors")
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert torch.equal(model.conditioner.no_class[0], tensors()[CLASSES][-1].bfloat16().float())
+    assert torch.equal(model.conditioner.get_parameter("no_class")[0], tensors()[CLASSES][-1].bfloat16().float())
 
 
 def test_what_is_no_weight_is_left_out(tmp_path: Path) -> None:
