@@ -130,7 +130,7 @@ def _arinar(
             "head": {
                 "kind": "nested",
                 "split": {"kind": "features", "group": 1, "order": "natural"},
-                "backbone": {
+                "model": {
                     "kind": "causal",
                     "width": width,
                     "depth": 1,
@@ -142,8 +142,8 @@ def _arinar(
                     "start_token": True,
                     "bias": True,
                     "attention_scale": 0.25,
+                    "head": {"kind": "mixture", "components": 4, "depth": 0},
                 },
-                "head": {"kind": "mixture", "components": 4, "depth": 0},
             },
         },
         parameters=parameters,

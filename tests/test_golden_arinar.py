@@ -389,8 +389,8 @@ def test_the_preset_has_the_official_tensors(path: Path) -> None:
     expected = json.loads(path.read_text())
     config = json.loads(json.dumps(PRESETS["arinar-b"].model))
     inner = expected["config"]
-    config["head"]["backbone"].update(width=inner["inner_ar_width"], depth=inner["inner_ar_depth"])
-    config["head"]["head"]["components"] = inner["num_gaussians"]
+    config["head"]["model"].update(width=inner["inner_ar_width"], depth=inner["inner_ar_depth"])
+    config["head"]["model"]["head"]["components"] = inner["num_gaussians"]
     with torch.device("meta"):
         model = build_model(config)
         ours = {name: list(tensor.shape) for name, tensor in arinar_tensors(model).items()}

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seriatim.checkpoints.mar import infer, mar_tensors, model_from_mar, official_name
-from seriatim.checkpoints.official import OfficialFile, squeezed
+from seriatim.checkpoints.official import OfficialFile
+from seriatim.checkpoints.shapes import squeezed
 from seriatim.conditions.base import Condition
 from seriatim.core.keys import ReplayKeys
 from seriatim.core.schedules import guidance_at, mask_ratio, unknown_after
@@ -415,3 +416,4 @@ def test_presets_have_the_official_tensors(size: str) -> None:
 
 def test_shapes_are_compared_without_leading_ones() -> None:
     assert squeezed(torch.Size([1, 1, 5, 1])) == (5, 1) and squeezed(torch.Size([1])) == (1,)
+    assert squeezed(torch.Size([6, 5, 1, 1])) == (6, 5) and squeezed(torch.Size([6, 5, 1, 3])) == (6, 5, 1, 3)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints import mar
+from seriatim.checkpoints import mar, shapes
 from seriatim.checkpoints.native import Bundle
-from seriatim.checkpoints.official import OfficialFile, as_float32, complain
+from seriatim.checkpoints.official import OfficialFile
+from seriatim.checkpoints.shapes import count, named_preset, refuse, shape
 from seriatim.core.errors import CheckpointError, UsageError, nearest
 from seriatim.core.keys import Keys
 from seriatim.heads.mixture import Mixture
@@ -58,7 +59,7 @@ ZERO = "arhead.blocks.{i}.attn.zero_k_bias"  # a buffer: keys have no bias, and 
 
 def official_name(ours: str) -> str:
     """What the official code calls our tensor."""
-    return mar.official_name(ours, TABLE)
+    return shapes.official_name(ours, TABLE)
 
 
 def model_from_arinar(
@@ -74,9 +75,9 @@ def model_from_arinar(
     """
     where = str(file.path)
     config = infer(file.tensors, where)
-    mar.set_trunk(config, file, trunk_heads, mar.named_preset(config, preset, where, NAMES), "trunk_heads")
-    config["head"]["backbone"]["heads"] = inner_heads
-    return mar.loaded(config, file, without_zeros(file.tensors, where), official_name)
+    mar.set_trunk(config, file, trunk_heads, named_preset(config, preset, where, NAMES), "trunk_heads")
+    config["head"]["model"]["heads"] = inner_heads
+    return shapes.loaded(config, file, without_zeros(file.tensors, where), official_name)
 
 
 def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
@@ -85,9 +86,9 @@ def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     if flow:
         raise CheckpointError(f"{where}: {flow[0]!r} is of a flow inside the head (use_nf), which is not read here")
     config = mar.infer_trunk(tensors, where)
-    width, group = mar.shape(tensors, "arhead.input_proj.weight", 2, where)
-    numbers, _ = mar.shape(tensors, "arhead.head.weight", 2, where)
-    hidden, _ = mar.shape(tensors, "arhead.blocks.0.ffn.fc1.weight", 2, where)
+    width, group = shape(tensors, "arhead.input_proj.weight", 2, where)
+    numbers, _ = shape(tensors, "arhead.head.weight", 2, where)
+    hidden, _ = shape(tensors, "arhead.blocks.0.ffn.fc1.weight", 2, where)
     if numbers % (2 * group + 1):
         raise CheckpointError(
             f"{where}: 'arhead.head.weight' gives {numbers} numbers, no mixture of Gaussians of {group} features"
@@ -95,14 +96,14 @@ def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     config["head"] = {
         "kind": "nested",
         "split": {"kind": "features", "group": group},
-        "backbone": {
+        "model": {
             "kind": "causal",
             "width": width,
-            "depth": mar.count(tensors, "arhead.blocks", where),
+            "depth": count(tensors, "arhead.blocks", where),
             "hidden": hidden,
             **BLOCK,
+            "head": {"kind": "mixture", "components": numbers // (2 * group + 1), "depth": 0},
         },
-        "head": {"kind": "mixture", "components": numbers // (2 * group + 1), "depth": 0},
     }
     return config
 
@@ -110,11 +111,11 @@ def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
 def without_zeros(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """All tensors but the buffers of zeros, each of which must be there and zero."""
     rest = dict(tensors)
-    for i in range(mar.count(tensors, "arhead.blocks", where)):
+    for i in range(count(tensors, "arhead.blocks", where)):
         name = ZERO.format(i=i)
         if name not in rest:
-            complain(where, "lacks", [name])
-        if bool(as_float32(rest.pop(name), name, where).any()):
+            refuse(where, "lacks", [name])
+        if bool(shapes.as_float32(rest.pop(name), name, where).any()):
             raise CheckpointError(
                 f"{where}: tensor {name!r} is not zero; the keys of this model have a bias, ours none"
             )
@@ -153,14 +154,14 @@ def bundle_from_arinar(
 ) -> Bundle:
     """A model folder's content: model, tokenizer, the authors' sampling settings where the sizes are a preset's."""
     model = model_from_arinar(file, inner_heads=inner_heads, **options)
-    mar.check_fit(model, tokenizer, class_names)
-    preset = mar.named_preset(model_config(model), None, str(file.path), NAMES)
+    shapes.check_fit(model, tokenizer, class_names, "vae")
+    preset = named_preset(model_config(model), None, str(file.path), NAMES)
     sampling: dict[str, Any] = dict(preset.sampling) if preset else {"guidance_schedule": "linear"}
     if "cfg" in file.arguments and not preset:
-        sampling["guidance_scale"] = float(mar.argument(file, "cfg", 1.0))
+        sampling["guidance_scale"] = float(file.argument("cfg", 1.0))
     if "temperature" in file.arguments:
         usual = {heads: name for name, heads in INNER_HEADS.items()}.get(inner_heads, "current")
-        sampling["temperature"] = our_temperature(mar.argument(file, "temperature", 1.0, most=100), convention or usual)
+        sampling["temperature"] = our_temperature(file.argument("temperature", 1.0, most=100), convention or usual)
     if file.arguments.get("bilevel_schedule", "constant") != "constant":
         sampling["feature_schedule"] = str(file.arguments["bilevel_schedule"])
     provenance = {

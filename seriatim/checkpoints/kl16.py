@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.official import as_float32
+from seriatim.checkpoints.shapes import mapped, shape
 from seriatim.core.errors import CheckpointError, UsageError, one_line
 from seriatim.tokenizers.kl import KL
 
 IGNORED = "loss."  # LPIPS and the discriminator
+HINT = "not the weights of an autoencoder in LDM's layout"
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 RULES = (  # ours -> official; the level of a decoder's block is reversed afterwards
     (r"\.(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r".\1.\2.block.\3."),
@@ -47,22 +48,14 @@ def official_name(name: str, levels: int) -> str:
     return re.sub(r"(?<=\.up\.)\d+", lambda match: str(levels - 1 - int(match[0])), name)
 
 
-def key_table(tokenizer: KL) -> dict[str, tuple[str, torch.Size]]:
-    """Official name -> our name in the autoencoder, and the shape of the official tensor."""
-    levels = len(tokenizer.config["block_out_channels"])
-    table = {}
-    for name, tensor in tokenizer.autoencoder.state_dict().items():
-        official, shape = official_name(name, levels), tensor.shape
-        if ".attn" in official and tensor.ndim == 2:
-            shape = torch.Size((*shape, 1, 1))  # (C, C) as a 1x1 convolution
-        table[official] = name, shape
-    return table
-
-
 def kl16_from_tokenizer(tokenizer: KL) -> dict[str, Tensor]:
-    """The autoencoder's weights under official names, of official shapes."""
-    state = tokenizer.autoencoder.state_dict()
-    return {official: state[name].reshape(shape) for official, (name, shape) in key_table(tokenizer).items()}
+    """The autoencoder's weights under official names, of official shapes; attention's matrices are convolutions."""
+    levels, result = len(tokenizer.config["block_out_channels"]), {}
+    for name, tensor in tokenizer.autoencoder.state_dict().items():
+        official = official_name(name, levels)
+        matrix = ".attn" in official and tensor.ndim == 2
+        result[official] = tensor[..., None, None] if matrix else tensor  # (C, C, 1, 1)
+    return result
 
 
 def tokenizer_from_kl16(
@@ -76,31 +69,19 @@ def tokenizer_from_kl16(
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(IGNORED)}
     with torch.device("meta"):
         tokenizer = sized(given, where, size, patch, scale)
-    table = key_table(tokenizer)
-    refuse(where, "lacks", table.keys() - given.keys())
-    refuse(where, "has an unknown", given.keys() - table.keys())
-    weights = {}
-    for official, (name, shape) in table.items():
-        tensor = given[official]
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{where}: tensor {official!r} has shape {tuple(tensor.shape)}, {tuple(shape)} beside the others"
-            )
-        ours = tokenizer.autoencoder.get_parameter(name).shape
-        weights[name] = as_float32(tensor, official, where).clone().reshape(ours).contiguous()
-    tokenizer.autoencoder.load_state_dict(weights, assign=True)
+    levels = len(tokenizer.config["block_out_channels"])
+    wanted = {name: tensor.shape for name, tensor in tokenizer.autoencoder.state_dict().items()}
+    weights = mapped(given, wanted, lambda name: official_name(name, levels), where, HINT)
+    # The tokenizer shares no memory with the tensors that the caller has.
+    tokenizer.autoencoder.load_state_dict({name: t.clone() for name, t in weights.items()}, assign=True)
     return tokenizer
 
 
 def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], patch: int, scale: float) -> KL:
     """A tokenizer of the sizes that the tensors show."""
 
-    def width(name: str, dim: int, ndim: int = 4) -> int:
-        if name not in tensors:
-            raise CheckpointError(f"{where} lacks tensor {name!r}: not the weights of an autoencoder in LDM's layout")
-        if tensors[name].ndim != ndim:
-            raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, not {ndim} sides")
-        return tensors[name].shape[dim]
+    def width(name: str, axis: int) -> int:
+        return shape(tensors, name, 4, where, HINT)[axis]
 
     def count(pattern: str) -> int:
         return next(i for i in itertools.count() if pattern.format(i) not in tensors)
@@ -127,10 +108,3 @@ def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], 
             f"{where}: its tensors are not those of an autoencoder we know: {one_line(error)}"
         ) from error
     return KL(size, patch, channels, scale=scale, **arguments)  # what is wrong now is the caller's
-
-
-def refuse(where: str, verb: str, names: Iterable[str]) -> None:
-    found = sorted(names)
-    if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise CheckpointError(f"{where} {verb} tensor {found[0]!r}{more}: not the weights of an LDM autoencoder")

@@ -18,16 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.mar import argument
+from seriatim.checkpoints import shapes
 from seriatim.checkpoints.native import Bundle
-from seriatim.checkpoints.official import OfficialFile, complain, renamed
-from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
+from seriatim.checkpoints.official import OfficialFile
+from seriatim.checkpoints.shapes import count, loaded, named_preset, refuse, shape
+from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.core.spec import grid_of
 from seriatim.models.base import SequenceModel
-from seriatim.models.build import build_model, model_config
-from seriatim.models.causal_model import CausalModel
+from seriatim.models.build import model_config
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.zoo import PRESETS, Preset
 
 ENTRIES = ("model", "ema", "module")  # of an official file; its authors sample from the first
 NAMES = ("llamagen-b", "llamagen-l", "llamagen-xl", "llamagen-xxl", "llamagen-3b")
@@ -63,8 +62,7 @@ FORM = {
 
 def official_name(ours: str) -> str:
     """What the official code calls our tensor."""
-    block = re.match(r"backbone\.blocks\.(\d+)\.", ours)
-    return TABLE[ours if block is None else ours.replace(f".{block[1]}.", ".{i}.", 1)].format(i=block and block[1])
+    return shapes.official_name(ours, TABLE)
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,7 +82,7 @@ def model_from_llamagen(
     grid: Sequence[int] | None = None,
     heads: int | None = None,
     preset: str | None = None,
-) -> CausalModel:
+) -> SequenceModel:
     """The model of an official file, strictly: every weight is used, none is missing, all are finite.
 
     Raises CheckpointError, one line that names the tensor.
@@ -97,7 +95,7 @@ def model_from_llamagen(
             f"{where}: was made for {made_for} tokens, the tokenizer makes {tokens}; give one for images of another "
             "size (--size, where it is a file)"
         )
-    known = named_preset(config, preset, where)
+    known = named_preset(config, preset, where, NAMES)
     if heads is None and known is None:
         raise UsageError(
             f"heads: {where} has {config['depth']} blocks of width {config['width']}, which is no preset's, and "
@@ -105,17 +103,9 @@ def model_from_llamagen(
         )
     config |= {"tokens": tokens, "grid": list(grid or grid_of(None, tokens))}
     config["heads"] = heads if heads is not None or known is None else known.model["heads"]
-    config["dropout"] = float(argument(file, "dropout_p", 0.1, most=0.999))
-    config["label_dropout"] = float(argument(file, "class_dropout_prob", 0.1, most=1))
-    try:
-        with torch.device("meta"):  # no memory and no random numbers for weights that are about to come
-            model = build_model(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: its shapes make no model ({one_line(error)})") from error
-    assert isinstance(model, CausalModel)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    model.load_state_dict(renamed(apart(file.tensors), wanted, official_name, where), assign=True)
-    return model.eval()
+    config["dropout"] = float(file.argument("dropout_p", 0.1, most=0.999))
+    config["label_dropout"] = float(file.argument("class_dropout_prob", 0.1, most=1))
+    return loaded(config, file, apart(file.tensors), official_name)
 
 
 def said_tokens(file: OfficialFile, prefix: int) -> int | None:
@@ -130,57 +120,27 @@ def said_tokens(file: OfficialFile, prefix: int) -> int | None:
 
 def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     """Every size that shapes reveal, as a config of `build_model` without tokens and heads."""
-
-    def shape(name: str) -> list[int]:
-        if name not in tensors:
-            complain(where, "lacks", [name])
-        if tensors[name].ndim != 2 or not tensors[name].numel():
-            raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, not 2 axes")
-        return list(tensors[name].shape)
-
-    vocab, width = shape("tok_embeddings.weight")
-    hidden, _ = shape("layers.0.feed_forward.w1.weight")
-    blocks = {int(m[1]) for name in tensors if (m := re.match(r"layers\.(\d+)\.", name))}
-    if blocks != set(range(len(blocks))):
-        missing = min(set(range(len(blocks) + 1)) - blocks)
-        raise CheckpointError(f"{where} lacks tensor 'layers.{missing}.*'; is it another model's?")
+    vocab, width = shape(tensors, "tok_embeddings.weight", 2, where)
+    hidden, _ = shape(tensors, "layers.0.feed_forward.w1.weight", 2, where)
     if CLASSES not in tensors and NULL_CAPTION not in tensors:
-        complain(where, "lacks", [CLASSES])
+        refuse(where, "lacks", [CLASSES])
     condition: dict[str, Any] = {"prefix": 1}
     if NULL_CAPTION in tensors:
-        T, F = shape(NULL_CAPTION)
+        T, F = shape(tensors, NULL_CAPTION, 2, where)
         condition = {"prefix": T, "classes": 0, "caption_dim": F, "caption_tokens": T}
     else:
-        condition["classes"] = shape(CLASSES)[0] - 1
+        condition["classes"] = shape(tensors, CLASSES, 2, where)[0] - 1
     return {
-        **FORM, **condition, "vocab": vocab, "width": width, "depth": len(blocks), "hidden": hidden,
+        **FORM, **condition, "vocab": vocab, "width": width, "depth": count(tensors, "layers", where), "hidden": hidden,
         "head": {"kind": "categorical", "bias": False},
     }  # fmt: skip
-
-
-def named_preset(config: Mapping[str, Any], name: str | None, where: str) -> Preset | None:
-    """LlamaGen's preset called `name`, or the one with the trunk of `config`; None: there is none."""
-
-    def fits(preset: Preset) -> bool:
-        return all(preset.model[key] == config[key] for key in ("width", "depth"))
-
-    if name is not None and not fits(PRESETS[name]):
-        raise CheckpointError(f"{where}: has {config['depth']} blocks of width {config['width']}, which is not {name}")
-    return next((PRESETS[n] for n in (NAMES if name is None else (name,)) if fits(PRESETS[n])), None)
 
 
 def bundle_from_llamagen(file: OfficialFile, tokenizer: Tokenizer, class_names: list[str], **options: Any) -> Bundle:
     """A model folder's content: model, tokenizer, the authors' sampling settings where the sizes are a preset's."""
     model = model_from_llamagen(file, tokens=tokenizer.count, grid=tokenizer.grid, **options)
-    if tokenizer.vocab != model.backbone.vocab:
-        makes = f"tokens of {tokenizer.dim} features" if tokenizer.vocab is None else f"codes of {tokenizer.vocab}"
-        raise UsageError(
-            f"vq: makes {makes}, the model takes codes of {model.backbone.vocab}; it is not the tokenizer "
-            "that this model was trained with"
-        )
-    if class_names and len(class_names) != model.classes:
-        raise UsageError(f"class_names: {len(class_names)} names for a model of {model.classes} classes")
-    preset = named_preset(model_config(model), None, str(file.path))
+    shapes.check_fit(model, tokenizer, class_names, "vq")
+    preset = named_preset(model_config(model), None, str(file.path), NAMES)
     sampling = dict(preset.sampling) if preset and model.classes else {"guidance_schedule": "constant"}
     provenance = {"converted_from": file.path.name, "weights": file.which, "preset": preset.name if preset else None}
     return Bundle(model, tokenizer, class_names, sampling, provenance)

@@ -15,20 +15,22 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seriatim.checkpoints.kl16 import ATTENTION
-from seriatim.checkpoints.official import OfficialFile, as_float32
+from seriatim.checkpoints.official import OfficialFile
+from seriatim.checkpoints.shapes import mapped, shape
 from seriatim.core.errors import CheckpointError, UsageError, one_line
 from seriatim.tokenizers.vq import VQ
 
 ENTRIES = ("ema", "model")  # of an official file
 IGNORED = "quantize.codebook_used"
 CODEBOOK = "quantize.embedding.weight"
+HINT = "not the weights of a tokenizer of LlamaGen's"
 RULES = (  # ours -> official
     (r"\.(?:down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r".conv_blocks.\1.res.\2."),
     (r"\.(?:down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", r".conv_blocks.\1.attn.\2."),
@@ -53,21 +55,13 @@ def official_name(name: str) -> str:
     return name
 
 
-def key_table(tokenizer: VQ) -> dict[str, tuple[str, torch.Size]]:
-    """Official name -> our name, and the shape of the official tensor."""
-    table = {}
-    for name, tensor in tokenizer.state_dict().items():
-        shape = tensor.shape
-        if ".attentions." in name and tensor.ndim == 2:
-            shape = torch.Size((*shape, 1, 1))  # (C, C) as a 1x1 convolution
-        table[official_name(name)] = name, shape
-    return table
-
-
 def official_tensors(tokenizer: VQ) -> dict[str, Tensor]:
-    """The weights under official names, of official shapes."""
-    state = tokenizer.state_dict()
-    return {official: state[name].reshape(shape) for official, (name, shape) in key_table(tokenizer).items()}
+    """The weights under official names, of official shapes; attention's matrices are convolutions."""
+    result = {}
+    for name, tensor in tokenizer.state_dict().items():
+        matrix = ".attentions." in name and tensor.ndim == 2
+        result[official_name(name)] = tensor[..., None, None] if matrix else tensor  # (C, C, 1, 1)
+    return result
 
 
 def tokenizer_from_file(file: OfficialFile, *, size: int | Sequence[int] = 256) -> VQ:
@@ -96,31 +90,18 @@ def tokenizer_from_llamagen(
     given = {name: tensor for name, tensor in tensors.items() if name != IGNORED}
     with torch.device("meta"):
         tokenizer = sized(given, where, size, l2)
-    table = key_table(tokenizer)
-    refuse(where, "lacks", table.keys() - given.keys())
-    refuse(where, "has an unknown", given.keys() - table.keys())
-    weights = {}
-    for official, (name, shape) in table.items():
-        tensor = given[official]
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{where}: tensor {official!r} has shape {tuple(tensor.shape)}, {tuple(shape)} beside the others"
-            )
-        ours = tokenizer.get_parameter(name).shape
-        weights[name] = as_float32(tensor, official, where).clone().reshape(ours).contiguous()
-    tokenizer.load_state_dict(weights, assign=True)
+    wanted = {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}
+    weights = mapped(given, wanted, official_name, where, HINT)
+    # The tokenizer shares no memory with the tensors that the caller has.
+    tokenizer.load_state_dict({name: t.clone() for name, t in weights.items()}, assign=True)
     return tokenizer.requires_grad_(False).eval()
 
 
 def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], l2: bool) -> VQ:
     """A tokenizer of the sizes that the tensors show."""
 
-    def width(name: str, dim: int, ndim: int = 4) -> int:
-        if name not in tensors:
-            raise CheckpointError(f"{where} lacks tensor {name!r}: not the weights of a tokenizer of LlamaGen's")
-        if tensors[name].ndim != ndim:
-            raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, not {ndim} sides")
-        return tensors[name].shape[dim]
+    def width(name: str, axis: int, axes: int = 4) -> int:
+        return shape(tensors, name, axes, where, HINT)[axis]
 
     def count(pattern: str) -> int:
         return next(i for i in itertools.count() if pattern.format(i) not in tensors)
@@ -131,13 +112,13 @@ def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], 
         for half in ("encoder", "decoder")
     )
     code_dim = width("quant_conv.weight", 0)
-    if width(CODEBOOK, 1, ndim=2) != code_dim:
+    if width(CODEBOOK, 1, axes=2) != code_dim:
         raise CheckpointError(
             f"{where}: tensor {CODEBOOK!r} has shape {tuple(tensors[CODEBOOK].shape)}: a codebook of another size; "
             f"its codewords must have {code_dim} features, as 'quant_conv.weight' gives"
         )
     arguments: dict[str, Any] = {
-        "vocab": width(CODEBOOK, 0, ndim=2),
+        "vocab": width(CODEBOOK, 0, axes=2),
         "code_dim": code_dim,
         "latent_channels": width("quant_conv.weight", 1),
         "block_out_channels": widths,
@@ -153,10 +134,3 @@ def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], 
             f"{where}: its tensors are not those of a tokenizer we know: {one_line(error)}"
         ) from error
     return VQ(size, channels, **arguments)  # what is wrong now is the caller's
-
-
-def refuse(where: str, verb: str, names: Iterable[str]) -> None:
-    found = sorted(names)
-    if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        raise CheckpointError(f"{where} {verb} tensor {found[0]!r}{more}: not the weights of a tokenizer of LlamaGen's")

@@ -7,23 +7,24 @@ heads) comes from the preset with the same sizes, or from the caller.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from seriatim.checkpoints import shapes
 from seriatim.checkpoints.native import Bundle
-from seriatim.checkpoints.official import OfficialFile, complain, renamed
-from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
+from seriatim.checkpoints.official import OfficialFile
+from seriatim.checkpoints.shapes import count, loaded, named_preset, shape
+from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.models.base import SequenceModel
-from seriatim.models.build import build_model, model_config
+from seriatim.models.build import model_config
 from seriatim.models.masked_model import MaskedModel
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.zoo import PRESETS, Preset
+from seriatim.zoo import Preset
 
 ENTRIES = ("model_ema", "model")  # of an official file; the average is what its authors sample from
+ARGUMENTS = {"dropout": "proj_dropout", "label_dropout": "label_drop_prob", "min_mask_ratio": "mask_ratio_min"}
 NAMES = {"mar-b": "mar-base", "mar-l": "mar-large", "mar-h": "mar-huge"}  # of files that hold one size each
 
 # ours -> official; {i} is a number
@@ -66,18 +67,9 @@ TABLE = {
 UNSQUEEZED = {"mask_token", "encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned"}
 
 
-def official_name(ours: str, table: Mapping[str, str] = TABLE) -> str:
+def official_name(ours: str) -> str:
     """What the official code calls our tensor."""
-    blocks = re.match(
-        r"(backbone\.encoder|backbone\.decoder|head\.blocks|head\.model\.backbone\.blocks)\.(\d+)\.", ours
-    )
-    number = blocks[2] if blocks else ""
-    key = ours.replace(f".{number}.", ".{i}.", 1) if blocks else ours
-    if key not in table:
-        stem, _, last = key.rpartition(".")
-        key = f"{stem}.{{p}}"
-        return table[key].format(i=number, p=last)
-    return table[key].format(i=number)
+    return shapes.official_name(ours, TABLE)
 
 
 def model_from_mar(
@@ -88,8 +80,8 @@ def model_from_mar(
     Raises CheckpointError, one line that names the tensor.
     """
     config = infer(file.tensors, str(file.path))
-    set_trunk(config, file, heads, named_preset(config, preset, str(file.path)))
-    config["head"]["draws"] = int(argument(file, "diffusion_batch_mul", 4, least=1))
+    set_trunk(config, file, heads, named_preset(config, preset, str(file.path), NAMES))
+    config["head"]["draws"] = int(file.argument("diffusion_batch_mul", 4, least=1))
     return loaded(config, file, file.tensors, official_name)
 
 
@@ -110,34 +102,9 @@ def set_trunk(
             f"{name}: {file.path} has {config['depth'][0]}+{config['depth'][1]} blocks of width {config['width'][0]}, "
             "which is no preset's, and weights don't tell the number of attention heads; give it"
         )
-    for ours, theirs in (("dropout", "proj_dropout"), ("label_dropout", "label_drop_prob"),
-                         ("min_mask_ratio", "mask_ratio_min")):  # fmt: skip
+    for ours, theirs in ARGUMENTS.items():
         if theirs in file.arguments:
-            config[ours] = float(argument(file, theirs, 0.0, most=1))
-
-
-def loaded(
-    config: Mapping[str, Any], file: OfficialFile, tensors: Mapping[str, Tensor], official: Callable[[str], str]
-) -> SequenceModel:
-    """The model of a config, with official tensors strictly as its weights."""
-    try:
-        with torch.device("meta"):  # no memory and no random numbers for weights that are about to come
-            model = build_model(config)
-    except ConfigError as error:
-        raise CheckpointError(f"{file.path}: its shapes make no model ({one_line(error)})") from error
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    model.load_state_dict(renamed(tensors, wanted, official, str(file.path)), assign=True)
-    return model.eval()
-
-
-def argument(file: OfficialFile, name: str, default: float, *, least: float = 0, most: float = math.inf) -> float:
-    """A number among the training script's arguments."""
-    value = file.arguments.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise CheckpointError(f"{file.path}: its argument {name} is {value!r}, not a number")
-    if not least <= value <= most:
-        raise CheckpointError(f"{file.path}: its argument {name} is {value!r}; it must be from {least:g} to {most:g}")
-    return value
+            config[ours] = float(file.argument(theirs, 0.0, most=1))
 
 
 def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
@@ -168,64 +135,16 @@ def infer_trunk(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     }
 
 
-def shape(tensors: Mapping[str, Tensor], name: str, axes: int, where: str) -> list[int]:
-    """The sizes of a tensor that must be there."""
-    if name not in tensors:
-        complain(where, "lacks", [name])
-    if tensors[name].ndim != axes:
-        raise CheckpointError(f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, not {axes} axes")
-    if not tensors[name].numel():
-        raise CheckpointError(f"{where}: tensor {name!r} is empty")
-    return list(tensors[name].shape)
-
-
-def count(tensors: Mapping[str, Tensor], prefix: str, where: str) -> int:
-    """How many blocks there are under a name, numbered from 0."""
-    found = {int(m[1]) for name in tensors if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))}
-    if found != set(range(len(found))) or not found:
-        missing = min(set(range(len(found) + 1)) - found)
-        raise CheckpointError(f"{where} lacks tensor '{prefix}.{missing}.*'; is it another model's?")
-    return len(found)
-
-
-def named_preset(
-    config: Mapping[str, Any], name: str | None, where: str, among: Iterable[str] = NAMES
-) -> Preset | None:
-    """The preset called `name`, or the one with the trunk of `config`, whatever its head; None: there is none."""
-
-    def trunk(model: Mapping[str, Any]) -> list[list[int]]:
-        return [value if isinstance(value, list) else [value] * 2 for value in (model["width"], model["depth"])]
-
-    if name is not None and trunk(PRESETS[name].model) != trunk(config):
-        (width, _), (depth, _) = trunk(config)
-        raise CheckpointError(f"{where}: has {depth} blocks of width {width}, which is not {name}")
-    names = among if name is None else (name,)
-    return next((PRESETS[n] for n in names if trunk(PRESETS[n].model) == trunk(config)), None)
-
-
 def bundle_from_mar(file: OfficialFile, tokenizer: Tokenizer, class_names: list[str], **options: Any) -> Bundle:
     """A model folder's content: model, tokenizer, the authors' sampling settings where the sizes are a preset's."""
     model = model_from_mar(file, **options)
-    check_fit(model, tokenizer, class_names)
-    config = model_config(model)
-    preset = named_preset(config, None, str(file.path))
+    shapes.check_fit(model, tokenizer, class_names, "vae")
+    preset = named_preset(model_config(model), None, str(file.path), NAMES)
     sampling = dict(preset.sampling) if preset else {"guidance_schedule": "linear", "num_diffusion_steps": 100}
     if "cfg" in file.arguments and not preset:
-        sampling["guidance_scale"] = float(argument(file, "cfg", 1.0))
+        sampling["guidance_scale"] = float(file.argument("cfg", 1.0))
     provenance = {"converted_from": file.path.name, "weights": file.which, "preset": preset.name if preset else None}
     return Bundle(model, tokenizer, class_names, sampling, provenance)
-
-
-def check_fit(model: SequenceModel, tokenizer: Tokenizer, class_names: list[str]) -> None:
-    """Refuse a tokenizer of other tokens, and too many or too few names."""
-    if (tokenizer.count, tokenizer.dim) != (model.backbone.tokens, model.backbone.dim):
-        raise UsageError(
-            f"vae: makes {tokenizer.count} tokens of {tokenizer.dim} features from {tokenizer.size[0]}x"
-            f"{tokenizer.size[1]} pixels, the model takes {model.backbone.tokens} of {model.backbone.dim}; "
-            "it is not the autoencoder that this model was trained with"
-        )
-    if class_names and len(class_names) != model.classes:
-        raise UsageError(f"class_names: {len(class_names)} names for a model of {model.classes} classes")
 
 
 def mar_tensors(model: SequenceModel) -> dict[str, Tensor]:

@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seriatim import __version__
+from seriatim.checkpoints.official import read_safetensors
 from seriatim.checkpoints.renames import FORMAT, READABLE, renamed
+from seriatim.checkpoints.shapes import refuse
 from seriatim.checkpoints.unfinished import AVERAGE, CHECKPOINTS, RECIPE, checkpoint_of, is_checkpoint, usable
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, UsageError, one_line
 from seriatim.core.files import (
     MANIFEST,
     atomic_folder,
-    utf8_path,
     verify_manifest,
     write_json,
     write_manifest,
@@ -45,6 +46,7 @@ from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 
 CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.safetensors", "README.md"
 CLASSIFIER = "classifier.safetensors"  # of a classifier's folder, which is no model folder
+OTHER = "these are not this model's weights"
 PARTS = (CONFIG, MODEL, TOKENIZER, CARD, MANIFEST)
 
 
@@ -218,11 +220,7 @@ def read_bundle(folder: Path) -> Bundle:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, which are refused unless they are finite."""
-    try:
-        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error
+    tensors = read_safetensors(path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{path}: tensor {name!r} has values that are not finite; the model is unusable")
@@ -237,17 +235,11 @@ def fill(module: nn.Module, path: Path, *, assign: bool = True, written: int = F
     """
     tensors = renamed(read_tensors(path), written)
     wanted = module.state_dict()
-    refuse(path, "lacks", sorted(wanted.keys() - tensors.keys()))
-    refuse(path, "has an unknown", sorted(tensors.keys() - wanted.keys()))
+    refuse(path, "lacks", wanted.keys() - tensors.keys(), OTHER)
+    refuse(path, "has an unknown", tensors.keys() - wanted.keys(), OTHER)
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(wanted[name].shape)}"
             )
     module.load_state_dict(tensors, assign=assign)
-
-
-def refuse(path: Path, verb: str, names: Sequence[str]) -> None:
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise CheckpointError(f"{path} {verb} tensor {', '.join(map(repr, names[:3]))}{more}: not this model's weights")

@@ -1,21 +1,24 @@
 """Weights as their authors publish them: torch files and safetensors, read without running anything.
 
-A `.pth` is a pickle, which can run any program. Only torch's restricted reader opens it here: tensors, plain containers
-and `argparse.Namespace` (training scripts keep their arguments in one); anything else is refused by name.
+A `.pth` is a pickle, which can run any program. Only torch's restricted reader opens it here, for tensors, plain
+containers, NumPy's numbers and `argparse.Namespace` (training scripts keep their arguments in one). Anything else is
+refused by name.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,6 +27,10 @@ from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
 from seriatim.core.files import utf8_path
 
 SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
+# What torch.compile, FSDP and activation checkpointing put into names, wherever the wrapped module is
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PREFIXES = ("module.", "model.")  # what data-parallel training, and a model that holds the model, put before all names
+TELL_NOTHING = ("", "state_dict")  # names of entries that don't say which weights they are
 
 
 @dataclass
@@ -35,35 +42,45 @@ class OfficialFile:
     arguments: dict[str, Any] = field(default_factory=dict)  # of the training script, where they were kept
     which: str = "model"  # the entry that was taken
 
+    def argument(self, name: str, default: float, *, least: float = 0, most: float = math.inf) -> float:
+        """A number among the training script's arguments; CheckpointError where it is none, or out of range."""
+        value = self.arguments.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise CheckpointError(f"{self.path}: its argument {name} is {value!r}, not a number")
+        if not least <= value <= most:
+            raise CheckpointError(
+                f"{self.path}: its argument {name} is {value!r}; it must be from {least:g} to {most:g}"
+            )
+        return value
+
 
 def read_official(path: Path | str, *, which: str | None = None, entries: tuple[str, ...] = ("model",)) -> OfficialFile:
     """Read the weights of an official file.
 
-    `entries` are the state dicts that such a file may hold, the one to prefer first; `which` asks for one of them.
-    A safetensors file holds one state dict, or several under the entries' names as prefixes.
+    `entries` are the state dicts that such a file may hold, the one to prefer first; `which` asks for one of them, or
+    for another one of the file. Where the file holds none of them, averaged weights come first, then the others. A flat
+    file may hold several under the entries' names as prefixes.
     Raises UsageError where there is no such file or entry, CheckpointError where it is damaged or not allowed.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise UsageError(f"path: {path} is no file; name the downloaded weights ({', '.join(sorted(SUFFIXES))})")
-    arguments: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
-        found = read_safetensors(path, entries)
-    else:
-        found, arguments = read_torch(path, entries)
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    raw = content.get("args")
+    arguments = dict(vars(raw)) if isinstance(raw, argparse.Namespace) else dict(raw) if isinstance(raw, dict) else {}
+    found = state_dicts(content, entries)
     chosen = which or next(iter(found))
     if chosen not in found:
-        if list(found) in ([""], ["state_dict"]):  # the only one there is, under no telling name
-            chosen = next(iter(found))
-        else:
+        if list(found) not in ([name] for name in TELL_NOTHING):
             raise UsageError(f"which: {path} holds no {chosen!r}; it holds {', '.join(map(repr, found))}")
-    return OfficialFile(path, found[chosen], arguments, chosen or "model")
+        chosen = next(iter(found))
+    return OfficialFile(path, only_tensors(path, found[chosen]), arguments, chosen or "model")
 
 
-def read_torch(path: Path, entries: tuple[str, ...]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The state dicts of a torch file by entry ("" where the file is one), and the script's arguments."""
+def read_torch(path: Path) -> Mapping[str, Any]:
+    """What a torch file holds."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(harmless()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice about what is refused below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
@@ -79,44 +96,81 @@ def read_torch(path: Path, entries: tuple[str, ...]) -> tuple[dict[str, dict[str
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not a mapping of tensors")
-    raw = content.get("args")
-    arguments = dict(vars(raw)) if isinstance(raw, argparse.Namespace) else dict(raw) if isinstance(raw, dict) else {}
-    found = {name: content[name] for name in (*entries, "state_dict") if isinstance(content.get(name), Mapping)}
-    if not found:
-        found = {"": content}
-    return {name: only_tensors(path, state) for name, state in found.items()}, arguments
+    return content
+
+
+def harmless() -> list[Any]:
+    """What scripts keep beside weights, none of which runs anything: their arguments, and NumPy's numbers."""
+    scalar = np.float64(0).__reduce__()[0]  # which makes a number of its type and bytes
+    names = [(scalar, f"{package}.multiarray.scalar") for package in ("numpy.core", "numpy._core")]
+    return [argparse.Namespace, np.dtype, *names, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error
+
+
+def state_dicts(content: Mapping[str, Any], entries: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:
+    """The state dicts in what a file holds, the one to prefer first; "" is the whole content, where it is one."""
+    found = {name: content[name] for name in entries if isinstance(content.get(name), Mapping)}
+    others = [name for name, value in content.items() if name not in found and is_state_dict(value)]
+    found |= {name: content[name] for name in sorted(others, key=lambda name: "ema" not in str(name))}
+    found = found or {"": content}
+    if len(found) > 1 or not found.keys() <= set(TELL_NOTHING):
+        return found
+    (whole,) = found.values()
+    parts, left = {}, set(whole)
+    for entry in sorted(entries, key=len, reverse=True):
+        inside = {n: t for n, t in whole.items() if isinstance(n, str) and n.startswith(f"{entry}.") and n in left}
+        left -= inside.keys()
+        parts[entry] = {n[len(entry) + 1 :]: t for n, t in inside.items()}
+    several = not left and sum(bool(part) for part in parts.values()) > 1
+    return {entry: parts[entry] for entry in entries if parts[entry]} if several else found
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether this is a mapping of names to tensors, perhaps with scalars among them."""
+    if not isinstance(value, Mapping) or any(not isinstance(name, str) for name in value):
+        return False
+    tensors = [isinstance(v, Tensor) and v.ndim > 0 for v in value.values()]
+    return any(tensors) and all(t or is_scalar(v) for t, v in zip(tensors, value.values(), strict=True))
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether this is a number or a text, such as a count of steps: no weight."""
+    return (
+        value is None
+        or isinstance(value, (int, float, str, np.generic))
+        or (isinstance(value, Tensor) and value.ndim == 0)
+    )
 
 
 def only_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a state dict under their own names; scalars beside them are left out."""
+    some = is_state_dict(state)
+    tensors = {}
     for name, value in state.items():
+        if some and is_scalar(value):
+            continue
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: entry {name!r} is {type(value).__name__}, not a tensor; not a state dict")
-    return without_prefix(dict(state))
-
-
-def read_safetensors(path: Path, entries: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    """The state dicts of a safetensors file, by prefix; "" where there is one alone."""
-    try:
-        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error
-    found = {}
-    for entry in sorted(entries, key=len, reverse=True):
-        inside = {n[len(entry) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{entry}.")}
-        if inside and len(inside) < len(tensors):
-            found[entry] = without_prefix(inside)
-    if found and sum(map(len, found.values())) == len(tensors):
-        return {entry: found[entry] for entry in entries if entry in found}
-    return {"": without_prefix(tensors)}
+        tensors[name] = value
+    return without_prefix(tensors)
 
 
 def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop a wrapper's name in front of all names, such as `module.` of data-parallel training."""
-    for prefix in ("module.", "_orig_mod.", "model."):
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
-    return tensors
+    """Names without those of wrappers (torch.compile, FSDP, data-parallel training), nested in any order."""
+    while True:
+        bare = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+        prefix = next((p for p in PREFIXES if bare and all(name.startswith(p) for name in bare)), "")
+        bare = {name[len(prefix) :]: tensor for name, tensor in bare.items()}
+        if len(bare) < len(tensors) or bare.keys() == tensors.keys():  # two names that become one are left to be named
+            return tensors
+        tensors = bare
 
 
 def one_file(path: Path | str, stem: str | None) -> Path:
@@ -132,51 +186,3 @@ def one_file(path: Path | str, stem: str | None) -> Path:
     raise UsageError(
         f"path: {path} holds {', '.join(files) or 'no safetensors files'}; name one{nearest(stem or '', files)}"
     )
-
-
-def renamed(
-    tensors: Mapping[str, Tensor],
-    wanted: Mapping[str, torch.Size],
-    official: Callable[[str], str],
-    where: str,
-) -> dict[str, Tensor]:
-    """Official tensors under our names, float32, each of the wanted shape but for leading ones.
-
-    `wanted` has our names, `official` tells the other name of each. Raises CheckpointError that names what is missing,
-    extra, of another shape or not finite.
-    """
-    names = {official(ours): ours for ours in wanted}
-    complain(where, "lacks", sorted(names.keys() - tensors.keys()))
-    complain(where, "has an unknown", sorted(tensors.keys() - names.keys()))
-    result = {}
-    for theirs, ours in names.items():
-        tensor, shape = tensors[theirs], wanted[ours]
-        if squeezed(tensor.shape) != squeezed(shape):
-            raise CheckpointError(f"{where}: tensor {theirs!r} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
-        result[ours] = as_float32(tensor, theirs, where).reshape(shape)
-    return result
-
-
-def as_float32(tensor: Tensor, name: str, where: str) -> Tensor:
-    """A tensor's values in float32, all finite; CheckpointError where it has none such."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
-        kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device.type}".replace("torch.", "")
-        raise CheckpointError(f"{where}: tensor {name!r} is {kind}; only plain floating-point tensors are read")
-    values = tensor.detach().float()
-    if not bool(torch.isfinite(values).all()):
-        raise CheckpointError(f"{where}: tensor {name!r} has values that are not finite; the file is unusable")
-    return values
-
-
-def squeezed(shape: torch.Size) -> tuple[int, ...]:
-    """Without leading ones."""
-    sizes = list(shape)
-    while len(sizes) > 1 and sizes[0] == 1:
-        sizes.pop(0)
-    return tuple(sizes)
-
-
-def complain(where: str, verb: str, names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise CheckpointError(f"{where} {verb} tensor {', '.join(map(repr, names[:3]))}{more}; is it another model's?")

@@ -1,11 +1,12 @@
-"""Names of tensors in files of earlier formats, and what they are called now.
+"""Files of earlier formats: what their tensors are called now, and in which order an optimiser had them.
 
-format 1 -> 2   conditions became modules of their own; a nested head holds a sequence model
+format 1 -> 2   conditions became modules of their own; a nested head holds a sequence model; the state of an optimiser
+                is kept by the names of parameters, not by their numbers
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -37,3 +38,20 @@ def from_format_1(name: str) -> str:
         parts.insert(depth + 1, "model")
         depth += 2
     return ".".join(parts)
+
+
+def in_order_of_format_1(names: Iterable[str]) -> list[str]:
+    """Today's names of a model's parameters, in today's order, as the model of format 1 had them.
+
+    The parameters of captions came last, and inside a nested head those of the inner head came before the backbone's.
+    """
+
+    def place(name: str) -> list[int]:
+        parts = name.split(".")
+        result = [int(parts[0] == "conditioner" and parts[1] not in ("no_class", "class_embedding"))]
+        while parts[:2] == ["head", "model"]:
+            parts = parts[2:]
+            result.append(int(parts[0] != "head"))
+        return result
+
+    return sorted(names, key=place)

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from seriatim.checkpoints.official import read_official, renamed
+from seriatim.checkpoints.official import read_official
+from seriatim.checkpoints.shapes import mapped
 from seriatim.core.errors import UsageError
 from seriatim.evaluation.base import FeatureExtractor, Features
 from seriatim.evaluation.weights import find_weights
@@ -179,7 +180,7 @@ class Inception(FeatureExtractor):
 
         wanted = {name: value.shape for name, value in self.state_dict().items() if not counter(name)}
         given = {name: value for name, value in tensors.items() if not counter(name)}
-        found = renamed(given, wanted, lambda name: name, where)
+        found = mapped(given, wanted, lambda name: name, where)
         counters = {name: torch.tensor(0) for name in self.state_dict() if counter(name)}
         self.load_state_dict({**found, **counters}, assign=True)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
+from seriatim.core.spec import TokenSpec
 
 
 class Tokenizer(nn.Module):
@@ -55,6 +56,11 @@ class Tokenizer(nn.Module):
     def count(self) -> int:
         """L, the tokens of an image."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def spec(self) -> TokenSpec:
+        """The tokens of an image, which those of a model must be."""
+        return TokenSpec(self.count, self.dim if self.vocab is None else None, self.vocab, self.grid)
 
     @property
     def cell(self) -> tuple[int, int]:

@@ -4,7 +4,7 @@
         config.json                   of a generator: what a model folder's says
         model.safetensors             weights
         average.safetensors           averaged weights
-        optimiser.safetensors         the optimiser's moments
+        optimiser.safetensors         the optimiser's moments, by the names of the parameters
         tokenizer.safetensors         statistics of the tokens
         state.json                    images seen, updates, loss, running sums of the metrics
         manifest.json                 bytes and sha256 of these
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from seriatim.checkpoints.native import check_finite_weights, fill, read_tensors, write_config, write_tensors
+from seriatim.checkpoints.renames import FORMAT, READABLE, in_order_of_format_1
 from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoints
 from seriatim.core.errors import CheckpointError, one_line
 from seriatim.core.files import atomic_folder, verify_manifest, write_json, write_manifest
@@ -65,20 +66,44 @@ def save(folder: Path, parts: Trainables, state: RunState, config: Mapping[str, 
     with atomic_folder(path) as temporary:
         write_tensors(temporary / "model.safetensors", parts.model.state_dict())
         write_tensors(temporary / "average.safetensors", parts.average.module.state_dict())
-        write_tensors(temporary / "optimiser.safetensors", dict(moments(parts.optimiser)))
+        write_tensors(temporary / "optimiser.safetensors", moments(parts))
         write_tensors(temporary / "tokenizer.safetensors", parts.tokenizer.state_dict())
-        write_json(temporary / STATE, {"format": 1, **vars(state)})
+        write_json(temporary / STATE, {"format": FORMAT, **vars(state)})
         if config is not None:
             write_config(temporary, config)
         write_manifest(temporary, FILES if config is None else (CONFIG, *FILES))
     return path
 
 
-def moments(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    """The optimiser's tensors as `<parameter>.<name>`."""
-    for number, values in optimiser.state_dict()["state"].items():
-        for name, value in values.items():
-            yield f"{number}.{name}", torch.as_tensor(value)
+def names_of(parts: Trainables, written: int = FORMAT) -> list[str]:
+    """The name of each parameter of the optimiser, in the order that it had when `written` was the format."""
+    name_of = {id(parameter): name for name, parameter in parts.model.named_parameters()}
+    groups = [[name_of[id(p)] for p in group["params"]] for group in parts.optimiser.param_groups]
+    return [name for group in groups for name in (in_order_of_format_1(group) if written == 1 else group)]
+
+
+def moments(parts: Trainables) -> dict[str, Tensor]:
+    """The optimiser's tensors as `<parameter>.<moment>`."""
+    names, state = names_of(parts), parts.optimiser.state_dict()["state"]
+    return {
+        f"{names[number]}.{moment}": torch.as_tensor(value)
+        for number, values in state.items()
+        for moment, value in values.items()
+    }
+
+
+def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[str, Tensor]]:
+    """The optimiser's state as `load_state_dict` takes it, from a file of format `written`."""
+    now, then = {name: number for number, name in enumerate(names_of(parts))}, names_of(parts, written)
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(path).items():
+        name, _, moment = key.rpartition(".")
+        if written == 1:
+            name = then[int(name)] if name.isdigit() and int(name) < len(then) else key
+        if name not in now:
+            raise CheckpointError(f"{path} has an unknown tensor {key!r}: it is another model's optimiser")
+        state.setdefault(now[name], {})[moment] = tensor
+    return state
 
 
 def load(path: Path, parts: Trainables) -> RunState:
@@ -86,21 +111,19 @@ def load(path: Path, parts: Trainables) -> RunState:
     verify_manifest(path, FILES)
     try:
         values = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if values.pop("format") != 1:
-            raise ValueError("written by another version")
+        written = values.pop("format")
+        if written not in READABLE:
+            raise ValueError(f"format {written!r} is not {FORMAT}: it was written by another version")
         state = RunState(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / STATE} cannot be used: {one_line(error)}") from error
     optimiser_state = parts.optimiser.state_dict()
-    tensors: dict[int, dict[str, Any]] = {}
-    for key, tensor in read_tensors(path / "optimiser.safetensors").items():
-        number, _, name = key.partition(".")
-        tensors.setdefault(int(number), {})[name] = tensor
-    fill(parts.model, path / "model.safetensors", assign=False)
-    fill(parts.average.module, path / "average.safetensors", assign=False)
+    state_of_each = read_moments(path / "optimiser.safetensors", parts, written)
+    fill(parts.model, path / "model.safetensors", assign=False, written=written)
+    fill(parts.average.module, path / "average.safetensors", assign=False, written=written)
     fill(parts.tokenizer, path / "tokenizer.safetensors", assign=False)
     parts.average.n_averaged.fill_(state.steps)
-    parts.optimiser.load_state_dict({"state": tensors, "param_groups": optimiser_state["param_groups"]})
+    parts.optimiser.load_state_dict({"state": state_of_each, "param_groups": optimiser_state["param_groups"]})
     return state
 
 

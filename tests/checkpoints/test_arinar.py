@@ -27,8 +27,9 @@ from seriatim.checkpoints.mar import ENTRIES
 from seriatim.checkpoints.official import OfficialFile, read_official
 from seriatim.cli.main import run
 from seriatim.core.errors import CheckpointError, UsageError
-from seriatim.core.random import Noise
-from seriatim.models.base import Model
+from seriatim.core.keys import Keys
+from seriatim.core.settings import Settings
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, model_config, seeded
 from seriatim.models.nested import Nested
 from seriatim.tokenizers.kl import KL
@@ -36,16 +37,18 @@ from seriatim.tokenizers.kl import KL
 HEAD: dict[str, Any] = {
     "kind": "nested",
     "split": {"kind": "features"},
-    "backbone": {"kind": "causal", "width": 32, "depth": 2, "heads": 4, **BLOCK},
-    "head": {"kind": "mixture", "components": 3, "depth": 0},
-}
+    "model": {
+        "kind": "causal", "width": 32, "depth": 2, "heads": 4, **BLOCK,
+        "head": {"kind": "mixture", "components": 3, "depth": 0},
+    },
+}  # fmt: skip
 CONFIG: dict[str, Any] = {
     "kind": "masked", "tokens": 16, "dim": 8, "width": [32, 24], "depth": [2, 1], "heads": [4, 3], "buffer": 3,
     "classes": 5, "dropout": 0.0, "head": HEAD,
 }  # fmt: skip
 
 
-def small(seed: int = 0, **head: Any) -> Model:
+def small(seed: int = 0, **head: Any) -> SequenceModel:
     """Every weight far from zero, that of the inner attention above all: layouts must differ."""
     with seeded(seed):
         model = build_model({**CONFIG, "head": {**HEAD, **head}})
@@ -55,7 +58,7 @@ def small(seed: int = 0, **head: Any) -> Model:
     return model.eval()
 
 
-def official(model: Model) -> dict[str, Tensor]:
+def official(model: SequenceModel) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in arinar_tensors(model).items()}
 
 
@@ -63,11 +66,11 @@ def as_file(tensors: dict[str, Tensor]) -> OfficialFile:
     return OfficialFile(Path("arinar.pth"), tensors)
 
 
-def read(tensors: dict[str, Tensor], **options: Any) -> Model:
+def read(tensors: dict[str, Tensor], **options: Any) -> SequenceModel:
     return model_from_arinar(as_file(tensors), trunk_heads=(4, 3), **options)
 
 
-def same(a: Model, b: Model) -> bool:
+def same(a: SequenceModel, b: SequenceModel) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
@@ -82,8 +85,8 @@ def test_round_trip_is_exact() -> None:
     assert same(model, again)
     back = arinar_tensors(again)
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in back)
-    config = infer(tensors, "file")["head"]
-    assert config["head"] == {"kind": "mixture", "components": 3, "depth": 0} and config["backbone"]["hidden"] == 128
+    config = infer(tensors, "file")["head"]["model"]
+    assert config["head"] == {"kind": "mixture", "components": 3, "depth": 0} and config["hidden"] == 128
 
 
 def test_groups_of_features() -> None:
@@ -95,8 +98,9 @@ def test_groups_of_features() -> None:
 def test_both_layouts_load_and_images_tell_them_apart() -> None:
     """Nothing but the loss shows the difference: tokens that the model draws itself are likelier under its own."""
     for heads in (4, 16):
-        model = small(backbone={**HEAD["backbone"], "heads": heads})
-        tokens = model.sample(None, Noise.per_image(range(24)), steps=1)
+        model = small(model={**HEAD["model"], "heads": heads})
+        keys, settings = Keys.of_seeds(range(24)), Settings(num_inference_steps=1)
+        tokens = model.sample(model.null(24), model.null(24), keys, settings)
         file = as_file(official(model))
         file.arguments["mask_ratio_min"] = 1.0  # so that z is that of which they were drawn
         losses = losses_by_heads(file, tokens, trunk_heads=(4, 3))
@@ -149,9 +153,15 @@ def test_what_does_not_fit_is_named(change: tuple[str, Tensor | None], message: 
     ("head", "message"),
     [
         ({"split": {"kind": "features", "order": "reversed"}}, "head.split has no counterpart"),
-        ({"backbone": {**HEAD["backbone"], "norm": "rms"}}, "head.backbone.norm has no counterpart .* 'layer'"),
-        ({"head": {"kind": "mixture", "components": 3, "depth": 1, "width": 16}}, "head.head has no counterpart"),
-        ({"head": {"kind": "diffusion", "width": 16, "depth": 1}}, "its head is Nested; ARINAR's is"),
+        ({"model": {**HEAD["model"], "norm": "rms"}}, "head.model.norm has no counterpart .* 'layer'"),
+        (
+            {"model": {**HEAD["model"], "head": {"kind": "mixture", "components": 3, "depth": 1, "width": 16}}},
+            "head.head has no counterpart",
+        ),
+        (
+            {"model": {**HEAD["model"], "head": {"kind": "diffusion", "width": 16, "depth": 1}}},
+            "its head is Nested; ARINAR's is",
+        ),
     ],
 )
 def test_only_what_it_can_express_is_exported(head: dict[str, Any], message: str) -> None:
@@ -192,7 +202,7 @@ def test_weights_in_images_out_weights_back(folder: Path, capsys: pytest.Capture
     pipe = seriatim.load(folder / "made", device="cpu")
     assert pipe.bundle.sampling["temperature"] == 0.8, "the release divided standard deviations by 1.25"
     assert pipe.bundle.sampling["feature_schedule"] == "linear" and pipe.bundle.sampling["guidance_scale"] == 3.5
-    assert model_config(pipe.model)["head"]["backbone"]["heads"] == 4
+    assert model_config(pipe.model)["head"]["model"]["heads"] == 4
     settings = {"seed": 0, "num_inference_steps": 4, "output_type": "np"}
     drawn = pipe(class_labels=[1, "none"], **settings).images
     assert drawn.shape == (2, 16, 16, 3)
@@ -229,7 +239,7 @@ def test_a_trunk_of_no_preset(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert error.startswith("error: trunk_heads: ") and "2+1 blocks of width 32, which is no preset's" in error
     assert convert(folder, "made", "--trunk-heads", "4", "--trunk-heads", "3") == 0
     config = model_config(seriatim.load(folder / "made", device="cpu").model)
-    assert config["heads"] == [4, 3] and config["head"]["backbone"]["heads"] == 4
+    assert config["heads"] == [4, 3] and config["head"]["model"]["heads"] == 4
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 import torch
 from helpers import randomise
 from safetensors.torch import save_file
-from seriatim.models.captions import Captions
 from torch import Tensor
 
 import seriatim
@@ -24,14 +23,16 @@ from seriatim.checkpoints.llamagen import (
     infer,
     llamagen_tensors,
     model_from_llamagen,
-    named_preset,
 )
 from seriatim.checkpoints.llamagen_vq import official_tensors
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.checkpoints.official import read_official
+from seriatim.checkpoints.shapes import named_preset
 from seriatim.cli.main import run
+from seriatim.conditions.captions import CaptionEmbedder, Captions
 from seriatim.core.errors import CheckpointError, UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
+from seriatim.core.settings import Settings
 from seriatim.models.build import build_model, model_config, seeded
 from seriatim.models.causal_model import CausalModel
 from seriatim.tokenizers.base import Tokenizer
@@ -59,9 +60,10 @@ def tensors(seed: int = 0, **options: Any) -> dict[str, Tensor]:
 
 
 def load(path: Path, which: str | None = None, **options: Any) -> CausalModel:
-    return model_from_llamagen(
-        read_official(path, which=which, entries=ENTRIES), **{"tokens": 9, "heads": 2, **options}
-    )
+    file = read_official(path, which=which, entries=ENTRIES)
+    model = model_from_llamagen(file, **{"tokens": 9, "heads": 2, **options})
+    assert isinstance(model, CausalModel)
+    return model
 
 
 def equal(a: CausalModel, b: CausalModel) -> bool:
@@ -89,7 +91,7 @@ def test_a_safetensors_file_in_half_precision(prefix: str, tmp_path: Path) -> No
     save_file({prefix + k: v.bfloat16().contiguous() for k, v in tensors().items()}, tmp_path / "c2i.safetensors")
     model = load(tmp_path / "c2i.safetensors")
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert torch.equal(model.no_class[0], tensors()[CLASSES][-1].bfloat16().float())
+    assert torch.equal(model.conditioner.get_parameter("no_class")[0], tensors()[CLASSES][-1].bfloat16().float())
 
 
 def test_what_is_no_weight_is_left_out(tmp_path: Path) -> None:
@@ -114,10 +116,14 @@ def test_sizes_follow_from_shapes(tmp_path: Path) -> None:
     assert model_config(load(tmp_path / "c2i.pt")) == model_config(small_model())
     torch.save({"model": tensors(**TEXT)}, tmp_path / "t2i.pt")
     text = load(tmp_path / "t2i.pt")
-    assert model_config(text) == model_config(small_model(**TEXT)) and text.captions is not None
+    assert model_config(text) == model_config(small_model(**TEXT)) and isinstance(text.conditioner, CaptionEmbedder)
     captions = Captions(torch.randn(1, 4, 6), torch.tensor([[False, True, True, True]]))
-    drawn = text.sample(captions, Noise.per_image([0]), guidance_scale=2.0)
-    assert torch.equal(drawn, small_model(**TEXT).sample(captions, Noise.per_image([0]), guidance_scale=2.0))
+    drawn = []
+    for model in (text, small_model(**TEXT)):
+        condition = model.condition(captions, 1)
+        null, settings = model.null(1, like=condition), Settings(guidance_scale=2.0)
+        drawn.append(model.sample(condition, null, Keys.of_seeds([0]), settings))
+    assert torch.equal(*drawn)
 
 
 def test_heads_come_from_the_preset_or_the_caller(tmp_path: Path) -> None:
@@ -131,7 +137,7 @@ def test_heads_come_from_the_preset_or_the_caller(tmp_path: Path) -> None:
     for name in NAMES:
         with torch.device("meta"):
             official = llamagen_tensors(build_model(PRESETS[name].original()))
-        found = named_preset(infer(official, name), None, name)
+        found = named_preset(infer(official, name), None, name, NAMES)
         assert found is not None and found.name == name
 
 
@@ -260,7 +266,8 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(
     torch.save({"model": tensors(vocab=21)}, tmp_path / "c2i.pt")
     files = [str(tmp_path / "c2i.pt"), str(tmp_path / "out"), "--vq", str(vq), "--heads", "2"]
     assert run(["convert", "llamagen", *files]) == 2
-    assert "vq: makes codes of 20, the model takes codes of 21" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "vq: makes 9 tokens (codes of a vocabulary of 20) from 3x3 pixels, the model takes 9 (codes of" in error
 
 
 def test_the_tokenizer_may_be_an_official_file(tmp_path: Path) -> None:

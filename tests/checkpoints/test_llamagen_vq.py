@@ -18,7 +18,6 @@ from torch import Tensor
 from seriatim.checkpoints.llamagen_vq import (
     CODEBOOK,
     IGNORED,
-    key_table,
     official_tensors,
     tokenizer_from_llamagen,
 )
@@ -150,7 +149,7 @@ def test_official_names_and_shapes_of_the_full_size(name: str) -> None:
     with torch.device("meta"):
         tokenizer = VQ(block_out_channels=WIDTHS[name])
         tensors = {key: torch.empty(shape) for key, shape in listed.items()}
-    ours = {official: list(shape) for official, (_, shape) in key_table(tokenizer).items()}
+    ours = {official: list(tensor.shape) for official, tensor in official_tensors(tokenizer).items()}
     assert ours == {key: shape for key, shape in listed.items() if key != IGNORED}
     assert sum(p.numel() for p in tokenizer.parameters()) == PUBLISHED[name]
     assert tokenizer.vocab == 16384 and tokenizer.dim == 8 and not list(tokenizer.buffers())
@@ -203,7 +202,7 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] = {
     "no codebook": (lambda t: t.pop(CODEBOOK), "lacks tensor", CODEBOOK),
     "no level": (lambda t: t.pop("encoder.conv_blocks.0.res.0.conv1.weight"), "lacks tensor", "encoder.conv_blocks.0"),
     "extra": (lambda t: t.update({"decoder.x": torch.ones(1)}), "unknown tensor", "decoder.x"),
-    "shape": (lambda t: t.update({"quant_conv.bias": torch.ones(5)}), "has shape (5,), (3,)", "quant_conv.bias"),
+    "shape": (lambda t: t.update({"quant_conv.bias": torch.ones(5)}), "has shape (5,), not (3,)", "quant_conv.bias"),
     "sides": (lambda t: t.update({"encoder.conv_in.weight": torch.ones(3)}), "has shape (3,)", "encoder.conv_in"),
     "codebook": (lambda t: t.update({CODEBOOK: torch.ones(11, 4)}), "a codebook of another size", "3 features"),
     "not finite": (poison, "not finite", "decoder.mid.1.q.weight"),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import randomise
@@ -18,15 +19,16 @@ from torch import Tensor
 from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.mar import (
     ENTRIES,
+    NAMES,
     TABLE,
     infer,
     mar_tensors,
     model_from_mar,
-    named_preset,
     official_name,
     patch_of,
 )
 from seriatim.checkpoints.official import one_file, read_official
+from seriatim.checkpoints.shapes import named_preset
 from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import build_model, model_config, seeded
@@ -127,7 +129,66 @@ def test_half_precision_becomes_float32(tmp_path: Path) -> None:
     save_file(half, tmp_path / "mar.safetensors")
     model = load(tmp_path / "mar.safetensors")
     assert all(p.dtype == torch.float32 for p in model.parameters())
-    assert torch.equal(model.no_class, small_model().no_class.half().float())
+    assert torch.equal(model.conditioner.no_class, small_model().conditioner.no_class.half().float())
+
+
+def wrapped(prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in mar_tensors(small_model()).items()}
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "_orig_mod.module.",
+        "module._orig_mod.",
+        "module.module._orig_mod._orig_mod.",
+        "model._orig_mod.module.",
+        "module._fsdp_wrapped_module.",
+    ],
+)
+def test_names_of_wrappers_are_left_out(tmp_path: Path, prefix: str, suffix: str) -> None:
+    """Data-parallel training, torch.compile and FSDP may be nested in any order."""
+    path = tmp_path / f"mar.{suffix}"
+    tensors = {name: tensor.contiguous() for name, tensor in wrapped(prefix).items()}
+    if suffix == "pth":
+        torch.save({"model": tensors}, path)
+    else:
+        save_file(tensors, path)
+    assert equal(load(path), small_model())
+
+
+def test_a_part_that_was_compiled_alone(tmp_path: Path) -> None:
+    tensors = {name.replace("encoder_blocks.1.", "encoder_blocks.1._orig_mod."): t for name, t in wrapped("").items()}
+    torch.save({"model": tensors}, tmp_path / "mar.pth")
+    assert equal(load(tmp_path / "mar.pth"), small_model())
+    tensors["encoder_blocks.1.norm1.bias"] = torch.zeros(32)  # it would be the same name
+    torch.save({"model": tensors}, tmp_path / "mar.pth")
+    with pytest.raises(CheckpointError, match=r"lacks tensor 'encoder_blocks\.1\."):
+        load(tmp_path / "mar.pth")
+
+
+@pytest.mark.parametrize("entry", ["model_ema", "ema", "ema_state_dict", "vq", "vq_ema", "net"])
+def test_the_only_weights_are_taken_whatever_their_entry_is_called(tmp_path: Path, entry: str) -> None:
+    content = {"epoch": 3, entry: wrapped("module."), "optimizer": {"state": {}, "param_groups": []}}
+    torch.save(content, tmp_path / "mar.pth")
+    assert equal(load(tmp_path / "mar.pth"), small_model())
+    assert read_official(tmp_path / "mar.pth").which == entry
+
+
+def test_among_unknown_entries_the_average_comes_first(tmp_path: Path) -> None:
+    torch.save({"vq": mar_tensors(small_model(0)), "vq_ema": mar_tensors(small_model(1))}, tmp_path / "mar.pth")
+    assert equal(load(tmp_path / "mar.pth"), small_model(1)) and equal(load(tmp_path / "mar.pth", "vq"), small_model(0))
+
+
+def test_scalars_beside_weights_are_left_out(tmp_path: Path) -> None:
+    beside = {"epoch": 3, "loss": np.float64(0.3), "steps": np.int64(7), "time": 1.5, "name": "mar", "none": None}
+    more = {"decay": torch.tensor(0.999), "num_updates": torch.tensor(4)}
+    for content in ({"model": wrapped(""), **beside}, wrapped("module.") | beside, {"model": wrapped("") | more}):
+        torch.save(content, tmp_path / "mar.pth")
+        assert equal(load(tmp_path / "mar.pth"), small_model())
 
 
 # --- what must not happen -----------------------------------------------------------------------------------------
@@ -264,7 +325,7 @@ def test_sizes_of_a_preset_are_recognised() -> None:
     for name in ("mar-b", "mar-l", "mar-h"):
         with torch.device("meta"):
             tensors = mar_tensors(build_model(PRESETS[name].model))
-        found = named_preset(infer(tensors, name), None, name)
+        found = named_preset(infer(tensors, name), None, name, NAMES)
         assert found is not None and found.name == name
 
 

@@ -97,17 +97,20 @@ def rewrite_config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path],
 
 
 def poison(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["no_class"][0, 0] = float("nan")
+    tensors["conditioner.no_class"][0, 0] = float("nan")
 
 
 MISMATCHES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "missing": (rewrite_tensors(lambda t: t.pop("no_class")), (MODEL, "lacks tensor 'no_class'")),  # type: ignore[arg-type]
+    "missing": (
+        rewrite_tensors(lambda t: t.pop("conditioner.no_class")),
+        (MODEL, "lacks tensor 'conditioner.no_class'"),
+    ),  # type: ignore[arg-type]
     "extra": (rewrite_tensors(lambda t: t.update(x=torch.ones(1))), (MODEL, "unknown tensor 'x'")),
     "shape": (
-        rewrite_tensors(lambda t: t.update(no_class=torch.ones(1, 5))),
-        (MODEL, "'no_class'", "(1, 5)", "(1, 32)"),
+        rewrite_tensors(lambda t: t.update({"conditioner.no_class": torch.ones(1, 5)})),
+        (MODEL, "'conditioner.no_class'", "(1, 5)", "(1, 32)"),
     ),
-    "nan": (rewrite_tensors(poison), (MODEL, "'no_class'", "not finite")),
+    "nan": (rewrite_tensors(poison), (MODEL, "'conditioner.no_class'", "not finite")),
     "path": (rewrite_tensors(lambda t: t.update({"../../etc/x": torch.ones(1)})), (MODEL, "unknown tensor")),
     "width": (rewrite_config(lambda c: c["model"].update(width=64)), (MODEL, "the config says")),
     "kind": (rewrite_config(lambda c: c["model"].update(kind="nosuch")), (CONFIG, "model.kind", "'nosuch'")),
@@ -146,8 +149,8 @@ def test_hostile_weights_are_refused_without_reading_them(model_folder: Path) ->
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, bundle: Bundle) -> None:
     save_bundle(bundle, tmp_path / "m")
     with torch.no_grad():
-        bundle.model.no_class[0, 0] = float("inf")
-    with pytest.raises(NumericsError, match="'no_class' has values that are not finite; nothing was written"):
+        bundle.model.conditioner.get_parameter("no_class")[0, 0] = float("inf")
+    with pytest.raises(NumericsError, match=r"no_class' has values that are not finite; nothing was written"):
         save_bundle(bundle, tmp_path / "m")
     load_bundle(tmp_path / "m")
 
@@ -173,5 +176,6 @@ def test_unusual_models_come_back(tmp_path: Path, size: Any, channels: int, clas
     model = MaskedModel(backbone, Diffusion(tokenizer.dim, 16, 1), classes=classes)
     pipe = Pipeline(Bundle(model, tokenizer, sampling={"num_inference_steps": 3, "num_diffusion_steps": 4}))
     again = load(pipe.save(tmp_path / "m"), device="cpu")
-    one, two = (p(seed=5, output_type="np").images for p in (pipe, again))
+    labels = list(range(classes)) or None
+    one, two = (p(labels, seed=5, output_type="np").images for p in (pipe, again))
     assert one.shape == (max(1, classes), *tokenizer.size, channels) and (one == two).all()
