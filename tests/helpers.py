@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,16 @@ from PIL import Image
 
 from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.native import Bundle
+from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys, ReplayKeys
+from seriatim.core.settings import Settings
+from seriatim.core.validation import parse
 from seriatim.heads.base import Guidance, Head
 from seriatim.heads.diffusion import Diffusion
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
+from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.pixels import Pixels
 
 
@@ -104,3 +109,36 @@ def drawn(
     guidance = Guidance.of(scale, len(z), z.device)
     null = None if guidance is None else z_null
     return head.sample(z, keys, head.plan(head.options(**options), z.device), null, guidance, temperature)
+
+
+def arguments_of(model: SequenceModel, inputs: Any, keys: Keys, given: dict[str, Any]) -> dict[str, Any]:
+    """What samplers take, of settings by name: `steps`, `tokens` and `known` to begin from, those of the head."""
+    given = {{"steps": "num_inference_steps"}.get(name, name): value for name, value in given.items()}
+    more = {name: given.pop(name) for name in ("scale", "dtype") if name in given}
+    if "known" in given:
+        more["start"] = Start(given.pop("tokens"), given.pop("known"))
+    if not isinstance(given.get("order"), str | None):
+        more["order"] = given.pop("order")
+    shared = {name: value for name, value in given.items() if name in Settings.model_fields}
+    options = {name: value for name, value in given.items() if name not in shared}
+    condition = model.condition(inputs, len(keys))
+    settings = parse(Settings, {**shared, "head_options": options}, error=UsageError)
+    return {
+        "condition": condition,
+        "null": model.null(len(keys), condition),
+        "keys": keys,
+        "settings": settings,
+        **more,
+    }
+
+
+def naive(model: SequenceModel, inputs: Any, keys: Keys, **given: Any) -> torch.Tensor:
+    """What the specification draws."""
+    with torch.no_grad():
+        return model.sample(**arguments_of(model, inputs, keys, given))
+
+
+def fast(model: SequenceModel, inputs: Any, keys: Keys, **given: Any) -> Iterator[Step]:
+    """The steps of the fast loop."""
+    with torch.no_grad():
+        yield from model.steps(**arguments_of(model, inputs, keys, given))

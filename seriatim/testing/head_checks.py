@@ -16,11 +16,21 @@ from torch import Tensor
 from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, Head
+from seriatim.models.build import head_config
+from seriatim.models.nested import Nested
 
 Z, D = 6, 3
 
 
-def check_head(make: Callable[..., Head], *, dim: int = D, learn: bool = True, steps: int = 200, **config: Any) -> Head:
+def check_head(
+    make: Callable[..., Head],
+    *,
+    dim: int = D,
+    learn: bool = True,
+    steps: int = 200,
+    device: torch.device | str = "cpu",
+    **config: Any,
+) -> Head:
     """Build `make(dim=dim, **config)` and check the contract of `heads/base.py`; return the head.
 
     A head of codes (`discrete = True`) is built as `make(vocab=dim, **config)`. With `learn`, the head is also trained
@@ -37,23 +47,34 @@ def check_head(make: Callable[..., Head], *, dim: int = D, learn: bool = True, s
         head.bind(Z)
         assert head.z_dim == Z, f"{name}.bind({Z}) left z_dim at {head.z_dim!r}; call super().bind(z_dim)"
         _refuses(lambda: head.bind(Z + 1), f"{name}.bind must refuse a second, other width")
+        head.to(device)
         _round_trip(make, head)
         _loss(head)
         _rows_are_independent(head)
         _sampling(head)
+        _keeps_nothing(make, head)
         _says_what_it_cannot(head)
         if learn:
-            (_learns_codes if head.discrete else _learns)(make(**size, **config), steps)
+            (_learns_codes if head.discrete else _learns)(make(**size, **config), steps, torch.device(device))
     return head
 
 
-def _noise(rows: int, seed: int = 0) -> Keys:
-    return Keys.of_seeds(range(seed, seed + rows))
+def _on(head: Head) -> torch.device:
+    return next(head.parameters()).device
+
+
+def _z(head: Head, N: int) -> Tensor:
+    return torch.randn(N, Z, device="cpu").to(_on(head))
+
+
+def _keys(head: Head, rows: int, seed: int = 0) -> Keys:
+    return Keys.of_seeds(range(seed, seed + rows), _on(head))
 
 
 def _targets(head: Head, N: int) -> Tensor:
     """Tokens to model: (N, D), or codes (N,)."""
-    return torch.arange(N) % head.output if head.discrete else torch.randn(N, head.output)
+    target = torch.arange(N) % head.output if head.discrete else torch.randn(N, head.output, device="cpu")
+    return target.to(_on(head))
 
 
 def _refuses(call: Callable[[], object], what: str) -> None:
@@ -69,19 +90,39 @@ def _round_trip(make: Callable[..., Head], head: Head) -> None:
     """A head is rebuilt from its config, on the meta device, and takes the weights: what loading a model does."""
     name = type(head).__name__
     with torch.device("meta"):
-        twin = make(**head.config)
+        config = _config(head)
+        twin = make(**config)
         twin.bind(Z)
     twin.load_state_dict(head.state_dict(), assign=True)
-    assert twin.config == head.config, f"{name}.config must be the constructor's arguments: {head.config}"
-    z, noise = torch.randn(4, Z), [_noise(4), _noise(4)]
-    same = torch.equal(head.sample(z, noise[0]), twin.sample(z, noise[1]))
+    assert _config(twin) == config, f"{name}.config must be the constructor's arguments: {config}"
+    z, keys = _z(head, 4), [_keys(head, 4), _keys(head, 4)]
+    same = torch.equal(head.sample(z, keys[0]), twin.sample(z, keys[1]))
     assert same, f"{name} rebuilt from config and weights draws something else: it keeps state outside of them"
+
+
+def _config(head: Head) -> dict[str, Any]:
+    """The arguments that make the head; a nested one is described by what it is composed of."""
+    return {k: v for k, v in head_config(head).items() if k != "kind"} if isinstance(head, Nested) else head.config
+
+
+def _keeps_nothing(make: Callable[..., Head], head: Head) -> None:
+    """What is drawn follows from the weights as they are now, also where these are written through `.data`."""
+    name, z = type(head).__name__, _z(head, 16)
+    twin = make(**_config(head))
+    twin.bind(Z)
+    twin.to(_on(head)).load_state_dict(head.state_dict())
+    head.sample(z, _keys(head, 16))
+    for part in (head, twin):
+        for i, parameter in enumerate(part.parameters()):
+            parameter.data.mul_(1.02).add_(0.01 * (1 + i % 3))
+    same = torch.equal(head.sample(z, _keys(head, 16)), twin.sample(z, _keys(head, 16)))
+    assert same, f"{name} keeps something of earlier weights: move it into plan(), which is made for each batch"
 
 
 def _loss(head: Head) -> None:
     name, N = type(head).__name__, 5
-    z, target = torch.randn(N, Z, requires_grad=True), _targets(head, N)
-    loss = head.loss(z, target, _noise(N))
+    z, target = _z(head, N).requires_grad_(), _targets(head, N)
+    loss = head.loss(z, target, _keys(head, N))
     assert loss.sum.shape == (N,), (
         f"{name}.loss().sum has shape {tuple(loss.sum.shape)}, not ({N},), one for each token"
     )
@@ -92,29 +133,29 @@ def _loss(head: Head) -> None:
         assert part.shape == (N,), f"{name}.loss().parts[{key!r}] has shape {tuple(part.shape)}, not ({N},)"
     loss.sum.sum().backward()
     head.zero_grad()
-    empty = head.loss(torch.randn(0, Z), _targets(head, 0), _noise(N).select(torch.empty(0, dtype=torch.long)))
+    empty = head.loss(_z(head, 0), _targets(head, 0), _keys(head, 0))
     assert empty.sum.shape == (0,), f"{name}.loss() of no tokens must be empty"
 
 
 def _rows_are_independent(head: Head) -> None:
     """A token's loss and sample are the same alone as among others: float32 products may differ by rounding."""
     name, N = type(head).__name__, 5
-    z, target = torch.randn(N, Z), _targets(head, N)
+    z, target = _z(head, N), _targets(head, N)
     with torch.no_grad():
-        together = head.loss(z, target, _noise(N)).sum
-        alone = head.loss(z[2:3], target[2:3], _noise(1, seed=2)).sum
+        together = head.loss(z, target, _keys(head, N)).sum
+        alone = head.loss(z[2:3], target[2:3], _keys(head, 1, seed=2)).sum
     close = torch.allclose(together[2:3], alone, rtol=1e-4, atol=1e-4)
     assert close, f"{name}.loss() of a token depends on the other tokens ({together[2]:.6f}, alone {alone[0]:.6f})"
-    many, one = head.sample(z, _noise(N)).float(), head.sample(z[2:3], _noise(1, seed=2)).float()
+    many, one = head.sample(z, _keys(head, N)).float(), head.sample(z[2:3], _keys(head, 1, seed=2)).float()
     close = torch.allclose(many[2:3], one, rtol=1e-4, atol=1e-4 * float(one.abs().max() + 1))
-    assert close, f"{name}.sample() of a token depends on the other tokens: draw from `noise`, row by row"
+    assert close, f"{name}.sample() of a token depends on the other tokens: draw from `keys`, row by row"
 
 
 def _sampling(head: Head) -> None:
     name, N = type(head).__name__, 32 if head.discrete else 4
-    z = torch.randn(N, Z)
+    z = _z(head, N)
     torch_state = torch.get_rng_state()
-    x = head.sample(z, _noise(N))
+    x = head.sample(z, _keys(head, N))
     assert torch.equal(torch_state, torch.get_rng_state()), f"{name}.sample() draws from torch's global generator"
     tail = () if head.discrete else (head.output,)
     assert x.shape == (N, *tail), f"{name}.sample() has shape {tuple(x.shape)}, not {(N, *tail)}"
@@ -124,23 +165,24 @@ def _sampling(head: Head) -> None:
             f"{name}.sample() draws codes outside 0..{head.output - 1}"
         )
     assert bool(torch.isfinite(x).all()), f"{name}.sample() is not finite"
-    assert torch.equal(x, head.sample(z, _noise(N))), f"{name}.sample() differs with the same noise"
-    assert not torch.equal(x, head.sample(z, _noise(N, seed=9))), f"{name}.sample() ignores its noise"
+    assert torch.equal(x, head.sample(z, _keys(head, N))), f"{name}.sample() differs with the same keys"
+    assert not torch.equal(x, head.sample(z, _keys(head, N, seed=9))), f"{name}.sample() ignores its keys"
     assert not x.requires_grad, f"{name}.sample() must run without gradients"
-    none = head.sample(z[:0], _noise(N).select(torch.empty(0, dtype=torch.long)))
+    none = head.sample(z[:0], _keys(head, 0))
     assert none.shape == (0, *tail), f"{name}.sample() of no tokens must be empty"
     if head.guides:
-        z_null = torch.randn(N, Z)
-        some = Guidance.of(torch.where(torch.arange(N) % 2 == 0, 1.0, 1.5), N, z.device)
+        z_null = _z(head, N)
+        some = Guidance.of(torch.where(torch.arange(N, device="cpu") % 2 == 0, 1.0, 1.5), N, z.device)
         every = Guidance.of(1.5, N, z.device)
-        mixed = head.sample(z, _noise(N), None, z_null, some)
+        mixed = head.sample(z, _keys(head, N), None, z_null, some)
         assert torch.allclose(x[::2], mixed[::2], rtol=1e-4, atol=1e-4), f"{name}: guidance 1 must be no guidance"
-        whole = head.sample(z, _noise(N), None, z_null, every)
+        whole = head.sample(z, _keys(head, N), None, z_null, every)
         assert torch.allclose(mixed[1::2], whole[1::2], rtol=1e-4, atol=1e-4), (
             f"{name}: a row's guidance must not depend on the scales of other rows"
         )
         _refuses(
-            lambda: head.sample(z, _noise(N), None, None, every), f"{name}: guidance without z_null must be refused"
+            lambda: head.sample(z, _keys(head, N), None, None, every),
+            f"{name}: guidance without z_null must be refused",
         )
     if head.has_density:
         density = head.log_prob(z, x)
@@ -148,18 +190,23 @@ def _sampling(head: Head) -> None:
 
 
 def _says_what_it_cannot(head: Head) -> None:
-    name, z = type(head).__name__, torch.randn(2, Z)
-    _refuses(lambda: head.sample(z, _noise(2), temperature=-1.0), f"{name}: a negative temperature must be refused")
+    name, z = type(head).__name__, _z(head, 2)
+    _refuses(
+        lambda: head.sample(z, _keys(head, 2), temperature=-1.0), f"{name}: a negative temperature must be refused"
+    )
     early = f"{name}.check_options must refuse a negative temperature, before any work; call super().check_options"
     _refuses(lambda: head.check_options(head.options(), -1.0), early)
     _refuses(lambda: head.options(no_such_option=1), f"{name}.options must refuse an option that it does not have")
     if not head.guides:
         guidance = Guidance.of(2.0, 2, z.device)
         _refuses(
-            lambda: head.sample(z, _noise(2), None, z, guidance), f"{name}.guides is False: it must refuse guidance"
+            lambda: head.sample(z, _keys(head, 2), None, z, guidance),
+            f"{name}.guides is False: it must refuse guidance",
         )
     if not head.tempers:
-        _refuses(lambda: head.sample(z, _noise(2), temperature=0.5), f"{name}.tempers is False: it must refuse 0.5")
+        _refuses(
+            lambda: head.sample(z, _keys(head, 2), temperature=0.5), f"{name}.tempers is False: it must refuse 0.5"
+        )
     if not head.has_density:
         _refuses(lambda: head.log_prob(z, _targets(head, 2)), f"{name}.has_density is False: it must say so")
 
@@ -173,10 +220,9 @@ def known_density(z: Tensor, keys: Keys, dim: int) -> Tensor:
 def _trained(head: Head, steps: int, rate: float, target: Callable[[Tensor, Keys], Tensor]) -> None:
     """Train the head on `target`. The learning rate falls to 0, so that the last steps do not decide the outcome."""
     name, N = type(head).__name__, 128
-    head.bind(Z)
     optimiser = torch.optim.Adam(head.parameters(), lr=rate)
     for step in range(steps):
-        keys = Keys.of(step).fold(torch.arange(N))
+        keys = Keys.of(step).fold(torch.arange(N)).to(_on(head))
         z = keys.fold("z").normal(Z)
         loss = head.loss(z, target(z, keys), keys)
         optimiser.param_groups[0]["lr"] = rate * (1 - step / steps)
@@ -187,11 +233,13 @@ def _trained(head: Head, steps: int, rate: float, target: Callable[[Tensor, Keys
     assert touched, f"{name}: no parameter receives a gradient"
 
 
-def _learns(head: Head, steps: int) -> None:
+def _learns(head: Head, steps: int, device: torch.device) -> None:
     """After training on `known_density`, samples have its mean, its spread, and both its modes."""
     name = type(head).__name__
+    head.bind(Z)
+    head.to(device)
     _trained(head, steps, 3e-3, lambda z, keys: known_density(z, keys, head.output))
-    keys = Keys.of(10**6).fold(torch.arange(500))
+    keys = Keys.of(10**6).fold(torch.arange(500)).to(_on(head))
     z = keys.fold("z").normal(Z)
     x = head.sample(z, keys) - z[:, :1]  # (N, D), of modes at -1 and 1
     mean, std = x.mean(dim=0), x.std(dim=0)
@@ -205,7 +253,7 @@ def _learns(head: Head, steps: int) -> None:
     )
 
 
-def _learns_codes(head: Head, steps: int) -> None:
+def _learns_codes(head: Head, steps: int, device: torch.device) -> None:
     """After training, codes come with the odds that z says: p(code | z) is a softmax of the first numbers of z."""
     name, V = type(head).__name__, head.output
 
@@ -215,8 +263,10 @@ def _learns_codes(head: Head, steps: int) -> None:
     def codes(z: Tensor, keys: Keys) -> Tensor:
         return (keys.fold("true").uniform()[:, None] > odds(z).cumsum(dim=1)[:, :-1]).sum(dim=1)  # (N,)
 
+    head.bind(Z)
+    head.to(device)
     _trained(head, steps, 3e-2, codes)
-    keys = Keys.of(10**6).fold(torch.arange(2000))
+    keys = Keys.of(10**6).fold(torch.arange(2000)).to(_on(head))
     z = keys.fold("z").normal(Z)
     drawn = torch.nn.functional.one_hot(head.sample(z, keys), V).float()  # (N, V)
     for code in range(V):

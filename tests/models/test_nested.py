@@ -8,21 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise
-from seriatim.heads.build import HEADS, build_head
-from seriatim.sampling.loops import steps_of
+from helpers import drawn, fast, many, naive, randomise
 from torch import Tensor
 
 from seriatim.checkpoints.arinar import BLOCK
 from seriatim.core.errors import ConfigError, UsageError
-from seriatim.core.random import Noise
-from seriatim.models.build import build_model, model_config, seeded
+from seriatim.core.keys import Keys
+from seriatim.heads.base import Guidance
+from seriatim.models.build import build_head, build_model, model_config, seeded
 from seriatim.models.masked_model import MaskedModel
 from seriatim.models.nested import FEATURE_SCHEDULES, Nested, scheduled
-from seriatim.models.splits import build_split
+from seriatim.models.registry import HEADS
 from seriatim.nn.packed import packs, prepare
-from seriatim.nn.patch import patchify
-from seriatim.sampling.parallel import masked_steps
 from seriatim.testing import check_head
 
 PLAIN = {"kind": "causal", "width": 32, "depth": 1, "heads": 4}
@@ -34,7 +31,9 @@ C = 6
 
 def nested(dim: int = 4, **changes: Any) -> Nested:
     with seeded(0):
-        head = Nested(dim, **{"split": FEATURES, "backbone": ARINAR, "head": LEAF, **changes}, z_dim=C)
+        config = {"kind": "nested", "split": FEATURES, "backbone": ARINAR, "head": LEAF, **changes}
+        head = build_head(config, dim=dim, vocab=None, z_dim=C, where="head")
+    assert isinstance(head, Nested)
     randomise(head, scale=0.1)
     return head
 
@@ -44,8 +43,13 @@ def vectors(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, C, generator=g), torch.randn(rows, C, generator=g)
 
 
-def noise(rows: int) -> Noise:
-    return Noise.per_image(range(rows))
+def keys(rows: int) -> Keys:
+    return Keys.of_seeds(range(rows))
+
+
+def made(dim: int, **config: Any) -> Any:
+    """As `check_head` makes a head: from plain data."""
+    return build_head({"kind": "nested", **config}, dim=dim, vocab=None, z_dim=C)
 
 
 # --- the contract -------------------------------------------------------------------------------------------------
@@ -66,11 +70,11 @@ def noise(rows: int) -> Noise:
     ids=["mixture", "rgb", "diffusion", "nested"],
 )
 def test_it_is_a_head(parts: dict[str, Any]) -> None:
-    check_head(Nested, **{"split": FEATURES, **parts}, learn=False)
+    check_head(made, **{"split": FEATURES, **parts}, learn=False)
 
 
 def test_it_learns_a_known_density() -> None:
-    check_head(Nested, split=FEATURES, backbone=ARINAR, head=LEAF, steps=200)
+    check_head(made, split=FEATURES, backbone=ARINAR, head=LEAF)
 
 
 # --- the density --------------------------------------------------------------------------------------------------
@@ -81,12 +85,13 @@ def test_log_prob_is_that_of_the_parts() -> None:
     """Each factor by the leaf itself, from the z that the naive sampler would give it."""
     head = nested()
     z, _ = vectors(5)
-    x = torch.randn(5, 4)
-    following, total = head._anew(z), torch.zeros(5)
+    x, parts, total = torch.randn(5, 4), torch.zeros(5, 4, 1), torch.zeros(5)
     for i in range(4):
-        total += head.head.log_prob(following([x[:, j : j + 1] for j in range(i)]), x[:, i : i + 1])
+        inner = head.model.backbone.sequence(head.condition(z, None), parts)[:, i]
+        total += head.model.head.log_prob(inner, x[:, i : i + 1])
+        parts[:, i] = x[:, i : i + 1]
     assert torch.allclose(head.log_prob(z, x), total, atol=1e-5)
-    loss = head.loss(z, x, noise(5))
+    loss = head.loss(z, x, keys(5))
     assert torch.allclose(loss.sum, -total, atol=1e-5) and torch.equal(loss.count, torch.ones(5))
 
 
@@ -116,10 +121,11 @@ def test_entropy_of_parts() -> None:
     """One Gaussian for each part: -log p of what was drawn is its entropy, in the mean."""
     head = nested(2, head={"kind": "mixture", "components": 1, "depth": 0})
     z = vectors(1)[0].expand(4000, -1)
-    x = head.sample(z, Noise.shared(0, 4000))
+    x = head.sample(z, many(0, 4000))
     surprise = -head.log_prob_of_parts(z, x).mean(dim=0)
-    leaf: Any = head.head
-    entropy = leaf.mixture(head._anew(z[:1])([])).entropy()[0]
+    leaf: Any = head.model.head
+    inner = head.model.backbone.sequence(head.condition(z[:1], None), torch.zeros(1, 2, 1))[:, 0]
+    entropy = leaf.mixture(inner).entropy()[0]
     assert abs(float(surprise[0] - entropy)) < 0.05
 
 
@@ -135,8 +141,10 @@ def test_fast_is_naive(schedule: str, guidance: float, split: dict[str, Any]) ->
     options: dict[str, Any] = {"feature_schedule": schedule}
     if guidance != 1:
         options["guidance_mode"] = "resample"
-    fast, naive = (head.sample(z, noise(6), z_null, guidance, 0.9, naive=naive, **options) for naive in (False, True))
-    assert torch.allclose(fast, naive, atol=1e-4)
+    plan, w = head.plan(head.options(**options)), Guidance.of(guidance, 6, "cpu")
+    null = None if w is None else z_null
+    once, anew = (sampler(z, keys(6), plan, null, w, 0.9) for sampler in (head.sample, head.sample_naive))
+    assert torch.allclose(once, anew, atol=1e-4)
 
 
 def test_guidance_of_each_row_and_the_schedule() -> None:
@@ -144,18 +152,18 @@ def test_guidance_of_each_row_and_the_schedule() -> None:
     head = nested()
     z, z_null = vectors(4)
     scale = torch.tensor([1.0, 2.0, 1.0, 3.0])
-    mixed, free = head.sample(z, noise(4), z_null, scale), head.sample(z, noise(4))
+    mixed, free = drawn(head, z, keys(4), z_null, scale), head.sample(z, keys(4))
     assert torch.allclose(mixed[::2], free[::2], atol=1e-5)
     assert not torch.allclose(mixed[1::2], free[1::2], atol=1e-2)
     asked: list[Tensor] = []
-    inner = head.head.sample
+    inner = head.model.head.sample
 
-    def watched(z: Tensor, noise: Noise, null: Tensor, w: Tensor, *more: Any, **options: Any) -> Tensor:
-        asked.append(w)
-        return inner(z, noise, null, w, *more, **options)
+    def watched(z: Tensor, keys: Keys, plan: Any, null: Any, guidance: Guidance | None, *more: Any) -> Tensor:
+        asked.append(torch.ones(4) if guidance is None else guidance.host)
+        return inner(z, keys, plan, null, guidance, *more)
 
-    head.head.sample = watched  # type: ignore[method-assign, assignment]
-    head.sample(z, noise(4), z_null, scale, feature_schedule="cosine")
+    head.model.head.sample = watched  # type: ignore[method-assign, assignment]
+    drawn(head, z, keys(4), z_null, scale, feature_schedule="cosine")
     assert all(torch.equal(w[::2], torch.ones(2)) for w in asked) and torch.equal(asked[-1], torch.ones(4))
     assert (asked[0][1::2] > asked[1][1::2]).all()
 
@@ -163,15 +171,12 @@ def test_guidance_of_each_row_and_the_schedule() -> None:
 def test_a_cold_token_is_the_likeliest_path() -> None:
     head = nested(head={"kind": "mixture", "components": 1, "depth": 0})
     z = vectors(3)[0]
-    assert torch.allclose(
-        head.sample(z, noise(3), temperature=0.0), head.sample(z, Noise.shared(5, 3), temperature=0.0)
-    )
+    assert torch.allclose(drawn(head, z, keys(3), temperature=0.0), drawn(head, z, many(5, 3), temperature=0.0))
 
 
 @pytest.mark.parametrize("kind", FEATURE_SCHEDULES)
 def test_schedules_over_features(kind: str) -> None:
-    assert all(scheduled(kind, 1.0, i, 16) == 1.0 for i in range(1, 17))
-    values = [scheduled(kind, 3.0, i, 16) for i in range(1, 17)]
+    values = [1 + scheduled(kind, i, 16) * (3.0 - 1) for i in range(1, 17)]
     assert values[-1] == {"constant": 3.0, "linear": 4.0, "cosine": 1.0}[kind]
     steps = [b - a for a, b in pairwise(values)]
     assert all(math.copysign(1, s) == {"linear": 1, "cosine": -1}.get(kind, 1) for s in steps)
@@ -182,9 +187,9 @@ def test_packed_for_sampling() -> None:
         pytest.skip("no packed products in this build")
     head = nested(backbone={**ARINAR, "width": 64})
     z, z_null = vectors(5)
-    before = head.sample(z, noise(5), z_null, 2.0)
+    before = drawn(head, z, keys(5), z_null, 2.0)
     prepare(head)
-    assert torch.allclose(head.sample(z, noise(5), z_null, 2.0), before, atol=1e-4)
+    assert torch.allclose(drawn(head, z, keys(5), z_null, 2.0), before, atol=1e-4)
 
 
 def test_in_a_model_fast_loop_is_the_specification() -> None:
@@ -197,29 +202,13 @@ def test_in_a_model_fast_loop_is_the_specification() -> None:
     assert isinstance(model, MaskedModel)
     complete = model_config(model)
     assert model_config(build_model(complete)) == complete
-    model.loss(torch.randn(3, 4, 4), torch.tensor([0, 1, 2])).mean.backward()
+    model(torch.randn(3, 4, 4), torch.tensor([0, 1, 2])).mean.backward()
     assert all(p.grad is not None for p in model.head.parameters())
     model.eval()
     labels = torch.tensor([0, 2])
-    naive = model.sample(labels, noise(2), steps=3, guidance_scale=2.0, feature_schedule="linear")
-    *_, last = masked_steps(model, labels, noise(2), steps=3, guidance_scale=2.0, feature_schedule="linear")
-    assert torch.allclose(last.tokens, naive, atol=1e-4)
-
-
-# --- splits -------------------------------------------------------------------------------------------------------
-
-
-def test_splits() -> None:
-    assert build_split(FEATURES, 3) == [[0], [1], [2]]
-    assert build_split({"kind": "features", "group": 2, "order": "reversed"}, 4) == [[2, 3], [0, 1]]
-    assert build_split({"kind": "features", "order": [2, 0, 1]}, 3) == [[2], [0], [1]]
-    images = torch.arange(3)[None, :, None, None].expand(1, 3, 2, 2).float()  # a patch whose pixels tell their colour
-    head = nested(12, split={"kind": "rgb"})
-    parts = head.cut(patchify(images, 2)[0])
-    assert parts.tolist() == [[[0.0] * 4, [1.0] * 4, [2.0] * 4]]
-    x = torch.randn(3, 6)
-    mixed = nested(6, split={"kind": "features", "group": 2, "order": [1, 2, 0]})
-    assert torch.equal(mixed.joined(mixed.cut(x)), x)
+    options: dict[str, Any] = {"steps": 3, "guidance_scale": 2.0, "feature_schedule": "linear"}
+    *_, last = fast(model, labels, keys(2), **options)
+    assert torch.allclose(last.tokens, naive(model, labels, keys(2), **options), atol=1e-4)
 
 
 # --- what does not fit --------------------------------------------------------------------------------------------
@@ -240,13 +229,13 @@ def test_splits() -> None:
         ({"head": {"kind": "mixture", "components": 0}}, r"head\.components: 0 is not allowed; it must be at least 1"),
         ({"head": {**LEAF, "dim": 2}}, r"head\.dim: 2 does not fit"),
         ({"head": {"kind": "categorical"}}, r"head\.kind: 'categorical' draws codes"),
-        ({"backbone": {**ARINAR, "tokens": 8}}, r"backbone\.tokens: 8 does not fit a token of 4 features in 4 parts"),
-        ({"backbone": {**ARINAR, "dim": 2}}, r"backbone\.dim: 2 does not fit a token of 4 features"),
-        ({"backbone": {**ARINAR, "condition_width": 9}}, r"backbone\.condition_width: follows from"),
-        ({"backbone": {**ARINAR, "order": "any"}}, r"backbone\.order: 'any' is not allowed inside a token"),
-        ({"backbone": {**ARINAR, "heads": 5}}, r"backbone\.heads: 5 does not divide the width 32"),
-        ({"backbone": {"kind": "masked", "width": 32}}, r"backbone\.kind: 'masked' can't draw part after part"),
-        ({"backbone": {**ARINAR, "depht": 1}}, r"backbone: unknown key 'backbone\.depht'; did you mean 'depth'"),
+        ({"backbone": {**ARINAR, "tokens": 8}}, r"model\.tokens: 8 does not fit the split of the token \(4\)"),
+        ({"backbone": {**ARINAR, "dim": 2}}, r"model\.dim: 2 does not fit the split of the token \(1\)"),
+        ({"backbone": {**ARINAR, "condition_width": 9}}, r"model\.condition_width: follows from"),
+        ({"backbone": {**ARINAR, "order": "random"}}, r"order: 'random' is not allowed inside a token"),
+        ({"backbone": {**ARINAR, "heads": 5}}, r"model\.heads: 5 does not divide the width 32"),
+        ({"backbone": {"kind": "masked", "width": 32}}, r"backbone: Masked is not sequential"),
+        ({"backbone": {**ARINAR, "depht": 1}}, r"unknown key 'head\.model\.depht'; did you mean 'depth'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -267,17 +256,17 @@ def test_tokens_that_do_not_fit_its_parts(shape: tuple[int, ...]) -> None:
 
 def test_the_path_in_a_config_is_whole() -> None:
     config = {"kind": "nested", "split": FEATURES, "backbone": PLAIN, "head": {"kind": "mixture", "components": 0}}
-    with pytest.raises(ConfigError, match=r"^model\.head\.head\.components: 0 is not allowed"):
-        build_head(config, dim=4, vocab=None)
+    with pytest.raises(ConfigError, match=r"^model\.head\.model\.head\.components: 0 is not allowed"):
+        build_head(config, dim=4, vocab=None, z_dim=C)
     assert HEADS["nested"] is Nested
 
 
 def test_options_are_checked() -> None:
     head, z = nested(), vectors(2)[0]
     with pytest.raises(UsageError, match=r"feature_schedule: 'linaer' is not known; did you mean 'linear'"):
-        head.sample(z, noise(2), feature_schedule="linaer")
-    with pytest.raises(UsageError, match="top_q: the Mixture head inside has no such"):
-        head.sample(z, noise(2), top_q=1)
+        drawn(head, z, keys(2), feature_schedule="linaer")
+    with pytest.raises(UsageError, match="top_q: the Nested head has no such"):
+        drawn(head, z, keys(2), top_q=1)
     with pytest.raises(UsageError, match="has no density"):
         nested(head={"kind": "diffusion", "width": 24, "depth": 1}).log_prob_of_parts(z, torch.zeros(2, 4))
 
@@ -290,9 +279,9 @@ def test_entropies_are_what_draws_are_surprised_by(leaf: dict[str, Any]) -> None
     """The mean over draws of -log p of a part is the mean of its entropy: the same number in two ways."""
     head = nested(3, head=leaf, split={**FEATURES, "order": [2, 0, 1]})
     z = vectors(1)[0].expand(20_000, -1)
-    drawn = head.sample(z, Noise.shared(0, len(z)))
-    surprise = -head.log_prob_of_parts(z, drawn)  # (N, T), as drawn
-    entropy = head.entropy(z, drawn)[:, [2, 0, 1]]  # (N, D) by feature
+    tokens = head.sample(z, many(0, len(z)))
+    surprise = -head.log_prob_of_parts(z, tokens)  # (N, T), as drawn
+    entropy = head.entropy(z, tokens)[:, [2, 0, 1]]  # (N, D) by feature
     error = (surprise - entropy).std(dim=0) / math.sqrt(len(z))
     assert (((surprise - entropy).mean(dim=0).abs()) < 5 * error + 1e-3).all()
     assert float(entropy[:, 0].std()) < 1e-5, "the first part is drawn from z alone"
@@ -318,18 +307,18 @@ def test_a_stream_tells_the_entropy_of_what_each_step_drew(kind: str) -> None:
     model.eval()
     before, seen = torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 4, dtype=torch.long)
     told = torch.zeros(2, 4, 3)
-    for step in steps_of(model, torch.tensor([0, 1]), noise(2), steps=4, guidance_scale=2.0):
+    for step in fast(model, torch.tensor([0, 1]), keys(2), steps=4, guidance_scale=2.0):
         entropy = step.entropy()  # (B, L, D)
         assert torch.equal(entropy.isfinite().all(dim=-1), step.known & ~before)
         assert torch.equal(entropy.isfinite().any(dim=-1), step.known & ~before)
-        drawn = step.known & ~before
-        state = model.backbone.start(model.condition(torch.tensor([0, 1]), 2), 2)
-        if kind == "masked" and drawn.any():
-            z = model.backbone.z(state, step.tokens, before, drawn)
-            assert torch.allclose(entropy[drawn], model.head.entropy(z, step.tokens[drawn]), atol=1e-4)
+        new = step.known & ~before
+        condition = model.condition(torch.tensor([0, 1]), 2)
+        if kind == "masked" and new.any():
+            z = model.backbone.z(condition, step.tokens, before, new)
+            assert torch.allclose(entropy[new], model.head.entropy(z, step.tokens[new]), atol=1e-4)
         if kind == "causal":
-            told = torch.where(drawn[..., None], entropy, told)
-        before, seen = step.known, seen + drawn
+            told = torch.where(new[..., None], entropy, told)
+        before, seen = step.known, seen + new
     assert (seen == 1).all()
     if kind == "causal":  # all tokens in one pass, from the definition
         backbone: Any = model.backbone

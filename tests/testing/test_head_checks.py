@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from seriatim.core.random import Noise
-from seriatim.heads.base import Head, HeadLoss
+from seriatim.core.keys import Keys
+from seriatim.heads.base import Guidance, Head, HeadLoss, column
 from seriatim.testing import check_head
 
 
@@ -31,7 +31,7 @@ class Gaussian(Head):
         super().bind(z_dim)
 
     @override
-    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
+    def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         error = -self.density(z).log_prob(target).sum(dim=1)
         return HeadLoss(error, torch.ones_like(error))
 
@@ -42,17 +42,17 @@ class Gaussian(Head):
     def sample(
         self,
         z: Tensor,
-        noise: Noise,
+        keys: Keys,
+        plan: Any = None,
         z_null: Tensor | None = None,
-        guidance: Any = 1.0,
-        temperature: float = 1.0,
-        **_: Any,
+        guidance: Guidance | None = None,
+        temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        scale = self.check_sampling(z, z_null, guidance, temperature)
+        self.check_sampling(z_null, guidance, temperature)
         mean = self.mean(z)
-        if scale is not None and z_null is not None:
-            mean = self.mean(z_null) + scale * (mean - self.mean(z_null))
-        return mean + temperature * self.log_std.exp() * noise.normal(self.output)
+        if guidance is not None and z_null is not None:
+            mean = self.mean(z_null) + guidance.column * (mean - self.mean(z_null))
+        return mean + column(temperature) * self.log_std.exp() * keys.normal(self.output)
 
 
 def test_a_sound_head_passes() -> None:
@@ -65,25 +65,25 @@ def test_a_head_that_cannot_represent_the_density_is_caught() -> None:
 
 
 class WrongShape(Gaussian):
-    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
-        loss = super().loss(z, target, noise)
+    def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
+        loss = super().loss(z, target, keys)
         return HeadLoss(loss.sum.mean(), loss.count)
 
 
 class LooksAtOthers(Gaussian):
-    def loss(self, z: Tensor, target: Tensor, noise: Noise) -> HeadLoss:
-        return super().loss(z - z.mean(dim=0), target, noise)
+    def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
+        return super().loss(z - z.mean(dim=0), target, keys)
 
 
 class GlobalRandom(Gaussian):
-    def sample(self, z: Tensor, noise: Noise, *a: Any, **k: Any) -> Tensor:
-        return super().sample(z, noise, *a, **k) + 0 * torch.randn(len(z), 1)
+    def sample(self, z: Tensor, keys: Keys, *a: Any, **k: Any) -> Tensor:
+        return super().sample(z, keys, *a, **k) + 0 * torch.randn(len(z), 1)
 
 
-class IgnoresNoise(Gaussian):
+class IgnoresKeys(Gaussian):
     @torch.no_grad()
     @override
-    def sample(self, z: Tensor, noise: Noise, *a: Any, **k: Any) -> Tensor:
+    def sample(self, z: Tensor, keys: Keys, *a: Any, **k: Any) -> Tensor:
         return self.mean(z)
 
 
@@ -92,8 +92,8 @@ class KeepsState(Gaussian):
         super().__init__(dim)
         self.hidden = torch.rand(1).item() if torch.empty(0).device.type != "meta" else 0.0
 
-    def sample(self, z: Tensor, noise: Noise, *a: Any, **k: Any) -> Tensor:
-        return super().sample(z, noise, *a, **k) + self.hidden
+    def sample(self, z: Tensor, keys: Keys, *a: Any, **k: Any) -> Tensor:
+        return super().sample(z, keys, *a, **k) + self.hidden
 
 
 class WrongConfig(Gaussian):
@@ -103,30 +103,36 @@ class WrongConfig(Gaussian):
 
 
 class IgnoresTemperature(Gaussian):
-    def check_sampling(self, z: Tensor, z_null: Tensor | None, guidance: Any, temperature: float) -> Tensor | None:
-        return super().check_sampling(z, z_null, guidance, abs(temperature))
+    def check_sampling(self, z_null: Tensor | None, guidance: Any, temperature: Any) -> None:
+        super().check_sampling(z_null, guidance, abs(temperature))
 
 
 class GuidesInSilence(Gaussian):
     guides = False
 
     @override
-    def check_sampling(self, z: Tensor, z_null: Tensor | None, guidance: Any, temperature: float) -> Tensor | None:
-        return None
+    def check_sampling(self, z_null: Tensor | None, guidance: Any, temperature: Any) -> None:
+        self.check_temperature(temperature)
 
 
 class ChecksNothingEarly(Gaussian):
-    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
+    def check_options(self, options: Any, temperature: float = 1.0) -> None:
         pass
 
 
-class UnknownOption(Gaussian):
-    sample_options = frozenset({"num_steps"})
+class TakesAnyOption(Gaussian):
+    def options(self, **given: Any) -> Any:
+        return given
 
-    def sample(  # type: ignore[override]
-        self, z: Tensor, noise: Noise, z_null: Tensor | None = None, guidance: Any = 1.0, temperature: float = 1.0
-    ) -> Tensor:
-        return super().sample(z, noise, z_null, guidance, temperature)
+
+class KeepsWeights(Gaussian):
+    """Remembers the mean of the z that it saw first, as a cache would."""
+
+    @torch.no_grad()
+    def sample(self, z: Tensor, keys: Keys, *a: Any, **k: Any) -> Tensor:
+        if not hasattr(self, "kept"):
+            self.kept = self.log_std.detach().clone()
+        return super().sample(z, keys, *a, **k) + self.kept - self.log_std
 
 
 @pytest.mark.parametrize(
@@ -135,12 +141,13 @@ class UnknownOption(Gaussian):
         (WrongShape, "has shape"),
         (LooksAtOthers, "depends on the other tokens"),
         (GlobalRandom, "global generator"),
-        (IgnoresNoise, "ignores its noise"),
+        (IgnoresKeys, "ignores its keys"),
         (KeepsState, "keeps state outside"),
         (WrongConfig, "constructor's arguments"),
         (IgnoresTemperature, "negative temperature"),
         (ChecksNothingEarly, "check_options must refuse"),
-        (UnknownOption, "names num_steps, which is no argument"),
+        (TakesAnyOption, "must refuse an option"),
+        (KeepsWeights, "keeps something of earlier weights"),
         (GuidesInSilence, "must refuse|negative temperature"),
     ],
 )

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import fast, many, naive
 
 from seriatim.core.errors import ConfigError, UsageError
-from seriatim.core.random import Noise
-from seriatim.models.base import Model
+from seriatim.core.keys import Keys
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, model_config, seeded
-from seriatim.models.masked_model import surest
-from seriatim.sampling.parallel import masked_steps
+from seriatim.sampling.parallel import surest
 
 L, V = 9, 12
 CONFIG: dict[str, Any] = {
@@ -21,7 +21,7 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def make(**changes: Any) -> Model:
+def make(**changes: Any) -> SequenceModel:
     with seeded(0):
         model = build_model({**CONFIG, **changes})
         torch.nn.init.normal_(model.head.logits.weight, std=0.5)  # type: ignore[union-attr, arg-type]
@@ -41,10 +41,10 @@ def test_it_learns_codes() -> None:
         model = build_model(CONFIG).train()
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(150):
-        noise = Noise.shared(step, 32)
-        labels = noise.integers(2)
-        tokens = (labels * 4 + noise.integers(3))[:, None].expand(-1, L).contiguous()  # 0..2 or 4..6
-        loss = model.loss(tokens, labels, noise)
+        keys = many(step, 32)
+        labels = keys.fold("label").integers(2)
+        tokens = (labels * 4 + keys.fold("code").integers(3))[:, None].expand(-1, L).contiguous()  # 0..2 or 4..6
+        loss = model(tokens, labels, keys)
         optimiser.zero_grad()
         loss.mean.backward()
         optimiser.step()
@@ -52,7 +52,7 @@ def test_it_learns_codes() -> None:
     labels = torch.arange(40) % 2
     cases: list[dict[str, Any]] = [{}, {"order": "confidence", "steps": 3}, {"guidance_scale": 2.0}]
     for settings in cases:
-        drawn = model.sample(labels, Noise.per_image(range(40)), **{"steps": 9, **settings})
+        drawn = naive(model, labels, Keys.of_seeds(range(40)), **{"steps": 9, **settings})
         assert drawn.shape == (40, L) and drawn.dtype == torch.long
         assert bool((drawn // 4 == labels[:, None]).float().mean() > 0.95), settings
         assert bool((drawn == drawn.mode(dim=1, keepdim=True).values).float().mean() > 0.85), settings
@@ -76,21 +76,21 @@ def test_the_fast_loop_is_the_naive_sampler(settings: dict[str, Any], begun: boo
     if begun:  # each image knows another number of tokens
         known = torch.arange(L) < torch.tensor([0, 3, 8])[:, None]
         start = {"tokens": torch.arange(3 * L).view(3, L) % V, "known": known}
-    naive = model.sample(labels, Noise.per_image([1, 2, 3]), **start, **settings)
-    steps = list(masked_steps(model, labels, Noise.per_image([1, 2, 3]), **start, **settings))  # type: ignore[arg-type]
-    assert torch.equal(steps[-1].tokens, naive) and bool(steps[-1].known.all())
+    specified = naive(model, labels, Keys.of_seeds([1, 2, 3]), **start, **settings)
+    steps = list(fast(model, labels, Keys.of_seeds([1, 2, 3]), **start, **settings))
+    assert torch.equal(steps[-1].tokens, specified) and bool(steps[-1].known.all())
     if begun:
-        assert torch.equal(naive[known], start["tokens"][known])
+        assert torch.equal(specified[known], start["tokens"][known])
     for i in range(3):  # the same alone
         one = slice(i, i + 1)
-        alone = model.sample(labels[one], Noise.per_image([i + 1]), **{k: v[one] for k, v in start.items()}, **settings)
-        assert torch.equal(alone, naive[one])
+        alone = naive(model, labels[one], Keys.of_seeds([i + 1]), **{k: v[one] for k, v in start.items()}, **settings)
+        assert torch.equal(alone, specified[one])
 
 
 def test_confidence_knows_as_many_a_step_as_any_other_order() -> None:
     model = make()
     counts = [
-        [int(step.known.sum()) for step in masked_steps(model, None, Noise.per_image([1]), steps=4, order=order)]  # type: ignore[arg-type]
+        [int(step.known.sum()) for step in fast(model, None, Keys.of_seeds([1]), steps=4, order=order)]
         for order in (None, "confidence")
     ]
     assert counts[0] == counts[1]
@@ -99,11 +99,15 @@ def test_confidence_knows_as_many_a_step_as_any_other_order() -> None:
 def test_the_surest_stay() -> None:
     rows = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     sure = torch.tensor([-3.0, -1.0, -2.0, -5.0, -4.0, -4.5, -9.0])
-    keep = surest(sure, rows, Noise.per_image([1, 2]).select(rows), [2, 1], 0.0)
+    keep = surest(sure, rows, Keys.of_seeds([1, 2]).select(rows).fold(torch.arange(7)).uniform(), [2, 1], 0.0)
     assert keep.tolist() == [False, True, False, True, True, True, False]
-    hot = [surest(sure, rows, Noise.per_image([i, i + 50]).select(rows), [2, 1], 100.0).tolist() for i in range(40)]
-    assert len({tuple(k) for k in hot}) > 3, "noise lets others through"
-    assert all(sum(k[:3]) == 1 and sum(k[3:]) == 3 for k in hot)
+
+    def hot(i: int) -> list[bool]:
+        u = Keys.of_seeds([i, i + 50]).select(rows).fold(torch.arange(7)).uniform()
+        return surest(sure, rows, u, [2, 1], 100.0).tolist()
+
+    assert len({tuple(k) for k in map(hot, range(40))}) > 3, "noise lets others through"
+    assert all(sum(k[:3]) == 1 and sum(k[3:]) == 3 for k in map(hot, range(40)))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,7 @@ def test_the_surest_stay() -> None:
 )
 def test_codes_are_checked(tokens: torch.Tensor, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        make().loss(tokens, None)
+        make()(tokens, None)
 
 
 def test_what_does_not_fit_is_refused_at_configuration() -> None:
@@ -133,4 +137,4 @@ def test_confidence_is_for_codes() -> None:
     features = {**{k: v for k, v in CONFIG.items() if k != "vocab"}, "dim": 4}
     model = build_model({**features, "head": {"kind": "diffusion", "width": 8, "depth": 1}})
     with pytest.raises(UsageError, match="order: 'confidence' needs a head of codes; Diffusion draws features"):
-        model.sample(None, Noise.per_image([1]), order="confidence")
+        naive(model, None, Keys.of_seeds([1]), order="confidence")

@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from seriatim.models.captions import Captions
-from seriatim.sampling.loops import steps_of
+from helpers import fast, many, naive
 from torch import Tensor
 from torch.nn import functional as F
 
+from seriatim.conditions.captions import Captions
 from seriatim.core.errors import ConfigError, UsageError
+from seriatim.core.keys import Keys
 from seriatim.core.orders import ORDERS
-from seriatim.core.random import Noise
+from seriatim.heads.base import Guidance
 from seriatim.models.build import build_model, model_config, parameter_count, seeded
 from seriatim.models.causal_model import CausalModel
-from seriatim.sampling.sequential import causal_steps
 
 L, V, D = 9, 12, 3
 CODES: dict[str, Any] = {
@@ -55,7 +55,7 @@ def make(kind: str | dict[str, Any], **options: Any) -> CausalModel:
 
 
 def labels_for(model: CausalModel, images: int = 3) -> Tensor | Captions:
-    if model.captions is None:
+    if model.classes:
         return torch.arange(images) % 4 - 1
     features = torch.randn(images, 4, 6, generator=torch.Generator().manual_seed(4))
     valid = torch.arange(4) >= torch.tensor([0, 2, 3])[:images, None]
@@ -79,14 +79,14 @@ def tokens_for(model: CausalModel, images: int = 3, seed: int = 0) -> Tensor:
 def test_the_fast_loop_is_the_naive_sampler(kind: str, settings: dict[str, Any]) -> None:
     model, seeds = make(kind), [1, 2, 3]
     settings = {**settings, **options_for(model)}
-    naive = model.sample(labels_for(model), Noise.per_image(seeds), **settings)
-    steps = list(steps_of(model, labels_for(model), Noise.per_image(seeds), **settings))
+    specified = naive(model, labels_for(model), Keys.of_seeds(seeds), **settings)
+    steps = list(fast(model, labels_for(model), Keys.of_seeds(seeds), **settings))
     assert len(steps) == L and [int(s.known.sum()) for s in steps] == [3 * (i + 1) for i in range(L)]
     if model.head.discrete:
-        assert torch.equal(steps[-1].tokens, naive)
-        assert len(naive.unique()) > 2
+        assert torch.equal(steps[-1].tokens, specified)
+        assert len(specified.unique()) > 2
     else:
-        assert torch.allclose(steps[-1].tokens, naive, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(steps[-1].tokens, specified, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["any-codes", "any-features"])
@@ -100,64 +100,59 @@ def test_from_known_tokens_each_image_goes_on_alone(kind: str, order: str | None
     if order == "each":
         wanted = torch.stack([torch.arange(L).roll(i) for i in range(3)])
     settings: dict[str, Any] = {"guidance_scale": 2.0, "tokens": tokens, "known": known, **options_for(model)}
-    naive = model.sample(labels_for(model), Noise.per_image(seeds), order=wanted, **settings)
-    *_, last = causal_steps(model, labels_for(model), Noise.per_image(seeds), order=wanted, **settings)
-    assert torch.equal(naive[known], tokens[known]) and last.known.all()
-    assert torch.allclose(last.tokens.float(), naive.float(), atol=1e-4, rtol=1e-4)
+    specified = naive(model, labels_for(model), Keys.of_seeds(seeds), order=wanted, **settings)
+    *_, last = fast(model, labels_for(model), Keys.of_seeds(seeds), order=wanted, **settings)
+    assert torch.equal(specified[known], tokens[known]) and last.known.all()
+    assert torch.allclose(last.tokens.float(), specified.float(), atol=1e-4, rtol=1e-4)
     one = {**settings, "tokens": tokens[1:2], "known": known[1:2], "order": wanted}
     one["order"] = wanted[1:2] if order == "each" else wanted
-    alone = model.sample(labels_for(model)[1:2], Noise.per_image([2]), **one)  # type: ignore[index]
-    assert torch.allclose(alone[0].float(), naive[1].float(), atol=1e-4, rtol=1e-4)
+    alone = naive(model, labels_for(model)[1:2], Keys.of_seeds([2]), **one)  # type: ignore[index]
+    assert torch.allclose(alone[0].float(), specified[1].float(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_given_order_is_kept() -> None:
     model = make("any-codes")
     order = torch.tensor(ORDERS["spiral"](3, 3))
-    steps = list(causal_steps(model, labels_for(model), Noise.per_image([1, 2, 3]), order=order))
+    steps = list(fast(model, labels_for(model), Keys.of_seeds([1, 2, 3]), order=order))
     for i, step in enumerate(steps):
         assert step.known[:, order[: i + 1]].all() and int(step.known.sum()) == 3 * (i + 1)
     raster = make("codes")
-    free = raster.sample(labels_for(raster), Noise.per_image([1, 2, 3]))
-    assert torch.equal(free, raster.sample(labels_for(raster), Noise.per_image([1, 2, 3]), order=range(L)))
+    free = naive(raster, labels_for(raster), Keys.of_seeds([1, 2, 3]))
+    assert torch.equal(free, naive(raster, labels_for(raster), Keys.of_seeds([1, 2, 3]), order=range(L)))
 
 
 def test_rows_without_a_class_are_dropped_when_no_one_is_guided(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = make("codes"), []
-    advance = model.backbone.advance
+    advance = model.backbone._advance
 
-    def counting(x: Tensor, *arguments: Any) -> Tensor:
+    def counting(state: Any, x: Tensor, *arguments: Any) -> Tensor:
         rows.append(len(x))
-        return advance(x, *arguments)
+        return advance(state, x, *arguments)
 
-    monkeypatch.setattr(model.backbone, "advance", counting)
-    labels, noise = torch.tensor([0, 1]), [1, 2]
-    list(causal_steps(model, labels, Noise.per_image(noise)))
+    monkeypatch.setattr(model.backbone, "_advance", counting)
+    labels, seeds = torch.tensor([0, 1]), [1, 2]
+    list(fast(model, labels, Keys.of_seeds(seeds)))
     assert rows == [2] * L
     rows.clear()
     options: dict[str, Any] = {"guidance_scale": 2.0, "guidance_schedule": "interval", "guidance_interval": (0.0, 0.5)}
-    list(causal_steps(model, labels, Noise.per_image(noise), **options))
+    list(fast(model, labels, Keys.of_seeds(seeds), **options))
     assert rows == [4] * 4 + [2] * 5, "a share of 4 of 9 is the last below 0.5"
 
 
 def test_tokens_that_a_callback_wrote_are_what_follows() -> None:
     model, labels = make("codes"), torch.tensor([0, 1])
     other, replaced = tokens_for(model, 2, seed=9), None
-    for step in causal_steps(model, labels, Noise.per_image([1, 2]), guidance_scale=2.0):
+    for step in fast(model, labels, Keys.of_seeds([1, 2]), guidance_scale=2.0):
         if step.index == 3:
-            step.tokens[:, :4] = other[:, :4]
+            step.replace(torch.where(step.known, other, step.tokens))
         replaced = step.tokens
     assert replaced is not None and torch.equal(replaced[:, :4], other[:, :4])
-    begun = make("codes")
-    state = begun.backbone.start(begun.condition(labels, 2), 2)
-    null = begun.backbone.start(begun.condition(None, 2), 2)
-    noise = Noise.per_image([1, 2])
-    noise.uniform(4)
-    tokens = other.clone()
-    for i in range(L):
-        last = tokens[:, i - 1] if i else None
-        z, z_null = begun.backbone.step(state, last), begun.backbone.step(null, last)
-        if i >= 4:
-            tokens[:, i] = begun.head.sample(z, noise, z_null, 1 + max(1, i + 1) / L if i < L - 1 else 2 - 1 / L)
+    condition, null = model.condition(labels, 2), model.null(2)
+    tokens, keys = other.clone(), Keys.of_seeds([1, 2]).fold("token")
+    for i in range(4, L):
+        z, z_null = (model.backbone.sequence(c, tokens)[:, i] for c in (condition, null))
+        scale = 1 + max(1, i + 1) / L if i < L - 1 else 2 - 1 / L
+        tokens[:, i] = model.head.sample(z, keys.fold(i), None, z_null, Guidance.of(scale, 2, "cpu"))
     assert torch.equal(tokens, replaced)
 
 
@@ -165,9 +160,7 @@ def test_bf16_is_near_float32() -> None:
     model = make("features")
     results = []
     for dtype in (torch.float32, torch.bfloat16):
-        *_, last = causal_steps(
-            model, torch.tensor([0, 1]), Noise.per_image([1, 2]), num_diffusion_steps=6, dtype=dtype
-        )
+        *_, last = fast(model, torch.tensor([0, 1]), Keys.of_seeds([1, 2]), num_diffusion_steps=6, dtype=dtype)
         results.append(last.tokens)
     assert results[1].dtype == torch.float32 and 0 < float((results[0] - results[1]).abs().mean()) < 0.2
 
@@ -178,7 +171,7 @@ def test_bf16_is_near_float32() -> None:
 def test_fresh_it_finds_every_code_as_likely() -> None:
     with seeded(0):
         model = build_model(CODES)
-    loss = model.loss(tokens_for(make("codes")), torch.tensor([0, 1, 2]), Noise.shared(0, 3))
+    loss = model(tokens_for(make("codes")), torch.tensor([0, 1, 2]), many(0, 3))
     assert float(loss.mean.detach()) == pytest.approx(math.log(V), rel=1e-5)
 
 
@@ -188,14 +181,14 @@ def test_the_loss_is_the_cross_entropy_token_by_token(kind: str) -> None:
     model, labels = make(kind), torch.tensor([0, 2, -1])
     tokens, order = tokens_for(model), None
     if kind == "any-codes":
-        order = Noise.shared(5, 3).permutation(L)
+        order = many(5, 3).fold("order").permutation(L)
     total = 0.0
-    state = model.backbone.start(model.condition(labels, 3), 3, order)
+    state = model.backbone.start(model.condition(labels, 3), order)
     index = torch.arange(L).expand(3, -1) if order is None else order
     for i in range(L):
-        z = model.backbone.step(state, tokens.gather(1, index[:, i - 1 : i])[:, 0] if i else None)
+        z = model.backbone.step(state, tokens.gather(1, index[:, i - 1 : i]) if i else None)[:, 0]
         total += float(F.cross_entropy(model.head.logits(z), tokens.gather(1, index[:, i : i + 1])[:, 0]))  # type: ignore[operator]
-    loss = model.loss(tokens, labels, Noise.shared(5, 3)).mean
+    loss = model(tokens, labels, many(5, 3)).mean
     assert float(loss) == pytest.approx(total / L, rel=1e-4)
 
 
@@ -205,7 +198,7 @@ def test_everything_is_trained(kind: str) -> None:
     model.label_dropout = 0.5
     tokens = tokens_for(model)
     for seed in range(4):
-        model.loss(tokens, labels_for(model), Noise.shared(seed, 3)).mean.backward()
+        model(tokens, labels_for(model), many(seed, 3)).mean.backward()
     idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert not idle
 
@@ -213,15 +206,16 @@ def test_everything_is_trained(kind: str) -> None:
 def test_captions_are_dropped_for_guidance() -> None:
     model = make("text").train()
     captions = labels_for(model)
-    model.label_dropout = 1.0
-    dropped = model.drop_labels(captions, Noise.shared(0, 3))
-    assert torch.equal(dropped.features, model.captions.null.expand(3, -1, -1))  # type: ignore[union-attr]
-    assert torch.equal(dropped.valid, captions.valid), "the padding stays"  # type: ignore[union-attr]
-    assert model.eval().drop_labels(captions, Noise.shared(0, 3)) is captions
-    null = dict(model.named_buffers())["captions.null"]
-    assert null.shape == (4, 6) and "captions.null" in model.state_dict()
+    assert isinstance(captions, Captions)
+    dropped = model.conditioner.drop(captions, 1.0, many(0, 3))
+    null = dict(model.named_buffers())["conditioner.no_caption"]
+    assert torch.equal(dropped.features, null.expand(3, -1, -1))
+    assert torch.equal(dropped.valid, captions.valid), "the padding stays"
+    kept = model.conditioner.drop(captions, 0.0, many(0, 3))
+    assert torch.equal(kept.features, captions.features)
+    assert null.shape == (4, 6) and "conditioner.no_caption" in model.state_dict()
     assert parameter_count(model) == sum(p.numel() for p in model.parameters())
-    free = model.sample(None, Noise.per_image([1]))
+    free = naive(model.eval(), None, Keys.of_seeds([1]))
     assert free.shape == (1, L)
 
 
@@ -230,7 +224,7 @@ def test_padding_of_a_caption_says_nothing() -> None:
     assert isinstance(captions, Captions)
     other = captions.features + 5 * ~captions.valid[..., None]
     one, two = (
-        model.loss(tokens_for(model), Captions(features, captions.valid), Noise.shared(0, 3)).mean
+        model(tokens_for(model), Captions(features, captions.valid), many(0, 3)).mean
         for features in (captions.features, other)
     )
     assert torch.equal(one, two)
@@ -243,11 +237,11 @@ def test_it_overfits_one_batch_and_draws_it_back() -> None:
     optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
     for step in range(80):
         optimiser.zero_grad()
-        loss = model.loss(tokens, labels, Noise.shared(step, 3)).mean
+        loss = model(tokens, labels, many(step, 3)).mean
         loss.backward()
         optimiser.step()
     assert float(loss.detach()) < 0.3
-    drawn = model.eval().sample(labels, Noise.per_image([4, 5, 6]), temperature=0.0)
+    drawn = naive(model.eval(), labels, Keys.of_seeds([4, 5, 6]), temperature=0.0)
     assert float((drawn == tokens).float().mean()) > 0.9
 
 
@@ -265,8 +259,8 @@ def test_config_round_trip(kind: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"kind": "masked", "backbone": "causal"}, "model.backbone: Causal sees only what comes before"),
-        ({"backbone": "masked"}, "model.backbone: Masked sees all that is known at once"),
+        ({"kind": "masked", "backbone": "causal"}, "model.backbone: Causal is not parallel"),
+        ({"backbone": "masked"}, "model.backbone: Masked is not sequential"),
         ({"order": "rastr"}, "model.order: input should be 'raster' or 'random' (got 'rastr')"),
         ({"order": "any"}, "model.order: input should be 'raster' or 'random' (got 'any')"),
         ({"caption_tokens": 4}, "caption_tokens: 4 given without caption_dim"),
@@ -301,10 +295,9 @@ def test_an_order_needs_its_backbone() -> None:
 def test_what_it_cannot_draw_is_refused(settings: dict[str, Any], words: str) -> None:
     model = make("codes")
     with pytest.raises(UsageError, match=words):
-        list(causal_steps(model, torch.tensor([0]), Noise.per_image([1]), **settings))
-    if not settings.keys() & {"token_schedule", "min_tokens"}:
-        with pytest.raises(UsageError, match=words):
-            model.sample(torch.tensor([0]), Noise.per_image([1]), **settings)
+        list(fast(model, torch.tensor([0]), Keys.of_seeds([1]), **settings))
+    with pytest.raises(UsageError, match=words):
+        naive(model, torch.tensor([0]), Keys.of_seeds([1]), **settings)
 
 
 @pytest.mark.parametrize(
@@ -318,12 +311,12 @@ def test_what_it_cannot_draw_is_refused(settings: dict[str, Any], words: str) ->
 def test_captions_that_do_not_fit_are_refused(change: dict[str, Any], words: str) -> None:
     right = {"features": torch.zeros(1, 4, 6), "valid": torch.ones(1, 4, dtype=torch.bool)}
     with pytest.raises(UsageError, match=words):
-        make("text").sample(Captions(**{**right, **change}), Noise.per_image([1]))
+        naive(make("text"), Captions(**{**right, **change}), Keys.of_seeds([1]))
 
 
 def test_labels_and_captions_are_not_mistaken_for_each_other() -> None:
     captions = Captions(torch.zeros(1, 4, 6), torch.ones(1, 4, dtype=torch.bool))
-    with pytest.raises(UsageError, match="model without text"):
-        make("codes").sample(captions, Noise.per_image([1]))
+    with pytest.raises(UsageError, match="labels: shape"):
+        naive(make("codes"), captions, Keys.of_seeds([1]))
     with pytest.raises(UsageError, match="this model takes Captions"):
-        make("text").sample(torch.tensor([1]), Noise.per_image([1]))
+        naive(make("text"), torch.tensor([1]), Keys.of_seeds([1]))

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_masked
+from helpers import fast, make_masked, naive
 
 from seriatim.core.errors import NumericsError, UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.core.schedules import tokens_per_step
 from seriatim.heads.solvers import SOLVERS
-from seriatim.sampling.parallel import FirstStep, masked_steps
+from seriatim.models.build import build_head, build_model
+from seriatim.models.masked_model import MaskedModel
 
 SETTINGS: list[dict[str, Any]] = [
     {"steps": 5},
@@ -28,9 +29,9 @@ SETTINGS: list[dict[str, Any]] = [
 def test_the_fast_loop_is_the_naive_sampler(settings: dict[str, Any], classes: int) -> None:
     model = make_masked(classes=classes)
     labels = torch.tensor([0, 2, -1]) if classes else None
-    naive = model.sample(labels, Noise.per_image([1, 2, 3]), num_diffusion_steps=6, **settings)
-    *_, last = masked_steps(model, labels, Noise.per_image([1, 2, 3]), num_diffusion_steps=6, **settings)
-    assert torch.allclose(last.tokens, naive, atol=1e-4, rtol=1e-4)
+    specified = naive(model, labels, Keys.of_seeds([1, 2, 3]), num_diffusion_steps=6, **settings)
+    *_, last = fast(model, labels, Keys.of_seeds([1, 2, 3]), num_diffusion_steps=6, **settings)
+    assert torch.allclose(last.tokens, specified, atol=1e-4, rtol=1e-4)
     assert last.known.all()
 
 
@@ -40,9 +41,9 @@ def test_the_fast_loop_anneals_and_solves_as_the_naive_sampler(solver: str) -> N
     labels = torch.tensor([0, 2, -1])
     options: dict[str, Any] = {"steps": 6, "guidance_scale": 2.0, "solver": solver}
     options |= {"num_diffusion_steps": 12, "num_diffusion_steps_last": 3}
-    naive = model.sample(labels, Noise.per_image([1, 2, 3]), **options)
-    *_, last = masked_steps(model, labels, Noise.per_image([1, 2, 3]), **options)
-    assert torch.allclose(last.tokens, naive, atol=1e-4, rtol=1e-4)
+    specified = naive(model, labels, Keys.of_seeds([1, 2, 3]), **options)
+    *_, last = fast(model, labels, Keys.of_seeds([1, 2, 3]), **options)
+    assert torch.allclose(last.tokens, specified, atol=1e-4, rtol=1e-4)
 
 
 def test_annealing_follows_what_each_image_of_a_batch_knows() -> None:
@@ -51,13 +52,13 @@ def test_annealing_follows_what_each_image_of_a_batch_knows() -> None:
     tokens = torch.randn(3, 16, 4)
     options: dict[str, Any] = {"steps": 4, "num_diffusion_steps": 12, "num_diffusion_steps_last": 3}
     options |= {"solver": "dpm++", "guidance_scale": 2.0}
-    *_, together = masked_steps(model, labels, Noise.per_image(seeds), tokens=tokens, known=known, **options)
-    naive = model.sample(labels, Noise.per_image(seeds), tokens=tokens, known=known, **options)
-    assert torch.allclose(together.tokens, naive, atol=1e-4, rtol=1e-4)
+    *_, together = fast(model, labels, Keys.of_seeds(seeds), tokens=tokens, known=known, **options)
+    specified = naive(model, labels, Keys.of_seeds(seeds), tokens=tokens, known=known, **options)
+    assert torch.allclose(together.tokens, specified, atol=1e-4, rtol=1e-4)
     for i in range(3):
         one = slice(i, i + 1)
         begin: dict[str, Any] = {"tokens": tokens[one], "known": known[one]}
-        *_, alone = masked_steps(model, labels[one], Noise.per_image(seeds[one]), **begin, **options)
+        *_, alone = fast(model, labels[one], Keys.of_seeds(seeds[one]), **begin, **options)
         assert torch.allclose(together.tokens[one], alone.tokens, atol=1e-4), i
 
 
@@ -65,38 +66,41 @@ def test_steps_inside_the_head_fall_with_the_known_share(monkeypatch: pytest.Mon
     model, asked = make_masked(), []
     sample = model.head.sample
 
-    def counting(*arguments: Any, num_diffusion_steps: int, **options: Any) -> torch.Tensor:
-        asked.append(num_diffusion_steps)
-        return sample(*arguments, num_diffusion_steps=num_diffusion_steps, **options)
+    def counting(z: torch.Tensor, keys: Keys, plan: Any, *arguments: Any) -> torch.Tensor:
+        asked.append(plan.options.num_diffusion_steps)
+        return sample(z, keys, plan, *arguments)
 
     monkeypatch.setattr(model.head, "sample", counting)
     options: dict[str, Any] = {"steps": 16, "num_diffusion_steps": 16, "token_schedule": "linear"}
-    list(masked_steps(model, torch.tensor([0]), Noise.per_image([1]), num_diffusion_steps_last=4, **options))
+    list(fast(model, torch.tensor([0]), Keys.of_seeds([1]), num_diffusion_steps_last=4, **options))
     assert asked == [round(16 - 12 * known / 16) for known in range(16)], "a token a step: none known, one known, ..."
     asked.clear()
-    list(masked_steps(model, torch.tensor([0]), Noise.per_image([1]), **options))
+    list(fast(model, torch.tensor([0]), Keys.of_seeds([1]), **options))
     assert set(asked) == {16}
-    with pytest.raises(UsageError, match="num_diffusion_steps_last: needs num_diffusion_steps"):
-        model.sample(torch.tensor([0]), Noise.per_image([1]), steps=2, num_diffusion_steps_last=4)
+    model.head = build_head({"kind": "mixture", "width": 8, "depth": 1}, dim=4, vocab=None)
+    model.head.bind(model.backbone.z_dim)
+    for sampler in (naive, fast):
+        with pytest.raises(UsageError, match="num_diffusion_steps_last: the Mixture head has no steps to anneal"):
+            list(sampler(model, torch.tensor([0]), Keys.of_seeds([1]), steps=2, num_diffusion_steps_last=4))
 
 
 def test_an_image_is_the_same_in_any_batch() -> None:
     model = make_masked()
     labels, seeds = torch.tensor([0, 1, 2, 0]), [5, 6, 7, 8]
     options: dict[str, Any] = {"steps": 6, "guidance_scale": 2.0, "num_diffusion_steps": 8}
-    *_, together = masked_steps(model, labels, Noise.per_image(seeds), **options)
+    *_, together = fast(model, labels, Keys.of_seeds(seeds), **options)
     for i in range(4):
-        *_, alone = masked_steps(model, labels[i : i + 1], Noise.per_image(seeds[i : i + 1]), **options)
+        *_, alone = fast(model, labels[i : i + 1], Keys.of_seeds(seeds[i : i + 1]), **options)
         assert torch.allclose(together.tokens[i], alone.tokens[0], atol=1e-4), i
-    *_, again = masked_steps(model, labels, Noise.per_image(seeds), **options)
+    *_, again = fast(model, labels, Keys.of_seeds(seeds), **options)
     assert torch.equal(again.tokens, together.tokens), "bitwise at an equal batch"
-    *_, other = masked_steps(model, labels, Noise.per_image([9, 6, 7, 8]), **options)
+    *_, other = fast(model, labels, Keys.of_seeds([9, 6, 7, 8]), **options)
     assert not torch.allclose(other.tokens[0], together.tokens[0], atol=1e-2)
 
 
 def test_the_stream_shows_tokens_becoming_known() -> None:
     model = make_masked()
-    steps = list(masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), steps=5, num_diffusion_steps=3))
+    steps = list(fast(model, torch.tensor([0, 1]), Keys.of_seeds([1, 2]), steps=5, num_diffusion_steps=3))
     counts = tokens_per_step(5, 16)
     before, earlier = torch.zeros(2, 16, dtype=torch.bool), torch.zeros(2, 16, 4)
     for i, step in enumerate(steps):
@@ -111,11 +115,11 @@ def test_the_null_pass_is_skipped_where_the_scale_is_one() -> None:
     model = make_masked()
     rows: list[int] = []
     model.backbone.get_submodule("decoder.0").register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))
-    list(masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), steps=3, num_diffusion_steps=3))
+    list(fast(model, torch.tensor([0, 1]), Keys.of_seeds([1, 2]), steps=3, num_diffusion_steps=3))
     assert rows == [1, 1, 2, 2], "the first step is made class by class"
     rows.clear()
     options: dict[str, Any] = {"steps": 3, "num_diffusion_steps": 3, "guidance_scale": 2.0}
-    list(masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), **options))
+    list(fast(model, torch.tensor([0, 1]), Keys.of_seeds([1, 2]), **options))
     assert rows == [1, 1, 1, 4, 4]
 
 
@@ -124,7 +128,7 @@ def test_bf16_is_near_float32() -> None:
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         options: dict[str, Any] = {"steps": 4, "num_diffusion_steps": 10, "dtype": dtype}
-        *_, last = masked_steps(model, torch.tensor([0, 1]), Noise.per_image([1, 2]), **options)
+        *_, last = fast(model, torch.tensor([0, 1]), Keys.of_seeds([1, 2]), **options)
         assert last.tokens.dtype == torch.float32
         results.append(last.tokens)
     assert 0 < float((results[0] - results[1]).abs().mean()) < 0.1
@@ -135,54 +139,50 @@ def test_tokens_that_are_not_finite_stop_with_a_reason() -> None:
     with torch.no_grad():
         model.head.get_parameter("final.linear.bias").fill_(float("nan"))
     with pytest.raises(NumericsError, match="not finite"):
-        list(masked_steps(model, torch.tensor([0]), Noise.per_image([1]), steps=2, num_diffusion_steps=3))
-
-
-def test_the_first_step_is_kept_until_the_weights_change() -> None:
-    model = make_masked()
-    kept = FirstStep(model, most=2)
-    passes: list[int] = []
-    model.backbone.get_submodule("decoder.0").register_forward_pre_hook(lambda _, a: passes.append(len(a[0])))
-
-    def draw() -> tuple[torch.Tensor, int]:
-        passes.clear()
-        options: dict[str, Any] = {"steps": 2, "num_diffusion_steps": 3, "first": kept}
-        *_, last = masked_steps(model, torch.tensor([1, 1, 0]), Noise.per_image([1, 2, 3]), **options)
-        return last.tokens, len(passes)
-
-    made, again = draw(), draw()
-    assert (made[1], again[1]) == (3, 1) and torch.equal(made[0], again[0]), "two classes, then none"
-    with torch.no_grad():
-        model.backbone.decoder_positions.mul_(1.5)  # type: ignore[operator]
-    changed, fresh = (
-        draw(),
-        model.sample(torch.tensor([1, 1, 0]), Noise.per_image([1, 2, 3]), steps=2, num_diffusion_steps=3),
-    )
-    assert changed[1] == 3 and torch.allclose(changed[0], fresh, atol=1e-4, rtol=1e-4)
-    kept.z(2)
-    assert len(kept.kept) == 2, "the class seen longest ago is dropped"
-
-
-def test_the_first_step_of_another_model_is_not_taken() -> None:
-    model, other = make_masked(), make_masked()
-    with torch.no_grad():
-        other.backbone.output_positions.add_(1.0)  # type: ignore[operator]
-    labels = torch.tensor([0, 1])
-
-    def draw(first: FirstStep | None) -> torch.Tensor:
-        noise = Noise.per_image([1, 2])
-        *_, last = masked_steps(model, labels, noise, steps=3, num_diffusion_steps=3, first=first)
-        return last.tokens
-
-    assert torch.equal(draw(FirstStep(other)), draw(None)) and torch.equal(draw(FirstStep(model)), draw(None))
+        list(fast(model, torch.tensor([0]), Keys.of_seeds([1]), steps=2, num_diffusion_steps=3))
 
 
 def test_with_many_classes_the_first_step_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model, labels = make_masked(), torch.tensor([0, 1, 2])
     rows: list[int] = []
     model.backbone.get_submodule("decoder.0").register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))
-    monkeypatch.setattr("seriatim.sampling.masked.FEW_CLASSES", 2)
-    *_, last = masked_steps(model, labels, Noise.per_image([1, 2, 3]), steps=2, num_diffusion_steps=3)
+    monkeypatch.setattr("seriatim.sampling.guidance.FEW_CONDITIONS", 2)
+    *_, last = fast(model, labels, Keys.of_seeds([1, 2, 3]), steps=2, num_diffusion_steps=3)
     assert rows == [3, 3]
-    naive = model.sample(labels, Noise.per_image([1, 2, 3]), steps=2, num_diffusion_steps=3)
-    assert torch.allclose(last.tokens, naive, atol=1e-4, rtol=1e-4)
+    specified = naive(model, labels, Keys.of_seeds([1, 2, 3]), steps=2, num_diffusion_steps=3)
+    assert torch.allclose(last.tokens, specified, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_written_through_data_are_seen() -> None:
+    """Nothing about the weights is kept between two samplings, not even of the first step."""
+    model, other = make_masked(), make_masked()
+    labels = torch.tensor([1, 1, 0])
+
+    def draw(of: MaskedModel) -> torch.Tensor:
+        *_, last = fast(of, labels, Keys.of_seeds([1, 2, 3]), steps=3, num_diffusion_steps=3)
+        return last.tokens
+
+    before = draw(model)
+    for made in (model, other):
+        for parameter in made.parameters():
+            parameter.data.mul_(1.2)
+    after = draw(model)
+    assert not torch.allclose(after, before, atol=1e-3) and torch.equal(after, draw(other))
+
+
+def test_what_a_caller_gives_to_begin_from_is_not_written_to() -> None:
+    model, known, tokens = make_masked(), torch.arange(16)[None] < 5, torch.randn(1, 16, 4)
+    for sampler in (fast, naive):
+        list(sampler(model, None, Keys.of_seeds([1]), tokens=tokens, known=known, steps=2, num_diffusion_steps=2))
+        assert int(known.sum()) == 5
+
+
+@pytest.mark.parametrize("sampler", [fast, naive])
+def test_codes_that_are_none_stop_with_a_reason(sampler: Any) -> None:
+    for kind in ("masked", "causal"):
+        config = {"kind": kind, "tokens": 4, "vocab": 6, "width": 16, "depth": 1, "head": {"kind": "categorical"}}
+        model = build_model(config).eval()
+        with torch.no_grad():
+            model.head.get_parameter("logits.bias")[2] = float("nan")
+        with pytest.raises(NumericsError, match="not finite"):
+            list(sampler(model, None, Keys.of_seeds([1, 2])))

@@ -17,7 +17,7 @@ from typing_extensions import override
 import seriatim
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.core.errors import ConfigError, UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.models.build import build_model, seeded
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.pipeline.metadata import read_recorded
@@ -51,7 +51,7 @@ class Levels(Tokenizer):
         return patchify(images, self.patch).mean(dim=-1, keepdim=True)
 
     @override
-    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+    def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         return ((moments[..., 0] + 1) / 2 * self.shades).long().clamp(0, self.shades - 1)
 
     def embeddings(self, codes: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def test_a_stream_tells_the_entropy_of_codes() -> None:
     with seeded(0):
         model = build_model({"kind": "causal", "width": 16, "depth": 1, "heads": 2, "head": {"kind": "categorical"}},
                             tokens=4, vocab=8, classes=2).eval()  # fmt: skip
-    found = [step.entropy() for step in steps_of(model, torch.tensor([0, 1]), Noise.per_image([0, 1]))]
+    found = [step.entropy() for step in fast(model, torch.tensor([0, 1]), Keys.of_seeds([0, 1]))]
     assert all(entropy.shape == (2, 4, 1) for entropy in found)
     for i, entropy in enumerate(found):  # raster order; a head that has learnt nothing knows nothing
         assert torch.equal(entropy[..., 0].isfinite(), torch.arange(4).expand(2, -1) == i)
