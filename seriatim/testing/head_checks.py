@@ -182,7 +182,7 @@ def _sampling(head: Head) -> None:
         )
         _refuses(
             lambda: head.sample(z, _keys(head, N), None, None, every),
-            f"{name}: guidance without z_null must be refused",
+            f"{name}: refuse guidance without z_null",
         )
     if head.has_density:
         density = head.log_prob(z, x)
@@ -201,12 +201,10 @@ def _says_what_it_cannot(head: Head) -> None:
         guidance = Guidance.of(2.0, 2, z.device)
         _refuses(
             lambda: head.sample(z, _keys(head, 2), None, z, guidance),
-            f"{name}.guides is False: it must refuse guidance",
+            f"{name}.guides is False: it must refuse it",
         )
     if not head.tempers:
-        _refuses(
-            lambda: head.sample(z, _keys(head, 2), temperature=0.5), f"{name}.tempers is False: it must refuse 0.5"
-        )
+        _refuses(lambda: head.sample(z, _keys(head, 2), temperature=0.5), f"{name}.tempers is False: so refuse 0.5")
     if not head.has_density:
         _refuses(lambda: head.log_prob(z, _targets(head, 2)), f"{name}.has_density is False: it must say so")
 

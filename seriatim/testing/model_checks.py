@@ -83,7 +83,7 @@ class _Check:
         name = self.name
         whole, mean = self.gradients(1)
         assert any(bool(g.any()) for g in whole), f"{name}: no parameter receives a gradient"
-        again, same = self.gradients(1)
+        _, same = self.gradients(1)
         assert same == mean, f"{name}: the loss differs with the same keys"
         parts, of_parts = self.gradients(B)
         near = abs(of_parts - mean) <= 1e-4 * max(1.0, abs(mean))
@@ -105,10 +105,9 @@ class _Check:
         return self.model.sample(*self.arguments(*arguments))
 
     def fast(self, *arguments: Any) -> Tensor:
-        last = None
-        for last in self.model.steps(*self.arguments(*arguments)):
-            pass
-        assert last is not None, f"{self.name}.steps gave no step"
+        steps = list(self.model.steps(*self.arguments(*arguments)))
+        assert steps, f"{self.name}.steps gave no step"
+        last = steps[-1]
         assert bool(last.known.all()), f"{self.name}.steps ended before all tokens were known"
         return last.tokens
 
