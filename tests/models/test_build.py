@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from seriatim.heads.build import HEADS
+from helpers import naive
 from typing_extensions import override
 
 from seriatim.core.errors import ConfigError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.heads.base import Head, HeadLoss
 from seriatim.models.build import build_model, model_config, seeded
+from seriatim.models.registry import HEADS
 from seriatim.testing import check_head
 
 CONFIG: dict[str, Any] = {
@@ -41,7 +42,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
         c = build_model(CONFIG)
     for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
         assert torch.equal(x, y)
-    assert not torch.equal(a.no_class, c.no_class)
+    assert not torch.equal(a.get_parameter("conditioner.no_class"), c.get_parameter("conditioner.no_class"))
 
 
 def test_no_generator_of_another_device_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,12 +110,12 @@ class Point(Head):
         super().bind(z_dim)
 
     @override
-    def loss(self, z: torch.Tensor, target: torch.Tensor, noise: Noise) -> HeadLoss:
+    def loss(self, z: torch.Tensor, target: torch.Tensor, keys: Keys) -> HeadLoss:
         error = (self.linear(z) - target).square().mean(dim=1)
         return HeadLoss(error, torch.ones_like(error))
 
-    def sample(self, z: torch.Tensor, noise: Noise, *_: Any, **__: Any) -> torch.Tensor:
-        return self.linear(z) + 0 * noise.normal(self.output)
+    def sample(self, z: torch.Tensor, keys: Keys, *_: Any, **__: Any) -> torch.Tensor:
+        return self.linear(z) + 0 * keys.normal(self.output)
 
 
 def test_a_head_of_ones_own_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +123,9 @@ def test_a_head_of_ones_own_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     model = build_model({**CONFIG, "head": {"kind": "point", "scale": 2.0}})
     assert isinstance(model.head, Point) and model.head.scale == 2.0
     assert model_config(model)["head"] == {"kind": "point", "dim": 3, "scale": 2.0}
-    loss = model.loss(torch.randn(2, 4, 3), torch.tensor([0, 1]))
+    loss = model(torch.randn(2, 4, 3), torch.tensor([0, 1]))
     loss.mean.backward()
-    assert model.sample(torch.tensor([0]), Noise.per_image([0]), steps=2).shape == (1, 4, 3)
+    assert naive(model, torch.tensor([0]), Keys.of_seeds([0]), steps=2).shape == (1, 4, 3)
 
 
 def test_an_unregistered_head_cannot_be_saved() -> None:
