@@ -27,6 +27,8 @@ from seriatim.bench.opponent import Draws, Opponent, Pair, Workload, replaced
 from seriatim.bench.timing import Stages
 from seriatim.checkpoints.arinar import arinar_tensors, inner_heads_of
 from seriatim.core.errors import UsageError
+from seriatim.core.keys import Keys
+from seriatim.heads.base import Guidance
 from seriatim.heads.gaussians import GaussianMixture
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import model_config
@@ -58,7 +60,7 @@ class OfficialARINAR(MARLoop):
         """Its model with our weights, strictly; or with its own, where ours is on the meta device."""
         tensors = arinar_tensors(model)  # refused before anything is built
         config = model_config(model)
-        side, inner = round(config["tokens"] ** 0.5), config["head"]["backbone"]
+        side, inner = round(config["tokens"] ** 0.5), config["head"]["model"]
         self.group, heads_inside = config["head"]["split"]["group"], inner_heads_of(model)
         if side * side != config["tokens"]:
             raise UsageError("official: its images are squares of tokens, and those of this model are not")
@@ -76,10 +78,10 @@ class OfficialARINAR(MARLoop):
                 decoder_embed_dim=decoder, decoder_depth=more, decoder_num_heads=heads[1],
                 mlp_ratio=config["mlp_ratio"], norm_layer=partial(nn.LayerNorm, eps=1e-6),
                 class_num=max(1, config["classes"]), buffer_size=config["buffer"], head_type="ar_gmm",
-                num_gaussians=config["head"]["head"]["components"], inner_ar_width=inner["width"],
+                num_gaussians=inner["head"]["components"], inner_ar_width=inner["width"],
                 inner_ar_depth=inner["depth"], feature_group=self.group,
             )  # fmt: skip
-        if not model.no_class.is_meta:
+        if model.device.type != "meta":
             if not config["classes"]:  # it has a table of classes all the same, and doesn't look into it
                 tensors["class_emb.weight"] = torch.zeros(1, encoder)
             official.load_state_dict(tensors)
@@ -95,8 +97,8 @@ class OfficialARINAR(MARLoop):
         return FeatureGate(self.model, workload, draws, stages, self.device, self.seen)
 
     def replay(self, ours: Opponent, workload: Workload) -> tuple[list[Pair], float, float]:
-        options = {k: v for k, v in workload.options.items() if k != "guidance_mode"}  # the exact draw is compared
-        workload = replace(workload, options=options)
+        options = {k: v for k, v in workload.head_options.items() if k != "guidance_mode"}  # the exact draw is compared
+        workload = replace(workload, head_options=options)
         seen, draws = Seen(), Draws()
         with replaced(*seen.changes(ours.model.head)):
             _, seconds = ours.sample(workload, draws)
@@ -140,22 +142,24 @@ class Seen:
 
     def changes(self, head: Any) -> list[tuple[Any, str, Any]]:
         """For a nested head with a mixture inside: both say what they are given."""
-        whole, inner = head.sample, head.head.sample
+        leaf = head.model.head
+        whole, inner = head.sample, leaf.sample
 
-        def of_token(z: Tensor, noise: Any, z_null: Tensor | None = None, *more: Any, **options: Any) -> Tensor:
+        def of_token(z: Tensor, keys: Keys, plan: Any, z_null: Tensor | None, *more: Any) -> Tensor:
             self.z.append(z.float() if z_null is None else torch.cat([z, z_null]).float())
-            tokens: Tensor = whole(z, noise, z_null, *more, **options)
+            tokens: Tensor = whole(z, keys, plan, z_null, *more)
             return tokens
 
         def of_part(
-            z: Tensor, noise: Any, z_null: Tensor | None, scale: Any, temperature: float, **options: Any
+            z: Tensor, keys: Keys, plan: Any, z_null: Tensor | None, guidance: Guidance | None, temperature: float
         ) -> Tensor:
-            x: Tensor = inner(z, noise, z_null, scale, temperature, **options)
-            mixtures = [head.head.mixture(rows) for rows in (z, z_null) if rows is not None]
-            self.parts.append(Part(mixtures, torch.as_tensor(scale).float().expand(len(z)), temperature, x))
+            x: Tensor = inner(z, keys, plan, z_null, guidance, temperature)
+            mixtures = [leaf.mixture(rows) for rows in (z, z_null) if rows is not None]
+            scale = torch.ones(len(z)) if guidance is None else guidance.host
+            self.parts.append(Part(mixtures, scale, temperature, x))
             return x
 
-        return [(head, "sample", of_token), (head.head, "sample", of_part)]
+        return [(head, "sample", of_token), (leaf, "sample", of_part)]
 
 
 class FeatureGate(Gate):
@@ -167,7 +171,7 @@ class FeatureGate(Gate):
     ) -> None:  # fmt: skip
         super().__init__(model, workload, draws, stages, device)
         self.seen, self.replays = seen, seen is not None
-        self.schedule = str(workload.options.get("feature_schedule", "constant"))
+        self.schedule = str(workload.head_options.get("feature_schedule", "constant"))
 
     def changes(self) -> list[tuple[Any, str, Any]]:
         head = self.model.arhead
@@ -211,7 +215,8 @@ class FeatureGate(Gate):
             part = seen.parts.pop(0)
             if bool((part.scale == 1).all()):
                 self.left.pop(0)  # ours drew a normal number for it
-            weights, means, log_variances = (t[:, 0].float() for t in now)
+            rows = len(part.mixtures) * len(part.x)  # where a schedule brought the scale to 1, ours has the first half
+            weights, means, log_variances = (t[:rows, 0].float() for t in now)
             scale = head.schedule(cfg, i, head.num_groups) if num_samples > 1 else 1.0
             seen.put(
                 weights=(torch.cat([m.log_weights().exp() for m in part.mixtures]), weights),

@@ -51,7 +51,7 @@ class OfficialLlamaGen(Official):
                     model_type="c2i", multiple_of=config["hidden"],
                 )
             )  # fmt: skip
-        if not model.no_class.is_meta:
+        if model.device.type != "meta":
             official.load_state_dict(llamagen_tensors(model))
         return official
 

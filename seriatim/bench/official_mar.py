@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 import types
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,19 +82,19 @@ class OfficialMAR(MARLoop):
 
     source = SOURCE
 
-    def __init__(self, path: Path, model: SequenceModel, device: torch.device, head_steps: int) -> None:
+    def __init__(self, path: Path, model: SequenceModel, device: torch.device, head_options: Mapping[str, Any]) -> None:
         super().__init__(device)
         self.code = official_mar(path)
         with explained(SOURCE), here(device):
-            self.model: Any = self.build(model, head_steps).to(device).eval()
+            self.model: Any = self.build(model, head_options).to(device).eval()
 
-    def build(self, model: SequenceModel, head_steps: int) -> nn.Module:
+    def build(self, model: SequenceModel, head_options: Mapping[str, Any]) -> nn.Module:
         """Its model with our weights, strictly; or with its own, where ours is on the meta device."""
         config = model_config(model)
         side = round(config["tokens"] ** 0.5)
         if not isinstance(model.head, Diffusion) or side * side != config["tokens"]:
             raise UsageError("official: its MAR has a diffusion head and a square of tokens, and this model has not")
-        chain = model.head.chain(head_steps)  # refused before anything is built
+        chain = model.head.chain(model.head.options(**head_options))  # refused before anything is built
         (encoder, decoder), (blocks, more) = config["width"], config["depth"]
         heads, head = config["heads"], config["head"]
         with torch.random.fork_rng(devices=[]):
@@ -103,9 +104,9 @@ class OfficialMAR(MARLoop):
                 decoder_embed_dim=decoder, decoder_depth=more, decoder_num_heads=heads[1],
                 mlp_ratio=config["mlp_ratio"], norm_layer=partial(nn.LayerNorm, eps=1e-6),
                 class_num=max(1, config["classes"]), buffer_size=config["buffer"],
-                diffloss_d=head["depth"], diffloss_w=head["width"], num_sampling_steps=str(head_steps),
+                diffloss_d=head["depth"], diffloss_w=head["width"], num_sampling_steps=str(len(chain)),
             )  # fmt: skip
-        if not model.no_class.is_meta:
+        if model.device.type != "meta":
             tensors = mar_tensors(model)
             if not config["classes"]:  # it has a table of classes all the same, and doesn't look into it
                 tensors["class_emb.weight"] = torch.zeros(1, encoder)

@@ -5,7 +5,7 @@ B images, L tokens, D features, N tokens asked for in a step, T steps inside the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.bench.timing import Stages
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Workload:
 
     labels: tuple[int, ...]  # one for each image; -1 for none
     steps: int
-    head_steps: int
     guidance: float
     schedule: str = "linear"
     temperature: float = 1.0
-    options: Mapping[str, Any] = field(default_factory=dict)  # of sampling, which the original hasn't
+    options: Mapping[str, Any] = field(default_factory=dict)  # further settings, which the original hasn't
+    head_options: Mapping[str, Any] = field(default_factory=dict)
     every: int = 1  # each so many steps are computed, the others skipped, and the time scaled; 1 where none can be
     last: bool = False  # the last step too, which holds most memory
 
@@ -46,31 +46,58 @@ class Draws:
     """All random numbers of a run, in the order in which they were drawn."""
 
     orders: Tensor | None = None  # (B, L)
-    normal: list[Tensor] = field(default_factory=list)  # each (T+1, N, D)
+    normal: list[Tensor] = field(default_factory=list)  # each (T+1, N, D), or (N, D)
 
 
 Pair = tuple[Tensor, Tensor]  # ours and the original's, which must be alike
 
 
-class RecordedNoise(Noise):
-    """`Noise` that remembers."""
+class RecordingKeys(Keys):
+    """Keys that give the same numbers as the given ones, and remember them."""
 
-    def __init__(
-        self, generators: Sequence[torch.Generator], owner: Tensor, device: Any = "cpu", draws: Draws | None = None
-    ) -> None:
-        super().__init__(generators, owner, device)
-        self.draws = Draws() if draws is None else draws
+    def __init__(self, keys: Keys, draws: Draws) -> None:
+        self.keys, self.draws = keys, draws
 
-    def select(self, rows: Tensor) -> RecordedNoise:
-        return RecordedNoise(self.generators, self.owner[rows.to("cpu")], self.device, self.draws)
+    @property
+    def words(self) -> Tensor:
+        return self.keys.words
 
-    def normal(self, *tail: int, draws: int | None = None) -> Tensor:
-        self.draws.normal.append(super().normal(*tail, draws=draws))
-        return self.draws.normal[-1]
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> Keys:
+        return RecordingKeys(self.keys.to(device), self.draws)
+
+    def fold(self, data: int | str | Tensor) -> Keys:
+        return RecordingKeys(self.keys.fold(data), self.draws)
+
+    def select(self, rows: Tensor | slice) -> Keys:
+        return RecordingKeys(self.keys.select(rows), self.draws)
+
+    def split(self, count: int) -> tuple[Keys, ...]:
+        return tuple(RecordingKeys(part, self.draws) for part in self.keys.split(count))
+
+    def normal(self, *shape: int) -> Tensor:
+        made = self.keys.normal(*shape)
+        self.draws.normal.append(made.transpose(0, 1) if len(shape) == 2 else made)  # (T+1, N, D)
+        return made
 
     def permutation(self, n: int) -> Tensor:
-        self.draws.orders = super().permutation(n)
+        self.draws.orders = self.keys.permutation(n)
         return self.draws.orders
+
+    def bits(self, *shape: int) -> Tensor:
+        return self.keys.bits(*shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self.keys.uniform(*shape)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return self.keys.integers(high, *shape)
 
 
 class Opponent:

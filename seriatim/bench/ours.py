@@ -8,14 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.bench.opponent import Draws, Opponent, RecordedNoise, Workload, replaced, timed
+from seriatim.bench.opponent import Draws, Opponent, RecordingKeys, Workload, replaced, timed
 from seriatim.bench.timing import Stages, synchronise
-from seriatim.core.random import Noise, generator
-from seriatim.heads.solvers import ODES
+from seriatim.core.keys import Keys
+from seriatim.core.settings import Settings
+from seriatim.heads.base import Guidance
+from seriatim.heads.denoiser import AdaLNHead
 from seriatim.models.base import SequenceModel
-from seriatim.sampling.loops import steps_of
+from seriatim.nn.packed import prepare
 
 STAGES = (("encode", "encoder"), ("decode", "decoder"), ("step", "backbone"))  # of a backbone, and what they are called
+
+
+def prepared(model: SequenceModel, dtype: torch.dtype = torch.float32) -> SequenceModel:
+    """The model with its weights laid out for sampling, as `Pipeline.prepare` does it."""
+    prepare(model.backbone, dtype, keep=("token_embed",))
+    prepare(model.head)
+    return model
 
 
 class Ours(Opponent):
@@ -29,19 +38,21 @@ class Ours(Opponent):
 
     @torch.no_grad()
     def sample(self, workload: Workload, draws: Draws, stages: Stages | None = None) -> tuple[Tensor, float]:
-        B = len(workload.labels)
-        noise = RecordedNoise([generator(i) for i in range(B)], torch.arange(B), self.device, draws)
-        labels = torch.tensor(workload.labels, device=self.device) if self.model.classes else None
-        options: dict[str, Any] = dict(workload.options)
-        if "num_diffusion_steps" in self.model.head.sample_options:
-            options["num_diffusion_steps"] = workload.head_steps
-        gate = Gate(self.model, stages)
+        model, B = self.model, len(workload.labels)
+        keys = RecordingKeys(Keys.of_seeds(range(B)), draws)
+        settings = Settings(
+            num_inference_steps=workload.steps,
+            guidance_scale=workload.guidance,
+            guidance_schedule=workload.schedule,
+            temperature=workload.temperature,
+            head_options=dict(workload.head_options),
+            **workload.options,
+        )
+        gate = Gate(model, stages)
         seconds, computed = 0.0, set(workload.computed())
         with replaced(*(gate.changes() if stages or workload.every > 1 else ())):
-            steps = steps_of(
-                self.model, labels, noise, steps=workload.steps, guidance_scale=workload.guidance,
-                guidance_schedule=workload.schedule, temperature=workload.temperature, dtype=self.half, **options,
-            )  # fmt: skip
+            condition = model.condition(torch.tensor(workload.labels) if model.classes else None, B)
+            steps = model.steps(condition, model.null(B, condition), keys, settings, dtype=self.half)
             synchronise(self.device)
             for step in range(workload.steps):
                 gate.open = step in computed
@@ -63,18 +74,25 @@ class Gate:
     def changes(self) -> list[tuple[Any, str, Any]]:
         backbone: Any = self.model.backbone
         head = self.model.head
-        z, sample = backbone.z, timed(self.stages, "head", head.sample)
+        z, sample = getattr(backbone, "z", None), timed(self.stages, "head", head.sample)
 
-        def gated_z(state: Any, tokens: Tensor, known: Tensor, ask: Tensor) -> Tensor:
-            return z(state, tokens, known, ask) if self.open else tokens.new_zeros(int(ask.sum()), backbone.z_dim)
-
-        def gated_sample(z: Tensor, noise: Noise, *arguments: Any, **options: Any) -> Tensor:
+        def gated_z(condition: Any, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool = False) -> Tensor:
             if self.open:
-                return sample(z, noise, *arguments, **options)
-            one = options.get("solver") in ODES  # which draw their start alone
-            draws = (1 if one else options["num_diffusion_steps"] + 1) if "num_diffusion_steps" in options else None
-            drawn = noise.normal(head.output, draws=draws)
-            return drawn if draws is None else drawn[0]
+                return z(condition, tokens, known, ask, neighbours)  # type: ignore[misc, no-any-return]
+            rows = int(ask.sum())
+            shape = (rows, 5, backbone.z_dim) if neighbours else (rows, backbone.z_dim)
+            return torch.zeros(shape, device=tokens.device)
+
+        def gated_sample(
+            z: Tensor, keys: Keys, plan: Any, z_null: Tensor | None, guidance: Guidance | None, temperature: Any
+        ) -> Tensor:
+            if self.open:
+                return sample(z, keys, plan, z_null, guidance, temperature)
+            if head.discrete:
+                return torch.zeros(len(z), dtype=torch.long, device=z.device)
+            if isinstance(head, AdaLNHead):  # where it would start from: the first of the numbers that it draws
+                return keys.fold("noise").normal(1, head.output)[:, 0]
+            return keys.fold("noise").normal(head.output)
 
         inside = [(backbone, name, timed(self.stages, stage, getattr(backbone, name)))
                   for name, stage in STAGES if hasattr(backbone, name)]  # fmt: skip

@@ -21,18 +21,17 @@ from seriatim.bench.official_arinar import OfficialARINAR
 from seriatim.bench.official_llamagen import OfficialLlamaGen
 from seriatim.bench.official_mar import OfficialMAR
 from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
-from seriatim.bench.ours import Ours
+from seriatim.bench.ours import Ours, prepared
 from seriatim.bench.timing import Stages, counting, matrix_peak, median, peak_resident_bytes, processor
 from seriatim.checkpoints.native import CONFIG, find_bundle, load_bundle
 from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, nearest
 from seriatim.core.progress import Progress
-from seriatim.core.validation import parse
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
 from seriatim.models.nested import Nested
-from seriatim.pipeline.request import SampleRequest, clamped
-from seriatim.sampling.parallel import prepare_model
+from seriatim.pipeline.request import SampleRequest, resolved
+from seriatim.sampling.draw import STEPS
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
@@ -47,7 +46,8 @@ SCHEDULES = ("linear", "constant")  # of guidance: those that the original has
 
 FOLDER = "the folder's"
 ASKED = ("num_inference_steps", "num_diffusion_steps", "guidance_scale", "guidance_schedule", "guidance_mode")
-MORE = ("solver", "start_timestep", "num_diffusion_steps_last", "token_schedule", "min_tokens")
+MORE = ("num_diffusion_steps_last", "token_schedule", "min_tokens")  # settings that no original has
+OF_HEADS = ("solver", "start_timestep")  # likewise, of heads
 INSIDE = ("guidance_mode", "feature_schedule")  # of a nested head; its original has them, or another way to the same
 
 Ask = dict[str, Any]  # what `bench` was asked, as plain data: a process of its own measures memory from it
@@ -94,11 +94,10 @@ def sizes(name: str) -> Subject:
 
 def workload(of: Subject, ask: Ask) -> Workload:
     """The settings asked for, else the model's own; of a preset 64 steps where its authors publish figures with 256."""
-    wanted = {k: ask[k] for k in ASKED}
-    own = {k: of.defaults[k] for k in (*wanted, *MORE, *INSIDE, "temperature") if k in of.defaults}
-    if ask["guidance_mode"] is not None and "guidance_mode" not in of.model.head.sample_options:
-        raise UsageError(f"guidance_mode: the {type(of.model.head).__name__} head has no such option; leave it out")
-    if wanted["num_diffusion_steps"] is not None:  # the folder's last belongs to its own first
+    wanted = {k: ask[k] for k in ASKED if ask[k] is not None}
+    names = (*ASKED, *MORE, *OF_HEADS, *INSIDE, "temperature", "head_options")
+    own = {name: of.defaults[name] for name in names if name in of.defaults}
+    if "num_diffusion_steps" in wanted:  # the folder's last belongs to its own first
         own.pop("num_diffusion_steps_last", None)
     if of.model.one_by_one and ask["every"] > 1:
         raise UsageError("every: a step of a causal model needs all steps before it; leave it at 1")
@@ -106,37 +105,40 @@ def workload(of: Subject, ask: Ask) -> Workload:
     own["num_inference_steps"] = min(of.model.tokens, most if of.weights == FOLDER else min(64, most))
     if of.model.one_by_one:
         own["num_inference_steps"] = of.model.tokens
-    options = {**own, **{k: v for k, v in wanted.items() if v is not None}}
-    schedule = options.get("guidance_schedule", "linear")
+    schedule = (own | wanted).get("guidance_schedule", "linear")
     if schedule not in SCHEDULES:
         raise UsageError(f"guidance_schedule: {schedule!r} is not benched; use {' or '.join(SCHEDULES)}")
-    request = clamped(parse(SampleRequest, options, error=UsageError), of.model.tokens)
-    classes = of.model.classes
+    request = resolved(wanted, own, of.model)
+    steps, classes = request.num_inference_steps or of.model.tokens, of.model.classes
     labels = tuple(i * classes // ask["batch"] for i in range(ask["batch"])) if classes else (-1,) * ask["batch"]
     return Workload(
-        labels, request.num_inference_steps, request.num_diffusion_steps, request.guidance_scale,
-        request.guidance_schedule, request.temperature, more(request, of.model, ask["official"]),
-        every=1 if of.model.one_by_one else min(ask["every"], request.num_inference_steps),
-    )  # fmt: skip
+        labels,
+        steps,
+        request.guidance_scale,
+        request.guidance_schedule,
+        request.temperature,
+        more(request, of.model, ask["official"]),
+        request.head_options,
+        every=1 if of.model.one_by_one else min(ask["every"], steps),
+    )
 
 
 def more(request: SampleRequest, model: SequenceModel, official: str | None) -> dict[str, Any]:
-    """Settings of a folder that the original hasn't, where they differ from its own."""
-    usual = SampleRequest(solver="ddpm")
-    options = {name: getattr(request, name) for name in (*MORE, *INSIDE)}
-    options = {name: value for name, value in options.items() if value not in (None, getattr(usual, name))}
-    unlike = {name: value for name, value in options.items() if name not in INSIDE}
-    if unlike and official is not None:
-        name, value = next(iter(unlike.items()))
+    """Settings of a folder that the original hasn't, where they differ from its own; refused beside an original."""
+    usual = {name: SampleRequest.model_fields[name].default for name in MORE}
+    options = {name: getattr(request, name) for name in MORE if getattr(request, name) != usual[name]}
+    plain = model.head.options()
+    of_head = {k: v for k, v in request.head_options.items() if k in OF_HEADS and v != getattr(plain, k)}
+    for name, value in (of_head | options).items() if official is not None else ():
         raise UsageError(
             f"official: the original has no {name}={value!r}, which this folder samples with; leave it out"
         )
-    of_head = model.head.sample_options
-    return {
-        name: value
-        for name, value in options.items()
-        if name in of_head or name not in ("solver", "start_timestep", *INSIDE)
-    }
+    return options
+
+
+def inside(model: SequenceModel, work: Workload) -> int | None:
+    """The steps inside the head; None for a head that has none."""
+    return getattr(model.head.options(**work.head_options), STEPS, None)
 
 
 def bench(
@@ -185,14 +187,14 @@ def bench(
         theirs = None if official is None else original(Path(official), of.model, where, work)
         half = best_dtype(where) if dtype == "best" else pick_dtype(dtype, where)
         ask["dtype"] = str(half).removeprefix("torch.")
-        ours = Ours(prepare_model(of.model.to(where), half), half, where)
+        ours = Ours(prepared(of.model.to(where), half), half, where)
         result = {
             "model": model, "weights": of.weights, "device": processor(where), "threads": ask["threads"],
-            "batch": batch, "num_inference_steps": work.steps, "num_diffusion_steps": work.head_steps,
+            "batch": batch, "num_inference_steps": work.steps, "num_diffusion_steps": inside(of.model, work),
             "guidance_scale": work.guidance, "guidance_schedule": work.schedule, "temperature": work.temperature,
-            "guidance_mode": work.options.get("guidance_mode"), "every": work.every, "repetitions": repetitions,
+            "guidance_mode": work.head_options.get("guidance_mode"), "every": work.every, "repetitions": repetitions,
             "dtype": ours.dtype, "head_dtype": "float32",
-            "start_timestep": start_of(of.model, work.head_steps),
+            "start_timestep": start_of(of.model, work),
             "versions": {"seriatim": __version__, "torch": torch.__version__},
         }  # fmt: skip
         runs = (1 + repetitions) * (1 if theirs is None else 2)
@@ -223,16 +225,16 @@ def original(path: Path, model: SequenceModel, device: torch.device, work: Workl
         return OfficialLlamaGen(path, model, device)
     if isinstance(model.head, Nested):
         return OfficialARINAR(path, model, device)
-    return OfficialMAR(path, model, device, work.head_steps)
+    return OfficialMAR(path, model, device, work.head_options)
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
     return max(DTYPES.values(), key=lambda dtype: matrix_peak(dtype, device))
 
 
-def start_of(model: SequenceModel, head_steps: int) -> int | None:
-    chain: Callable[[int], Any] | None = getattr(model.head, "chain", None)
-    return None if chain is None else int(chain(head_steps).timesteps[-1])
+def start_of(model: SequenceModel, work: Workload) -> int | None:
+    chain: Callable[[Any], Any] | None = getattr(model.head, "chain", None)
+    return None if chain is None else int(chain(model.head.options(**work.head_options)).timesteps[-1])
 
 
 def compared(ours: Ours, theirs: Official | None, work: Workload, bar: Progress) -> dict[str, Any]:
@@ -302,16 +304,20 @@ def apart(
 
 def flops(ours: Ours, few: Workload) -> tuple[float, float]:
     """FLOPs of a run's matrix products: all of them, and the head's."""
-    sample, of_head = ours.model.head.sample, 0.0
+    head, of_head = ours.model.head, 0.0
 
-    def counted(*arguments: Any, **options: Any) -> Any:
-        nonlocal of_head
-        with counting() as counter:
-            tokens = sample(*arguments, **options)
-        of_head += counter.get_total_flops()
-        return tokens
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal of_head
+            with counting() as counter:
+                result = function(*arguments, **options)
+            of_head += counter.get_total_flops()
+            return result
 
-    with replaced((ours.model.head, "sample", counted)), counting() as counter:
+        return call
+
+    parts = [(head, name, counted(getattr(head, name))) for name in ("sample", "plan")]
+    with replaced(*parts), counting() as counter:
         ours.sample(few, Draws())
     return counter.get_total_flops() * few.factor, of_head * few.factor
 
@@ -364,7 +370,7 @@ def child(ask: Ask) -> int | None:
         opponent.dtype = ask["official_dtype"]
     else:
         of, half = subject(ask["model"], decodes=False), DTYPES[ask["dtype"]]
-        opponent = Ours(prepare_model(of.model.to(device), half), half, device)
+        opponent = Ours(prepared(of.model.to(device), half), half, device)
     work = workload(of, ask)
     if not of.model.one_by_one:
         work = replace(work, every=max(1, work.steps // 4), last=True)

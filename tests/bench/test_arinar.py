@@ -19,19 +19,18 @@ import torch
 from helpers import randomise
 from torch import nn
 
-from seriatim.bench import run as bench_run
+from seriatim.bench import race as bench_run
 from seriatim.bench.official_arinar import OfficialARINAR
 from seriatim.bench.opponent import Draws, Workload
-from seriatim.bench.ours import Ours
+from seriatim.bench.ours import Ours, prepared
 from seriatim.bench.race import bench, compared, subject
 from seriatim.cli.main import run as command
 from seriatim.core.errors import UsageError
 from seriatim.core.progress import Progress
-from seriatim.heads import nested
-from seriatim.models.base import Model
+from seriatim.models import nested
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
 from seriatim.nn.kv_cache import KVCache
-from seriatim.sampling.parallel import prepare_model
 from seriatim.zoo import PRESETS, Preset
 
 CPU = torch.device("cpu")
@@ -48,7 +47,7 @@ def config(group: int = 1, inner: dict[str, Any] | None = None, **more: Any) -> 
         "kind": "masked", "tokens": 16, "dim": 4, "width": 32, "depth": 2, "heads": 2, "buffer": 4, "classes": 5,
         "head": {
             "kind": "nested", "split": {"kind": "features", "group": group, "order": "natural"},
-            "backbone": {**INNER, **(inner or {})}, "head": {"kind": "mixture", "components": 3, "depth": 0},
+            "model": {**INNER, "head": {"kind": "mixture", "components": 3, "depth": 0}, **(inner or {})},
         },
         **more,
     }  # fmt: skip
@@ -91,28 +90,28 @@ def test_parts_are_drawn_from_the_same(options: dict[str, Any]) -> None:
     assert found["official_tried"].keys() == {"float32", "bfloat16"}
 
 
-def make(**more: Any) -> Model:
+def make(**more: Any) -> SequenceModel:
     with seeded(0):
         model = build_model(config(**more)).eval()
     randomise(model, scale=0.1)
     return model
 
 
-def difference(model: Model, theirs: OfficialARINAR, work: Workload) -> float:
-    found = compared(Ours(prepare_model(model), torch.float32, CPU), theirs, work, Progress(2, "", quiet=True))
+def difference(model: SequenceModel, theirs: OfficialARINAR, work: Workload) -> float:
+    found = compared(Ours(prepared(model), torch.float32, CPU), theirs, work, Progress(2, "", quiet=True))
     return float(found["max_rel_difference"])
 
 
-WORK = Workload((0, 3), 4, 1, 2.5)
+WORK = Workload((0, 3), 4, 2.5)
 
 
 @pytest.mark.parametrize("heads", [4, 16])
 @pytest.mark.parametrize(
     "work",
     [
-        Workload((0, 3), 4, 1, 2.5, temperature=0.7, options={"feature_schedule": "cosine"}),
-        Workload((0, 3), 4, 1, 1.0, temperature=0.0),
-        Workload((-1, -1), 4, 1, 2.5, "constant"),
+        Workload((0, 3), 4, 2.5, temperature=0.7, head_options={"feature_schedule": "cosine"}),
+        Workload((0, 3), 4, 1.0, temperature=0.0),
+        Workload((-1, -1), 4, 2.5, "constant"),
     ],
     ids=["schedule", "cold", "no class"],
 )
@@ -127,12 +126,17 @@ def test_settings_of_both(work: Workload, heads: int) -> None:
 Patch = pytest.MonkeyPatch
 
 
+class Skipped(nn.Module):
+    def forward(self, x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return x
+
+
 def skip_a_block(model: Any, _: Patch) -> None:
-    model.backbone.decoder[0] = nn.Identity()
+    model.backbone.decoder[0] = Skipped()
 
 
 def skip_the_block_inside(model: Any, patch: Patch) -> None:
-    patch.setattr(model.head.backbone.blocks[0], "forward", lambda x, *_, **__: x)
+    patch.setattr(model.head.model.backbone.blocks[0], "forward", lambda x, *_, **__: x)
 
 
 def forget_parts(_: Any, patch: Patch) -> None:
@@ -142,26 +146,38 @@ def forget_parts(_: Any, patch: Patch) -> None:
 
 
 def other_heads_inside(model: Any, _: Patch) -> None:
-    model.head.backbone.blocks[0].attention.heads = 8
+    model.head.model.backbone.blocks[0].attention.heads = 8
 
 
 def same_modulation_for_all(model: Any, patch: Patch) -> None:
-    norm = model.head.backbone.norm
+    norm = model.head.model.backbone.norm
     modulate = norm.modulate
     patch.setattr(norm, "modulate", lambda z: tuple(t[:1].expand(len(z), -1, -1) for t in modulate(z)))
 
 
 def skip_guidance(model: Any, _: Patch) -> None:
     with torch.no_grad():
-        model.no_class.copy_(model.class_embedding[0])
+        model.conditioner.no_class.copy_(model.conditioner.class_embedding[0])
 
 
 def weaker_guidance(_: Any, patch: Patch) -> None:
-    patch.setattr(nested, "scheduled", lambda _kind, value, _i, _T: value * 0.99 if torch.is_tensor(value) else value)
+    dense = nested.dense
+
+    def weaker(*arguments: Any) -> Any:
+        *before, guidance, temperature = arguments
+        return dense(*before, lambda i: guidance(i).scheduled(0.98), temperature)
+
+    patch.setattr(nested, "dense", weaker)
 
 
 def warmer(_: Any, patch: Patch) -> None:
-    patch.setattr(nested, "scheduled", lambda _kind, value, _i, _T: value if torch.is_tensor(value) else value * 1.01)
+    dense = nested.dense
+
+    def warmer(*arguments: Any) -> Any:
+        *before, temperature = arguments
+        return dense(*before, lambda i: temperature(i) * 1.01)
+
+    patch.setattr(nested, "dense", warmer)
 
 
 def other_orders(_: Any, patch: Patch) -> None:
@@ -188,9 +204,10 @@ def test_no_random_weight_does_next_to_nothing() -> None:
     """A fresh block inside is the identity but for 1e-5: left out, it would not show."""
     model: Any = subject("tiny").model
     z, parts = torch.randn(3, 32), torch.randn(3, 4, 1)
-    whole = model.head.backbone.sequence(z, parts)
-    model.head.backbone.blocks[0].forward = lambda x, *_, **__: x
-    assert (model.head.backbone.sequence(z, parts) - whole).abs().max() > 1e-3
+    condition = model.head.condition(z, None)
+    whole = model.head.model.backbone.sequence(condition, parts)
+    model.head.model.backbone.blocks[0].forward = lambda x, *_, **__: x
+    assert (model.head.model.backbone.sequence(condition, parts) - whole).abs().max() > 1e-3
 
 
 def test_timed_the_original_draws_as_it_does() -> None:
@@ -239,7 +256,7 @@ def test_the_command_prints_json_alone(capfd: pytest.CaptureFixture[str], monkey
         (config(dim=6, tokens=8), "official: its images are squares of tokens"),
         (config(inner={"width": 24}), "official: its head has 16 attention heads inside and 4 times its width"),
         (config(inner={"hidden": 96}), "a width of 32 with 96 doesn't fit that"),
-        (config(inner={"norm": "rms"}), "model: its head.backbone.norm has no counterpart in ARINAR's code"),
+        (config(inner={"norm": "rms"}), "model: its head.model.norm has no counterpart in ARINAR's code"),
     ],
 )
 def test_a_model_that_is_not_its(model: dict[str, Any], words: str) -> None:
@@ -252,7 +269,7 @@ def test_a_model_that_is_not_its(model: dict[str, Any], words: str) -> None:
     ("arguments", "words"),
     [
         (("tiny", "--official", "nosuch"), "nosuch holds no backbone/mar.py; give a checkout of the original (git"),
-        (("mar-digits", "--guidance-mode", "exact"), "guidance_mode: the Diffusion head has no such option; leave it"),
+        (("mar-digits", "--guidance-mode", "exact"), "guidance_mode: the Diffusion head has no such option"),
         (("tiny", "--guidance-mode", "exat"), "guidance_mode: 'exat' is not known"),
         (("grouped", "--official", str(DOUBLE)), "guidance_scale: the original can't guide parts of several features"),
     ],

@@ -24,16 +24,15 @@ import torch
 from helpers import make_bundle, one_line, randomise
 from hypothesis import given
 from hypothesis import strategies as st
-from seriatim.sampling.loops import steps_of
 from torch import Tensor, nn
 
 from seriatim.backbones.masked_transformer import Masked
-from seriatim.bench import run as bench_run
+from seriatim.bench import race as bench_run
 from seriatim.bench.checkout import set_aside
 from seriatim.bench.official_mar import MODULES, OfficialMAR
 from seriatim.bench.official_mar import official_mar as load_checkout
 from seriatim.bench.opponent import Draws, Workload
-from seriatim.bench.ours import Ours
+from seriatim.bench.ours import Ours, prepared
 from seriatim.bench.race import bench, compared, flops, subject
 from seriatim.bench.timing import counting, matrix_peak, peak_resident_bytes
 from seriatim.checkpoints.native import Bundle, save_bundle
@@ -41,13 +40,13 @@ from seriatim.cli.main import run as command
 from seriatim.core.errors import ConfigError, ResourceError, UsageError
 from seriatim.core.progress import Progress
 from seriatim.core.schedules import tokens_per_step
+from seriatim.core.settings import Settings
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
 from seriatim.nn import packed
 from seriatim.nn.attention import SHORT, attend
 from seriatim.nn.packed import PackedLinear, packs
-from seriatim.sampling.parallel import prepare_model
 from seriatim.tokenizers.pixels import Pixels
 
 CPU = torch.device("cpu")
@@ -100,14 +99,20 @@ def test_unequal_sides_and_no_classes(classes: int, checkout: Path) -> None:
         backbone = Masked(16, 6, width=(32, 48), depth=(1, 2), heads=(2, 3), buffer=2, mlp_ratio=2.0)
         model = MaskedModel(backbone, Diffusion(6, 24, 3, train_steps=500), classes=classes).eval()
     randomise(model, scale=0.1)
-    work = Workload((1, 3) if classes else (-1, -1), 4, 5, 2.0, temperature=0.7)
-    theirs = OfficialMAR(checkout, model, CPU, work.head_steps)
-    found = compared(Ours(prepare_model(model), torch.float32, CPU), theirs, work, Progress(2, "", quiet=True))
+    inside = {"num_diffusion_steps": 5}
+    work = Workload((1, 3) if classes else (-1, -1), 4, 2.0, temperature=0.7, head_options=inside)
+    theirs = OfficialMAR(checkout, model, CPU, inside)
+    found = compared(Ours(prepared(model), torch.float32, CPU), theirs, work, Progress(2, "", quiet=True))
     assert found["max_rel_difference"] < SAME and found["largest_value"] > 0.1
 
 
+class Skipped(nn.Module):
+    def forward(self, x: Tensor, *_: Any) -> Tensor:
+        return x
+
+
 def skip_a_block(model: MaskedModel) -> None:
-    model.backbone.set_submodule("decoder.0", nn.Identity())
+    model.backbone.set_submodule("decoder.0", Skipped())
 
 
 def skip_every_other_head_step(model: MaskedModel) -> None:
@@ -126,11 +131,11 @@ def skip_every_other_head_step(model: MaskedModel) -> None:
 
 def skip_guidance(model: MaskedModel) -> None:
     with torch.no_grad():
-        model.no_class.copy_(model.class_embedding[0])
+        model.conditioner.get_parameter("no_class").copy_(model.conditioner.get_parameter("class_embedding")[0])
 
 
 def skip_positions(model: MaskedModel) -> None:
-    model.backbone.output_positions.data.zero_()  # type: ignore[operator]
+    model.backbone.get_parameter("output_positions").data.zero_()
 
 
 @pytest.mark.parametrize("fault", [skip_a_block, skip_every_other_head_step, skip_guidance, skip_positions])
@@ -139,9 +144,9 @@ def test_a_sampler_that_skips_work_is_found_out(
 ) -> None:
     def faulty(model: MaskedModel, dtype: torch.dtype) -> MaskedModel:  # after the original has its weights
         fault(model)
-        return prepare_model(model, dtype)
+        return prepared(model, dtype)
 
-    monkeypatch.setattr(bench_run, "prepare_model", faulty)
+    monkeypatch.setattr(bench_run, "prepared", faulty)
     assert quick(model_folder, official=str(checkout))["max_rel_difference"] > 1e-3 > 10 * SAME
 
 
@@ -235,15 +240,16 @@ def test_a_folder_is_benched_as_it_samples(
     """With its own solver and token schedule; the original has neither, and says so."""
     bundle.sampling |= {"solver": "dpm++", "token_schedule": "linear", "num_diffusion_steps": 6}
     folder = save_bundle(bundle, tmp_path / "model")
-    seen: list[dict[str, Any]] = []
+    seen: list[Settings] = []
+    steps = MaskedModel.steps
 
-    def watch(*arguments: Any, **options: Any) -> Any:
-        seen.append(options)
-        return steps_of(*arguments, **options)
+    def watch(model: Any, condition: Any, null: Any, keys: Any, settings: Settings, **more: Any) -> Any:
+        seen.append(settings)
+        return steps(model, condition, null, keys, settings, **more)
 
-    monkeypatch.setattr("seriatim.bench.ours.steps_of", watch)
+    monkeypatch.setattr(MaskedModel, "steps", watch)
     quick(folder)
-    assert all((o["solver"], o["token_schedule"]) == ("dpm++", "linear") for o in seen) and seen
+    assert seen and all((s.head_options["solver"], s.token_schedule) == ("dpm++", "linear") for s in seen)
     with pytest.raises(UsageError, match=r"official: the original has no solver='dpm\+\+', .* leave it out"):
         quick(folder, official=str(checkout))
 
@@ -301,7 +307,8 @@ def test_flops_of_attention(asked: int | None, keys: int, mask: bool) -> None:
 def test_flops_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed or not, guided or not: what a hand counts."""
     L, A, D, E, C, W, blocks, T, steps = 16, 3, 4, 32, 32, 24, 2, 6, 5
-    work = Workload((1,), steps, T, 1.5)
+    inside = {"num_diffusion_steps": T}
+    work = Workload((1,), steps, 1.5, head_options=inside)
     plain = flops(Ours(make_bundle().model, torch.float32, CPU), work)
 
     def block(width: int, all_rows: int, rows: int) -> int:  # keys and values of all, the rest of those asked for
@@ -324,15 +331,15 @@ def test_flops_of_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     if packs(torch.float32):
         monkeypatch.setattr(packed, "SMALLEST", 1)
-        assert flops(Ours(prepare_model(make_bundle().model), torch.float32, CPU), work) == plain
-    unguided = flops(Ours(make_bundle().model, torch.float32, CPU), Workload((1,), steps, T, 1.0))
+        assert flops(Ours(prepared(make_bundle().model), torch.float32, CPU), work) == plain
+    unguided = flops(Ours(make_bundle().model, torch.float32, CPU), Workload((1,), steps, 1.0, head_options=inside))
     assert unguided[0] < 0.55 * plain[0]
 
 
 @given(steps=st.integers(1, 300), every=st.integers(1, 300), last=st.booleans())
 def test_the_steps_that_are_computed(steps: int, every: int, last: bool) -> None:
-    computed = Workload((0,), steps, 1, 1.0, every=every, last=last).computed()
-    factor = Workload((0,), steps, 1, 1.0, every=every, last=last).factor
+    computed = Workload((0,), steps, 1.0, every=every, last=last).computed()
+    factor = Workload((0,), steps, 1.0, every=every, last=last).factor
     assert computed and computed == sorted(set(computed)) and 0 <= computed[0] <= computed[-1] < steps
     assert math.isclose(factor * len(computed), steps)
     assert not last or computed[-1] == steps - 1

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from seriatim.backbones.causal_transformer import Causal
-from seriatim.bench import run as bench_run
+from seriatim.bench import race as bench_run
 from seriatim.bench.official_llamagen import OfficialLlamaGen
 from seriatim.bench.opponent import Draws, Workload
-from seriatim.bench.ours import Ours
+from seriatim.bench.ours import Ours, prepared
 from seriatim.bench.race import DECODERS, bench, compared
 from seriatim.cli.main import run as command
 from seriatim.core.errors import UsageError
@@ -28,7 +28,6 @@ from seriatim.core.progress import Progress
 from seriatim.heads.categorical import Categorical
 from seriatim.models.build import seeded
 from seriatim.models.causal_model import CausalModel
-from seriatim.sampling.parallel import prepare_model
 from seriatim.tokenizers.vq import VQ
 from seriatim.zoo import PRESETS, Preset
 
@@ -69,7 +68,7 @@ def make() -> CausalModel:
         backbone = Causal(16, vocab=40, width=64, depth=2, heads=2, rotate_prefix=False)
         model = CausalModel(backbone, Categorical(40, bias=False), classes=5).eval()
         nn.init.normal_(model.head.logits.weight)  # type: ignore[union-attr, arg-type]
-        nn.init.normal_(model.class_embedding)
+        nn.init.normal_(model.conditioner.get_parameter("class_embedding"))
         for block in model.backbone.blocks:
             nn.init.normal_(block.attention.qkv.weight, std=0.3)  # type: ignore[union-attr, arg-type]
     return model
@@ -84,11 +83,12 @@ def test_a_sampler_that_skips_work_is_found_out(fault: str | None) -> None:
             model.backbone.get_parameter("blocks.1.attention.proj.weight").zero_()
     elif fault == "guidance":
         with torch.no_grad():
-            model.no_class.copy_(model.class_embedding[0])
+            no_class, table = (model.conditioner.get_parameter(name) for name in ("no_class", "class_embedding"))
+            no_class.copy_(table[0])
     elif fault == "rotation":
         model.backbone.table[1:] = model.backbone.table[2:3]  # type: ignore[index]
-    work = Workload((0, 1, 2, 3), 16, 1, 2.5, "constant")
-    found = compared(Ours(prepare_model(model), torch.float32, CPU), theirs, work, Progress(2, "", quiet=True))
+    work = Workload((0, 1, 2, 3), 16, 2.5, "constant")
+    found = compared(Ours(prepared(model), torch.float32, CPU), theirs, work, Progress(2, "", quiet=True))
     assert (found["equal_codes"] == 1.0) == (fault is None)
 
 
@@ -96,10 +96,10 @@ def test_sampled_codes_have_no_likeness_to_compare() -> None:
     """At a temperature, each draws from its own generator; the original is left as it was."""
     theirs = OfficialLlamaGen(DOUBLE, make(), CPU)
     before = torch.get_rng_state()
-    codes, seconds = theirs.sample(Workload((0, 1), 16, 1, 2.5, "constant"), Draws())
+    codes, seconds = theirs.sample(Workload((0, 1), 16, 2.5, "constant"), Draws())
     assert codes.shape == (2, 16) and codes.dtype == torch.long and seconds > 0
     assert torch.equal(before, torch.get_rng_state())
-    short, _ = theirs.sample(theirs.few(Workload((0, 1), 16, 1, 1.0)), Draws())
+    short, _ = theirs.sample(theirs.few(Workload((0, 1), 16, 1.0)), Draws())
     assert short.shape == (2, 16)
 
 

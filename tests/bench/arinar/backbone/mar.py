@@ -13,8 +13,9 @@ import torch
 from model_head.arhead_gmm import ARHead
 from torch import nn
 
-from seriatim.backbones.masked_transformer import Masked, first
+from seriatim.backbones.masked_transformer import Masked, positions_in
 from seriatim.checkpoints.arinar import UNSQUEEZED, ZERO, official_name
+from seriatim.conditions.base import Condition
 from seriatim.models.masked_model import MaskedModel
 
 
@@ -79,20 +80,21 @@ class MAR(nn.Module):
 
     def forward_mae_encoder(self, x, mask, class_embedding):
         """x (B, L, D), mask (B, L), 1 where unknown, class_embedding (B, E) -> (B, A + known, E)."""
-        known, _ = first(mask == 0)
-        return self.inner.backbone.encode(class_embedding, x, known, None)
+        known, _ = positions_in(mask == 0)
+        return self.inner.backbone.encode(Condition(class_embedding[:, None]), x, known, None)[0]
 
     def forward_mae_decoder(self, x, mask):
         """-> z of every token (B, L, C)."""
-        known, _ = first(mask == 0)
-        return self.inner.backbone.decode(x, known, None, torch.arange(self.seq_len).expand(len(mask), -1))
+        known, _ = positions_in(mask == 0)
+        everywhere = torch.arange(self.seq_len).expand(len(mask), -1)
+        return self.inner.backbone.decode(x, None, known, None, everywhere)
 
     def sample_tokens(self, bsz, num_iter=64, cfg=1.0, cfg_schedule="linear", labels=None, temperature=1.0):
         """-> latents (B, D, side, side)."""
         L, guided = self.seq_len, cfg != 1.0
         tokens, mask = torch.zeros(bsz, L, self.token_embed_dim).cuda(), torch.ones(bsz, L).cuda()
         orders = self.sample_orders(bsz)
-        condition, null = self.inner.condition(labels, bsz), self.inner.condition(None, bsz)
+        condition, null = (self.inner.condition(each, bsz).vectors[:, 0] for each in (labels, None))
         for step in range(num_iter):
             twice = 2 if guided else 1
             x, masks = tokens.repeat(twice, 1, 1), mask.repeat(twice, 1)

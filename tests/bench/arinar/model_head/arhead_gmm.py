@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from seriatim.heads.gaussians import GaussianMixture
-from seriatim.models.nested import Nested
+from seriatim.models.build import build_head
 
 
 class Attention:
@@ -32,16 +32,14 @@ class ARHead(nn.Module):
         inside = {
             "kind": "causal", "width": inner_ar_width, "depth": depth, "heads": 16, "conditioning": "both",
             "norm": "layer", "mlp": "gelu-tanh", "positions": "learned", "bias": True, "attention_scale": 0.25,
-            "start_token": True,
+            "start_token": True, "head": {"kind": "mixture", "components": num_gaussians, "depth": 0},
         }  # fmt: skip
-        self.nested = Nested(
-            token_embed_dim, split={"kind": "features", "group": feature_group}, backbone=inside,
-            head={"kind": "mixture", "components": num_gaussians, "depth": 0}, z_dim=decoder_embed_dim,
-        )  # fmt: skip
+        config = {"kind": "nested", "split": {"kind": "features", "group": feature_group}, "model": inside}
+        self.nested = build_head(config, dim=token_embed_dim, vocab=None, z_dim=decoder_embed_dim)
         self.num_gaussians, self.feature_group = num_gaussians, feature_group
         self.num_groups = token_embed_dim // feature_group
         self.bilevel_schedule = "constant"
-        self.blocks = [SimpleNamespace(attn=Attention(block.attention)) for block in self.nested.backbone.blocks]
+        self.blocks = [SimpleNamespace(attn=Attention(block.attention)) for block in self.nested.model.backbone.blocks]
 
     def schedule(self, x, step, total_steps):
         if self.bilevel_schedule == "constant":
@@ -71,7 +69,8 @@ class ARHead(nn.Module):
         """z (N, C), or (2 N, C) where guided -> tokens of as many rows."""
         parts = z.new_zeros(len(z), self.num_groups, self.feature_group)
         for i in range(self.num_groups):
-            flat = self.nested.head(self.nested.backbone.sequence(z, parts)[:, i])
+            inner = self.nested.model.backbone.sequence(self.nested.condition(z, None), parts)[:, i]
+            flat = self.nested.model.head(inner)
             if torch.is_autocast_enabled("cpu"):  # as a Linear gives it
                 flat = flat.to(torch.get_autocast_dtype("cpu"))
             three = self.extract_gmm(flat[:, None], len(z))
