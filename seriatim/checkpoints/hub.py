@@ -7,6 +7,7 @@ from pathlib import Path
 
 from seriatim.checkpoints.native import CONFIG
 from seriatim.core.errors import CheckpointError, nearest, one_line
+from seriatim.core.files import present_or_previous
 from seriatim.zoo import PRESETS
 
 
@@ -25,7 +26,7 @@ def download(repository: str) -> Path:
 
 def located(name: str) -> Path:
     """The folder of that name, or the hub's, downloaded."""
-    folder = Path(name)
+    folder = present_or_previous(Path(name))
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; name the model folder that holds {CONFIG}")
     if folder.is_dir():

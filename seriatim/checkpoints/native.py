@@ -30,6 +30,9 @@ from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, Us
 from seriatim.core.files import (
     MANIFEST,
     atomic_folder,
+    present_or_previous,
+    put_back,
+    read_manifest,
     utf8_path,
     verify_manifest,
     write_json,
@@ -37,6 +40,7 @@ from seriatim.core.files import (
     write_text,
 )
 from seriatim.core.flatten import WHITE, Colour, as_colour
+from seriatim.core.ownership import json_of
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config
 from seriatim.tokenizers.base import Tokenizer
@@ -129,14 +133,27 @@ def opened(folder: Path, *files: str) -> Iterator[tuple[dict[str, Any], dict[str
 def replaceable(folder: Path | str, parts: Sequence[str] = PARTS, what: str = "a model") -> Path:
     """Refuse to write a model, or `what` has these `parts`, over anything but such a folder or an empty one."""
     folder = Path(folder).resolve()
+    put_back(folder)
     if folder.exists():
         empty = folder.is_dir() and not any(folder.iterdir())
-        if not empty and not ((folder / CONFIG).is_file() and (folder / MANIFEST).is_file()):
+        if not empty and not is_ours(folder):
             raise UsageError(f"folder: {folder} exists and is not {what} folder; choose a new or empty one")
         foreign = sorted(path.name for path in folder.iterdir() if path.name not in parts)
         if foreign:
             raise UsageError(f"folder: {folder} holds {foreign[0]!r}, which is no part of {what}; choose another")
     return folder
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a model, a tokenizer or a classifier was written to `folder` here, as its manifest or config proves."""
+    if not (folder / CONFIG).is_file() or not (folder / MANIFEST).is_file():
+        return False
+    if {"format", "seriatim"} <= json_of(folder / CONFIG).keys():
+        return True
+    try:
+        return CONFIG in read_manifest(folder)
+    except (CheckpointError, OSError, RecursionError):
+        return False
 
 
 def check_finite_weights(module: nn.Module, name: str) -> None:
@@ -173,12 +190,15 @@ def told_by(error: Exception) -> OSError:
 def find_bundle(folder: Path) -> Path:
     """The model folder that `folder` is, or that it holds as `model/` (a run, a demo).
 
-    Of a run that is not finished it is the newest whole checkpoint, which standard error is told.
+    Where a crash interrupted its replacement, that is the previous one, which lies beside it under a hidden name. Of a
+    run that is not finished it is the newest whole checkpoint, which standard error is told.
     """
+    folder = present_or_previous(folder)
     if (folder / CONFIG).exists():
         return folder
-    if (folder / "model").is_dir():
-        return folder / "model"
+    inner = present_or_previous(folder / "model")
+    if inner.is_dir():
+        return inner
     if is_checkpoint(folder):
         return usable(folder)
     is_run = (folder / RECIPE).is_file() or (folder / CHECKPOINTS).is_dir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -247,8 +248,12 @@ def unused(out: Path, overwrite: bool) -> None:
     from seriatim.core.errors import UsageError
 
     folder = replaceable(out)
-    if not overwrite and folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"out: {out} holds a model or tokenizer already; choose another folder or pass --overwrite")
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise UsageError(
+                f"out: {out} holds a model or tokenizer already; choose another folder or pass --overwrite"
+            )
+        say(f"replacing {out}, which is kept until the new one is whole")
 
 
 def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
@@ -286,10 +291,15 @@ def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str,
     from seriatim.core.errors import UsageError
     from seriatim.core.files import atomic_write
 
-    if out.exists() and not overwrite:
-        raise UsageError(f"out: {out} exists already; choose another name or pass --overwrite")
+    if os.path.lexists(out):
+        if not overwrite:
+            raise UsageError(f"out: {out} exists already; choose another name or pass --overwrite")
+        if not out.is_file():
+            raise UsageError(f"out: {out} is no file and can't be replaced by one; choose another name")
     if out.suffix not in (".safetensors", ".pth", ".pt", ".ckpt"):
         raise UsageError(f"out: {out} must end in .safetensors, .pth, .pt or .ckpt")
+    if out.exists():
+        say(f"replacing {out}, which is kept until the new one is whole")
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if out.suffix == ".safetensors":
         atomic_write(out, lambda file: write_tensors(file, whole))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
-from seriatim.cli.sample import order_or_positions
+from seriatim.cli.sample import order_or_positions, say_replaced
 from seriatim.cli.threads import drawing_with
 
 
@@ -66,6 +66,8 @@ def edit(
     from seriatim.core.images import BadImage, read_image
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.pipeline import load
+    from seriatim.sampling.result import file_names
+    from seriatim.sampling.samples_folder import GRID, check_samples_folder
 
     pipe = load(model, device=device, dtype=dtype)
     try:
@@ -75,9 +77,9 @@ def edit(
         white = read_image(mask, 1, BLACK)
     except BadImage as error:
         raise UsageError(f"{argument}: {file} can't be read: {error}") from error
-    taken = [file for file in (out / "grid.png", *sorted(out.glob("0*.png"))) if file.exists()]
-    if taken and not overwrite:
-        raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
+    asked = pipe.request(class_labels=label or [None], num_images_per_label=num_images_per_label)
+    names = file_names([pipe.label_name(x) for x in asked.image_labels()])
+    say_replaced(check_samples_folder(out, [*(out / name for name in names), out / GRID], overwrite=overwrite))
     with drawing_with(pipe, threads):
         result = pipe.edit(
             picture,
@@ -106,8 +108,8 @@ def edit(
             seed=seed,
         )
     out = writable_folder(out)
-    files = result.save(out)
+    files = result.save(out, overwrite=overwrite)
     shown = [picture, white.convert(picture.mode), *result.images]
-    save_png(grid(shown, min(8, len(shown)), side=64), out / "grid.png")
-    report = {"images": len(files), "folder": str(out), "grid": str(out / "grid.png"), "seed": result.request.seed}
+    save_png(grid(shown, min(8, len(shown)), side=64), out / GRID)
+    report = {"images": len(files), "folder": str(out), "grid": str(out / GRID), "seed": result.request.seed}
     return print_json(report) if json else print_table(("edited", ""), list(report.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +53,7 @@ def copy(
     target = to or Path(source.name)
     if target.is_dir():
         target = target / source.name
-    if target.exists():
+    if os.path.lexists(target):
         raise UsageError(f"to: {target} exists already; name another file")
     write_text(target, source.read_text(encoding="utf-8"))
     say(f"wrote {target}; train it with: seriatim train {target} --out runs/{source.stem}")

@@ -10,6 +10,7 @@ import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 from seriatim.cli.threads import threads_of
+from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,7 +88,8 @@ def sample(
     from seriatim.pipeline import load
     from seriatim.sampling.animation import save_animation
     from seriatim.sampling.metadata import versions
-    from seriatim.sampling.result import recorded, safe_name, save_image
+    from seriatim.sampling.result import file_names, recorded, save_image
+    from seriatim.sampling.samples_folder import ANIMATION, GRID, check_samples_folder
     from seriatim.training.precision import threads as using
 
     original = None if from_ is None else read_repeatable(from_)
@@ -122,17 +124,14 @@ def sample(
     steps = pipe.stream(request=request, batch_size=batch_size)  # checks everything before a folder is made
     if not pipe.tokenizer.pictures:
         return sample_arrays(pipe, request, out, batch_size, threads, animate=animate, overwrite=overwrite, json=json)
-    new = not out.exists()
-    out = writable_folder(out)
     names = [pipe.label_name(x) or "image" for x in request.image_labels()]
-    files = [out / f"{i:04d}-{safe_name(name)}.png" for i, name in enumerate(names)]
-    grid_file, animation = out / "grid.png", out / "animation.gif"
-    taken = [file for file in (*files, grid_file, *[animation] * animate) if file.exists()]
+    files = [out / name for name in file_names(names)]
+    grid_file, animation = out / GRID, out / ANIMATION
     if from_ is not None and any(file.resolve() == from_.resolve() for file in (*files, grid_file)):
         raise UsageError(f"out: {out} is where {from_} is, which would be replaced; choose another folder")
-    if taken and not overwrite:
-        raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
-
+    say_replaced(check_samples_folder(out, [*files, grid_file, *[animation] * animate], overwrite=overwrite))
+    new = not out.exists()
+    out = writable_folder(out)
     count = threads_of(pipe, threads)
     begin = time.monotonic()
     made = versions(pipe.device, pipe.dtype)
@@ -155,7 +154,7 @@ def sample(
     save_png(grid(images, columns), grid_file)
     if animate:
         side = 128 if len(images) == 1 else 64
-        save_animation([grid(frames[i], columns, side=side) for i in sorted(frames)], animation)
+        save_animation([grid(frames[i], columns, side=side) for i in sorted(frames)], animation, overwrite=overwrite)
     report = {
         "images": len(images),
         "folder": str(out),
@@ -177,6 +176,13 @@ def sample(
         extra = {"request": request.model_dump(mode="json"), "model_sha256": pipe.bundle.sha256, "files": shown}
         return print_json(report | extra)
     return print_table(("sampled", ""), list(report.items()))
+
+
+def say_replaced(files: list[Path]) -> None:
+    """Say what `--overwrite` is going to replace; each file is kept until the new one is whole."""
+    if files:
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        say(f"replacing {files[0]}{more}")
 
 
 def order_or_positions(text: str | None) -> str | list[int] | None:
@@ -202,14 +208,12 @@ def sample_arrays(
 
     from seriatim.core.errors import UsageError
     from seriatim.core.progress import Progress
-    from seriatim.sampling.result import SAMPLES, SAYS
+    from seriatim.sampling.samples_folder import SAMPLES, SAYS, check_samples_folder
     from seriatim.training.precision import threads as using
 
     if animate:
         raise UsageError("animate: this model's tokens are no pictures; leave it out")
-    taken = [out / name for name in (SAMPLES, SAYS) if (out / name).exists()]
-    if taken and not overwrite:
-        raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
+    say_replaced(check_samples_folder(out, [out / SAMPLES, out / SAYS], overwrite=overwrite))
     count = threads_of(pipe, threads)
     begin, before = time.monotonic(), 0
     with using(count), Progress(request.num_images, "sampling", "sequences", quiet=json) as bar:
@@ -221,7 +225,7 @@ def sample_arrays(
             before = share
 
         result = pipe(request=request, batch_size=batch_size, callback_on_step_end=show)
-    files = result.save(out)
+    files = result.save(out, overwrite=overwrite)
     report = {
         "sequences": len(result.images),
         "shape": list(result.images.shape),

@@ -11,6 +11,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +23,7 @@ from seriatim.core.errors import CheckpointError, ResourceError, UsageError, one
 from seriatim.core.names import SURROGATE
 
 MANIFEST = "manifest.json"
+PREVIOUS = "previous"
 
 
 def sync_folder(folder: Path) -> None:
@@ -66,12 +69,10 @@ def atomic_write(path: Path | str, write: Callable[[Path], object]) -> Path:
     path = Path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.stem}.~{secrets.token_hex(4)}{path.suffix}")
         try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the system applies the umask
             write(temporary)
-            os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes it private
             sync_file(temporary)
             os.replace(temporary, path)
         except BaseException:
@@ -79,12 +80,6 @@ def atomic_write(path: Path | str, write: Callable[[Path], object]) -> Path:
             raise
         sync_folder(path.parent)
     return path
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path | str, text: str) -> Path:
@@ -118,16 +113,16 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success sync it and rename it to `path`.
 
     A folder that was at `path` is replaced: it is moved aside first and deleted last, so that a crash in
-    between leaves it on the disk, under the name `.<name>.previous`.
+    between leaves it on the disk, under the name `.<name>.previous`, where `put_back` finds it.
     """
     path = Path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        previous = path.with_name(f".{path.name}.previous")
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        previous = path.with_name(f".{path.name}.{PREVIOUS}")
+        temporary = path.with_name(f".{path.name}.~{secrets.token_hex(4)}")
+        temporary.mkdir()
         try:
             yield temporary
-            os.chmod(temporary, 0o777 & ~current_umask())
             for file in temporary.rglob("*"):
                 if file.is_file():
                     sync_file(file)
@@ -145,6 +140,76 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
 
 
+# --- after a crash ------------------------------------------------------------------------------------------------
+
+
+def asides(path: Path) -> dict[int, Path]:
+    """The folders that were moved aside while `path` was being replaced, by number: the newest has the highest."""
+    pattern = re.compile(re.escape(f".{path.name}.{PREVIOUS}") + r"(-([0-9]{1,6}))?")
+    found = {entry: pattern.fullmatch(entry.name) for entry in (path.parent.iterdir() if path.parent.is_dir() else ())}
+    return {int(match[2] or 1): entry for entry, match in found.items() if match is not None and entry.is_dir()}
+
+
+def present_or_previous(path: Path) -> Path:
+    """`path`, or where it is missing the folder that a crash between two renames left under another name."""
+    found = {} if path.exists() else asides(path)
+    return found[max(found)] if found else path
+
+
+def put_back(path: Path) -> None:
+    """Undo a replacement that a crash interrupted between its two renames; only who may write to `path` calls it."""
+    found = present_or_previous(path)
+    if found != path:
+        with explained(path), contextlib.suppress(FileNotFoundError):  # another process was quicker
+            os.replace(found, path)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename the folder `path`, make an empty one in its place, and return the new name of what it held."""
+    path = path.resolve()
+    number = 1 + max(asides(path), default=0)
+    aside = path.with_name(f".{path.name}.{PREVIOUS}" + (f"-{number}" if number > 1 else ""))
+    with explained(path):
+        os.replace(path, aside)
+        path.mkdir()
+        sync_folder(path.parent)
+    return aside
+
+
+def target_of(path: Path) -> str | None:
+    """The name that a temporary file or folder of ours was to get; None where `path` is no such thing.
+
+    Release 0.1 let `tempfile` choose the names: eight characters. A word of eight letters is somebody's, unless the
+    file is private, as `tempfile` makes them.
+    """
+    if not path.name.startswith(".") or path.is_symlink():
+        return None
+    found = re.fullmatch(r"\.(.+)\.(~[0-9a-f]{8}|[a-z0-9_]{8})(\.[^.]+)?", path.name)
+    if found is None or found[2] == PREVIOUS:
+        return None
+    if found[2].isalpha() and path.lstat().st_mode & 0o077:
+        return None
+    return found[1] + (found[3] or "")
+
+
+def sweep(folder: Path, ours: Callable[[str], bool]) -> None:
+    """Delete the temporary files of `folder` that a killed process left; `ours` says which names are written there.
+
+    Nobody else may be writing to the folder meanwhile.
+    """
+    if folder.is_dir():
+        for path in list(folder.iterdir()):
+            target = target_of(path)
+            if target is not None and ours(target):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+# --- folders and what they hold -----------------------------------------------------------------------------------
+
+
 def writable_folder(path: Path | str, argument: str = "out") -> Path:
     """Create `path` if it isn't there and prove that it can be written to, before hours of work rely on it."""
     path = Path(path)
@@ -152,8 +217,8 @@ def writable_folder(path: Path | str, argument: str = "out") -> Path:
         raise UsageError(f"{argument}: {path} is a file; name a folder")
     with explained(path, argument):
         path.mkdir(parents=True, exist_ok=True)
-        handle, probe = tempfile.mkstemp(prefix=".probe.", dir=path)
-        os.close(handle)
+        probe = path / f".probe.~{secrets.token_hex(4)}"
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         os.unlink(probe)
     return path
 

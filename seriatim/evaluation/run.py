@@ -40,7 +40,7 @@ from seriatim.evaluation.memory import nearest_picture
 from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, described, halves, whole
 from seriatim.evaluation.rows import markdown
-from seriatim.evaluation.settings import SETTINGS, said, same_settings
+from seriatim.evaluation.settings import SETTINGS, check_folders, said, same_settings
 from seriatim.pipeline import BATCH_TOKENS, Pipeline
 from seriatim.sampling.labels import label_of, name_of
 from seriatim.sampling.metadata import versions
@@ -95,6 +95,8 @@ def evaluate(
     Raises UsageError for another evaluation's folder, DataError for too few images or classes that don't match.
     """
     begin = time.monotonic()
+    folder = Path(out)
+    check_folders(folder, None if cache is None else Path(cache))
     check_pictures(pipe.tokenizer)
     request = asked(pipe, num, seed, settings)
     which = check_figures(figures)
@@ -112,7 +114,7 @@ def evaluate(
     if figures:
         check_possible(figures, features, classes, pipe.class_names, reference, str(getattr(data, "path", "data")))
 
-    folder = writable_folder(out)
+    writable_folder(folder)
     cached = Path(cache) if cache is not None else folder
     extractor = features.to(pipe.device).eval()
     hashes = {

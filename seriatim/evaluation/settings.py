@@ -4,16 +4,59 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from seriatim.core.errors import UsageError, one_line
 from seriatim.core.files import write_json
+from seriatim.core.ownership import json_of, owned
 from seriatim.sampling.request import SampleRequest
 
 SETTINGS = "settings.json"
+LOOKED_AT = 100  # files that may prove whose a folder is
 # The same weights, images or file elsewhere are the same: their hashes are compared.
 SOURCES = {"model.source", "tokenizer.source", "reference.path", "real.path", "reference.file"}
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether the folder is that of an evaluation, as its settings prove, or features beside damaged ones."""
+    keys = json_of(folder / SETTINGS).keys()
+    if {"block", "reference", "real"} <= keys and ("model" in keys or "tokenizer" in keys):
+        return True
+    return (folder / SETTINGS).is_file() and any(map(is_block, islice(folder.glob("samples/*.safetensors"), LOOKED_AT)))
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether the folder is that of a sweep: its table, or its points, which are evaluations, prove it."""
+    if {"fields", "points"} <= json_of(folder / "sweep.json").keys():
+        return True
+    return any("=" in path.name and is_evaluation(path) for path in folder.iterdir())
+
+
+def holds_features(folder: Path) -> bool:
+    """Whether the folder keeps features of real images: a cache of them, an evaluation or a sweep."""
+    if is_evaluation(folder) or is_sweep(folder):
+        return True
+    return any(map(is_block, islice((folder / "real").glob("????????????????/*.safetensors"), LOOKED_AT)))
+
+
+def is_block(path: Path) -> bool:
+    """Whether a file holds features of images, as its header says."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "features" in file.keys()  # a file handle, not a dict
+    except (SafetensorError, OSError):
+        return False
+
+
+def check_folders(out: Path, cache: Path | None) -> None:
+    """Refuse folders that hold anything but evaluations, and features of real images, of ours; touches nothing."""
+    owned(out, "evaluation", is_evaluation)
+    if cache is not None:
+        owned(cache, "cache of features", holds_features, argument="cache")
 
 
 def said(request: SampleRequest) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import Any
 
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.files import atomic_write, writable_folder, write_json, write_text
+from seriatim.core.ownership import owned
 from seriatim.evaluation.reference import Images, Statistics
 from seriatim.evaluation.rows import markdown, model_name
 from seriatim.evaluation.run import Evaluation, evaluate
+from seriatim.evaluation.settings import holds_features, is_sweep
 from seriatim.pipeline import Pipeline
 from seriatim.sampling.request import SampleRequest
 
@@ -46,6 +48,10 @@ def sweep(
     goes on where another was stopped. Points whose figures are read to choose one are no longer a measurement of it:
     evaluate the chosen one again with another seed.
     """
+    folder = Path(out)
+    cache = settings.pop("cache", None) or folder
+    owned(folder, "sweep", is_sweep)
+    owned(Path(cache), "cache of features", holds_features, argument="cache")
     if not fields:
         raise UsageError("fields: is empty; name one with its values, such as guidance_scale=1,1.5,2,3")
     combinations = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
@@ -59,8 +65,7 @@ def sweep(
         raise UsageError(f"{next(iter(fields))}: a value is given twice; leave one out")
     for combination in combinations:  # all of them, before hours of work on the first
         pipe.request(**{**combination, "seed": 0})
-    folder = writable_folder(out)
-    cache = settings.pop("cache", None) or folder
+    writable_folder(folder)
     points = []
     for combination, name in zip(combinations, names, strict=True):
         points.append((combination, evaluate(pipe, data, folder / name, cache=cache, **settings, **combination)))

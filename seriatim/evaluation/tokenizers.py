@@ -27,7 +27,7 @@ from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_er
 from seriatim.evaluation.reference import Images, Part, as_many, described, halves, whole
 from seriatim.evaluation.rows import tokenizer_row
 from seriatim.evaluation.run import key, pictures
-from seriatim.evaluation.settings import SETTINGS, same_settings
+from seriatim.evaluation.settings import SETTINGS, check_folders, same_settings
 from seriatim.sampling.metadata import versions
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.quantise import Usage
@@ -75,6 +75,8 @@ def evaluate_tokenizer(
     Tokens are the posterior's mode. Stopped, shared and cached as `evaluate` is.
     """
     begin = time.monotonic()
+    folder = Path(out)
+    check_folders(folder, None if cache is None else Path(cache))
     if num < 2:
         raise UsageError(f"num: {num!r} is not allowed; it must be at least 2")
     check_pictures(tokenizer)
@@ -93,7 +95,7 @@ def evaluate_tokenizer(
         check_count("num", len(part), features, ("frechet",))
         check_count("data", len(reference), features, ("frechet",))
     similarity()  # torchmetrics is there, or said to be missing now
-    folder = writable_folder(out)
+    writable_folder(folder)
     tokenizer = tokenizer.to(device).eval()
     extractor = None if features is None else features.to(device).eval()
     settings: dict[str, Any] = {

@@ -12,6 +12,7 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,17 @@ from seriatim import __version__
 from seriatim.checkpoints.native import write_tensors
 from seriatim.core.device import pick_device
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, Stopped, UsageError
-from seriatim.core.files import MANIFEST, atomic_write, sha256, writable_folder, write_json, write_manifest
+from seriatim.core.files import (
+    MANIFEST,
+    atomic_write,
+    read_manifest,
+    sha256,
+    sweep,
+    writable_folder,
+    write_json,
+    write_manifest,
+)
+from seriatim.core.ownership import json_of, owned
 from seriatim.core.progress import Progress
 from seriatim.core.terminal import say
 from seriatim.tokenizers.base import Tokenizer
@@ -46,6 +57,7 @@ from seriatim.training.stopping import StopRequest, claimed
 
 WAIT_SECONDS = 0.2  # between looks at shards that other processes hold
 LOCK = ".cache.lock"
+LOOKED_AT = 100  # files beside shards that may prove whose a folder is
 SETTINGS = {  # what a folder that was begun must agree on: field -> what a user calls it
     "format": "format", "size": "data.size", "channels": "data.channels", "moments_fingerprint": "tokenizer",
     "moments": "tokenizer (the shape of its moments)", "crop": "crop", "flip": "data.flip", "dtype": "dtype",
@@ -99,6 +111,7 @@ def write_cache(
         raise ConfigError("data.kind: arrays hold tokens already and need no cache; train from them")
     if data.cached:
         raise ConfigError("data.kind: latents are a cache already; name the images")
+    owned(Path(out), "cache", is_cache, begun={LOCK})
     out, where = writable_folder(out), pick_device(device)
     tokenizer.to(where).eval()
     first = encode(tokenizer, to_float(data.images(torch.tensor([0])).to(where)))
@@ -138,7 +151,7 @@ def write_cache(
                     if not mine:
                         busy.append(number)
                         continue
-                    sweep(out, shard_name(number))  # what one that was killed left half-written
+                    sweep(out, {f"{shard_name(number)}{end}" for end in (".json", ".safetensors")}.__contains__)
                     found = whole(out, number, info)
                     if found is None:
                         found = write_shard(out, number, encoder.shard(number), info)
@@ -221,11 +234,22 @@ def lock_of(out: Path, number: int) -> Path:
     return out / f".{shard_name(number)}.lock"
 
 
+def is_cache(folder: Path) -> bool:
+    """Whether a cache was begun in the folder, as any of its files proves that is whole."""
+    for name in (CACHE, SOURCES):
+        with contextlib.suppress(CheckpointError):
+            return bool(read_sealed(folder / name))
+    with contextlib.suppress(CheckpointError, OSError):
+        return CACHE in read_manifest(folder)
+    sidecars = islice(folder.glob("shard-*.json"), LOOKED_AT)
+    return any(json_of(path).keys() == {"images", "bytes", "sha256", "key"} for path in sidecars)
+
+
 def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> None:
     """Write what the cache is, or check that it is this one."""
     with claimed(out / LOCK, wait=True):
         for name in (CACHE, SOURCES, MANIFEST):
-            sweep(out, name.removesuffix(".json"))
+            sweep(out, {name}.__contains__)  # what one that was killed left half-written
         there = {path.name for path in out.iterdir() if not path.name.startswith((".", "shard-"))}
         foreign = sorted(there - {CACHE, SOURCES, MANIFEST})
         if foreign:
@@ -266,13 +290,6 @@ def refuse_other(before: CacheInfo, now: CacheInfo, tokenizer: Tokenizer, out: P
 def clip(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def sweep(out: Path, stem: str) -> None:
-    """Delete temporary files of `stem` that a killed process left; its lock must be held."""
-    for path in out.glob(f".{stem}.*"):
-        if path.suffix != ".lock":
-            path.unlink(missing_ok=True)
 
 
 def whole(out: Path, number: int, info: CacheInfo) -> str | None:

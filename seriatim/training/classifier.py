@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seriatim.checkpoints.native import replaceable
 from seriatim.core.device import DTYPES, pick_device, plain_torch
 from seriatim.core.errors import ConfigError, Stopped
-from seriatim.core.files import writable_folder, write_json, write_text
+from seriatim.core.files import write_json, write_text
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
 from seriatim.core.schedules import learning_rate
@@ -36,9 +35,10 @@ from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, l
 from seriatim.training.loop import check_finite, crossed, restore
 from seriatim.training.optim import averaged, sgd
 from seriatim.training.precision import fastest, threads
+from seriatim.training.run_folder import check_out, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.stopping import StopRequest, only_trainer, refuse_many_processes
+from seriatim.training.stopping import StopRequest, refuse_many_processes
 
 TEST_BATCH = 500
 LOOK_PIXELS = 2_000_000  # at which the stem's filters are measured
@@ -87,17 +87,18 @@ def train_classifier(
     """
     refuse_many_processes()
     settings = recipe.training
+    out = Path(out)
+    check_out(out, resume=resume, overwrite=overwrite)
     data, test, net = build(recipe, quiet=quiet)
-    out = writable_folder(out)
-    replaceable(out / "model", PARTS, "a classifier")
     where = pick_device(device)
-    with only_trainer(out), StopRequest() as stop, contextlib.ExitStack() as stack:
-        resumed = begin_run(out, recipe, data, resume=resume, overwrite=overwrite)
+    hold = occupied(out, PARTS, "a classifier", overwrite=overwrite)
+    with hold, StopRequest() as stop, contextlib.ExitStack() as stack:
+        begin_run(out, recipe, data, resume=resume)
         net.to(where).train()
         optimiser = sgd(net, settings.learning_rate, settings.momentum, settings.weight_decay)
         average = averaged(net, settings.ema)
         parts = Trainables(net, average, optimiser)
-        run = restore(out, parts) if resumed else None
+        run = restore(out, parts) if resume else None
 
         def logits_of(net: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             # Every draw depends on the image's number in the run alone: a resumed run draws what it would have drawn.
@@ -137,7 +138,7 @@ def train_classifier(
 
         def save_checkpoint() -> Path:
             path = checkpoints.save(out / "checkpoints", parts, run)
-            checkpoints.prune(out / "checkpoints", settings.keep)
+            checkpoints.prune(out / "checkpoints", settings.keep, path)
             return path
 
         guard, cure = BlowUpGuard(settings, out), way_out(settings, out)
@@ -189,12 +190,12 @@ def train_classifier(
                 if due and not stop.requested:
                     save_checkpoint()
                     draw_curves(log, out, recipe.name)
-                bar.advance(size)
                 if stop.requested and not last:
                     path = save_checkpoint()
                     raise Stopped(
                         f"{stop.requested}: stopped after {run.seen} images, saved {path}; go on with --resume"
                     )
+                bar.advance(size)
         seconds = time.monotonic() - started
         log.close()
         final = accuracy(average.module, test, where)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, PlainValidator, StrictInt
+from pydantic import AfterValidator, Field, PlainValidator, StrictInt
 
 from seriatim.core.errors import ConfigError, UsageError, nearest, one_line
 from seriatim.core.names import SURROGATE
 from seriatim.core.validation import Strict, parse
 
+LONGEST_NAME = 100  # bytes of a recipe's name, which names a folder
 PRIVATE = 0xF0000  # a plane of Unicode for private use, where bytes that are not UTF-8 stand while YAML is read
 PathText = Annotated[Any, PlainValidator(lambda value: str_of(value))]  # pydantic's own refuses such bytes
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -76,10 +77,25 @@ class ClassifierTraining(Common):
     test_images: StrictInt = Field(0, ge=0)  # accuracy on the test images this often; 0: at the end
 
 
+def plain_name(name: str) -> str:
+    """Refuse a name that would be a path, since a run's folder is called by it."""
+    try:
+        length = len(name.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise ValueError("must be text that UTF-8 can hold") from None
+    if not name.strip() or length > LONGEST_NAME:
+        raise ValueError(f"must have 1 to {LONGEST_NAME} bytes, and not blanks alone")
+    if any(c in "/\\:" or not c.isprintable() for c in name) or name.startswith(".") or ".." in name:
+        raise ValueError(
+            "must be a plain name, without /, \\, :, control characters, a leading dot or two dots in a row"
+        )
+    return name
+
+
 class Described(Strict):
     """What every recipe begins with."""
 
-    name: str
+    name: Annotated[str, AfterValidator(plain_name)]
     description: str = ""
     seed: StrictInt = Field(0, ge=0, lt=2**63)
     data: dict[str, Any]

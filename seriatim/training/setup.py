@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from seriatim.backbones.build import BACKBONES
 from seriatim.checkpoints.native import Bundle, load_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer
-from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
+from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError, one_line
 from seriatim.core.files import write_json, write_text
 from seriatim.core.names import find_name
 from seriatim.core.progress import Progress
@@ -30,7 +29,9 @@ from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
 from seriatim.training.data import ImageData, StreamData
 from seriatim.training.loader import to_float
 from seriatim.training.log import environment
+from seriatim.training.run_folder import DATA, RECIPE, check_out
 from seriatim.training.sources import build_data
+from seriatim.training.stopping import StopRequest
 
 # A resumed run may change these and nothing else: they don't affect a weight, or only how long it goes on.
 FREE = {
@@ -60,7 +61,6 @@ FREE = {
 # ... and these, which do affect weights, because they are what helps a run whose loss blew up. recipe.yaml records it.
 CURES = {"training.learning_rate", "training.clip", "training.dtype"}
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
-LEFTOVERS = ("checkpoints", "samples", "tensorboard")
 
 
 FIT_BATCH = 512  # images at a time when the tokenizer measures its statistics
@@ -104,12 +104,22 @@ def check_kind(kind: Any, data: ImageData) -> None:
         raise ConfigError(f"tokenizer.kind: {kind!r} is not allowed; the data holds {what}, which take {fitting}")
 
 
-def fit_tokenizer(tokenizer: Tokenizer, data: ImageData, *, quiet: bool = False) -> None:
+def fit_tokenizer(
+    tokenizer: Tokenizer, data: ImageData, *, quiet: bool = False, stop: StopRequest | None = None
+) -> None:
     """Measure the statistics of tokens: the same from images and from a cache of their moments."""
     if data.cached:
-        tokenizer.fit_moments(data.some(FIT_IMAGES, FIT_BATCH))
+        tokenizer.fit_moments(unless_stopped(data.some(FIT_IMAGES, FIT_BATCH), stop))
     else:
-        tokenizer.fit(look_over(data, FIT_IMAGES, FIT_BATCH, quiet=quiet))
+        tokenizer.fit(unless_stopped(look_over(data, FIT_IMAGES, FIT_BATCH, quiet=quiet), stop))
+
+
+def unless_stopped(batches: Iterable[Tensor], stop: StopRequest | None) -> Iterator[Tensor]:
+    """The same batches, until the process is asked to stop."""
+    for batch in batches:
+        if stop is not None and stop.requested:
+            raise Stopped(f"{stop.requested}: stopped before the first step; begin it again with --resume")
+        yield batch
 
 
 def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> Iterator[Tensor]:
@@ -140,18 +150,13 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, Model]:
     return data, tokenizer, model
 
 
-def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool, overwrite: bool) -> bool:
-    """Write what the run is made of, or check that it is the same run; True where there is one to resume."""
-    exists = (out / "recipe.yaml").exists()
-    if exists and resume:
-        check_same_run(out, recipe, data)
-        return True
-    if exists and not overwrite:
-        raise UsageError(f"out: {out} holds a run already; go on with --resume, or choose another folder")
-    for name in LEFTOVERS:
-        shutil.rmtree(out / name, ignore_errors=True)
+def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool) -> None:
+    """Write what the run is made of, the recipe last, or check that what is to be resumed is the same run."""
+    if resume:
+        return check_same_run(out, recipe, data)
+    check_out(out, resume=False, overwrite=False)  # another process may have begun one since
     write_json(
-        out / "data.json",
+        out / DATA,
         {
             "images": data.count,
             "classes": data.class_names,
@@ -161,13 +166,13 @@ def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool, ov
         },
     )
     write_json(out / "environment.json", environment())
-    write_text(out / "recipe.yaml", dump(recipe.model_copy(update={"changes": []})))  # those are another run's
-    return False
+    write_text(out / RECIPE, dump(recipe.model_copy(update={"changes": []})))  # those are another run's
+    return None
 
 
 def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
     """Refuse to resume with other settings or other images, naming what differs."""
-    first = read_any(str(out / "recipe.yaml"))
+    first = read_any(str(out / RECIPE))
     if type(first) is not type(recipe):
         kinds = ["generator" if isinstance(r, Recipe) else "classifier" for r in (first, recipe)]
         raise ConfigError(f"kind: {out} holds the run of a {kinds[0]}, not of a {kinds[1]}; begin another run")
@@ -180,7 +185,7 @@ def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
                 f"{key}: {before.get(key)!r} in {out / 'recipe.yaml'}, {now.get(key)!r} now; a resumed run keeps its "
                 f"settings, but for {', '.join(sorted(CURES))}: change it back, or begin another run"
             )
-    recorded = json.loads((out / "data.json").read_text(encoding="utf-8"))
+    recorded = json.loads((out / DATA).read_text(encoding="utf-8"))
     if recorded["fingerprint"] != data.fingerprint():
         raise DataError(
             f"data: its images are not those that {out} began with ({recorded['images']} then, {data.count} now, or "

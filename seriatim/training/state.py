@@ -1,6 +1,6 @@
 """Checkpoints of a run: all that resuming needs, whole or absent.
 
-    RUN/checkpoints/000000123456/     one for each save, named by the images seen
+    RUN/checkpoints/000000123456/     one for each save, named by the images seen; damaged ones end in `.damaged`
         config.json                   of a generator: what a model folder's says
         model.safetensors             weights
         average.safetensors           averaged weights
@@ -14,7 +14,11 @@ Random state is not among them: every draw of a run is a function of its seed an
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,9 +30,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from seriatim.checkpoints.native import check_finite_weights, fill, read_tensors, write_config, write_tensors
-from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoints
+from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoints, why_not_whole
+from seriatim.core import files
 from seriatim.core.errors import CheckpointError, one_line
-from seriatim.core.files import atomic_folder, verify_manifest, write_json, write_manifest
+from seriatim.core.files import PREVIOUS, atomic_folder, put_back, verify_manifest, write_json, write_manifest
+
+CHECKPOINT = re.compile(r"(\.[0-9]+\.previous|[0-9]+(\.damaged(-[0-9]+)?)?)")  # the names of their folders
 
 
 @dataclass
@@ -105,30 +112,76 @@ def load(path: Path, parts: Trainables) -> RunState:
 
 
 def best_of(folder: Path) -> Path | None:
-    """The checkpoint with the lowest loss."""
+    """The whole checkpoint with the lowest loss."""
     losses = []
     for path in all_checkpoints(folder):
         try:
             loss = json.loads((path / STATE).read_text(encoding="utf-8")).get("loss")
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         if isinstance(loss, float):
             losses.append((loss, path))
-    return min(losses)[1] if losses else None
+    return next((path for _, path in sorted(losses) if why_not_whole(path) is None), None)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best; call it after the new one is on the disk."""
-    checkpoints = all_checkpoints(folder)
-    kept = {*checkpoints[-max(1, keep) :], best_of(folder)}
-    for path in checkpoints:
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+def set_damaged_aside(folder: Path) -> list[str]:
+    """Rename the checkpoints that are newer than the newest whole one; return what is to be said of each.
+
+    They are kept, since people may want to look at them, but they never count as checkpoints again.
+    """
+    says = []
+    for path in reversed(all_checkpoints(folder)):
+        reason = why_not_whole(path)
+        if reason is None:
+            break
+        says.append(f"{reason}; the checkpoint is kept as {as_damaged(path).name}")
+    return says
+
+
+def as_damaged(path: Path) -> Path:
+    """Rename a checkpoint so that its name says that it is damaged."""
+    names = (path.with_name(f"{path.name}.damaged{f'-{n}' if n > 1 else ''}") for n in itertools.count(1))
+    target = next(name for name in names if not name.exists())
+    os.replace(path, target)
+    return target
+
+
+def prune(folder: Path, keep: int, saved: Path | None = None) -> None:
+    """Delete all but the newest `keep` whole checkpoints, the best one and the one just `saved`.
+
+    A damaged one among the newest counts for nothing: it is set aside, and the whole ones behind it are kept.
+    """
+    kept: list[Path] = [] if saved is None else [saved]
+    surplus = []
+    for path in reversed(all_checkpoints(folder)):
+        if path == saved:
+            continue
+        if len(kept) >= max(1, keep):
+            surplus.append(path)
+        elif why_not_whole(path) is None:
+            kept.append(path)
+        else:
+            as_damaged(path)
+    if surplus:
+        best = best_of(folder)
+        for path in surplus:
+            if path != best:
+                delete(path)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint: renamed first, so that a crash leaves nothing that looks like a damaged one."""
+    doomed = path.with_name(f".{path.name}.~{secrets.token_hex(4)}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a killed run left half-written."""
+    """Delete what a killed run left half-written; put back a checkpoint whose replacement was interrupted."""
     if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name.startswith(".") and path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
+        for path in list(folder.iterdir()):
+            found = re.fullmatch(rf"\.([0-9]+)\.{PREVIOUS}", path.name)
+            if found and path.is_dir():
+                put_back(folder / found[1])
+                shutil.rmtree(path, ignore_errors=True)  # it is still there only where the new one is whole
+        files.sweep(folder, str.isdigit)

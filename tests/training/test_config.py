@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from seriatim.core.errors import ConfigError, UsageError
-from seriatim.training.config import dump, packaged, read_any, read_recipe
+from seriatim.core.validation import parse
+from seriatim.training.config import Recipe, dump, packaged, read_any, read_recipe
 from seriatim.training.setup import build
 
 
@@ -95,6 +96,27 @@ def test_parts_that_do_not_fit_are_named_before_anything_is_done(overrides: list
     with pytest.raises(ConfigError) as caught:
         build(read_recipe("mar-digits", overrides))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+PATHS = [
+    "/somewhere/else", "a/b", "..", ".", "../x", "a/../../b", "x\\y", "C:x", ".hidden", "a..b", "nul\0", "line\nbreak",
+    "tab\t", " ", "", "x" * 101, "\u00e9" * 51, "\ud800", "bidi\u202e",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["mar-digits", "classifier-cifar10-tiny"])
+@pytest.mark.parametrize("name", PATHS, ids=ascii)
+def test_a_name_that_is_a_path_is_refused(name: str, kind: str) -> None:
+    """A run's folder is called by it, so that a recipe from anywhere could write anywhere."""
+    values = read_any(kind).model_dump()
+    with pytest.raises(ConfigError) as caught:
+        parse(type(read_any(kind)), {**values, "name": name})
+    assert str(caught.value).startswith("name: must ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mar-digits", "Versuch 2, größer", "実験", "v1.2_b", "x" * 100, "-", "~"])
+def test_a_name_that_is_none_is_taken(name: str) -> None:
+    assert parse(Recipe, {**read_any("mar-digits").model_dump(), "name": name}).name == name
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +135,6 @@ def test_a_finished_run_may_be_made_longer(tmp_path: Path) -> None:
     assert result.images == 320, "nothing is left to do"
 
 
-def test_resuming_nothing_begins(tmp_path: Path) -> None:
-    train(tiny(), tmp_path, resume=True, quiet=True)
-    assert (tmp_path / "model").is_dir()
-
-
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -196,16 +192,6 @@ def test_all_checkpoints_damaged_begins_anew(tmp_path: Path, capsys: pytest.Capt
         (path / "manifest.json").unlink()
     train(tiny(), tmp_path, resume=True, quiet=True)
     assert "no whole checkpoint" in capsys.readouterr().err and weights(tmp_path) == final
-
-
-def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
-    for seen, loss in [(1, 0.5), (2, 0.1), (3, 0.4), (4, 0.3), (5, 0.2)]:
-        folder = tmp_path / f"{seen:012d}"
-        folder.mkdir()
-        (folder / "state.json").write_text(json.dumps({"loss": loss}))
-        prune(tmp_path, keep=2)
-        assert folder.exists(), "the new one is never deleted"
-    assert [int(path.name) for path in all_checkpoints(tmp_path)] == [2, 4, 5]
 
 
 def test_one_trainer_to_a_folder(tmp_path: Path) -> None:
@@ -276,22 +262,29 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def killed_at_the_end(process: subprocess.Popen[Any]) -> Iterator[None]:
+    """However the block ends, so that a test that fails leaves no trainer behind."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_kill_nine_at_random_moments_loses_no_checkpoint(tmp_path: Path, folder: Path) -> None:
     """Killed while it trains and saves all the time: what is there is whole, and the next run goes on from it."""
     chance, out, seen = random.Random(0), tmp_path / "run", 0
     for round_ in range(5):
-        trainer = subprocess.Popen(
-            command(folder, out, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
+        words = command(folder, out, *["--resume"] * (round_ > 0))
 
         def went_on(seen: int = seen) -> bool:
             newest = newest_whole(out / "checkpoints")[0]
             return newest is not None and int(newest.name) > seen
 
-        wait_for(went_on)
-        time.sleep(chance.random() * 0.5)
-        trainer.kill()
-        trainer.wait()
+        with killed_at_the_end(subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)):
+            wait_for(went_on)
+            time.sleep(chance.random() * 0.5)
         path, passed_over = newest_whole(out / "checkpoints")
         assert path is not None and not passed_over, (round_, passed_over)
         assert int(path.name) > seen
@@ -348,11 +341,10 @@ def test_a_signal_saves_and_exits(tmp_path: Path, folder: Path, number: signal.S
     out = tmp_path / "run"
     more = ["training.workers=1", "training.save_images=0", "training.log_images=64"]
     trainer = subprocess.Popen(command(folder, out, *more), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0)
-    begin = time.monotonic()
-    trainer.send_signal(number)
-    _, err = trainer.communicate(timeout=60)
-    assert time.monotonic() - begin < 10
+    with killed_at_the_end(trainer):
+        wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0)
+        trainer.send_signal(number)
+        _, err = trainer.communicate(timeout=60)
     assert trainer.returncode == 143
     assert f"{number.name}: finishing this step" in err and "go on with --resume" in err and "Traceback" not in err
     assert newest_whole(out / "checkpoints")[0] is not None
