@@ -254,6 +254,11 @@ def fill(module: nn.Module, path: Path, *, assign: bool = True) -> None:
 
     With `assign` they replace its own; without, they are copied into those, which an optimiser may hold.
     """
+    module.load_state_dict(fitting(module, path), assign=assign)
+
+
+def fitting(module: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors of `path`, which are refused unless they are those of `module`, by name and shape."""
     tensors = read_tensors(path)
     wanted = module.state_dict()
     refuse(path, "lacks", sorted(wanted.keys() - tensors.keys()))
@@ -263,7 +268,7 @@ def fill(module: nn.Module, path: Path, *, assign: bool = True) -> None:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(wanted[name].shape)}"
             )
-    module.load_state_dict(tensors, assign=assign)
+    return tensors
 
 
 def refuse(path: Path, verb: str, names: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from seriatim.checkpoints.native import check_finite_weights, fill, read_tensors, write_config, write_tensors
+from seriatim.checkpoints.native import check_finite_weights, fitting, read_tensors, write_config, write_tensors
 from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoints, why_not_whole
 from seriatim.core import files
 from seriatim.core.errors import CheckpointError, one_line
@@ -103,9 +103,10 @@ def load(path: Path, parts: Trainables) -> RunState:
     for key, tensor in read_tensors(path / "optimiser.safetensors").items():
         number, _, name = key.partition(".")
         tensors.setdefault(int(number), {})[name] = tensor
-    fill(parts.model, path / "model.safetensors", assign=False)
-    fill(parts.average.module, path / "average.safetensors", assign=False)
-    fill(parts.tokenizer, path / "tokenizer.safetensors", assign=False)
+    modules = {"model": parts.model, "average": parts.average.module, "tokenizer": parts.tokenizer}
+    found = {name: fitting(module, path / f"{name}.safetensors") for name, module in modules.items()}
+    for name, module in modules.items():
+        module.load_state_dict(found[name])
     parts.average.n_averaged.fill_(state.steps)
     parts.optimiser.load_state_dict({"state": tensors, "param_groups": optimiser_state["param_groups"]})
     return state
