@@ -7,7 +7,15 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from seriatim.core.errors import ConfigError, SeriatimError, UsageError, nearest, one_line
+from seriatim.core.errors import (
+    ConfigError,
+    ResourceError,
+    SeriatimError,
+    UsageError,
+    is_out_of_memory,
+    nearest,
+    one_line,
+)
 from seriatim.core.names import SURROGATE
 
 T = TypeVar("T")
@@ -45,9 +53,12 @@ def construct(build: Callable[..., T], config: Mapping[str, Any], where: str, **
         return build(**given)
     except UsageError as error:
         raise ConfigError(f"{where}.{one_line(error)}") from error
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
         if isinstance(error, SeriatimError):
             raise
+        if is_out_of_memory(error):
+            reason = one_line(error)[:120]
+            raise ResourceError(f"{where}: does not fit into memory ({reason}); make it smaller") from error
         raise ConfigError(f"{where}: {one_line(error)}; check its values") from error
 
 

@@ -87,7 +87,7 @@ def caller_level() -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of Python's, torch's or the system's says that there is no more memory."""
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return out_of_memory or "allocate memory" in str(error)
+    return out_of_memory or any(words in str(error) for words in ("allocate memory", "can't start new thread"))
 
 
 def one_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from seriatim.models.masked import Loss
 from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import ClassifierRecipe, dump
+from seriatim.training.heap import bound_compiled_products, return_heap
 from seriatim.training.labelled import InMemory, augmented, build_labelled, draws_of
 from seriatim.training.loader import Batch, Batches, to_float
 from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve, record_choice
@@ -91,6 +92,8 @@ def train_classifier(
     check_out(out, resume=resume, overwrite=overwrite)
     data, test, net = build(recipe, quiet=quiet)
     where = pick_device(device)
+    if where.type == "cpu":
+        bound_compiled_products()
     hold = occupied(out, PARTS, "a classifier", overwrite=overwrite)
     with hold, StopRequest() as stop, contextlib.ExitStack() as stack:
         begin_run(out, recipe, data, resume=resume)
@@ -186,6 +189,7 @@ def train_classifier(
                     bar.note = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.1%}"
                     run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
                     logged = time.monotonic()
+                    return_heap()
                 due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
                 if due and not stop.requested:
                     save_checkpoint()

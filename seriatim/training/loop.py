@@ -31,6 +31,7 @@ from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import Recipe, dump
 from seriatim.training.data import ImageData, Position
+from seriatim.training.heap import bound_compiled_products, return_heap
 from seriatim.training.loader import Batch, Loader, WorkerLost, batches_of, to_float
 from seriatim.training.log import MetricsLog, loss_curve, model_card, record_choice
 from seriatim.training.look import draw_samples
@@ -88,6 +89,8 @@ def train(
     check_out(out, resume=resume, overwrite=overwrite)
     data, tokenizer, model = build(recipe)
     where = pick_device(device)
+    if where.type == "cpu":
+        bound_compiled_products()
     with occupied(out, overwrite=overwrite), StopRequest() as stop, contextlib.ExitStack() as stack:
         begin_run(out, recipe, data, resume=resume)
         model.to(where).train()
@@ -198,6 +201,7 @@ def train(
                     bar.note = f"loss {means['loss']:.3f}"
                     run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
                     logged, waited = now, loader.waited
+                    return_heap()
                 if crossed(before, run.seen, settings.sample_images) and not stop.requested:
                     try:
                         draw_samples(bundle(), out / "samples", run.seen, str(where), recipe.seed, stop)

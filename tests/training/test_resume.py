@@ -76,22 +76,30 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 CASES = {
     "plain": [], "workers": ["training.workers=2"], "accumulate": ["training.accumulate=3"],
+    "threads": ["training.threads=2", "model.width=128"],
+    "all": ["training.threads=2", "model.width=128", "training.workers=2", "training.accumulate=3"],
     "codes": ["tokenizer={kind: kmeans, patch: 2, levels: 17, vocab: 32}", "model.head={kind: categorical}"],
     "causal": ["model={kind: causal, order: random, width: 32, depth: 1, heads: 2, dropout: 0.1, "
                "head: {kind: diffusion, width: 32, depth: 1}}"],
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_twenty_steps_are_seven_and_thirteen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    """Bitwise: weights, averages, moments, metrics; mid-epoch, with workers and with accumulation."""
+@pytest.mark.parametrize(("case", "parts"), [("plain", [7]), *((case, [7, 6]) for case in CASES)])
+def test_twenty_steps_are_the_same_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, parts: list[int]
+) -> None:
+    """Bitwise, 7 + 13 and 7 + 6 + 7 steps: weights, averages, moments, metrics; mid-epoch, with workers and threads."""
     recipe = tiny(*CASES[case])
     train(recipe, tmp_path / "whole", quiet=True)
-    undo = stop_after(monkeypatch, 7)
-    with pytest.raises(Stopped, match=r"SIGTERM: stopped after 112 images, saved .*000000000112; go on with --resume"):
-        train(recipe, tmp_path / "parts", quiet=True)
-    undo()
-    assert not (tmp_path / "parts" / "model").exists()
+    seen = 0
+    for steps in parts:
+        undo = stop_after(monkeypatch, steps)
+        seen += 16 * steps
+        says = rf"SIGTERM: stopped after {seen} images, saved .*{seen:012d}; go on with --resume"
+        with pytest.raises(Stopped, match=says):
+            train(recipe, tmp_path / "parts", resume=seen > 16 * steps, quiet=True)
+        undo()
+        assert not (tmp_path / "parts" / "model").exists()
     train(recipe, tmp_path / "parts", resume=True, quiet=True)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
@@ -138,7 +146,7 @@ def test_a_finished_run_may_be_made_longer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["training.learning_rate=0.5"], "training.learning_rate: 0.002 in "),
+        (["training.weight_decay=0.5"], "training.weight_decay: 0.02 in "),
         (["model.width=64"], "model.width: 32 in "),
         (["seed=4"], "seed: 0 in "),
         (["model.head.draws=3"], "model.head.draws: 2 in "),
