@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,10 @@ def test_scalars_of_numpy_and_torch_are_numbers(pipe: Pipeline) -> None:
 
 def test_a_request_of_ones_own_is_checked_like_a_call(pipe: Pipeline) -> None:
     with pytest.warns(UserWarning, match="64 is more than the model's 16 tokens") as caught:
-        result = pipe(request=SampleRequest(class_labels=(1,), num_diffusion_steps=2))
+        result = pipe(request=SampleRequest(class_labels=(1,), num_diffusion_steps=2, num_inference_steps=64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nobody asked for 64 steps: they are only the default
+        assert pipe.checked(SampleRequest(class_labels=(1,))).num_inference_steps == 16
     assert result.request.num_inference_steps == 16
     assert caught[0].filename == __file__, "the warning points to the caller"
     with pytest.raises(UsageError, match="out of range"):

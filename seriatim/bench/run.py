@@ -23,7 +23,7 @@ from seriatim.bench.mar import OfficialMAR
 from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
 from seriatim.bench.ours import Ours
 from seriatim.bench.timing import Stages, counting, matrix_peak, median, peak_resident_bytes, processor
-from seriatim.checkpoints.native import CONFIG, find_bundle, load_bundle
+from seriatim.checkpoints.native import MODEL, find_bundle, load_bundle, opened, section
 from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, nearest
 from seriatim.core.progress import Progress
@@ -88,8 +88,8 @@ def sizes(name: str) -> Subject:
     with torch.device("meta"):
         if name in PRESETS and not Path(name).is_dir():
             return Subject(build_model(PRESETS[name].original()), None, dict(PRESETS[name].sampling), "none")
-        config = json.loads((find_bundle(Path(name)) / CONFIG).read_text(encoding="utf-8"))
-        return Subject(build_model(config["model"]), None, dict(config["sampling"]), FOLDER)
+        with opened(find_bundle(Path(name)), MODEL) as (config, _):
+            return Subject(build_model(section(config, "model")), None, section(config, "sampling"), FOLDER)
 
 
 def workload(of: Subject, ask: Ask) -> Workload:

@@ -11,9 +11,9 @@ A folder appears whole or not at all. Nothing in it is executed: no pickle is re
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,16 @@ from torch import Tensor, nn
 
 from seriatim import __version__
 from seriatim.checkpoints.unfinished import AVERAGE, CHECKPOINTS, RECIPE, checkpoint_of, is_checkpoint, usable
-from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, UsageError, one_line
+from seriatim.core.errors import (
+    CheckpointError,
+    ConfigError,
+    NumericsError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+    one_line,
+    shown,
+)
 from seriatim.core.files import (
     MANIFEST,
     atomic_folder,
@@ -41,6 +50,7 @@ from seriatim.core.files import (
 )
 from seriatim.core.flatten import WHITE, Colour, as_colour
 from seriatim.core.ownership import json_of
+from seriatim.core.reading import Unreadable, read_json
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, model_config
 from seriatim.tokenizers.base import Tokenizer
@@ -50,6 +60,7 @@ FORMAT = 1
 CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.safetensors", "README.md"
 CLASSIFIER = "classifier.safetensors"  # of a classifier's folder, which is no model folder
 PARTS = (CONFIG, MODEL, TOKENIZER, CARD, MANIFEST)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # weights that float32 can stand for
 
 
 @dataclass
@@ -71,7 +82,9 @@ def save_bundle(bundle: Bundle, folder: Path | str, *, card: str | None = None) 
     `card` becomes its README.md, which the manifest leaves out: people may edit it.
     """
     config = bundle_config(bundle)
-    return save_folder(replaceable(folder), config, {MODEL: bundle.model, TOKENIZER: bundle.tokenizer}, card)
+    folder = save_folder(replaceable(folder), config, {MODEL: bundle.model, TOKENIZER: bundle.tokenizer}, card)
+    bundle.sha256 = read_manifest(folder)[MODEL][1]
+    return folder
 
 
 def bundle_config(bundle: Bundle) -> dict[str, Any]:
@@ -79,7 +92,7 @@ def bundle_config(bundle: Bundle) -> dict[str, Any]:
     return {
         "model": model_config(bundle.model),
         "tokenizer": tokenizer_config(bundle.tokenizer),
-        "class_names": bundle.class_names,
+        "class_names": check_class_names(bundle.class_names, bundle.model.classes),
         "sampling": bundle.sampling,
         "provenance": bundle.provenance,
         **({"background": list(bundle.background)} if bundle.background != WHITE else {}),
@@ -115,19 +128,39 @@ def opened(folder: Path, *files: str) -> Iterator[tuple[dict[str, Any], dict[str
     hashes = verify_manifest(folder, needed=(CONFIG, *files))
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, dict)
         if config["format"] != FORMAT:
             raise ValueError(
-                f"format {config['format']!r} is not {FORMAT}; it was written by seriatim {config.get('seriatim')!r}, "
-                f"this is {__version__}"
+                f"format {shown(config['format'])} is not {FORMAT}; it was written by seriatim "
+                f"{shown(config.get('seriatim'))}, this is {__version__}"
             )
         yield config, hashes
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        what = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        what = f"it {what}" if isinstance(error, Unreadable) else what
         hint = "; register your class before loading" if isinstance(error, ConfigError) else ""
         raise CheckpointError(f"{path} cannot be used: {what}{hint}") from error
+
+
+def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of a config that is a mapping."""
+    if not isinstance(config[name], Mapping):
+        raise ValueError(f"{name}: {shown(config[name])} is not a mapping of keys")
+    return dict(config[name])
+
+
+def check_class_names(names: Any, classes: int) -> list[str]:
+    """The names of a model's classes: a different text for each of them, or none at all."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"class_names: {shown(names)} is not allowed; give a list of texts")
+    if names and len(names) != classes:
+        raise UsageError(f"class_names: {len(names)} given for {classes} classes; give one for each, or none")
+    twice = next((name for name, times in Counter(names).items() if times > 1), None)
+    if twice is not None:
+        raise UsageError(f"class_names: {shown(twice)} is given twice; every class needs a name of its own")
+    return list(names)
 
 
 def replaceable(folder: Path | str, parts: Sequence[str] = PARTS, what: str = "a model") -> Path:
@@ -226,10 +259,10 @@ def read_bundle(folder: Path) -> Bundle:
     weights = AVERAGE if is_checkpoint(folder) else MODEL
     with opened(folder, weights, TOKENIZER) as (config, hashes):
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-            model = build_model(config["model"])
-            tokenizer = build_tokenizer(config["tokenizer"])
-        class_names = [str(name) for name in config["class_names"]]
-        sampling, provenance = dict(config["sampling"]), dict(config["provenance"])
+            model = build_model(section(config, "model"))
+            tokenizer = build_tokenizer(section(config, "tokenizer"), stored=True)
+        class_names = check_class_names(config["class_names"], model.classes)
+        sampling, provenance = section(config, "sampling"), section(config, "provenance")
         background = as_colour(config.get("background", WHITE))
     fill(model, folder / weights)
     fill(tokenizer, folder / TOKENIZER)
@@ -242,15 +275,38 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
     except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise ResourceError(f"{path}: out of memory ({one_line(error)[:80]}); use a smaller model") from error
         raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: tensor {name!r} has values that are not finite; the model is unusable")
+        check_finite(tensor, name, path)
     return tensors
 
 
+def check_finite(tensor: Tensor, name: str, path: Path) -> None:
+    if tensor.dtype in FLOATS and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{path}: tensor {name!r} has values that are not finite; the model is unusable")
+
+
+def as_wanted(tensor: Tensor, wanted: Tensor, name: str, path: Path) -> Tensor:
+    """The tensor in the dtype that the model has: other floating-point numbers are cast, all else is refused."""
+    if tensor.shape != wanted.shape:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(wanted.shape)}"
+        )
+    if tensor.dtype == wanted.dtype:
+        return tensor
+    if wanted.dtype != torch.float32 or tensor.dtype not in FLOATS:
+        ours, theirs = (str(t.dtype).removeprefix("torch.") for t in (wanted, tensor))
+        fit = ", or as float16, bfloat16 or float64" if wanted.dtype == torch.float32 else ""
+        raise CheckpointError(f"{path}: tensor {name!r} is {theirs}; save it as {ours}{fit}")
+    cast = tensor.float()
+    check_finite(cast, name, path)  # float64 reaches further
+    return cast
+
+
 def fill(module: nn.Module, path: Path, *, assign: bool = True) -> None:
-    """Give `module` the tensors of `path`: all of them and no others, of the same shapes.
+    """Give `module` the tensors of `path`: all of them and no others, of the same shapes, in its own dtypes.
 
     With `assign` they replace its own; without, they are copied into those, which an optimiser may hold.
     """
@@ -263,12 +319,7 @@ def fitting(module: nn.Module, path: Path) -> dict[str, Tensor]:
     wanted = module.state_dict()
     refuse(path, "lacks", sorted(wanted.keys() - tensors.keys()))
     refuse(path, "has an unknown", sorted(tensors.keys() - wanted.keys()))
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(wanted[name].shape)}"
-            )
-    return tensors
+    return {name: as_wanted(tensor, wanted[name], name, path) for name, tensor in tensors.items()}
 
 
 def refuse(path: Path, verb: str, names: Sequence[str]) -> None:

@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
+from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line, shown
 from seriatim.core.files import utf8_path
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
 
 
@@ -65,6 +66,7 @@ def read_torch(path: Path, entries: tuple[str, ...]) -> tuple[dict[str, dict[str
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice about what is refused below
+            check_packing(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|global|class|function) `?([\w.]+)`?", str(error))
@@ -87,10 +89,20 @@ def read_torch(path: Path, entries: tuple[str, ...]) -> tuple[dict[str, dict[str
     return {name: only_tensors(path, state) for name, state in found.items()}, arguments
 
 
+def check_packing(path: Path) -> None:
+    """Refuse a file whose parts would be larger than the file: torch packs none of them."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its parts are packed, which torch never does")
+
+
 def only_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: entry {name!r} is {type(value).__name__}, not a tensor; not a state dict")
+            raise CheckpointError(f"{path}: entry {shown(name)} is {type(value).__name__}, not a tensor")
+        if value.layout == torch.strided and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: tensor {name!r} says that it is larger than what the file holds of it")
     return without_prefix(dict(state))
 
 
@@ -159,9 +171,11 @@ def renamed(
 
 def as_float32(tensor: Tensor, name: str, where: str) -> Tensor:
     """A tensor's values in float32, all finite; CheckpointError where it has none such."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
         kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device.type}".replace("torch.", "")
-        raise CheckpointError(f"{where}: tensor {name!r} is {kind}; only plain floating-point tensors are read")
+        raise CheckpointError(
+            f"{where}: tensor {name!r} is {kind}; only plain tensors of 16, 32 or 64-bit floats are read"
+        )
     values = tensor.detach().float()
     if not bool(torch.isfinite(values).all()):
         raise CheckpointError(f"{where}: tensor {name!r} has values that are not finite; the file is unusable")

@@ -275,14 +275,13 @@ def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
 
 
 def read_names(path: Path | None) -> list[str]:
-    from seriatim.core.errors import UsageError, one_line
+    from seriatim.core.errors import UsageError
+    from seriatim.core.reading import read_or_raise, read_text
 
     if path is None:
         return []
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"class_names: {path} can't be read ({one_line(error)})") from error
+    text = read_or_raise(lambda: read_text(path), path, UsageError, "class_names are a text file, one name a line")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str, ...], overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,7 +94,7 @@ def demo(
     ]
     print_table(("MAR on 8x8 digits", f"{report['samples']} samples"), rows)
     say(f"look at {out / 'grid.png'} and {out / 'training.png'}")
-    say(f"draw more: seriatim sample {out / 'model'} --label 7 --num-images-per-label 8 --out sevens")
+    say(f"draw more: seriatim sample {shlex.quote(str(out / 'model'))} --label 7 --num-images-per-label 8 --out sevens")
 
 
 def is_demo(out: Path) -> bool:

@@ -187,7 +187,7 @@ def say_replaced(files: list[Path]) -> None:
 
 def order_or_positions(text: str | None) -> str | list[int] | None:
     """A name, or positions with commas between them."""
-    if text is None or not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text):
+    if text is None or not re.fullmatch(r"\s*-?[0-9]{1,18}\s*(,\s*-?[0-9]{1,18}\s*)*", text):
         return text
     return [int(position) for position in text.split(",")]
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from seriatim.core.errors import CheckpointError, ResourceError, UsageError, one_line
 from seriatim.core.names import SURROGATE
+from seriatim.core.reading import Unreadable, parse_json, read_text
 
 MANIFEST = "manifest.json"
 PREVIOUS = "previous"
@@ -257,15 +258,18 @@ def read_manifest(folder: Path, remedy: str = "copy it again") -> dict[str, tupl
     """Name -> (bytes, sha256) as the manifest of `folder` lists them; raises CheckpointError where it is damaged."""
     manifest = folder / MANIFEST
     try:
-        text = manifest.read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
-        if text != _render(files):
-            raise ValueError("its digest does not match")
-        listing = {str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest} is damaged ({one_line(error)}); {remedy}") from error
+        text = read_text(manifest)
+        files = parse_json(text, dict).get("files")
+        if not isinstance(files, dict) or text != _render(files):
+            raise Unreadable("has a digest that does not match")
+        listing = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        if any(type(size) is not int or size < 0 or type(digest) is not str for size, digest in listing.values()):
+            raise Unreadable("lists a file without its bytes and sha256")
+    except (Unreadable, KeyError, TypeError) as error:
+        why = error if isinstance(error, Unreadable) else "lists a file without its bytes and sha256"
+        raise CheckpointError(f"{manifest} is damaged: it {why}; {remedy}") from error
     for name in listing:
-        if Path(name).name != name:  # a listed name is never a path
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:  # a listed name is never a path
             raise CheckpointError(f"{manifest} lists {name!r}, which is not a plain file name")
     return listing
 
@@ -279,6 +283,14 @@ def verify_file(path: Path, size: int, digest: str | None, remedy: str = "copy i
         raise CheckpointError(f"{path} has {actual} bytes, {size} expected: truncated or changed; {remedy}")
     if digest is not None and sha256(path) != digest:
         raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; {remedy}")
+
+
+def refuse_outside(folder: Path, name: str) -> None:
+    """Refuse a file that is a link to somewhere outside of its folder; the hub's cache keeps all its files so."""
+    target, folder = (folder / name).resolve(), folder.resolve()
+    in_cache = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    if not (target.is_relative_to(folder) or in_cache):
+        raise CheckpointError(f"{folder / name} is a link to {target}, outside of its folder; copy the file there")
 
 
 def verify_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, str]:
@@ -297,5 +309,6 @@ def verify_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, str]:
         if name not in listing:
             raise CheckpointError(f"{manifest} does not list {name}: the folder is incomplete; copy it again")
     for name, (size, digest) in listing.items():
+        refuse_outside(folder, name)
         verify_file(folder / name, size, digest)
     return {name: digest for name, (_, digest) in listing.items()}

@@ -10,9 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from seriatim.core.errors import UsageError, one_line
+from seriatim.core.errors import UsageError, shown
 from seriatim.core.files import write_json
 from seriatim.core.ownership import json_of, owned
+from seriatim.core.reading import read_json, read_or_raise
 from seriatim.sampling.request import SampleRequest
 
 SETTINGS = "settings.json"
@@ -70,19 +71,20 @@ def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(path, dict(chosen))
         return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+    remedy = "it says what was measured in this folder: choose another folder"
+    stored = read_or_raise(lambda: read_json(path, dict), path, UsageError, remedy)
+    if "request" in chosen:
         # A field that the version which began this did not know: it drew by what is now the default.
-        if "request" in chosen:
-            stored = {**stored, "request": said(SampleRequest()) | stored["request"]}
-        before = flat(stored)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"out: {path} is damaged ({one_line(error)[:80]}); choose another folder") from error
+        request = stored.get("request")
+        if not isinstance(request, dict):
+            raise UsageError(f"{path} lacks the request; {remedy}")
+        stored = {**stored, "request": said(SampleRequest()) | request}
+    before = flat(stored)
     for name in sorted(now.keys() | before.keys(), key=lambda name: (name.count("."), name)):  # an extractor, then how
         if name not in SOURCES and before.get(name) != now.get(name):
             raise UsageError(
-                f"{name}: {before.get(name)!r} in {path}, {now.get(name)!r} now; go on with the same settings, or "
-                "choose another folder"
+                f"{name}: {shown(before.get(name))} in {path}, {shown(now.get(name))} now; go on with the same "
+                "settings, or choose another folder"
             )
 
 

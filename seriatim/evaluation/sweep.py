@@ -13,7 +13,7 @@ from seriatim.core.errors import UsageError, nearest
 from seriatim.core.files import atomic_write, writable_folder, write_json, write_text
 from seriatim.core.ownership import owned
 from seriatim.evaluation.reference import Images, Statistics
-from seriatim.evaluation.rows import markdown, model_name
+from seriatim.evaluation.rows import markdown, model_name, safe
 from seriatim.evaluation.run import Evaluation, evaluate
 from seriatim.evaluation.settings import holds_features, is_sweep
 from seriatim.pipeline import Pipeline
@@ -90,7 +90,7 @@ def table(done: Sweep) -> str:
     """The markdown of all points, the swept fields in front."""
     lines = markdown([made.report for _, made in done.points]).splitlines()
     heads = [f"| {' | '.join(done.values)} ", "|---" * len(done.values)]
-    heads += [f"| {' | '.join(str(value) for value in point.values())} " for point, _ in done.points]
+    heads += [f"| {' | '.join(safe(str(value)) for value in point.values())} " for point, _ in done.points]
     return "\n".join(head + line for head, line in zip(heads, lines, strict=True))
 
 
@@ -107,7 +107,7 @@ def curves(done: Sweep, path: Path) -> Path:
     FigureCanvasAgg(drawing)
     report = done.points[0][1].report
     says = f"{model_name(report['settings']['model']['source'])}, {report['num']:,} samples a point"
-    drawing.suptitle(f"{says}, {report['num_real']:,} real images beside them", fontsize=9)
+    drawing.suptitle(f"{says}, {report['num_real']:,} real images beside them", fontsize=9, parse_math=False)
     panels = drawing.subplots(rows, columns, squeeze=False).ravel()
     lines: dict[str, list[tuple[Any, Evaluation]]] = {}
     for point, made in done.points:
@@ -121,12 +121,13 @@ def curves(done: Sweep, path: Path) -> Path:
             figures = [made.figures[name] for _, made in line if made.figures is not None]
             y, errors = ([float(part) for part in parts] for parts in zip(*figures, strict=True))
             between = "-" if numeric else "none"  # from one name to the next there is no way
-            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, linestyle=between, label=label or None)
+            named = label.replace("$", r"\$") or None  # a dollar begins a formula
+            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, linestyle=between, label=named)
         real = done.points[0][1].real or {}
         if name in real:
             panel.axhline(real[name].value, color="grey", linestyle="--", linewidth=1, label="real images")
         panel.set_xlabel(over)
-        panel.set_title(name)
+        panel.set_title(name, parse_math=False)
         panel.grid(alpha=0.3)
         if name in real or len(lines) > 1:
             panel.legend(fontsize=7, loc="best")

@@ -9,13 +9,14 @@ A head of your own is one class, `class Mine(Head)`, with a constructor that tak
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import UsageError, nearest
 from seriatim.core.random import Noise
 
 
@@ -89,14 +90,19 @@ class Head(nn.Module):
         """log p of drawn codes (N,) under the guided distribution (N,): for the order "confidence", of codes alone."""
         raise UsageError(f"the {type(self).__name__} head draws no codes: it has no confidence in them")
 
-    def check_options(self, temperature: float = 1.0, **options: Any) -> None:  # noqa: ARG002
+    def check_options(self, temperature: float = 1.0, **options: Any) -> None:
         """Refuse a temperature, or values of `sample_options`, that `sample` would refuse, before any work is done."""
-        if not temperature >= 0:
-            raise UsageError(f"temperature: {temperature!r} is not allowed; it must be 0 or more (1 is the model's)")
+        if not 0 <= temperature < math.inf:
+            raise UsageError(
+                f"temperature: {temperature!r} is not allowed; it must be 0 or more and finite (1 is the model's)"
+            )
         if temperature != 1.0 and not self.tempers:
             raise UsageError(
                 f"temperature: the {type(self).__name__} head can't sample at {temperature}; leave it at 1"
             )
+        for name in sorted(options.keys() - self.sample_options):
+            hint = nearest(name, sorted(self.sample_options))
+            raise UsageError(f"{name}: the {type(self).__name__} head has no such setting{hint}")
 
     def check_sampling(
         self, z: Tensor, z_null: Tensor | None, guidance: float | Tensor, temperature: float

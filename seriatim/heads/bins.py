@@ -122,7 +122,7 @@ class Bins(Head):
         return self.means.to(z.device)[drawn].view(len(z), self.output)
 
     def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
+        super().check_options(temperature, **options)
         check_filter(options.get("top_k"), options.get("top_p"))
 
 

@@ -108,7 +108,7 @@ class Categorical(Head):
         return self.guided(z, z_null, scale).log_softmax(dim=-1).gather(1, codes[:, None])[:, 0]
 
     def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
+        super().check_options(temperature, **options)
         check_filter(options.get("top_k"), options.get("top_p"))
 
 

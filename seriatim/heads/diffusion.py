@@ -153,7 +153,7 @@ class Diffusion(AdaLNHead):
         return restricted(full_chain(self.train_steps), steps)
 
     def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
+        super().check_options(temperature, **options)
         check_solver(options.get("solver", "ddpm"), temperature)
         self.chain(**options)
 

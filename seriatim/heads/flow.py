@@ -116,7 +116,7 @@ class Flow(AdaLNHead):
             return FLOW_SOLVERS[solver](velocity, start, num_diffusion_steps)
 
     def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
+        super().check_options(temperature, **options)
         steps, solver = options.get("num_diffusion_steps", 100), options.get("solver", "euler")
         if not steps >= 1:
             raise UsageError(f"num_diffusion_steps: {steps!r} is not allowed; it must be at least 1")

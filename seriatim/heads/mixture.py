@@ -179,7 +179,7 @@ class Mixture(Head):
         return resample_product(cond, null, w, candidates, noise.uniform(), temperature)
 
     def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
+        super().check_options(temperature, **options)
         top_p, mode = options.get("top_p", 1.0), options.get("guidance_mode")
         if not 0 < top_p <= 1:
             raise UsageError(f"top_p: {top_p!r} is not allowed; it must be above 0 and at most 1 (all components)")

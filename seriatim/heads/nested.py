@@ -209,7 +209,7 @@ class Nested(Head):
         return following
 
     def check_options(self, temperature: float = 1.0, **options: Any) -> None:
-        super().check_options(temperature)
+        super().check_options(temperature, **options)
         schedule = options.pop("feature_schedule", "constant")
         if schedule not in FEATURE_SCHEDULES:
             raise UsageError(f"feature_schedule: {schedule!r} is not known{nearest(str(schedule), FEATURE_SCHEDULES)}")

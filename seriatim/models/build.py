@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from seriatim.backbones.build import BACKBONES
-from seriatim.core.construct import arguments, construct, pop_kind
-from seriatim.core.errors import ConfigError, nearest
+from seriatim.core.construct import arguments, check_sizes, construct, pop_kind
+from seriatim.core.errors import ConfigError, nearest, shown
 from seriatim.heads.build import HEADS, build_head
 from seriatim.models.base import Model
 from seriatim.models.causal import CausalModel
@@ -34,10 +34,12 @@ MODELS: dict[str, type[Model]] = {"masked": MaskedModel, "causal": CausalModel}
 
 def build_model(config: Mapping[str, Any], **known: Any) -> Model:
     """A model with fresh weights; `known` are sizes that the config may leave out (tokens, dim or vocab, classes)."""
+    check_sizes({**known, **config}, "model")
     kind, rest = pop_kind(config, MODELS, "model")
     backbone_kind = rest.pop("backbone", kind)
-    if backbone_kind not in BACKBONES:
-        raise ConfigError(f"model.backbone: {backbone_kind!r} is not known{nearest(str(backbone_kind), BACKBONES)}")
+    if not isinstance(backbone_kind, str) or backbone_kind not in BACKBONES:
+        hint = nearest(str(backbone_kind)[:100], BACKBONES)
+        raise ConfigError(f"model.backbone: {shown(backbone_kind)} is not known{hint}")
     head_config = rest.pop("head", None)
     if not isinstance(head_config, Mapping):
         raise ConfigError("model.head: is required, a mapping such as {kind: diffusion, width: 256, depth: 3}")

@@ -16,10 +16,17 @@ from seriatim.core.random import derive_seed
 from seriatim.core.schedules import check_guidance, check_one_a_step, check_token_schedule
 from seriatim.core.validation import Strict
 
+MOST_IMAGES = 1 << 20  # of a request: their tokens stay in memory together
+
 Label = Annotated[
-    StrictInt | str | None, BeforeValidator(lambda label: as_text(label) if isinstance(label, str) else label)
+    Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | str | None,
+    BeforeValidator(lambda label: as_text(label) if isinstance(label, str) else label),
 ]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+Images = Annotated[StrictInt, Field(ge=1, le=MOST_IMAGES)]
+Steps = Annotated[StrictInt, Field(ge=1, le=1 << 20)]  # over an image: one for each token of the largest
+InnerSteps = Annotated[StrictInt, Field(ge=1, le=10_000)]  # inside a head
+Strength = Annotated[float, Field(ge=0, le=1e6)]  # of guidance or temperature
 
 
 def order_value(value: Any) -> Any:
@@ -41,32 +48,36 @@ class SampleRequest(Strict):
     """What to draw. The same request gives the same images."""
 
     class_labels: tuple[Label, ...] = (None,)  # a class each: its number, its name, or None for no class
-    num_images_per_label: StrictInt = Field(1, ge=1)
+    num_images_per_label: Images = 1
     seed: Seed = 0  # image i has the seed hash(seed, i), unless `seeds` names one for each image
     seeds: tuple[Seed, ...] | None = None
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: Strength = 1.0
     guidance_schedule: str = "linear"
     guidance_interval: tuple[float, float] | None = None  # known shares, of the schedule "interval"
     guidance_power: float | None = None  # of the schedule "power-cosine"; None: 1
-    num_inference_steps: StrictInt = Field(64, ge=1)  # over the image
+    num_inference_steps: Steps = 64  # over the image
     token_schedule: str = "cosine"
-    min_tokens: StrictInt = Field(1, ge=1)  # of a step, as long as that many are unknown
+    min_tokens: Steps = 1  # of a step, as long as that many are unknown
     order: Order = "random"  # or a name in ORDERS; or positions, the first drawn first, for all images or for each
-    temperature: float = Field(1.0, ge=0)
-    num_diffusion_steps: StrictInt = Field(100, ge=1)  # inside a diffusion head
-    num_diffusion_steps_last: StrictInt | None = Field(None, ge=1)  # when all but the last tokens are known; None: same
+    temperature: Strength = 1.0
+    num_diffusion_steps: InnerSteps = 100  # inside a diffusion head
+    num_diffusion_steps_last: InnerSteps | None = None  # when all but the last tokens are known; None: same
     solver: str | None = None  # diffusion: ddpm, sde-dpm++, ddim or dpm++; flow: euler or heun; None: the head's own
-    top_k: StrictInt | None = Field(None, ge=1)  # of codes, or bins: the likeliest alone; None: all
+    top_k: StrictInt | None = Field(None, ge=1, lt=2**63)  # of codes, or bins: the likeliest alone; None: all
     top_p: float | None = Field(None, gt=0, le=1)  # of codes, bins or Gaussians: the likeliest that together reach this
     guidance_mode: str | None = None  # of a mixture: exact or resample; None: the head's own
     feature_schedule: str | None = None  # of a nested head: constant, linear or cosine over its parts; None: constant
-    choice_temperature: float = Field(4.5, ge=0)  # of the order "confidence": noise on it, falling to 0
-    start_timestep: StrictInt | None = Field(None, ge=0)  # None: the stable start; 999: as published
+    choice_temperature: Strength = 4.5  # of the order "confidence": noise on it, falling to 0
+    start_timestep: StrictInt | None = Field(None, ge=0, lt=2**63)  # None: the stable start; 999: as published
 
     @model_validator(mode="after")
     def _fits(self) -> SampleRequest:
         if not self.class_labels:
             raise ValueError("class_labels: is empty; name at least one class, or None")
+        if self.num_images > MOST_IMAGES:
+            raise ValueError(
+                f"num_images_per_label: {self.num_images:,} images in all; at most {MOST_IMAGES:,} at once"
+            )
         check_token_schedule(self.token_schedule)
         check_guidance(self.guidance_schedule, self.guidance_interval, self.guidance_power)
         self.check_order()
@@ -145,9 +156,12 @@ def clamped(request: SampleRequest, tokens: int) -> SampleRequest:
     most = math.ceil(tokens / request.min_tokens)
     if request.num_inference_steps <= most:
         return request
+    fewer = request.model_copy(update={"num_inference_steps": most})
+    if "num_inference_steps" not in request.model_fields_set:  # nobody asked for so many
+        return fewer
     tokens_of = f"{tokens} tokens" if request.min_tokens == 1 else f"{tokens} tokens at {request.min_tokens} a step"
     warnings.warn(
         f"num_inference_steps: {request.num_inference_steps} is more than the model's {tokens_of}; using {most}",
         stacklevel=caller_level(),
     )
-    return request.model_copy(update={"num_inference_steps": most})
+    return fewer

@@ -9,7 +9,6 @@ encodes it, unless it is whole; whoever has seen all of them whole writes the ma
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from dataclasses import dataclass
 from itertools import islice
@@ -35,14 +34,17 @@ from seriatim.core.files import (
 )
 from seriatim.core.ownership import json_of, owned
 from seriatim.core.progress import Progress
+from seriatim.core.reading import Unreadable, read_json
 from seriatim.core.terminal import say
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.build import tokenizer_config
+from seriatim.training.config import MOST_AT_ONCE, MOST_WORKERS
 from seriatim.training.data import ImageData, StreamData
 from seriatim.training.latents import (
     CACHE,
     CODES,
     DTYPES,
+    MOST_IMAGES,
     SOURCES,
     CacheInfo,
     check_moments,
@@ -96,13 +98,13 @@ def write_cache(
     naming the first that differs; ResourceError where the disk is full; Stopped on SIGTERM or SIGINT. Each leaves the
     whole shards as they are.
     """
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("shard_images", shard_images, 1),
-        ("workers", workers, 0),
+    for name, value, least, most in (
+        ("batch_size", batch_size, 1, MOST_AT_ONCE),
+        ("shard_images", shard_images, 1, MOST_IMAGES),
+        ("workers", workers, 0, MOST_WORKERS),
     ):
-        if value < least:
-            raise UsageError(f"{name}: {value!r} is not allowed; it must be {least} or more")
+        if not least <= value <= most:
+            raise UsageError(f"{name}: {value!r} is not allowed; it must be from {least} to {most}")
     if dtype not in DTYPES:
         raise UsageError(f"dtype: {dtype!r} is not allowed; it must be {' or '.join(DTYPES)}")
     if isinstance(data, StreamData):
@@ -297,12 +299,10 @@ def whole(out: Path, number: int, info: CacheInfo) -> str | None:
     path, beside = (out / f"{shard_name(number)}{suffix}" for suffix in (".safetensors", ".json"))
     if not beside.is_file():
         return None
-    try:
-        stated = json.loads(beside.read_text(encoding="utf-8"))
+    with contextlib.suppress(Unreadable, OSError):
+        stated = read_json(beside, dict)
         if stated == sidecar(path, number, info):
             return str(stated["sha256"])
-    except (ValueError, OSError):
-        pass
     say(f"mending: {path} is not what {beside.name} says; encoding its images again")
     return None
 

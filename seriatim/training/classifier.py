@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from seriatim.checkpoints.native import check_class_names
+from seriatim.core.construct import check_room
 from seriatim.core.device import DTYPES, pick_device, plain_torch
 from seriatim.core.errors import ConfigError, Stopped
 from seriatim.core.files import write_json, write_text
@@ -37,7 +39,7 @@ from seriatim.training.loop import check_finite, crossed, restore
 from seriatim.training.optim import averaged, sgd
 from seriatim.training.precision import fastest, threads
 from seriatim.training.run_folder import check_out, occupied
-from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
+from seriatim.training.setup import COPIES, begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
 from seriatim.training.stopping import StopRequest, refuse_many_processes
 
@@ -222,13 +224,16 @@ def train_classifier(
 def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, InMemory, ResNet]:
     """Training images, test images and the network of a recipe; weights depend on its seed alone."""
     data, test = build_labelled(recipe.data, recipe.seed, quiet=quiet)
+    check_class_names(data.class_names, len(data.class_names))
     side = min(data.size)
     if recipe.training.crop >= side:
         raise ConfigError(
             f"training.crop: {recipe.training.crop} is not allowed; it must be less than the side, {side}"
         )
+    sizes = {"classes": len(data.class_names), "channels": data.channels}
+    check_room(lambda: build_classifier(recipe.model, **sizes), {**recipe.model, **sizes}, "model", COPIES)
     with seeded(derive_seed(recipe.seed, "weights")):
-        net = build_classifier(recipe.model, classes=len(data.class_names), channels=data.channels)
+        net = build_classifier(recipe.model, **sizes)
     if side < net.least:
         raise ConfigError(
             f"model.widths: {len(net.stages)} stages halve images of side {side} away; use fewer, or "

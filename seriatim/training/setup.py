@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ import torch
 from torch import Tensor
 
 from seriatim.backbones.build import BACKBONES
-from seriatim.checkpoints.native import Bundle, load_bundle
+from seriatim.checkpoints.native import Bundle, check_class_names, load_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer
-from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError, one_line
+from seriatim.core.construct import check_room
+from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError, one_line, shown
 from seriatim.core.files import write_json, write_text
 from seriatim.core.names import find_name
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
+from seriatim.core.reading import LISTING_BYTES, read_json, read_or_raise
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, seeded
 from seriatim.pipeline import Pipeline
@@ -63,6 +64,7 @@ CURES = {"training.learning_rate", "training.clip", "training.dtype"}
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
 
 
+COPIES = 5  # of the weights while training: themselves, their average, their gradients, two moments
 FIT_BATCH = 512  # images at a time when the tokenizer measures its statistics
 FIT_IMAGES = 10_000  # as many as it looks at
 
@@ -76,6 +78,8 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
         raise ConfigError(f"tokenizer.from: {source!r} is not allowed; name a tokenizer, model or run folder")
     if source is None:
         check_kind(given.get("kind"), data)
+        if given.get("path") is None:  # else its weights are read, and their files tell their size
+            check_room(lambda: build_tokenizer(given), given, "tokenizer")
         tokenizer = build_tokenizer(given)
         if isinstance(tokenizer, (KL, VQ)):
             raise ConfigError(
@@ -136,12 +140,14 @@ def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> 
 def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, Model]:
     """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
     data, tokenizer = build_inputs(recipe)
+    check_class_names(data.class_names, len(data.class_names))
+    sizes: dict[str, Any] = {"tokens": tokenizer.count, "classes": len(data.class_names)}
+    sizes |= {"dim": tokenizer.dim} if tokenizer.vocab is None else {"vocab": tokenizer.vocab}
+    backbone = BACKBONES.get(str(recipe.model.get("backbone", recipe.model.get("kind"))))
+    if recipe.model.get("positions") == "sincos" or (backbone is not None and backbone.causal):
+        sizes["grid"] = list(tokenizer.grid)
+    check_room(lambda: build_model(recipe.model, **sizes), {**recipe.model, **sizes}, "model", COPIES)
     with seeded(derive_seed(recipe.seed, "weights")):
-        sizes: dict[str, Any] = {"tokens": tokenizer.count, "classes": len(data.class_names)}
-        sizes |= {"dim": tokenizer.dim} if tokenizer.vocab is None else {"vocab": tokenizer.vocab}
-        backbone = BACKBONES.get(str(recipe.model.get("backbone", recipe.model.get("kind"))))
-        if recipe.model.get("positions") == "sincos" or (backbone is not None and backbone.causal):
-            sizes["grid"] = list(tokenizer.grid)
         model = build_model(recipe.model, **sizes)
     try:  # what every later request of this model begins with
         Pipeline(Bundle(model, tokenizer, data.class_names, dict(recipe.sampling)), device="cpu").request(seed=0)
@@ -185,11 +191,15 @@ def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
                 f"{key}: {before.get(key)!r} in {out / 'recipe.yaml'}, {now.get(key)!r} now; a resumed run keeps its "
                 f"settings, but for {', '.join(sorted(CURES))}: change it back, or begin another run"
             )
-    recorded = json.loads((out / DATA).read_text(encoding="utf-8"))
+    path = out / DATA
+    remedy = "restore it, or begin another run with training.init_from: it says which images this one began with"
+    recorded = read_or_raise(lambda: read_json(path, dict, LISTING_BYTES), path, DataError, remedy)
+    if not isinstance(recorded.get("fingerprint"), str):
+        raise DataError(f"{path} lacks the fingerprint of the images; {remedy}")
     if recorded["fingerprint"] != data.fingerprint():
         raise DataError(
-            f"data: its images are not those that {out} began with ({recorded['images']} then, {data.count} now, or "
-            "files changed); restore them, or begin another run with training.init_from"
+            f"data: its images are not those that {out} began with ({shown(recorded.get('images'))} then, "
+            f"{data.count} now, or files changed); restore them, or begin another run with training.init_from"
         )
 
 

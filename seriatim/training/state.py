@@ -23,35 +23,53 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, StrictInt
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from seriatim.checkpoints.native import check_finite_weights, fitting, read_tensors, write_config, write_tensors
+from seriatim.checkpoints.native import (
+    as_wanted,
+    check_finite_weights,
+    fitting,
+    read_tensors,
+    write_config,
+    write_tensors,
+)
 from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoints, why_not_whole
 from seriatim.core import files
-from seriatim.core.errors import CheckpointError, one_line
+from seriatim.core.device import DTYPES
+from seriatim.core.errors import CheckpointError
 from seriatim.core.files import PREVIOUS, atomic_folder, put_back, verify_manifest, write_json, write_manifest
+from seriatim.core.reading import read_json, read_or_raise
+from seriatim.core.validation import MOST_THREADS, Strict, parse
 
+MOMENTS = {  # what each optimiser keeps of a parameter
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.SGD: {"momentum_buffer"},
+}
 CHECKPOINT = re.compile(r"(\.[0-9]+\.previous|[0-9]+(\.damaged(-[0-9]+)?)?)")  # the names of their folders
 
+Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
-@dataclass
-class RunState:
+
+class RunState(Strict):
     """Where a run stands."""
 
-    seen: int = 0  # images
-    steps: int = 0
+    model_config = ConfigDict(frozen=False)
+
+    seen: Count = 0  # images
+    steps: Count = 0
     loss: float | None = None  # of the last line of metrics
-    dtype: str = "float32"  # of the autocast
-    threads: int = 1  # of the CPU
-    sums: dict[str, float] = field(default_factory=dict)  # of the metrics since their last line
-    since: int = 0  # images seen at that line
-    steps_since: int = 0
+    dtype: str = Field("float32", pattern=f"^({'|'.join(DTYPES)})$")  # of the autocast
+    threads: StrictInt = Field(1, ge=1, le=MOST_THREADS)  # of the CPU
+    sums: dict[str, float] = Field(default_factory=dict)  # of the metrics since their last line
+    since: Count = 0  # images seen at that line
+    steps_since: Count = 0
     recent: float | None = None  # logarithm of the loss, a mean over about the last hundred steps
-    position: list[int] = field(default_factory=lambda: [0, 0])  # of a stream: passes, rows since
+    position: list[Count] = Field([0, 0], min_length=2, max_length=2)  # of a stream: passes, and rows since
 
 
 @dataclass(frozen=True)
@@ -91,25 +109,45 @@ def moments(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
 def load(path: Path, parts: Trainables) -> RunState:
     """Read a checkpoint into `parts`; raises CheckpointError, before anything changes, where a file is not whole."""
     verify_manifest(path, FILES)
-    try:
-        values = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if values.pop("format") != 1:
-            raise ValueError("written by another version")
-        state = RunState(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / STATE} cannot be used: {one_line(error)}") from error
-    optimiser_state = parts.optimiser.state_dict()
-    tensors: dict[int, dict[str, Any]] = {}
-    for key, tensor in read_tensors(path / "optimiser.safetensors").items():
-        number, _, name = key.partition(".")
-        tensors.setdefault(int(number), {})[name] = tensor
+    state = read_state(path / STATE)
+    tensors = read_moments(path / "optimiser.safetensors", parts.optimiser)
     modules = {"model": parts.model, "average": parts.average.module, "tokenizer": parts.tokenizer}
     found = {name: fitting(module, path / f"{name}.safetensors") for name, module in modules.items()}
     for name, module in modules.items():
         module.load_state_dict(found[name])
     parts.average.n_averaged.fill_(state.steps)
-    parts.optimiser.load_state_dict({"state": tensors, "param_groups": optimiser_state["param_groups"]})
+    parts.optimiser.load_state_dict({"state": tensors, "param_groups": parts.optimiser.state_dict()["param_groups"]})
     return state
+
+
+def read_state(path: Path) -> RunState:
+    """Where the run stood; raises CheckpointError where the file does not say so."""
+    values = read_or_raise(lambda: read_json(path, dict), path, CheckpointError, "delete this checkpoint")
+    if values.pop("format", None) != 1:
+        raise CheckpointError(f"{path} was written by another version of seriatim; resume with that one")
+    state = parse(RunState, values, where=str(path), error=CheckpointError)
+    if f"{state.seen:012d}" != path.parent.name:
+        raise CheckpointError(f"{path} is of {state.seen} images, its folder of {path.parent.name}; delete this one")
+    return state
+
+
+def read_moments(path: Path, optimiser: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """The optimiser's tensors by parameter: for each that it has any of, all of them, in the parameter's shape."""
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    names = next(kept for kind, kept in MOMENTS.items() if isinstance(optimiser, kind))
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(path).items():
+        number, _, name = key.partition(".")
+        if not re.fullmatch(r"[0-9]{1,9}", number) or int(number) >= len(parameters) or name not in names:
+            raise CheckpointError(f"{path} has an unknown tensor {key!r}: it is not this optimiser's")
+        shape = torch.Size() if name == "step" else parameters[int(number)].shape
+        wanted = torch.empty(shape, dtype=torch.float32, device="meta")
+        found.setdefault(int(number), {})[name] = as_wanted(tensor, wanted, key, path)
+    for index, given in found.items():
+        lacking = sorted(names - given.keys())
+        if lacking:
+            raise CheckpointError(f"{path} lacks tensor '{index}.{lacking[0]}': it is not this optimiser's")
+    return found
 
 
 def best_of(folder: Path) -> Path | None:

@@ -53,7 +53,7 @@ def test_dump_is_read_back(tmp_path: Path) -> None:
         (["training.learning_rate=.nan"], "training.learning_rate"),
         (["training.schedule=step"], "training.schedule"),
         (["training.images.more=5"], "'images' is a value, not a section"),
-        (["training.images=[1"], "is not a YAML value"),
+        (["training.images=[1"], "is not YAML"),
         (["name="], "name"),
         (["training.betas=[0.9, 1.5]"], "training.betas.1"),
         (["seed=99999999999999999999"], "seed"),
@@ -122,7 +122,7 @@ def test_a_name_that_is_none_is_taken(name: str) -> None:
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a file nor a packaged recipe; did you mean 'mar-digits'"):
         read_recipe("mar-digit")
-    for content, words in ((b"[1, 2]", "not a mapping"), (b"a: [", "not readable"), (b"\xff\xfe\x00", "not readable")):
+    for content, words in ((b"[1, 2]", "not a mapping"), (b"a: [", "is not YAML"), (b"\xff\xfe\x00", "is not UTF-8")):
         (tmp_path / "bad.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=words):
             read_recipe(str(tmp_path / "bad.yaml"))
@@ -130,6 +130,6 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"kind.yaml: kind: 'clasifier' is not known; did you mean 'classifier'"):
         read_recipe(str(tmp_path / "kind.yaml"))
     (tmp_path / "tag.yaml").write_text("a: !!python/object/apply:os.system ['touch canary']")
-    with pytest.raises(ConfigError, match="not readable"):
+    with pytest.raises(ConfigError, match="is not YAML"):
         read_recipe(str(tmp_path / "tag.yaml"))
     assert not Path("canary").exists()
