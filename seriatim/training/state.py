@@ -47,7 +47,7 @@ from seriatim.core.reading import read_json, read_or_raise
 from seriatim.core.validation import MOST_THREADS, Strict, parse
 
 MOMENTS = {  # what each optimiser keeps of a parameter
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},  # AdamW is a kind of it
     torch.optim.SGD: {"momentum_buffer"},
 }
 CHECKPOINT = re.compile(r"(\.[0-9]+\.previous|[0-9]+(\.damaged(-[0-9]+)?)?)")  # the names of their folders

@@ -137,7 +137,7 @@ def test_values_are_shown_in_bounds() -> None:
 
 def test_one_line_is_safe_for_a_terminal() -> None:
     text = one_line(ValueError("a\x1b[31mb\nc\u202ed\x9b2J\udcff" + "x" * 10**6))
-    assert text.startswith("a\\x1b[31mb c\\u202ed\\x9b2J\\udcff") and len(text) <= 2000
+    assert text.startswith("a\\x1b[31mb c\\u202ed\\x9b2J\\xff") and len(text) <= 2000
     assert text.isprintable() and printable("größe 中 🙂") == "größe 中 🙂"
 
 
