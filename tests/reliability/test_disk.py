@@ -175,6 +175,7 @@ def test_a_full_disk_keeps_what_was_there(work: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("verb", "size"), [("train", 3000), ("sample", 100), ("cache", 2000), ("export", 9000), ("export .pth", 9000)]
 )
+@pytest.mark.fresh_process
 def test_no_file_may_grow(verb: str, size: int, work: Path) -> None:
     """The system itself refuses, in the middle of a file, in a process of its own."""
     child = os.fork()

@@ -239,6 +239,7 @@ def test_two_thousand_hostile_headers(victim: Path, header: bytes, length: int |
     hostile(victim, header, length, data)
 
 
+@pytest.mark.fresh_process
 def test_a_hostile_header_takes_no_memory(victim: Path) -> None:
     """A header that claims 4 TB, in a process that may grow by 300 MB."""
     claim = {"no_class": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}

@@ -315,6 +315,7 @@ def die_at_call(fatal: int) -> None:
     os.fsync, os.replace, shutil.rmtree = deadly(os.fsync), deadly(os.replace), deadly(shutil.rmtree)
 
 
+@pytest.mark.fresh_process
 def test_kill_nine_at_each_write_loses_no_checkpoint(tmp_path: Path) -> None:
     """A child saves a checkpoint and prunes the one before, killed at its n-th sync, rename or deletion: every n."""
     recipe = tiny("training.images=16", "training.save_images=0")

@@ -336,6 +336,7 @@ def die_at_call(fatal: int) -> None:
     os.replace, shutil.rmtree, os.mkdir = deadly(os.replace), deadly(shutil.rmtree), deadly(os.mkdir)
 
 
+@pytest.mark.fresh_process
 def test_kill_nine_at_each_rename_of_a_replacement_loses_no_run(finished: Path, tmp_path: Path) -> None:
     """A child replaces a run, killed at its n-th rename, deletion or new folder: the old or the new model is whole."""
     recipe = tiny("training.images=16", "training.save_images=0", "seed=8")
