@@ -6,7 +6,6 @@ beside a fingerprint of its images), so that folders of earlier releases prove t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Container
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 
 from seriatim.core.errors import UsageError
 from seriatim.core.files import explained, target_of
+from seriatim.core.reading import LISTING_BYTES, Unreadable, read_json
 
-LONGEST = 1 << 26  # bytes of a JSON file that is looked at
 DROPPINGS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # files that file managers leave everywhere
 
 
@@ -63,9 +62,6 @@ def first_file(folder: Path, begun: Container[str] = ()) -> Path | None:
 def json_of(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; an empty one where the file is missing or anything else."""
     try:
-        if not path.is_file() or path.stat().st_size > LONGEST:
-            return {}
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path, dict, LISTING_BYTES)
+    except Unreadable:
         return {}
-    return values if isinstance(values, dict) else {}

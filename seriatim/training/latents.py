@@ -102,8 +102,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def read_info(path: Path) -> CacheInfo:
-    """cache.json; raises CheckpointError where it is damaged, ConfigError where another version wrote it."""
-    return parse(CacheInfo, read_sealed(path), where=str(path))
+    """cache.json; raises CheckpointError where it is damaged or another version wrote it."""
+    return parse(CacheInfo, read_sealed(path), where=str(path), error=CheckpointError)
 
 
 def moments_of(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -227,7 +227,10 @@ class Latents(ImageData):
 
     def name(self, i: int) -> str:
         if self._names is None:
-            names = read_sealed(self.root / SOURCES).get("names")
+            try:
+                names = read_sealed(self.root / SOURCES).get("names")
+            except CheckpointError as error:
+                raise DataError(f"data.path: {one_line(error)}") from error
             if not isinstance(names, list) or len(names) != self.count:
                 raise DataError(f"data.path: {self.root / SOURCES} does not name the {self.count} images; {MEND}")
             self._names = [str(name) for name in names]

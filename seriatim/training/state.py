@@ -15,7 +15,6 @@ Random state is not among them: every draw of a run is a function of its seed an
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import secrets
@@ -43,7 +42,7 @@ from seriatim.core import files
 from seriatim.core.device import DTYPES
 from seriatim.core.errors import CheckpointError
 from seriatim.core.files import PREVIOUS, atomic_folder, put_back, verify_manifest, write_json, write_manifest
-from seriatim.core.reading import read_json, read_or_raise
+from seriatim.core.reading import Unreadable, read_json, read_or_raise
 from seriatim.core.validation import MOST_THREADS, Strict, parse
 
 MOMENTS = {  # what each optimiser keeps of a parameter
@@ -155,8 +154,8 @@ def best_of(folder: Path) -> Path | None:
     losses = []
     for path in all_checkpoints(folder):
         try:
-            loss = json.loads((path / STATE).read_text(encoding="utf-8")).get("loss")
-        except (OSError, ValueError, AttributeError, RecursionError):
+            loss = read_json(path / STATE, dict).get("loss")
+        except Unreadable:
             continue
         if isinstance(loss, float):
             losses.append((loss, path))

@@ -307,7 +307,7 @@ def bad_json(whole: bytes, damage: str) -> list[bytes]:
     ]
 
 
-FOR_PEOPLE = {"images", "left_out", "seriatim", "made_with"}  # parts that are shown and never used
+FOR_PEOPLE = {"images", "left_out", "passed_over", "seriatim", "made_with"}  # parts that are shown and never used
 
 
 def bad_yaml(whole: bytes, damage: str) -> list[bytes]:
