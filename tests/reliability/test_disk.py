@@ -41,8 +41,9 @@ def work(source: Path, tmp_path: Path) -> Path:
 
 
 def again(verb: str) -> list[str]:
-    """The command line that goes on with what is there, or replaces it."""
-    more = {"train": ["--resume"], "classifier": ["--resume"]}
+    """The command line that goes on with what is there, or replaces it; a run that has no recipe yet begins again."""
+    runs = {"train": Path("out/run"), "classifier": Path("out/classifier")}
+    more = {name: ["--resume"] for name, folder in runs.items() if (folder / "recipe.yaml").exists()}
     more |= {name: ["--overwrite"] for name in ("sample", "edit", "export", "export .pth")}
     return [*VERBS[verb], *more.get(verb, [])]
 
