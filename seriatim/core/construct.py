@@ -142,7 +142,8 @@ def construct(build: Callable[..., T], config: Mapping[str, Any], where: str, **
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise ResourceError(f"{where}: out of memory ({one_line(error)[:120]}); make it smaller") from error
+            reason = one_line(error)[:120]
+            raise ResourceError(f"{where}: does not fit into memory ({reason}); make it smaller") from error
         if not is_ours(build):  # a class of the user's own may fail in any way
             name, kind = getattr(build, "__qualname__", str(build)), type(error).__name__
             raise ConfigError(
