@@ -405,7 +405,7 @@ def bad_reference(damage: str, folder: Path) -> list[bytes]:
         return found
     found = [b"PK\5\6" + b"\0" * 18] if damage == "another type" else []
     for arrays in others:
-        np.savez(folder / "other.npz", **arrays)
+        np.savez(folder / "other.npz", **arrays)  # type: ignore[arg-type]
         found.append((folder / "other.npz").read_bytes())
     return found
 
@@ -430,7 +430,7 @@ def request_of(whole: bytes) -> bytes:
 
 
 def bad_weights(damage: str, folder: Path) -> list[bytes]:
-    others: list[Any] = {
+    others: list[Any] = {  # type: ignore[assignment]
         "another type": [[1, 2], {"w": 5, "b": torch.ones(2)}, {"w": torch.arange(4), "b": torch.ones(2).bool()}, 5],
         "huge numbers": [{"w": torch.ones(1).expand(10**6, 10**6), "b": torch.ones(2)}],
         "NaN": [{"w": torch.full((4,), value), "b": torch.ones(2)} for value in (torch.nan, torch.inf)],

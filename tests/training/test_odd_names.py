@@ -59,7 +59,7 @@ def test_a_run_from_end_to_end(
 
 def test_yaml_keeps_what_it_would_refuse() -> None:
     assert parse_yaml(f"{{a: [{ODD}, 1], b: {{{ODD}: null}}}}") == {"a": [ODD, 1], "b": {ODD: None}}
-    assert read_yaml("3") == 3 and read_yaml("\U000fdce9") == "\U000fdce9"
+    assert parse_yaml("3") == 3 and parse_yaml("\U000fdce9") == "\U000fdce9"
     recipe = read_recipe("mar-small", [f"data.path={ODD}", f"training.init_from={ODD}"])
     assert recipe.data["path"] == recipe.training.init_from == ODD
     assert dump(recipe).encode()
