@@ -298,7 +298,8 @@ def bad_json(whole: bytes, damage: str) -> list[bytes]:
         kept = [key for key in values if key not in FOR_PEOPLE and values[key] is not None]
         parts = [{**values, key: "x y" if type(values[key]) in (int, float) else 17} for key in kept]
         parts += [{**values, key: [["x"]]} for key in kept]
-        return [json.dumps(value).encode() for value in ([], [[]], 5, "x", None, [values], {}, *parts)]
+        others: list[Any] = [[], [[]], 5, "x", None, [values], {}, *parts]
+        return [json.dumps(other).encode() for other in others]
     number = {"huge numbers": (b"9" * 5000, b"1e999", b"-1" + b"0" * 400), "NaN": (b"NaN", b"Infinity", b"-Infinity")}
     return [b'{"format": ' + digits + whole.lstrip()[1:].replace(b"{", b",", 1) for digits in number[damage]] + [
         json.dumps({**values, key: "PLACE"}).encode().replace(b'"PLACE"', digits)
