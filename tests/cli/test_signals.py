@@ -128,6 +128,7 @@ def test_sampling(tmp_path: Path, model: Path) -> None:
     assert pictures(out) == whole
 
 
+@pytest.mark.slow
 def test_evaluating(tmp_path: Path, model: Path) -> None:
     bundle = make_bundle(classes=10)
     bundle.class_names = [str(digit) for digit in range(10)]
@@ -165,7 +166,7 @@ def test_caching(tmp_path: Path) -> None:
     assert one == two and len(one) == 2 * 10
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_training(tmp_path: Path, workers: int) -> None:
     words = ["train", "mar-digits", *TRAIN, f"training.workers={workers}", "--json", "--out"]
     took, chance = undisturbed([*words, str(tmp_path / "whole")], tmp_path), random.Random(3)
