@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MOST_THREADS = 1024  # of the CPU: far more end the process without a word
 # The largest number that an argument of each name may have, wherever it stands in a config.
 LARGEST = {
     "tokens": 1 << 20, "dim": 1 << 20, "vocab": 1 << 24, "classes": 1 << 22, "grid": 1 << 20, "group": 1 << 20,
@@ -81,7 +82,7 @@ def check_room(build: Callable[[], nn.Module], config: Mapping[str, Any], where:
 
     It is built without memory first, which takes a second: only where the sizes in its config make that worth while.
     """
-    first, second = sorted((0, 0, *(value for _, name, value in numbers(config, where) if name != "seed")))[:-3:-1]
+    first, second = sorted((1, 1, *(value for _, name, value in numbers(config, where) if name != "seed")))[:-3:-1]
     if first * first * second < SMALL:
         return
 
