@@ -64,7 +64,6 @@ CURES = {"training.learning_rate", "training.clip", "training.dtype"}
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
 
 
-COPIES = 5  # of the weights while training: themselves, their average, their gradients, two moments
 FIT_BATCH = 512  # images at a time when the tokenizer measures its statistics
 FIT_IMAGES = 10_000  # as many as it looks at
 
@@ -146,7 +145,7 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, Model]:
     backbone = BACKBONES.get(str(recipe.model.get("backbone", recipe.model.get("kind"))))
     if recipe.model.get("positions") == "sincos" or (backbone is not None and backbone.causal):
         sizes["grid"] = list(tokenizer.grid)
-    check_room(lambda: build_model(recipe.model, **sizes), {**recipe.model, **sizes}, "model", COPIES)
+    check_room(lambda: build_model(recipe.model, **sizes), {**recipe.model, **sizes}, "model")
     with seeded(derive_seed(recipe.seed, "weights")):
         model = build_model(recipe.model, **sizes)
     try:  # what every later request of this model begins with
