@@ -20,6 +20,33 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
 
+FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test that forks in a process of its own.
+
+    A child that is forked while other threads exist may wait for ever for a lock that one of them held (OpenMP's above
+    all), and earlier tests of a long session leave such threads behind.
+    """
+    if pyfuncitem.get_closest_marker("fresh_process") is None or os.environ.get(FRESH):
+        return None
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    environment = {**os.environ, FRESH: "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=pyfuncitem.config.rootpath,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    return True
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A test that opens a connection to anywhere but this machine fails."""

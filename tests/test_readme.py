@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,10 +75,34 @@ def test_readme_demo_can_be_run_again(folder: Path) -> None:
 
 
 def test_readme_demo_goes_over_what_an_interrupted_one_left(tmp_path: Path) -> None:
-    (tmp_path / "demo").mkdir()
-    for name in ("recipe.yaml", "metrics.jsonl", ".lock"):
-        (tmp_path / "demo" / name).write_text("")
-    run([sys.executable, "-m", "seriatim", "demo", "--images", "64"], tmp_path)
+    words = [sys.executable, "-m", "seriatim", "demo", "--images"]
+    killed = subprocess.Popen([*words, "1000000"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    try:
+        while not (tmp_path / "demo" / "metrics.jsonl").exists():
+            assert time.monotonic() < end and killed.poll() is None
+            time.sleep(0.05)
+    finally:
+        killed.kill()
+        killed.wait()
+    run([*words, "64"], tmp_path)
+    assert json.loads((tmp_path / "demo" / "report.json").read_text())["training_images"] == 64
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_readme_demo_does_not_replace_a_run(folder: Path, tmp_path: Path) -> None:
+    """A run that looks like a demo, and a demo that was trained longer, are the user's own."""
+    small = ["model.width=32", "training.images=64", "training.threads=1"]
+    run([sys.executable, "-m", "seriatim", "train", "mar-digits", *small, "--out", "run"], tmp_path)
+    shutil.copytree(folder / "demo", tmp_path / "longer")
+    recipe = tmp_path / "longer" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("images: 1280", "images: 1281"))
+    for name in ("run", "longer"):
+        before = {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
+        words = [sys.executable, "-m", "seriatim", "demo", "--images", "64", "--out", name]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2 and "which is not the demo's" in done.stderr and done.stderr.count("\n") == 1
+        assert before == {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
 
 
 def test_readme_commands(folder: Path) -> None:

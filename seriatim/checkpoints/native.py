@@ -11,9 +11,9 @@ A folder appears whole or not at all. Nothing in it is executed: no pickle is re
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,16 +29,28 @@ from seriatim.checkpoints.official import read_safetensors
 from seriatim.checkpoints.renames import FORMAT, READABLE, renamed
 from seriatim.checkpoints.shapes import refuse
 from seriatim.checkpoints.unfinished import AVERAGE, CHECKPOINTS, RECIPE, checkpoint_of, is_checkpoint, usable
-from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, UsageError, one_line
+from seriatim.core.errors import (
+    CheckpointError,
+    ConfigError,
+    NumericsError,
+    UsageError,
+    one_line,
+    shown,
+)
 from seriatim.core.files import (
     MANIFEST,
     atomic_folder,
+    present_or_previous,
+    put_back,
+    read_manifest,
     verify_manifest,
     write_json,
     write_manifest,
     write_text,
 )
 from seriatim.core.flatten import WHITE, Colour, as_colour
+from seriatim.core.ownership import json_of
+from seriatim.core.reading import Unreadable, read_json
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, model_config
 from seriatim.tokenizers.base import Tokenizer
@@ -48,6 +60,7 @@ CONFIG, MODEL, TOKENIZER, CARD = "config.json", "model.safetensors", "tokenizer.
 CLASSIFIER = "classifier.safetensors"  # of a classifier's folder, which is no model folder
 OTHER = "these are not this model's weights"
 PARTS = (CONFIG, MODEL, TOKENIZER, CARD, MANIFEST)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # weights that float32 can stand for
 
 
 @dataclass
@@ -69,7 +82,9 @@ def save_bundle(bundle: Bundle, folder: Path | str, *, card: str | None = None) 
     `card` becomes its README.md, which the manifest leaves out: people may edit it.
     """
     config = bundle_config(bundle)
-    return save_folder(replaceable(folder), config, {MODEL: bundle.model, TOKENIZER: bundle.tokenizer}, card)
+    folder = save_folder(replaceable(folder), config, {MODEL: bundle.model, TOKENIZER: bundle.tokenizer}, card)
+    bundle.sha256 = read_manifest(folder)[MODEL][1]
+    return folder
 
 
 def bundle_config(bundle: Bundle) -> dict[str, Any]:
@@ -77,7 +92,7 @@ def bundle_config(bundle: Bundle) -> dict[str, Any]:
     return {
         "model": model_config(bundle.model),
         "tokenizer": tokenizer_config(bundle.tokenizer),
-        "class_names": bundle.class_names,
+        "class_names": check_class_names(bundle.class_names, bundle.model.classes),
         "sampling": bundle.sampling,
         "provenance": bundle.provenance,
         **({"background": list(bundle.background)} if bundle.background != WHITE else {}),
@@ -113,32 +128,65 @@ def opened(folder: Path, *files: str) -> Iterator[tuple[dict[str, Any], dict[str
     hashes = verify_manifest(folder, needed=(CONFIG, *files))
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, dict)
         if config["format"] not in READABLE:
             raise ValueError(
-                f"format {config['format']!r} is not {FORMAT}; it was written by seriatim {config.get('seriatim')!r}, "
-                f"this is {__version__}"
+                f"format {shown(config['format'])} is not {FORMAT}; it was written by seriatim "
+                f"{shown(config.get('seriatim'))}, this is {__version__}"
             )
         yield config, hashes
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError) as error:
-        what = f"lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        what = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
+        what = f"it {what}" if isinstance(error, Unreadable) else what
         hint = "; register your class before loading" if isinstance(error, ConfigError) else ""
         raise CheckpointError(f"{path} cannot be used: {what}{hint}") from error
+
+
+def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A part of a config that is a mapping."""
+    if not isinstance(config[name], Mapping):
+        raise ValueError(f"{name}: {shown(config[name])} is not a mapping of keys")
+    return dict(config[name])
+
+
+def check_class_names(names: Any, classes: int) -> list[str]:
+    """The names of a model's classes: a different text for each of them, or none at all."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"class_names: {shown(names)} is not allowed; give a list of texts")
+    if names and len(names) != classes:
+        raise UsageError(f"class_names: {len(names)} given for {classes} classes; give one for each, or none")
+    twice = next((name for name, times in Counter(names).items() if times > 1), None)
+    if twice is not None:
+        raise UsageError(f"class_names: {shown(twice)} is given twice; every class needs a name of its own")
+    return list(names)
 
 
 def replaceable(folder: Path | str, parts: Sequence[str] = PARTS, what: str = "a model") -> Path:
     """Refuse to write a model, or `what` has these `parts`, over anything but such a folder or an empty one."""
     folder = Path(folder).resolve()
+    put_back(folder)
     if folder.exists():
         empty = folder.is_dir() and not any(folder.iterdir())
-        if not empty and not ((folder / CONFIG).is_file() and (folder / MANIFEST).is_file()):
+        if not empty and not is_ours(folder):
             raise UsageError(f"folder: {folder} exists and is not {what} folder; choose a new or empty one")
         foreign = sorted(path.name for path in folder.iterdir() if path.name not in parts)
         if foreign:
             raise UsageError(f"folder: {folder} holds {foreign[0]!r}, which is no part of {what}; choose another")
     return folder
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a model, a tokenizer or a classifier was written to `folder` here, as its manifest or config proves."""
+    if not (folder / CONFIG).is_file() or not (folder / MANIFEST).is_file():
+        return False
+    if {"format", "seriatim"} <= json_of(folder / CONFIG).keys():
+        return True
+    try:
+        return CONFIG in read_manifest(folder)
+    except (CheckpointError, OSError, RecursionError):
+        return False
 
 
 def check_finite_weights(module: nn.Module, name: str) -> None:
@@ -175,12 +223,15 @@ def told_by(error: Exception) -> OSError:
 def find_bundle(folder: Path) -> Path:
     """The model folder that `folder` is, or that it holds as `model/` (a run, a demo).
 
-    Of a run that is not finished it is the newest whole checkpoint, which standard error is told.
+    Where a crash interrupted its replacement, that is the previous one, which lies beside it under a hidden name. Of a
+    run that is not finished it is the newest whole checkpoint, which standard error is told.
     """
+    folder = present_or_previous(folder)
     if (folder / CONFIG).exists():
         return folder
-    if (folder / "model").is_dir():
-        return folder / "model"
+    inner = present_or_previous(folder / "model")
+    if inner.is_dir():
+        return inner
     if is_checkpoint(folder):
         return usable(folder)
     is_run = (folder / RECIPE).is_file() or (folder / CHECKPOINTS).is_dir()
@@ -208,10 +259,10 @@ def read_bundle(folder: Path) -> Bundle:
     weights = AVERAGE if is_checkpoint(folder) else MODEL
     with opened(folder, weights, TOKENIZER) as (config, hashes):
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-            model = build_model(config["model"])
-            tokenizer = build_tokenizer(config["tokenizer"])
-        class_names = [str(name) for name in config["class_names"]]
-        sampling, provenance = dict(config["sampling"]), dict(config["provenance"])
+            model = build_model(section(config, "model"))
+            tokenizer = build_tokenizer(section(config, "tokenizer"), stored=True)
+        class_names = check_class_names(config["class_names"], model.classes)
+        sampling, provenance = section(config, "sampling"), section(config, "provenance")
         background = as_colour(config.get("background", WHITE))
     fill(model, folder / weights, written=int(config["format"]))
     fill(tokenizer, folder / TOKENIZER)
@@ -222,24 +273,45 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, which are refused unless they are finite."""
     tensors = read_safetensors(path)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: tensor {name!r} has values that are not finite; the model is unusable")
+        check_finite(tensor, name, path)
     return tensors
 
 
+def check_finite(tensor: Tensor, name: str, path: Path) -> None:
+    if tensor.dtype in FLOATS and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{path}: tensor {name!r} has values that are not finite; the model is unusable")
+
+
+def as_wanted(tensor: Tensor, wanted: Tensor, name: str, path: Path) -> Tensor:
+    """The tensor in the dtype that the model has: other floating-point numbers are cast, all else is refused."""
+    if tensor.shape != wanted.shape:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(wanted.shape)}"
+        )
+    if tensor.dtype == wanted.dtype:
+        return tensor
+    if wanted.dtype != torch.float32 or tensor.dtype not in FLOATS:
+        ours, theirs = (str(t.dtype).removeprefix("torch.") for t in (wanted, tensor))
+        fit = ", or as float16, bfloat16 or float64" if wanted.dtype == torch.float32 else ""
+        raise CheckpointError(f"{path}: tensor {name!r} is {theirs}; save it as {ours}{fit}")
+    cast = tensor.float()
+    check_finite(cast, name, path)  # float64 has a larger range than float32
+    return cast
+
+
 def fill(module: nn.Module, path: Path, *, assign: bool = True, written: int = FORMAT) -> None:
-    """Give `module` the tensors of `path`: all of them and no others, of the same shapes.
+    """Give `module` the tensors of `path`: all of them and no others, of the same shapes, in its own dtypes.
 
     With `assign` they replace its own; without, they are copied into those, which an optimiser may hold. `written` is
     the format of the file.
     """
+    module.load_state_dict(fitting(module, path, written), assign=assign)
+
+
+def fitting(module: nn.Module, path: Path, written: int = FORMAT) -> dict[str, Tensor]:
+    """The tensors of `path`, which are refused unless they are those of `module`, by name and shape."""
     tensors = renamed(read_tensors(path), written)
     wanted = module.state_dict()
     refuse(path, "lacks", wanted.keys() - tensors.keys(), OTHER)
     refuse(path, "has an unknown", tensors.keys() - wanted.keys(), OTHER)
-    for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {tuple(tensor.shape)}, the config says {tuple(wanted[name].shape)}"
-            )
-    module.load_state_dict(tensors, assign=assign)
+    return {name: as_wanted(tensor, wanted[name], name, path) for name, tensor in tensors.items()}

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
+from seriatim.core.errors import CheckpointError, ResourceError, UsageError, is_out_of_memory, nearest, one_line, shown
 from seriatim.core.files import utf8_path
 
 SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
@@ -82,6 +82,7 @@ def read_torch(path: Path) -> Mapping[str, Any]:
     try:
         with torch.serialization.safe_globals(harmless()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice about what is refused below
+            check_packing(path)
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
         name = re.search(r"(?:GLOBAL|global|class|function) `?([\w.]+)`?", str(error))
@@ -111,6 +112,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
     except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise ResourceError(f"{path}: out of memory ({one_line(error)[:80]}); use a smaller model") from error
         raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error
 
 
@@ -149,6 +152,14 @@ def is_scalar(value: Any) -> bool:
     )
 
 
+def check_packing(path: Path) -> None:
+    """Refuse a file whose parts would be larger than the file: torch packs none of them."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its parts are packed, which torch never does")
+
+
 def only_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The weights of a state dict under their own names; scalars beside them are left out."""
     some = is_state_dict(state)
@@ -157,7 +168,9 @@ def only_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
         if some and is_scalar(value):
             continue
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: entry {name!r} is {type(value).__name__}, not a tensor; not a state dict")
+            raise CheckpointError(f"{path}: entry {shown(name)} is {type(value).__name__}, not a tensor")
+        if value.layout == torch.strided and value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: tensor {name!r} says that it is larger than what the file holds of it")
         tensors[name] = value
     return without_prefix(tensors)
 

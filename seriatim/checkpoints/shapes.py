@@ -21,6 +21,7 @@ from seriatim.models.build import build_model
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.zoo import PRESETS, Preset
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ANOTHER = "is it another model's?"
 
 
@@ -110,9 +111,11 @@ def mapped(
 
 def as_float32(tensor: Tensor, name: str, where: str) -> Tensor:
     """A tensor's values in float32, all finite."""
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_floating_point():
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in FLOATS:
         kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device.type}".replace("torch.", "")
-        raise CheckpointError(f"{where}: tensor {name!r} is {kind}; only plain floating-point tensors are read")
+        raise CheckpointError(
+            f"{where}: tensor {name!r} is {kind}; only plain tensors of 16, 32 or 64-bit floats are read"
+        )
     values = tensor.detach().float()
     if not bool(torch.isfinite(values).all()):
         raise CheckpointError(f"{where}: tensor {name!r} has values that are not finite; the file is unusable")

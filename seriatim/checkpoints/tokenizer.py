@@ -24,6 +24,7 @@ from seriatim.checkpoints.native import (
     opened,
     replaceable,
     save_folder,
+    section,
 )
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
 from seriatim.tokenizers.base import Tokenizer
@@ -57,7 +58,7 @@ def load_tokenizer(folder: Path | str, /, **overrides: Any) -> Tokenizer:
         changed["statistics"] = "fixed"  # a scale that somebody gives is not to be measured
     with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
         try:
-            tokenizer = build_tokenizer(stored)
+            tokenizer = build_tokenizer(stored, stored=True)
         except ConfigError as error:
             hint = "register your class before loading"
             raise CheckpointError(f"{folder / CONFIG} cannot be used: {one_line(error)}; {hint}") from error
@@ -82,4 +83,4 @@ def read(folder: Path | str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder that holds the files, the tokenizer's config and the provenance; every file is checked."""
     folder = find_bundle(Path(folder))
     with opened(folder, TOKENIZER) as (config, _):
-        return folder, dict(config["tokenizer"]), dict(config["provenance"])
+        return folder, section(config, "tokenizer"), section(config, "provenance")

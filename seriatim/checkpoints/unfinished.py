@@ -7,10 +7,11 @@ RUN/model/                        written when the last image was seen
 
 from __future__ import annotations
 
+import functools
 import shlex
 from pathlib import Path
 
-from seriatim.core.errors import CheckpointError
+from seriatim.core.errors import CheckpointError, one_line
 from seriatim.core.files import verify_manifest
 from seriatim.core.terminal import say
 
@@ -27,16 +28,35 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
 
 
+def why_not_whole(path: Path) -> str | None:
+    """Why a checkpoint can't be used; None where every file matches its sha256.
+
+    What was found is remembered as long as no file changes, so that pruning does not read everything every time.
+    """
+    try:
+        stats = [(file.name, file.stat()) for file in sorted(path.iterdir())]
+    except OSError as error:  # a process that goes on may delete it just now
+        return one_line(error)
+    return _why_not_whole(path, tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+@functools.lru_cache(maxsize=64)
+def _why_not_whole(path: Path, _stamps: tuple[tuple[str, int, int, int], ...]) -> str | None:
+    try:
+        verify_manifest(path, FILES)
+    except (CheckpointError, OSError) as error:
+        return one_line(error)
+    return None
+
+
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every file matches its sha256, and why each newer one was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in reversed(all_checkpoints(folder)):
-        try:
-            verify_manifest(path, FILES)
-        except CheckpointError as error:
-            passed_over.append(str(error))
-            continue
-        return path, passed_over
+        reason = why_not_whole(path)
+        if reason is None:
+            return path, passed_over
+        passed_over.append(reason)
     return None, passed_over
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -247,8 +248,12 @@ def unused(out: Path, overwrite: bool) -> None:
     from seriatim.core.errors import UsageError
 
     folder = replaceable(out)
-    if not overwrite and folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"out: {out} holds a model or tokenizer already; choose another folder or pass --overwrite")
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise UsageError(
+                f"out: {out} holds a model or tokenizer already; choose another folder or pass --overwrite"
+            )
+        say(f"replacing {out}, which is kept until the new one is whole")
 
 
 def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
@@ -270,14 +275,13 @@ def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
 
 
 def read_names(path: Path | None) -> list[str]:
-    from seriatim.core.errors import UsageError, one_line
+    from seriatim.core.errors import UsageError
+    from seriatim.core.reading import read_or_raise, read_text
 
     if path is None:
         return []
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"class_names: {path} can't be read ({one_line(error)})") from error
+    text = read_or_raise(lambda: read_text(path), path, UsageError, "class_names are a text file, one name a line")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str, ...], overwrite: bool) -> None:
@@ -286,10 +290,15 @@ def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str,
     from seriatim.core.errors import UsageError
     from seriatim.core.files import atomic_write
 
-    if out.exists() and not overwrite:
-        raise UsageError(f"out: {out} exists already; choose another name or pass --overwrite")
+    if os.path.lexists(out):
+        if not overwrite:
+            raise UsageError(f"out: {out} exists already; choose another name or pass --overwrite")
+        if not out.is_file():
+            raise UsageError(f"out: {out} is no file and can't be replaced by one; choose another name")
     if out.suffix not in (".safetensors", ".pth", ".pt", ".ckpt"):
         raise UsageError(f"out: {out} must end in .safetensors, .pth, .pt or .ckpt")
+    if out.exists():
+        say(f"replacing {out}, which is kept until the new one is whole")
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if out.suffix == ".safetensors":
         atomic_write(out, lambda file: write_tensors(file, whole))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +11,7 @@ import typer
 from seriatim.cli.output import JsonFlag, print_json, print_table
 from seriatim.core.terminal import say
 
-RECIPE = "mar-digits"
-OURS = {  # what a demo leaves, finished or not: a folder with nothing else is written over
-    "grid.png", "training.png", "report.json", "recipe.yaml", "data.json", "environment.json", "metrics.jsonl", "model",
-    "checkpoints", ".lock",
-}  # fmt: skip
+NAME = "mar-digits"  # of the recipe
 PER_CLASS = 16
 REAL_DRAWS = 10  # draws of real digits whose mean Frechet distance is reported
 
@@ -26,16 +23,14 @@ def demo(
     json: JsonFlag = False,
 ) -> None:
     """Train a MAR on handwritten digits on the CPU, draw 160 of them, and check them against real ones."""
-    from seriatim.core.errors import UsageError
     from seriatim.core.files import writable_folder, write_json
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.training.config import read_recipe
+    from seriatim.training.run_folder import DEMO, make_room
 
-    foreign = sorted({path.name for path in out.iterdir()} - OURS) if out.is_dir() else []
-    if foreign:
-        raise UsageError(f"out: {out} holds {foreign[0]!r}, which is not the demo's; choose a new or empty folder")
+    again = is_demo(out)
     overrides = [f"seed={seed}"] + ([f"training.images={images}"] if images is not None else [])
-    recipe = read_recipe(RECIPE, overrides)
+    recipe = read_recipe(NAME, overrides)
 
     import time
 
@@ -45,11 +40,14 @@ def demo(
     from seriatim.training.loop import train
     from seriatim.training.precision import threads
 
+    if again:
+        make_room(out, "demo")
     writable_folder(out)
+    write_json(out / DEMO, {"training_images": recipe.training.images})
     if not json:
-        say(f"training {RECIPE} on {recipe.training.images:,} images, on the CPU")
+        say(f"training {NAME} on {recipe.training.images:,} images, on the CPU")
     begin = time.monotonic()
-    trained = train(recipe, out, device="cpu", overwrite=True, quiet=json)
+    trained = train(recipe, out, device="cpu", quiet=json)
     middle = time.monotonic()
     pipe = load(out / "model", device="cpu")
     with threads(trained.threads):
@@ -96,7 +94,33 @@ def demo(
     ]
     print_table(("MAR on 8x8 digits", f"{report['samples']} samples"), rows)
     say(f"look at {out / 'grid.png'} and {out / 'training.png'}")
-    say(f"draw more: seriatim sample {out / 'model'} --label 7 --num-images-per-label 8 --out sevens")
+    say(f"draw more: seriatim sample {shlex.quote(str(out / 'model'))} --label 7 --num-images-per-label 8 --out sevens")
+
+
+def is_demo(out: Path) -> bool:
+    """Whether `out` holds a demo, finished or interrupted, which the next one replaces; refuses what is anything else.
+
+    A demo that was trained longer afterwards is a run of the user's own.
+    """
+    from seriatim.core.errors import UsageError
+    from seriatim.core.ownership import first_file, json_of
+    from seriatim.training.config import read_any
+    from seriatim.training.run_folder import DEMO, RECIPE, begun, is_run
+
+    if not out.is_dir():
+        return False  # what is a file is refused where the folder is made
+    report = json_of(out / "report.json")  # release 0.1 left no other mark
+    says = json_of(out / DEMO) or (report if "recognised_real" in report else {})
+    if says and is_run(out):
+        recipe = read_any(str(out / RECIPE))
+        if recipe.name == NAME and recipe.training.images == says.get("training_images"):
+            return True
+    kept = first_file(out, begun(out))
+    if kept is None:
+        return False
+    raise UsageError(
+        f"out: {out} holds {str(kept.relative_to(out))!r}, which is not the demo's; choose a new or empty folder"
+    )
 
 
 def judge(pixels: Any, labels: Any) -> dict[str, Any]:

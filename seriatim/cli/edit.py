@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
-from seriatim.cli.sample import order_or_positions
-from seriatim.cli.threads import drawing_with
+from seriatim.cli.sample import say_replaced
+from seriatim.cli.threads import ThreadsOption, drawing_with
 
 
 def edit(
@@ -51,7 +51,7 @@ def edit(
     choice_temperature: Annotated[float | None, typer.Option(help="Noise on the order confidence.")] = None,
     start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
+    threads: ThreadsOption = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png.")] = Path("edited"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,
@@ -66,6 +66,8 @@ def edit(
     from seriatim.core.images import BadImage, read_image
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.pipeline.pipeline import load
+    from seriatim.pipeline.result import file_names
+    from seriatim.pipeline.samples_folder import GRID, check_samples_folder
 
     pipe = load(model, device=device, dtype=dtype)
     try:
@@ -75,36 +77,14 @@ def edit(
         white = read_image(mask, 1, BLACK)
     except BadImage as error:
         raise UsageError(f"{argument}: {file} can't be read: {error}") from error
-    taken = [file for file in (out / "grid.png", *sorted(out.glob("0*.png"))) if file.exists()]
-    if taken and not overwrite:
-        raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
-    settings: dict[str, Any] = {
-        "num_images_per_label": num_images_per_label,
-        "guidance_scale": guidance_scale,
-        "guidance_schedule": guidance_schedule,
-        "guidance_interval": guidance_interval,
-        "guidance_power": guidance_power,
-        "num_inference_steps": num_inference_steps,
-        "token_schedule": token_schedule,
-        "min_tokens": min_tokens,
-        "order": order_or_positions(order),
-        "choice_temperature": choice_temperature,
-        "num_diffusion_steps": num_diffusion_steps,
-        "num_diffusion_steps_last": num_diffusion_steps_last,
-        "solver": solver,
-        "start_timestep": start_timestep,
-        "feature_schedule": feature_schedule,
-        "guidance_mode": guidance_mode,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "seed": seed,
-    }
+    asked = pipe.request(class_labels=label or [None], num_images_per_label=num_images_per_label)
+    names = file_names([pipe.label_name(x) for x in asked.image_labels()])
+    say_replaced(check_samples_folder(out, [*(out / name for name in names), out / GRID], overwrite=overwrite))
     with drawing_with(pipe, threads):
         result = pipe.edit(picture, mask=white, class_labels=label or [None], batch_size=batch_size, **settings)
     out = writable_folder(out)
-    files = result.save(out)
+    files = result.save(out, overwrite=overwrite)
     shown = [picture, white.convert(picture.mode), *result.images]
-    save_png(grid(shown, min(8, len(shown)), side=64), out / "grid.png")
-    report = {"images": len(files), "folder": str(out), "grid": str(out / "grid.png"), "seed": result.request.seed}
+    save_png(grid(shown, min(8, len(shown)), side=64), out / GRID)
+    report = {"images": len(files), "folder": str(out), "grid": str(out / GRID), "seed": result.request.seed}
     return print_json(report) if json else print_table(("edited", ""), list(report.items()))

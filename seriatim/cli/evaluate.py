@@ -12,7 +12,7 @@ import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 from seriatim.cli.sample import order_or_positions
-from seriatim.cli.threads import drawing_with
+from seriatim.cli.threads import ThreadsOption, drawing_with
 from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def evaluate(
     ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
+    threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Measure samples against real images, beside as many real ones; resumable, and shared between processes.
@@ -238,7 +238,7 @@ def share_of(shard: str | None) -> Share:
     from seriatim.evaluation.blocks import Share
 
     text = shard or f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if not found or not int(found[1]) < int(found[2]):
         raise UsageError(f"shard: {text!r} is not allowed; give number/processes, the first of two is 0/2")
     return Share(int(found[1]), int(found[2]))
@@ -273,18 +273,17 @@ def fields(given: list[str]) -> dict[str, Any]:
 
 def field_value(name: str, text: str, known: Any) -> Any:
     """A request's field from the command line: an order is a name or positions, all else YAML."""
-    import yaml
-
-    from seriatim.core.errors import UsageError, nearest
+    from seriatim.core.errors import UsageError, nearest, shown
+    from seriatim.core.reading import Unreadable, parse_yaml
 
     if name not in known:
         raise UsageError(f"{name}: is not a setting of a request{nearest(name, known)}")
     if name == "order":
         return order_or_positions(text)
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{name}: {text!r} is no value ({str(error).splitlines()[0]})") from error
+        return parse_yaml(text)
+    except Unreadable as error:
+        raise UsageError(f"{name}: {shown(text)} {error}") from error
 
 
 def open_data(
@@ -294,11 +293,9 @@ def open_data(
 
     `background` is that of the model: what transparent parts of its training images showed.
     """
-    import yaml
-
-    from seriatim.core.errors import UsageError
+    from seriatim.core.errors import UsageError, shown
+    from seriatim.core.reading import Unreadable, parse_yaml
     from seriatim.evaluation.reference import read_statistics
-    from seriatim.training.config import read_yaml
     from seriatim.training.data import StreamData
     from seriatim.training.sources import DATASETS, build_data
 
@@ -306,9 +303,9 @@ def open_data(
         return read_statistics(text)
     if text.lstrip().startswith("{"):
         try:
-            config = read_yaml(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"{argument}: {text!r} is no YAML ({str(error).splitlines()[0]})") from error
+            config = parse_yaml(text)
+        except Unreadable as error:
+            raise UsageError(f"{argument}: {shown(text)} {error}") from error
     elif text in DATASETS and not Path(text).exists():
         config = {"kind": text}
     else:

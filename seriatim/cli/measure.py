@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -57,4 +58,4 @@ def measure_latents(
     rows.append(("all", f"{found.mean.mean().item():.4f}", f"{1 / found.scale:.4f}", f"{found.scale:.5g}"))
     print_table(("channel", "mean", "std", "scale = 1 / std"), rows)
     say(f"measured {found.images:,} images; sha256 of the statistics {result.sha256}")
-    say(f"wrote {result.folder}; train on it with tokenizer.from={result.folder}")
+    say(f"wrote {result.folder}; train on it with {shlex.quote(f'tokenizer.from={result.folder}')}")

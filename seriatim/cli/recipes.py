@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -44,15 +46,18 @@ def copy(
     name: Name, to: Annotated[Path | None, typer.Argument(help="File to write; default NAME.yaml here.")] = None
 ) -> None:
     """Copy a recipe, comments included, to edit it."""
-    from seriatim.core.errors import UsageError
+    from seriatim.core.errors import ConfigError, UsageError
     from seriatim.core.files import write_text
+    from seriatim.core.reading import YAML_BYTES, read_or_raise, read_text
     from seriatim.training.config import find_recipe
 
     source = find_recipe(name)
     target = to or Path(source.name)
     if target.is_dir():
         target = target / source.name
-    if target.exists():
+    if os.path.lexists(target):
         raise UsageError(f"to: {target} exists already; name another file")
-    write_text(target, source.read_text(encoding="utf-8"))
-    say(f"wrote {target}; train it with: seriatim train {target} --out runs/{source.stem}")
+    text = read_or_raise(lambda: read_text(source, YAML_BYTES), source, ConfigError, "name a recipe")
+    write_text(target, text)
+    file, run = shlex.quote(str(target)), shlex.quote(f"runs/{source.stem}")
+    say(f"wrote {target}; train it with: seriatim train {file} --out {run}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
-from seriatim.cli.threads import threads_of
+from seriatim.cli.threads import ThreadsOption, threads_of
+from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -74,7 +75,7 @@ def sample(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
+    threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Draw images into a folder, and all of them into one picture, grid.png. What isn't given, the model decides."""
@@ -87,7 +88,8 @@ def sample(
     from seriatim.pipeline.animation import save_animation
     from seriatim.pipeline.metadata import versions
     from seriatim.pipeline.pipeline import load
-    from seriatim.pipeline.result import recorded, safe_name, save_image
+    from seriatim.pipeline.result import file_names, recorded, save_image
+    from seriatim.pipeline.samples_folder import ANIMATION, GRID, check_samples_folder
     from seriatim.training.precision import threads as using
 
     original = None if from_ is None else read_repeatable(from_)
@@ -122,17 +124,14 @@ def sample(
     steps = pipe.stream(request=request, batch_size=batch_size)  # checks everything before a folder is made
     if not pipe.tokenizer.pictures:
         return sample_arrays(pipe, request, out, batch_size, threads, animate=animate, overwrite=overwrite, json=json)
-    new = not out.exists()
-    out = writable_folder(out)
     names = [pipe.label_name(x) or "image" for x in request.image_labels()]
-    files = [out / f"{i:04d}-{safe_name(name)}.png" for i, name in enumerate(names)]
-    grid_file, animation = out / "grid.png", out / "animation.gif"
-    taken = [file for file in (*files, grid_file, *[animation] * animate) if file.exists()]
+    files = [out / name for name in file_names(names)]
+    grid_file, animation = out / GRID, out / ANIMATION
     if from_ is not None and any(file.resolve() == from_.resolve() for file in (*files, grid_file)):
         raise UsageError(f"out: {out} is where {from_} is, which would be replaced; choose another folder")
-    if taken and not overwrite:
-        raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
-
+    say_replaced(check_samples_folder(out, [*files, grid_file, *[animation] * animate], overwrite=overwrite))
+    new = not out.exists()
+    out = writable_folder(out)
     count = threads_of(pipe, threads)
     begin = time.monotonic()
     made = versions(pipe.device, pipe.dtype)
@@ -156,7 +155,7 @@ def sample(
     save_png(grid(images, columns), grid_file)
     if animate:
         side = 128 if len(images) == 1 else 64
-        save_animation([grid(frames[i], columns, side=side) for i in sorted(frames)], animation)
+        save_animation([grid(frames[i], columns, side=side) for i in sorted(frames)], animation, overwrite=overwrite)
     report = {
         "images": len(images),
         "folder": str(out),
@@ -180,9 +179,16 @@ def sample(
     return print_table(("sampled", ""), list(report.items()))
 
 
+def say_replaced(files: list[Path]) -> None:
+    """Say what `--overwrite` is going to replace; each file is kept until the new one is whole."""
+    if files:
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        say(f"replacing {files[0]}{more}")
+
+
 def order_or_positions(text: str | None) -> str | list[int] | None:
     """A name, or positions with commas between them."""
-    if text is None or not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", text):
+    if text is None or not re.fullmatch(r"\s*-?[0-9]{1,18}\s*(,\s*-?[0-9]{1,18}\s*)*", text):
         return text
     return [int(position) for position in text.split(",")]
 
@@ -203,14 +209,12 @@ def sample_arrays(
 
     from seriatim.core.errors import UsageError
     from seriatim.core.progress import Progress
-    from seriatim.pipeline.result import SAMPLES, SAYS
+    from seriatim.pipeline.samples_folder import SAMPLES, SAYS, check_samples_folder
     from seriatim.training.precision import threads as using
 
     if animate:
         raise UsageError("animate: this model's tokens are no pictures; leave it out")
-    taken = [out / name for name in (SAMPLES, SAYS) if (out / name).exists()]
-    if taken and not overwrite:
-        raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
+    say_replaced(check_samples_folder(out, [out / SAMPLES, out / SAYS], overwrite=overwrite))
     count = threads_of(pipe, threads)
     begin, before = time.monotonic(), 0
     with using(count), Progress(request.num_images, "sampling", "sequences", quiet=json) as bar:
@@ -222,7 +226,7 @@ def sample_arrays(
             before = share
 
         result = pipe(request=request, batch_size=batch_size, callback_on_step_end=show)
-    files = result.save(out)
+    files = result.save(out, overwrite=overwrite)
     report = {
         "sequences": len(result.images),
         "shape": list(result.images.shape),

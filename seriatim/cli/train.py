@@ -22,6 +22,9 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make; default runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --out; it is kept until the new one is whole.")
+    ] = False,
     device: DeviceOption = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, build the model, stop.")] = False,
     json: JsonFlag = False,
@@ -38,11 +41,11 @@ def train(
     if isinstance(chosen, Recipe):
         from seriatim.training.loop import train as run
 
-        report = reported(run(chosen, out, device=device, resume=resume, quiet=json))
+        report = reported(run(chosen, out, device=device, resume=resume, overwrite=overwrite, quiet=json))
     else:
         from seriatim.training.classifier import train_classifier
 
-        trained = train_classifier(chosen, out, device=device, resume=resume, quiet=json)
+        trained = train_classifier(chosen, out, device=device, resume=resume, overwrite=overwrite, quiet=json)
         report = {
             **reported(trained),
             "test_accuracy": trained.accuracy.plain,

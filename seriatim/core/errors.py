@@ -15,8 +15,14 @@ Every message is one line: the argument, the value, what is allowed, what to do.
 from __future__ import annotations
 
 import difflib
+import reprlib
 import sys
 from collections.abc import Iterable
+from typing import Any
+
+from seriatim.core.names import printable
+
+LONGEST = 2000  # characters of a message: what comes from a file may be of any length
 
 
 class SeriatimError(Exception):
@@ -87,10 +93,25 @@ def caller_level() -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of Python's, torch's or the system's says that there is no more memory."""
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return out_of_memory or "allocate memory" in str(error)
+    words = ("allocate memory", "can't start new thread", "os error 12")  # the last is how safetensors says it
+    return out_of_memory or any(each in str(error) for each in words)
 
 
 def one_line(error: BaseException) -> str:
-    """The message of any exception, on one line."""
-    text = " ".join(str(error).split())
-    return text or type(error).__name__
+    """The message of any exception, on one line that a terminal prints as it stands."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def shown(value: Any, most: int = 100) -> str:
+    """`repr(value)` in at most `most` characters, without ever making the whole of it."""
+    if isinstance(value, int) and abs(value) >> 256:
+        return f"a whole number of {value.bit_length():,} bits"
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = most
+    brief.maxlevel = 3
+    try:
+        text = brief.repr(value)
+    except ValueError:  # a whole number too long to be written out, inside of something
+        text = type(value).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."

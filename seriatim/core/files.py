@@ -11,6 +11,8 @@ import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from seriatim.core.errors import CheckpointError, ResourceError, UsageError, one_line
-from seriatim.core.names import SURROGATE
+from seriatim.core.names import BREAKS_A_LINE, SURROGATE
+from seriatim.core.reading import Unreadable, parse_json, read_text
 
 MANIFEST = "manifest.json"
+PREVIOUS = "previous"
 
 
 def sync_folder(folder: Path) -> None:
@@ -66,12 +70,10 @@ def atomic_write(path: Path | str, write: Callable[[Path], object]) -> Path:
     path = Path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.stem}.~{secrets.token_hex(4)}{path.suffix}")
         try:
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the system applies the umask
             write(temporary)
-            os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes it private
             sync_file(temporary)
             os.replace(temporary, path)
         except BaseException:
@@ -79,12 +81,6 @@ def atomic_write(path: Path | str, write: Callable[[Path], object]) -> Path:
             raise
         sync_folder(path.parent)
     return path
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: Path | str, text: str) -> Path:
@@ -96,9 +92,11 @@ def write_json(path: Path | str, value: Any) -> Path:
 
 
 def json_text(value: Any) -> str:
-    """JSON that can be encoded: bytes of a name that are not UTF-8 become escapes, which are read back as they were."""
+    """JSON that can be encoded and shown: bytes of a name that are not UTF-8, and what would steer a terminal, become
+    escapes, which are read back as they were.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    return SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return BREAKS_A_LINE.sub(lambda found: "\n" if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 @contextlib.contextmanager
@@ -118,16 +116,16 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success sync it and rename it to `path`.
 
     A folder that was at `path` is replaced: it is moved aside first and deleted last, so that a crash in
-    between leaves it on the disk, under the name `.<name>.previous`.
+    between leaves it on the disk, under the name `.<name>.previous`, where `put_back` finds it.
     """
     path = Path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        previous = path.with_name(f".{path.name}.previous")
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        previous = path.with_name(f".{path.name}.{PREVIOUS}")
+        temporary = path.with_name(f".{path.name}.~{secrets.token_hex(4)}")
+        temporary.mkdir()
         try:
             yield temporary
-            os.chmod(temporary, 0o777 & ~current_umask())
             for file in temporary.rglob("*"):
                 if file.is_file():
                     sync_file(file)
@@ -145,6 +143,76 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
 
 
+# --- after a crash ------------------------------------------------------------------------------------------------
+
+
+def asides(path: Path) -> dict[int, Path]:
+    """The folders that were moved aside while `path` was being replaced, by number: the newest has the highest."""
+    pattern = re.compile(re.escape(f".{path.name}.{PREVIOUS}") + r"(-([0-9]{1,6}))?")
+    found = {entry: pattern.fullmatch(entry.name) for entry in (path.parent.iterdir() if path.parent.is_dir() else ())}
+    return {int(match[2] or 1): entry for entry, match in found.items() if match is not None and entry.is_dir()}
+
+
+def present_or_previous(path: Path) -> Path:
+    """`path`, or where it is missing the folder that a crash between two renames left under another name."""
+    found = {} if path.exists() else asides(path)
+    return found[max(found)] if found else path
+
+
+def put_back(path: Path) -> None:
+    """Undo a replacement that a crash interrupted between its two renames; only who may write to `path` calls it."""
+    found = present_or_previous(path)
+    if found != path:
+        with explained(path), contextlib.suppress(FileNotFoundError):  # another process was quicker
+            os.replace(found, path)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename the folder `path`, make an empty one in its place, and return the new name of what it held."""
+    path = path.resolve()
+    number = 1 + max(asides(path), default=0)
+    aside = path.with_name(f".{path.name}.{PREVIOUS}" + (f"-{number}" if number > 1 else ""))
+    with explained(path):
+        os.replace(path, aside)
+        path.mkdir()
+        sync_folder(path.parent)
+    return aside
+
+
+def target_of(path: Path) -> str | None:
+    """The name that a temporary file or folder of ours was to get; None where `path` is no such thing.
+
+    Release 0.1 let `tempfile` choose the names: eight characters. A word of eight letters is somebody's, unless the
+    file is private, as `tempfile` makes them.
+    """
+    if not path.name.startswith(".") or path.is_symlink():
+        return None
+    found = re.fullmatch(r"\.(.+)\.(~[0-9a-f]{8}|[a-z0-9_]{8})(\.[^.]+)?", path.name)
+    if found is None or found[2] == PREVIOUS:
+        return None
+    if found[2].isalpha() and path.lstat().st_mode & 0o077:
+        return None
+    return found[1] + (found[3] or "")
+
+
+def sweep(folder: Path, ours: Callable[[str], bool]) -> None:
+    """Delete the temporary files of `folder` that a killed process left; `ours` says which names are written there.
+
+    Nobody else may be writing to the folder meanwhile.
+    """
+    if folder.is_dir():
+        for path in list(folder.iterdir()):
+            target = target_of(path)
+            if target is not None and ours(target):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+# --- folders and what they hold -----------------------------------------------------------------------------------
+
+
 def writable_folder(path: Path | str, argument: str = "out") -> Path:
     """Create `path` if it isn't there and prove that it can be written to, before hours of work rely on it."""
     path = Path(path)
@@ -152,8 +220,8 @@ def writable_folder(path: Path | str, argument: str = "out") -> Path:
         raise UsageError(f"{argument}: {path} is a file; name a folder")
     with explained(path, argument):
         path.mkdir(parents=True, exist_ok=True)
-        handle, probe = tempfile.mkstemp(prefix=".probe.", dir=path)
-        os.close(handle)
+        probe = path / f".probe.~{secrets.token_hex(4)}"
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         os.unlink(probe)
     return path
 
@@ -192,15 +260,18 @@ def read_manifest(folder: Path, remedy: str = "copy it again") -> dict[str, tupl
     """Name -> (bytes, sha256) as the manifest of `folder` lists them; raises CheckpointError where it is damaged."""
     manifest = folder / MANIFEST
     try:
-        text = manifest.read_text(encoding="utf-8")
-        files = json.loads(text)["files"]
-        if text != _render(files):
-            raise ValueError("its digest does not match")
-        listing = {str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{manifest} is damaged ({one_line(error)}); {remedy}") from error
+        text = read_text(manifest)
+        files = parse_json(text, dict).get("files")
+        if not isinstance(files, dict) or text != _render(files):
+            raise Unreadable("has a digest that does not match")
+        listing = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        if any(type(size) is not int or size < 0 or type(digest) is not str for size, digest in listing.values()):
+            raise Unreadable("lists a file without its bytes and sha256")
+    except (Unreadable, KeyError, TypeError) as error:
+        why = error if isinstance(error, Unreadable) else "lists a file without its bytes and sha256"
+        raise CheckpointError(f"{manifest} is damaged: it {why}; {remedy}") from error
     for name in listing:
-        if Path(name).name != name:  # a listed name is never a path
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:  # a listed name is never a path
             raise CheckpointError(f"{manifest} lists {name!r}, which is not a plain file name")
     return listing
 
@@ -214,6 +285,14 @@ def verify_file(path: Path, size: int, digest: str | None, remedy: str = "copy i
         raise CheckpointError(f"{path} has {actual} bytes, {size} expected: truncated or changed; {remedy}")
     if digest is not None and sha256(path) != digest:
         raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; {remedy}")
+
+
+def refuse_outside(folder: Path, name: str) -> None:
+    """Refuse a file that is a link to somewhere outside of its folder; the hub's cache keeps all its files so."""
+    target, folder = (folder / name).resolve(), folder.resolve()
+    in_cache = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
+    if not (target.is_relative_to(folder) or in_cache):
+        raise CheckpointError(f"{folder / name} is a link to {target}, outside of its folder; copy the file there")
 
 
 def verify_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, str]:
@@ -232,5 +311,6 @@ def verify_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, str]:
         if name not in listing:
             raise CheckpointError(f"{manifest} does not list {name}: the folder is incomplete; copy it again")
     for name, (size, digest) in listing.items():
+        refuse_outside(folder, name)
         verify_file(folder / name, size, digest)
     return {name: digest for name, (_, digest) in listing.items()}

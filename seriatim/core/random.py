@@ -40,8 +40,9 @@ class Noise:
         self.generators = list(generators)
         self.owner = owner.to("cpu", torch.long)  # (N,)
         self.device = torch.device(device)
-        if self.owner.numel() and int(self.owner.max()) >= len(self.generators):
-            raise UsageError(f"owner: names image {int(self.owner.max())}, only {len(self.generators)} generators")
+        if self.owner.numel() and not 0 <= int(self.owner.min()) <= int(self.owner.max()) < len(self.generators):
+            low, high = int(self.owner.min()), int(self.owner.max())
+            raise UsageError(f"owner: names images {low} to {high}; there are generators for {len(self.generators)}")
         images, counts = torch.unique(self.owner, return_counts=True)
         self._runs = list(zip(images.tolist(), counts.tolist(), strict=True))
         order = self.owner.argsort(stable=True)  # (N,): rows grouped by image

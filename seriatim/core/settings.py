@@ -30,20 +30,25 @@ def order_value(value: Any) -> Any:
 Order = Annotated[str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None, BeforeValidator(order_value)]
 
 
+Steps = Annotated[StrictInt, Field(ge=1, le=1 << 20)]  # over an image: one for each token of the largest
+InnerSteps = Annotated[StrictInt, Field(ge=1, le=10_000)]  # inside a head
+Strength = Annotated[float, Field(ge=0, le=1e6)]  # of guidance or temperature
+
+
 class Settings(Strict):
     """How images are sampled. A setting that is not given has the model's default, or else the one written here."""
 
-    num_inference_steps: StrictInt | None = Field(
-        None, ge=1, description="Steps over the image. None: 64, or one for each token of a causal model."
+    num_inference_steps: Steps | None = Field(
+        None, description="Steps over the image. None: 64, or one for each token of a causal model."
     )
     token_schedule: str = Field("cosine", description="How many tokens each step generates: cosine or linear.")
-    min_tokens: StrictInt = Field(1, ge=1, description="Tokens of a step at least, while so many are unknown.")
+    min_tokens: Steps = Field(1, description="Tokens of a step at least, while so many are unknown.")
     order: Order = Field(
         None,
         description="Which token comes when: random, raster, halton, spiral, confidence (codes only), or positions, "
         "the first generated first, for all images or for each. None: the model's own.",
     )
-    guidance_scale: float = Field(1.0, ge=0, description="Classifier-free guidance scale w; 1 is no guidance.")
+    guidance_scale: Strength = Field(1.0, description="Classifier-free guidance scale w; 1 is no guidance.")
     guidance_schedule: str = Field(
         "linear", description="Guidance over the image: linear, constant, interval or power-cosine."
     )
@@ -53,15 +58,14 @@ class Settings(Strict):
     guidance_power: float | None = Field(
         None, description="The larger, the later guidance sets in; only with guidance_schedule=power-cosine. None: 1."
     )
-    temperature: float = Field(1.0, ge=0, description="Below 1 is sharper; 1 is the model's distribution.")
-    num_diffusion_steps_last: StrictInt | None = Field(
+    temperature: Strength = Field(1.0, description="Below 1 is sharper; 1 is the model's distribution.")
+    num_diffusion_steps_last: InnerSteps | None = Field(
         None,
-        ge=1,
         description="Denoising steps when all but the last tokens are known; they fall linearly from "
         "num_diffusion_steps. None: no annealing.",
     )
-    choice_temperature: float = Field(
-        4.5, ge=0, description="Noise on the confidence of codes, falling to 0; only with order=confidence."
+    choice_temperature: Strength = Field(
+        4.5, description="Noise on the confidence of codes, falling to 0; only with order=confidence."
     )
     head_options: dict[str, Any] = Field(default_factory=dict, description="Settings that the head declares.")
 

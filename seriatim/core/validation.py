@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from seriatim.core.errors import ConfigError, SeriatimError, nearest
+from seriatim.core.errors import ConfigError, SeriatimError, nearest, shown
 
 
 class Strict(BaseModel):
@@ -48,10 +48,9 @@ def parse(cls: type[S], data: Mapping[str, Any], where: str = "", error: type[Se
         message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         if first["type"] == "missing":
             raise error(f"{prefix}{key}: is required{suffix}") from None
-        got = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:97]}..."
-        shown = f" (got {got})" if key and not isinstance(value, Mapping) else ""
+        got = f" (got {shown(value)})" if key and not isinstance(value, Mapping) else ""
         label = f"{key}: " if key else ""
-        raise error(f"{prefix}{label}{message[:1].lower()}{message[1:]}{shown}{suffix}") from None
+        raise error(f"{prefix}{label}{message[:1].lower()}{message[1:]}{got}{suffix}") from None
 
 
 def plain(value: Any) -> Any:

@@ -22,17 +22,20 @@ from seriatim.checkpoints.native import (
     CARD,
     CLASSIFIER,
     CONFIG,
+    check_class_names,
     fill,
     find_bundle,
     opened,
     replaceable,
     save_folder,
+    section,
 )
-from seriatim.core.construct import construct, pop_kind
-from seriatim.core.errors import CheckpointError, ConfigError, UsageError
+from seriatim.core.construct import check_sizes, construct, pop_kind
+from seriatim.core.errors import CheckpointError, ConfigError, UsageError, shown
 from seriatim.core.files import MANIFEST
 from seriatim.evaluation.base import FeatureExtractor, Features
 
+SIDE = 1 << 14  # pixels of the largest images
 PARTS = (CONFIG, CLASSIFIER, CARD, MANIFEST)  # of a classifier's folder
 
 
@@ -137,6 +140,7 @@ CLASSIFIERS: dict[str, type[ResNet]] = {"resnet": ResNet}
 
 def build_classifier(config: Mapping[str, Any], **known: Any) -> ResNet:
     """A classifier with fresh weights; `known` are what the config may leave out (classes, channels)."""
+    check_sizes(config, "model")
     kind, rest = pop_kind(config, CLASSIFIERS, "model")
     for name, value in known.items():
         if rest.setdefault(name, value) != value:
@@ -203,14 +207,17 @@ def load_classifier(folder: Path | str) -> TrainedClassifier:
         )
     with opened(folder, CLASSIFIER) as (config, _):
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
-            net = build_classifier(config["classifier"])
-        height, width = (int(side) for side in config["size"])
-        class_names = [str(name) for name in config["class_names"]]
-        if len(class_names) != net.classes:
-            raise ValueError(f"{len(class_names)} class names for {net.classes} classes")
-        trained = TrainedClassifier(
-            net, str(config["name"]), (height, width), class_names, dict(config["accuracy"]), dict(config["provenance"])
-        )
+            net = build_classifier(section(config, "classifier"))
+        class_names = check_class_names(config["class_names"], net.classes)
+        if not class_names:
+            raise ValueError(f"class_names: none given for {net.classes} classes")
+        name, size = config["name"], config["size"]
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: {shown(name)} is not a text")
+        if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and 1 <= n <= SIDE for n in size)):
+            raise ValueError(f"size: {shown(size)} is not allowed; give height and width in pixels, at most {SIDE}")
+        accuracy, provenance = section(config, "accuracy"), section(config, "provenance")
+        trained = TrainedClassifier(net, name, (size[0], size[1]), class_names, accuracy, provenance)
     fill(net, folder / CLASSIFIER)
     channels_last(net.eval())
     return trained

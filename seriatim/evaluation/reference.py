@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +146,13 @@ def subset(part: Part, positions: Tensor) -> Part:
 # --- statistics that others have computed -------------------------------------------------------------------------
 
 
+DIMENSIONS = {"mu": 1, "sigma": 2, "mu_s": 1, "sigma_s": 2, "arr_0": 4}  # of each array that is read
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+MOST_FEATURES = 4096  # Inception has 2048; a covariance of these takes 128 MB
+MOST_PACKED = 64 << 20  # bytes: images that take more are looked at for how well they are packed
+MOST_PACKING = 50  # photographs are packed to half, drawings to a tenth
+
+
 @dataclass(frozen=True)
 class Statistics:
     """A reference file of ADM's kind: Gaussians of Inception features, and maybe images."""
@@ -161,9 +170,10 @@ def read_statistics(path: Path | str) -> Statistics:
     if not path.is_file():
         raise UsageError(f"data: {path} is no file; name a reference batch such as VIRTUAL_imagenet256_labeled.npz")
     try:
+        check_declared(path)
         with np.load(path, allow_pickle=False) as file:
-            found: dict[str, Any] = {k: file[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if k in file.files}
-    except MemoryError:
+            found: dict[str, Any] = {key: file[key] for key in DIMENSIONS if key in file.files}
+    except (MemoryError, DataError):
         raise
     except Exception as error:  # zipfile's, zlib's, of numpy's parsers: a damaged file makes them raise anything
         raise DataError(f"{path}: is not a readable .npz of plain arrays ({one_line(error)[:120]})") from error
@@ -183,6 +193,35 @@ def read_statistics(path: Path | str) -> Statistics:
     return statistics
 
 
+def check_declared(path: Path) -> None:
+    """Refuse arrays by what the file says of them, before any is read: what is packed well may be a thousand times
+    as large as the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        names = set(archive.namelist())
+        for key, dimensions in DIMENSIONS.items():
+            if f"{key}.npy" not in names:
+                continue
+            entry = archive.getinfo(f"{key}.npy")
+            with archive.open(entry) as member:
+                version = np.lib.format.read_magic(member)
+                if version not in HEADERS:
+                    raise ValueError(f"{key} is of an unknown version {version}")
+                shape, _, dtype = HEADERS[version](member)
+                begin = member.tell()
+            declared = math.prod(shape) * dtype.itemsize
+            if dtype.hasobject or declared != entry.file_size - begin:
+                raise ValueError(f"{key} is not the array of {dtype} and shape {shape} that it says it is")
+            if dimensions < 3 and max(shape, default=1) > MOST_FEATURES:
+                raise DataError(f"{path}: {key} has shape {shape}; at most {MOST_FEATURES:,} features are read")
+            packing = declared / max(1, entry.compress_size)
+            if dimensions > 2 and declared > MOST_PACKED and packing > MOST_PACKING:
+                raise DataError(
+                    f"{path}: {key} takes {declared:,} bytes once unpacked, {packing:,.0f} times its size in the file, "
+                    "which no photographs do; it is no reference batch"
+                )
+
+
 def gaussian(path: Path, found: dict[str, Any], mean: str, covariance: str) -> tuple[Array, Array] | None:
     """Two keys as (F,) and (F, F) in float64; None where the file has neither."""
     if mean not in found and covariance not in found:
@@ -194,7 +233,7 @@ def gaussian(path: Path, found: dict[str, Any], mean: str, covariance: str) -> t
         raise DataError(f"{path}: {mean} {mu.dtype}{mu.shape} and {covariance} {sigma.dtype}{sigma.shape} don't fit")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise DataError(f"{path}: {mean} or {covariance} has values that are not finite")
-    return mu.astype(np.float64), sigma.astype(np.float64)
+    return mu.astype(np.float64, copy=False), sigma.astype(np.float64, copy=False)
 
 
 def described(source: Images | Statistics, part: Part | None) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from seriatim.core.names import printable
 from seriatim.pipeline.request import SampleRequest
 
 NAMED = (
@@ -23,7 +25,7 @@ NAMED = (
 def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
     """A table, one row for each report: figures with their standard error, and the real images' in brackets."""
     names = list(dict.fromkeys(name for report in reports for name in report["figures"]))
-    lines = ["| model | sampling | images | " + " | ".join(names) + " | features, reference |"]
+    lines = ["| model | sampling | images | " + " | ".join(map(safe, names)) + " | features, reference |"]
     lines.append("|---" * (len(names) + 4) + "|")
     for report in reports:
         settings = report["settings"]
@@ -45,7 +47,7 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
             *(cell(report["figures"].get(name)) for name in names),
             f"{settings['features']['sha256'][:8]}, {reference[:8]}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(map(safe, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -62,9 +64,14 @@ def tokenizer_row(report: Mapping[str, Any]) -> str:
         reference = report["pixels_sha256"]["reference"] or settings["reference"]["sha256"]
         hashes = f"{settings['features']['sha256'][:8]}, {reference[:8]}"
     name = f"{model_name(settings['tokenizer']['source'], 'tokenizer')} {settings['tokenizer']['sha256'][:8]}"
-    row = [name, f"{report['num']:,}", *cells.values(), hashes]
-    lines = ["tokenizer", "images", *cells, "features, reference"], ["---"] * len(row), row
+    row = [safe(name), f"{report['num']:,}", *cells.values(), hashes]
+    lines = ["tokenizer", "images", *map(safe, cells), "features, reference"], ["---"] * len(row), row
     return "\n".join(f"|{'|'.join(line)}|" if line[0] == "---" else f"| {' | '.join(line)} |" for line in lines)
+
+
+def safe(cell: str) -> str:
+    """A cell that nothing in it ends: folders and feature extractors may have any name."""
+    return re.sub(r"([|`<&])", r"\\\1", printable(" ".join(cell.split())))
 
 
 def model_name(source: str, otherwise: str = "model") -> str:

@@ -4,17 +4,61 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from seriatim.core.errors import UsageError, one_line
+from safetensors import SafetensorError, safe_open
+
+from seriatim.core.errors import UsageError, shown
 from seriatim.core.files import write_json
+from seriatim.core.ownership import json_of, owned
+from seriatim.core.reading import read_json, read_or_raise
 from seriatim.pipeline.request import SampleRequest
 
 SETTINGS = "settings.json"
 RANDOM_NUMBERS = 2  # 1: generators for each image, until release 0.1; 2: counter-based keys
+LOOKED_AT = 100  # files that may prove whose a folder is
 # The same weights, images or file elsewhere are the same: their hashes are compared.
 SOURCES = {"model.source", "tokenizer.source", "reference.path", "real.path", "reference.file"}
+
+
+def is_evaluation(folder: Path) -> bool:
+    """Whether the folder is that of an evaluation, as its settings prove, or features beside damaged ones."""
+    keys = json_of(folder / SETTINGS).keys()
+    if {"block", "reference", "real"} <= keys and ("model" in keys or "tokenizer" in keys):
+        return True
+    return (folder / SETTINGS).is_file() and any(map(is_block, islice(folder.glob("samples/*.safetensors"), LOOKED_AT)))
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether the folder is that of a sweep: its table, or its points, which are evaluations, prove it."""
+    if {"fields", "points"} <= json_of(folder / "sweep.json").keys():
+        return True
+    return any("=" in path.name and is_evaluation(path) for path in folder.iterdir())
+
+
+def holds_features(folder: Path) -> bool:
+    """Whether the folder keeps features of real images: a cache of them, an evaluation or a sweep."""
+    if is_evaluation(folder) or is_sweep(folder):
+        return True
+    return any(map(is_block, islice((folder / "real").glob("????????????????/*.safetensors"), LOOKED_AT)))
+
+
+def is_block(path: Path) -> bool:
+    """Whether a file holds features of images, as its header says."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "features" in file.keys()  # a file handle, not a dict
+    except (SafetensorError, OSError):
+        return False
+
+
+def check_folders(out: Path, cache: Path | None) -> None:
+    """Refuse folders that hold anything but evaluations, and features of real images, of ours; touches nothing."""
+    owned(out, "evaluation", is_evaluation)
+    if cache is not None:
+        owned(cache, "cache of features", holds_features, argument="cache")
 
 
 def said(request: SampleRequest) -> dict[str, Any]:
@@ -29,19 +73,20 @@ def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
     if not path.exists():
         write_json(path, dict(chosen))
         return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+    remedy = "it says what was measured in this folder: choose another folder"
+    stored = read_or_raise(lambda: read_json(path, dict), path, UsageError, remedy)
+    if "request" in chosen:
         # A field that the version which began this did not know: it drew by what is now the default.
-        if "request" in chosen:
-            stored = {**stored, "request": said(SampleRequest()) | {"random_numbers": 1} | stored["request"]}
-        before = flat(stored)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"out: {path} is damaged ({one_line(error)[:80]}); choose another folder") from error
+        request = stored.get("request")
+        if not isinstance(request, dict):
+            raise UsageError(f"{path} lacks the request; {remedy}")
+        stored = {**stored, "request": said(SampleRequest()) | {"random_numbers": 1} | request}
+    before = flat(stored)
     for name in sorted(now.keys() | before.keys(), key=lambda name: (name.count("."), name)):  # an extractor, then how
         if name not in SOURCES and before.get(name) != now.get(name):
             raise UsageError(
-                f"{name}: {before.get(name)!r} in {path}, {now.get(name)!r} now; go on with the same settings, or "
-                "choose another folder"
+                f"{name}: {shown(before.get(name))} in {path}, {shown(now.get(name))} now; go on with the same "
+                "settings, or choose another folder"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +12,15 @@ from typing import Any
 
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.files import atomic_write, writable_folder, write_json, write_text
+from seriatim.core.ownership import owned
 from seriatim.evaluation.reference import Images, Statistics
-from seriatim.evaluation.rows import markdown, model_name
+from seriatim.evaluation.rows import markdown, model_name, safe
 from seriatim.evaluation.run import Evaluation, evaluate
+from seriatim.evaluation.settings import holds_features, is_sweep
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.request import request_fields
 
+MOST_POINTS = 10_000
 JSON, TABLE, CURVES = "sweep.json", "sweep.md", "curves.png"
 
 
@@ -46,8 +50,15 @@ def sweep(
     goes on where another was stopped. Points whose figures are read to choose one are no longer a measurement of it:
     evaluate the chosen one again with another seed.
     """
+    folder = Path(out)
+    cache = settings.pop("cache", None) or folder
+    owned(folder, "sweep", is_sweep)
+    owned(Path(cache), "cache of features", holds_features, argument="cache")
     if not fields:
         raise UsageError("fields: is empty; name one with its values, such as guidance_scale=1,1.5,2,3")
+    count = math.prod(len(values) for values in fields.values())
+    if count > MOST_POINTS:
+        raise UsageError(f"{next(iter(fields))}: {count:,} points in all; sweep at most {MOST_POINTS:,}")
     combinations = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
     names = [point_name(combination) for combination in combinations]
     for name in fields:
@@ -59,8 +70,7 @@ def sweep(
         raise UsageError(f"{next(iter(fields))}: a value is given twice; leave one out")
     for combination in combinations:  # all of them, before hours of work on the first
         pipe.request(**{**combination, "seed": 0})
-    folder = writable_folder(out)
-    cache = settings.pop("cache", None) or folder
+    writable_folder(folder)
     points = []
     for combination, name in zip(combinations, names, strict=True):
         points.append((combination, evaluate(pipe, data, folder / name, cache=cache, **settings, **combination)))
@@ -85,7 +95,7 @@ def table(done: Sweep) -> str:
     """The markdown of all points, the swept fields in front."""
     lines = markdown([made.report for _, made in done.points]).splitlines()
     heads = [f"| {' | '.join(done.values)} ", "|---" * len(done.values)]
-    heads += [f"| {' | '.join(str(value) for value in point.values())} " for point, _ in done.points]
+    heads += [f"| {' | '.join(safe(str(value)) for value in point.values())} " for point, _ in done.points]
     return "\n".join(head + line for head, line in zip(heads, lines, strict=True))
 
 
@@ -102,7 +112,7 @@ def curves(done: Sweep, path: Path) -> Path:
     FigureCanvasAgg(drawing)
     report = done.points[0][1].report
     says = f"{model_name(report['settings']['model']['source'])}, {report['num']:,} samples a point"
-    drawing.suptitle(f"{says}, {report['num_real']:,} real images beside them", fontsize=9)
+    drawing.suptitle(f"{says}, {report['num_real']:,} real images beside them", fontsize=9, parse_math=False)
     panels = drawing.subplots(rows, columns, squeeze=False).ravel()
     lines: dict[str, list[tuple[Any, Evaluation]]] = {}
     for point, made in done.points:
@@ -116,12 +126,13 @@ def curves(done: Sweep, path: Path) -> Path:
             figures = [made.figures[name] for _, made in line if made.figures is not None]
             y, errors = ([float(part) for part in parts] for parts in zip(*figures, strict=True))
             between = "-" if numeric else "none"  # from one name to the next there is no way
-            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, linestyle=between, label=label or None)
+            named = label.replace("$", r"\$") or None  # a dollar begins a formula
+            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, linestyle=between, label=named)
         real = done.points[0][1].real or {}
         if name in real:
             panel.axhline(real[name].value, color="grey", linestyle="--", linewidth=1, label="real images")
         panel.set_xlabel(over)
-        panel.set_title(name)
+        panel.set_title(name, parse_math=False)
         panel.grid(alpha=0.3)
         if name in real or len(lines) > 1:
             panel.legend(fontsize=7, loc="best")

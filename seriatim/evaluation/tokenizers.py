@@ -26,8 +26,8 @@ from seriatim.evaluation.figures import Reference, Set, check_count, figures_of,
 from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_error
 from seriatim.evaluation.reference import Images, Part, as_many, described, halves, whole
 from seriatim.evaluation.rows import tokenizer_row
-from seriatim.evaluation.run import key, pictures
-from seriatim.evaluation.settings import SETTINGS, same_settings
+from seriatim.evaluation.run import MOST_IMAGES, key, pictures
+from seriatim.evaluation.settings import SETTINGS, check_folders, same_settings
 from seriatim.pipeline.metadata import versions
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.quantise import Usage
@@ -75,8 +75,10 @@ def evaluate_tokenizer(
     Tokens are the posterior's mode. Stopped, shared and cached as `evaluate` is.
     """
     begin = time.monotonic()
-    if num < 2:
-        raise UsageError(f"num: {num!r} is not allowed; it must be at least 2")
+    folder = Path(out)
+    check_folders(folder, None if cache is None else Path(cache))
+    if not 2 <= num <= MOST_IMAGES:
+        raise UsageError(f"num: {num!r} is not allowed; it must be from 2 to {MOST_IMAGES:,}")
     check_pictures(tokenizer)
     if noise and tokenizer.vocab is not None:
         raise UsageError("noise: is for continuous tokens, this tokenizer's are codes; leave it out")
@@ -93,7 +95,7 @@ def evaluate_tokenizer(
         check_count("num", len(part), features, ("frechet",))
         check_count("data", len(reference), features, ("frechet",))
     similarity()  # torchmetrics is there, or said to be missing now
-    folder = writable_folder(out)
+    writable_folder(folder)
     tokenizer = tokenizer.to(device).eval()
     extractor = None if features is None else features.to(device).eval()
     settings: dict[str, Any] = {

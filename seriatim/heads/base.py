@@ -10,6 +10,7 @@ A head of your own is one class, `class Mine(Head)`, with a constructor that tak
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,12 +157,17 @@ class Head(nn.Module):
         self.check_temperature(temperature)
 
     def check_temperature(self, temperature: float) -> None:
-        if not 0 <= temperature < float("inf"):
-            raise UsageError(f"temperature: {temperature!r} is not allowed; it must be 0 or more (1 is the model's)")
+        if not 0 <= temperature < math.inf:
+            raise UsageError(
+                f"temperature: {temperature!r} is not allowed; it must be 0 or more and finite (1 is the model's)"
+            )
         if temperature != 1.0 and not self.tempers:
             raise UsageError(
                 f"temperature: the {type(self).__name__} head can't sample at {temperature}; leave it at 1"
             )
+        for name in sorted(options.keys() - self.sample_options):
+            hint = nearest(name, sorted(self.sample_options))
+            raise UsageError(f"{name}: the {type(self).__name__} head has no such setting{hint}")
 
     def plan(self, options: Any = None, device: torch.device | str = "cpu") -> Any:  # noqa: ARG002
         """What `sample` needs besides z, made once for a batch: options, tables, time embeddings."""

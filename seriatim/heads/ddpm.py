@@ -120,7 +120,7 @@ def stable_start(count: int, steps: int = 1000, ode: bool = False) -> int:
     well from either.
     """
     start = STABLE_START_FEW if count <= FEW_STEPS else STABLE_START_ODE if ode else STABLE_START
-    return max(0, round(start * steps / 1000)) if steps != 1000 else start
+    return min(steps - 1, round(start * steps / 1000))
 
 
 def spread(count: int, start: int) -> list[int]:

@@ -28,6 +28,7 @@ from seriatim.nn.position import sinusoid
 
 TIME_SCALE = 100.0  # the network is told 100 t; with 1000 t it draws no better, and its density needs more steps
 LARGEST = 32  # D up to which `log_prob` is worth its D backward passes
+MOST_STEPS = 10_000
 DENSITY_STEPS = 32  # of Runge-Kutta in `log_prob`
 
 Velocity = Callable[[int, Tensor], Tensor]  # index of a time, x (N, D) -> v (N, D)
@@ -139,8 +140,8 @@ class Flow(AdaLNHead):
     def check_options(self, options: FlowOptions, temperature: float = 1.0) -> None:
         super().check_options(options, temperature)
         steps, solver = options.num_diffusion_steps, options.solver
-        if not steps >= 1:
-            raise UsageError(f"num_diffusion_steps: {steps!r} is not allowed; it must be at least 1")
+        if not 1 <= steps <= MOST_STEPS:
+            raise UsageError(f"num_diffusion_steps: {steps!r} is not allowed; it must be from 1 to {MOST_STEPS:,}")
         if solver not in FLOW_SOLVERS:
             raise UsageError(f"solver: {solver!r} is not known to the Flow head{nearest(solver, FLOW_SOLVERS)}")
 

@@ -24,8 +24,8 @@ from torch import nn
 
 from seriatim.conditions.base import Conditioner
 from seriatim.conditions.vectors import Vectors
-from seriatim.core.construct import arguments, construct, pop_kind
-from seriatim.core.errors import ConfigError, nearest
+from seriatim.core.construct import arguments, check_sizes, construct, pop_kind
+from seriatim.core.errors import ConfigError, nearest, shown
 from seriatim.heads.base import Head
 from seriatim.models.base import SequenceModel
 from seriatim.models.nested import Nested
@@ -41,10 +41,12 @@ def build_model(
 
     With `z_dim` it is the model of a token's parts: its condition is `conditions` vectors of that width.
     """
+    check_sizes({**known, **config}, where)
     kind, rest = pop_kind(config, MODELS, where)
     backbone_kind = rest.pop("backbone", kind)
-    if backbone_kind not in BACKBONES:
-        raise ConfigError(f"{where}.backbone: {backbone_kind!r} is not known{nearest(str(backbone_kind), BACKBONES)}")
+    if not isinstance(backbone_kind, str) or backbone_kind not in BACKBONES:
+        hint = nearest(str(backbone_kind)[:100], BACKBONES)
+        raise ConfigError(f"{where}.backbone: {shown(backbone_kind)} is not known{hint}")
     head_config = rest.pop("head", None)
     if not isinstance(head_config, Mapping):
         raise ConfigError(f"{where}.head: is required, a mapping such as {{kind: diffusion, width: 256, depth: 3}}")

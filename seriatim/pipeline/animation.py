@@ -5,6 +5,7 @@ B images, S steps.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +19,14 @@ SLOWEST, QUICKEST = 200, 40  # milliseconds of a frame
 HOLD = 2000  # milliseconds of the last one
 
 
-def save_animation(frames: Sequence[Image.Image], path: Path | str) -> Path:
-    """Frames of one size as .gif, or as .png (which keeps all colours); the last is held, then it begins again."""
+def save_animation(frames: Sequence[Image.Image], path: Path | str, *, overwrite: bool = False) -> Path:
+    """Frames of one size as .gif, or as .png (which keeps all colours); the last is held, then it begins again.
+
+    A file that is there is refused, unless it is to be replaced.
+    """
     path = Path(path)
+    if os.path.lexists(path) and not overwrite:
+        raise UsageError(f"path: {path} exists already; name another file or pass overwrite=True")
     if path.suffix not in (".gif", ".png"):
         raise UsageError(f"animate: {path.name} must end in .gif or .png")
     if not frames:

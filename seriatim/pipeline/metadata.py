@@ -18,6 +18,7 @@ from pydantic import Field
 
 from seriatim import __version__
 from seriatim.core.errors import DataError, SeriatimError, UsageError, one_line
+from seriatim.core.reading import Unreadable, parse_json
 from seriatim.core.validation import Strict, parse
 from seriatim.pipeline.request import Label, SampleRequest
 
@@ -91,11 +92,9 @@ def read_recorded(path: Path | str) -> tuple[Image.Image, Recorded]:
     if len(text) > LONGEST:
         raise DataError(f"{path}: its request is {len(text)} characters long, at most {LONGEST} are read")
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: its request is not JSON ({one_line(error)[:80]})") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path}: its request is not a mapping of keys")
+        values = parse_json(text, dict)
+    except Unreadable as error:
+        raise DataError(f"{path}: its request {error}; there is nothing to repeat") from error
     recorded = parse(Recorded, values, where=str(path), error=DataError)
     request = recorded.sample_request()
     if request.num_images != 1:

@@ -22,10 +22,14 @@ from seriatim.models.registry import HEADS
 from seriatim.sampling.draw import STEPS as HEAD_STEPS
 from seriatim.sampling.parallel import STEPS
 
+MOST_IMAGES = 1 << 20  # of a request: their tokens stay in memory together
+
 Label = Annotated[
-    StrictInt | str | None, BeforeValidator(lambda label: as_text(label) if isinstance(label, str) else label)
+    Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | str | None,
+    BeforeValidator(lambda label: as_text(label) if isinstance(label, str) else label),
 ]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**63)]
+Images = Annotated[StrictInt, Field(ge=1, le=MOST_IMAGES)]
 
 
 def head_option_names() -> set[str]:
@@ -54,7 +58,7 @@ class SampleRequest(Settings):
     class_labels: tuple[Label, ...] = Field(
         (None,), description="A class for each image: its number, its name, or None for no class."
     )
-    num_images_per_label: StrictInt = Field(1, ge=1, description="Images of each label.")
+    num_images_per_label: Images = Field(1, description="Images of each label.")
     seed: Seed = Field(0, description="Image i is drawn from the seed (seed, i), unless `seeds` names one for each.")
     seeds: tuple[Seed, ...] | None = Field(None, description="A seed for each image, in the place of `seed`.")
 
@@ -67,6 +71,10 @@ class SampleRequest(Settings):
     def _of_these_images(self) -> SampleRequest:
         if not self.class_labels:
             raise ValueError("class_labels: is empty; name at least one class, or None")
+        if self.num_images > MOST_IMAGES:
+            raise ValueError(
+                f"num_images_per_label: {self.num_images:,} images in all; at most {MOST_IMAGES:,} at once"
+            )
         self.check_order()
         if self.seeds is not None and len(self.seeds) != self.num_images:
             raise ValueError(f"seeds: {len(self.seeds)} given for {self.num_images} images; give one for each")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from seriatim.core.files import atomic_write, writable_folder, write_json
 from seriatim.pipeline.editing import composite
 from seriatim.pipeline.metadata import Recorded, alone, chunk, pixels_sha256
 from seriatim.pipeline.request import SampleRequest
+from seriatim.pipeline.samples_folder import SAMPLES, SAYS, check_samples_folder
 from seriatim.tokenizers.base import to_uint8
 
 OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
-SAMPLES, SAYS = "samples.npy", "samples.json"  # of what is no picture
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,22 @@ class Result:
     edited: bool = False  # made from other pictures or tokens: the request alone does not repeat it
     kept: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # of an edit: pixels, and where others replace
 
-    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
         """Write the images as PNG files that carry their request; `seriatim sample MODEL --from FILE` repeats one.
 
-        What is no picture becomes samples.npy, an array, and samples.json, its request.
+        What is no picture becomes samples.npy, an array, and samples.json, its request. The folder is new, empty or
+        one of samples. Raises UsageError, before anything is written, where it is another, or where a file of the same
+        name is there; with `overwrite` samples of the same names are replaced.
         """
-        if isinstance(self.images, np.ndarray) and self.images.ndim < 4:
-            return self.save_arrays(writable_folder(Path(folder)))
-        if not isinstance(self.images, list):
+        arrays = isinstance(self.images, np.ndarray) and self.images.ndim < 4
+        if not arrays and not isinstance(self.images, list):
             raise UsageError("output_type: only PIL images are saved; call with output_type='pil'")
-        root = writable_folder(Path(folder))
-        files = [root / f"{i:04d}-{safe_name(label or 'image')}.png" for i, label in enumerate(self.labels)]
+        root = Path(folder)
+        files = [root / name for name in ((SAMPLES, SAYS) if arrays else file_names(self.labels))]
+        check_samples_folder(root, files, overwrite=overwrite)
+        writable_folder(root)
+        if arrays:
+            return self.save_arrays(root)
         return [save_image(self.images[i], file, self.recorded(i)) for i, file in enumerate(files)]
 
     def save_arrays(self, folder: Path) -> list[Path]:
@@ -140,6 +146,11 @@ def finite(images: Tensor) -> Tensor:
 def arrays_of(decoded: Tensor, output_type: str) -> Any:
     """What is no picture (B, L, D) or (B, L): a tensor for "pt", an array otherwise."""
     return decoded if output_type == "pt" else decoded.cpu().numpy()
+
+
+def file_names(labels: Sequence[str | None]) -> list[str]:
+    """The name of each image's file: its number and its class."""
+    return [f"{i:04d}-{safe_name(label or 'image')}.png" for i, label in enumerate(labels)]
 
 
 def safe_name(name: str) -> str:

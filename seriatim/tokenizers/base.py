@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seriatim.core.errors import DataError, UsageError
+from seriatim.core.errors import DataError, UsageError, shown
 from seriatim.core.keys import Keys
 from seriatim.core.spec import TokenSpec
 
@@ -142,6 +142,14 @@ class Tokenizer(nn.Module):
                 "resize them or choose another tokenizer size"
             )
         return images.to(self.device, torch.float32)
+
+
+def sides(size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width from one number for both, or from two."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise UsageError(f"size: {shown(size)} is not allowed; it must be a side in pixels, or [height, width]")
+    return int(pair[0]), int(pair[1])
 
 
 def digest_of(name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

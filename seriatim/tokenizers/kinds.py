@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from seriatim.core.construct import construct, pop_kind
+from seriatim.core.construct import check_sizes, construct, pop_kind
+from seriatim.core.errors import ConfigError, shown
 from seriatim.tokenizers.arrays import Arrays
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
@@ -13,6 +14,8 @@ from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.pretrained import Pretrained
 from seriatim.tokenizers.vq import VQ
+
+PLACES = ("path", "subfolder")  # keys of a recipe that say where a tokenizer is found
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "arrays": Arrays,
@@ -24,9 +27,20 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 }
 
 
-def build_tokenizer(config: Mapping[str, Any]) -> Tokenizer:
-    """`{"kind": "pixels", "size": 8, ...}` -> a tokenizer with fresh statistics."""
+def build_tokenizer(config: Mapping[str, Any], *, stored: bool = False) -> Tokenizer:
+    """`{"kind": "pixels", "size": 8, ...}` -> a tokenizer with fresh statistics.
+
+    A config that was `stored` in a folder is complete: it must name no other place, such as a repository of the hub,
+    or whoever wrote the folder would decide what is fetched and read here.
+    """
+    check_sizes(config, "tokenizer")
     kind, rest = pop_kind(config, TOKENIZERS, "tokenizer")
+    for name in PLACES:
+        if stored and rest.get(name) is not None:
+            raise ConfigError(
+                f"tokenizer.{name}: {shown(rest[name])} names a place outside of the folder, which a saved tokenizer "
+                "never does; save it again with save_tokenizer or save_bundle"
+            )
     return construct(TOKENIZERS[kind], rest, "tokenizer")
 
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.tokenizers.base import Tokenizer, digest_of
+from seriatim.tokenizers.base import Tokenizer, digest_of, sides
 from seriatim.tokenizers.quantise import nearest_codes
 
 MOST_PATCHES = 1 << 17  # that k-means learns from, drawn from all that it is shown
@@ -46,12 +46,10 @@ class KMeans(Tokenizer):
         seed: int = 0,  # of the draws that k-means makes
     ) -> None:
         super().__init__()
-        if not isinstance(size, int) and len(size) != 2:
-            raise UsageError(f"size: {list(size)} is not allowed; give one side, or height and width")
-        H, W = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+        H, W = sides(size)
         if channels not in (1, 3):
             raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")
-        if min(H, W) < 1 or not 1 <= patch <= min(H, W):
+        if not 1 <= patch <= min(H, W):
             raise UsageError(f"patch: {patch!r} is not allowed for {H}x{W} pixels; it must be from 1 to {min(H, W)}")
         if levels < 2:
             raise UsageError(f"levels: {levels!r} is not allowed; a pixel has at least 2 values")

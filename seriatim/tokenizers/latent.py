@@ -18,7 +18,7 @@ from seriatim.core.device import full_float32
 from seriatim.core.errors import DataError, NumericsError, UsageError, nearest
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.tokenizers.base import Tokenizer, digest_of
+from seriatim.tokenizers.base import Tokenizer, digest_of, sides
 
 Statistics = Literal["fixed", "scale", "channel"]
 
@@ -67,9 +67,7 @@ class Latent(Tokenizer):
         given: tuple[Sequence[float], Sequence[float]],  # mean and std, (z,) each, until others are measured
     ) -> None:
         super().__init__()
-        H, W = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
-        if (not isinstance(size, int) and len(size) != 2) or min(H, W) < 1:
-            raise UsageError(f"size: {size!r} is not allowed; it must be a side in pixels, or [height, width]")
+        H, W = sides(size)
         if patch < 1:
             raise UsageError(f"patch: {patch!r} is not allowed; it must be at least 1")
         if H % (stride * patch) or W % (stride * patch):

@@ -17,7 +17,7 @@ from seriatim.core.device import full_float32
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.tokenizers.base import Tokenizer, digest_of
+from seriatim.tokenizers.base import Tokenizer, digest_of, sides
 
 STD_FLOOR = 0.02  # a feature that hardly varies (a black border) is not blown up to unit variance
 
@@ -44,10 +44,10 @@ class Pixels(Tokenizer):
         whiten: float = 0.0,
     ) -> None:
         super().__init__()
-        H, W = (size, size) if isinstance(size, int) else tuple(size)
+        H, W = sides(size)
         if channels not in (1, 3):
             raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")
-        if min(H, W) < 1 or not 1 <= patch <= min(H, W):
+        if not 1 <= patch <= min(H, W):
             raise UsageError(f"patch: {patch!r} is not allowed for {H}x{W} pixels; it must be from 1 to {min(H, W)}")
         if levels < 2:
             raise UsageError(f"levels: {levels!r} is not allowed; a pixel has at least 2 values")

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import inspect
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line
+from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line, shown
+from seriatim.core.hub import fetch, repository
+from seriatim.core.reading import Unreadable, read_json
 from seriatim.tokenizers.latent import Latent, Statistics, given_scale
 
 AUTOENCODERS = {  # class -> module; one image in, one grid of continuous latents out
@@ -85,7 +86,7 @@ def class_of(config: Mapping[str, Any], where: str) -> Any:
     """The class of diffusers that a config names, if it is one of AUTOENCODERS."""
     name = config.get(CLASS)
     if not isinstance(name, str) or name not in AUTOENCODERS:
-        raise CheckpointError(f"{where}: {name!r} is not an image autoencoder{nearest(str(name), AUTOENCODERS)}")
+        raise CheckpointError(f"{where}: {shown(name)} is not an image autoencoder{nearest('', AUTOENCODERS)}")
     return getattr(importlib.import_module(AUTOENCODERS[name]), name)
 
 
@@ -120,16 +121,18 @@ def channel_statistics(norm: Any, z: int) -> dict[str, list[float]]:
 
 def read(path: str, subfolder: str | None) -> nn.Module:
     """An autoencoder with its weights; raises CheckpointError, one line, where there is none or it is not whole."""
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise UsageError(f"subfolder: {shown(subfolder)} leads out of {path}; name a folder inside of it")
     root = Path(path).expanduser()
     root = root if root.is_dir() else download(path, subfolder)
     folder = root / subfolder if subfolder else root
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = read_json(folder / CONFIG, dict)
+    except Unreadable as error:
         inner = sorted(p.parent.name for p in root.glob(f"*vae*/{CONFIG}"))
         hint = f"; set tokenizer.subfolder={inner[0]}" if inner else "; is it a folder that diffusers saved?"
-        raise CheckpointError(f"path: {folder / CONFIG} is not readable ({one_line(error)[:100]}){hint}") from error
-    cls = class_of(config if isinstance(config, Mapping) else {}, f"path: {folder / CONFIG}")
+        raise CheckpointError(f"path: {folder / CONFIG} {error}{hint}") from error
+    cls = class_of(config, f"path: {folder / CONFIG}")
     try:
         with quiet():
             network, report = cls.from_pretrained(
@@ -155,24 +158,8 @@ def read(path: str, subfolder: str | None) -> nn.Module:
 
 def download(path: str, subfolder: str | None) -> Path:
     """A hub repository's autoencoder, in the hub's own cache."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
-        raise CheckpointError(f"path: there is no folder {path!r}, nor is it the name of a hub repository (owner/name)")
-    from huggingface_hub import snapshot_download
-
     prefix = f"{subfolder}/" if subfolder else ""
-    try:
-        root = snapshot_download(
-            path,
-            allow_patterns=[prefix + CONFIG, prefix + WEIGHTS],
-            ignore_patterns=["*.fp16.*", "*non_ema*"],
-            etag_timeout=10,
-        )
-    except Exception as error:  # the hub's client raises a dozen kinds: offline, not found, no permission, ...
-        reason = one_line(error)[:160]
-        raise CheckpointError(
-            f"path: there is no folder {path!r}, and it could not be fetched as a hub repository ({reason})"
-        ) from error
-    return Path(root)
+    return fetch(repository(path, "path"), [prefix + CONFIG, prefix + WEIGHTS], "path", ["*.fp16.*", "*non_ema*"])
 
 
 @contextlib.contextmanager

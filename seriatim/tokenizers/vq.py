@@ -17,7 +17,7 @@ from seriatim.core.device import full_float32
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
-from seriatim.tokenizers.base import Tokenizer, digest_of
+from seriatim.tokenizers.base import Tokenizer, digest_of, sides
 from seriatim.tokenizers.kl import GROUPS
 from seriatim.tokenizers.latent import CHUNK
 from seriatim.tokenizers.quantise import Quantised, Quantiser
@@ -65,10 +65,8 @@ class VQ(Tokenizer):
         if channels not in (1, 3):
             raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")
         stride = 2 ** (len(widths) - 1)
-        if not isinstance(size, int) and len(size) != 2:
-            raise UsageError(f"size: {list(size)} is not allowed; give one side, or height and width")
-        H, W = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
-        if min(H, W) < 1 or H % stride or W % stride:
+        H, W = sides(size)
+        if H % stride or W % stride:
             raise UsageError(f"size: {H}x{W} is not allowed; both sides must be multiples of {stride}, the stride")
         self.size, self.channels, self.levels = (H, W), channels, 256
         self.grid, self.dim, self.vocab = (H // stride, W // stride), code_dim, vocab

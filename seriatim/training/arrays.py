@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from seriatim.core.errors import ConfigError, DataError, one_line
@@ -21,6 +21,8 @@ from seriatim.tokenizers.base import Tokenizer
 from seriatim.training.data import ImageData
 
 TOKENS, LABELS = "tokens", "labels"  # in a safetensors file
+MOST_TOKENS = 1 << 20  # of a sequence, and features of a token
+MOST_CLASSES = 1 << 20
 AT_ONCE = 1 << 22  # numbers looked at, to bound memory
 
 
@@ -49,6 +51,8 @@ class ArrayData(ImageData):
             raise DataError(f"data.path: {self.root} has shape {shape} of {kind}; {wanted} is wanted: reshape it")
         if not all(shape):
             raise DataError(f"data.path: {self.root} has shape {shape}: no tokens at all")
+        if shape[1] > MOST_TOKENS or shape[-1] > MOST_TOKENS:
+            raise DataError(f"data.path: {self.root} has shape {shape}; a row has at most {MOST_TOKENS:,} tokens")
         self.codes, self.count, self.size = whole, shape[0], (1, shape[1])
         self.channels = 1 if whole else shape[2]
         self.least, self.most = self._look_over()
@@ -56,6 +60,8 @@ class ArrayData(ImageData):
         if labels is not None:
             self._label_file = Path(labels).expanduser()
             given = read(self._label_file, "data.labels")
+            if LABELS not in given and TOKENS not in given:
+                raise DataError(f"data.labels: {self._label_file} has no tensor {LABELS!r}")
             self._labels = self._checked(given.get(LABELS, given.get(TOKENS)), str(self._label_file))
         elif LABELS in held:
             self._labels = self._checked(held[LABELS], str(self.root))
@@ -85,6 +91,8 @@ class ArrayData(ImageData):
         return found.to(torch.int64 if self.codes else torch.float32)
 
     def _checked(self, given: Any, where: str) -> Tensor:
+        if isinstance(given, np.ndarray) and given.dtype.kind not in "biuf":
+            raise DataError(f"data.labels: {where} has {given.dtype}; give {self.count} whole numbers")
         labels = torch.as_tensor(np.array(given) if isinstance(given, np.ndarray) else given)
         whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
         if labels.ndim != 1 or not whole:
@@ -97,6 +105,9 @@ class ArrayData(ImageData):
         labels = labels.long()
         if int(labels.min()) < 0:
             raise DataError(f"data.labels: {where} has the label {int(labels.min())}; classes are numbered from 0")
+        if int(labels.max()) >= MOST_CLASSES:
+            most = f"classes are numbered from 0 to {MOST_CLASSES - 1:,}"
+            raise DataError(f"data.labels: {where} has the label {int(labels.max())}; {most}")
         return labels
 
     def images(self, index: Tensor) -> Tensor:
@@ -139,10 +150,16 @@ def read(path: Path, argument: str) -> dict[str, Any]:
         raise DataError(f"{argument}: there is no file {path}")
     try:
         if path.suffix == ".npy":
-            return {TOKENS: np.load(path, mmap_mode="r", allow_pickle=False)}
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):  # an archive of arrays, whatever its name says
+                array.close()
+                raise ValueError("it is an archive, not one array")
+            return {TOKENS: array}
         with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # numpy's parsers raise a dozen kinds for a damaged header
         reason = one_line(error)
         if "allow_pickle" in reason:
             reason = "it holds Python objects, which could run any program; nothing of it was run"

@@ -9,9 +9,9 @@ encodes it, unless it is whole; whoever has seen all of them whole writes the ma
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,16 +22,29 @@ from seriatim import __version__
 from seriatim.checkpoints.native import write_tensors
 from seriatim.core.device import pick_device
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, Stopped, UsageError
-from seriatim.core.files import MANIFEST, atomic_write, sha256, writable_folder, write_json, write_manifest
+from seriatim.core.files import (
+    MANIFEST,
+    atomic_write,
+    read_manifest,
+    sha256,
+    sweep,
+    writable_folder,
+    write_json,
+    write_manifest,
+)
+from seriatim.core.ownership import json_of, owned
 from seriatim.core.progress import Progress
+from seriatim.core.reading import Unreadable, read_json
 from seriatim.core.terminal import say
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import tokenizer_config
+from seriatim.training.config import MOST_AT_ONCE, MOST_WORKERS
 from seriatim.training.data import ImageData, StreamData
 from seriatim.training.latents import (
     CACHE,
     CODES,
     DTYPES,
+    MOST_IMAGES,
     SOURCES,
     CacheInfo,
     check_moments,
@@ -46,6 +59,7 @@ from seriatim.training.stopping import StopRequest, claimed
 
 WAIT_SECONDS = 0.2  # between looks at shards that other processes hold
 LOCK = ".cache.lock"
+LOOKED_AT = 100  # files beside shards that may prove whose a folder is
 SETTINGS = {  # what a folder that was begun must agree on: field -> what a user calls it
     "format": "format", "size": "data.size", "channels": "data.channels", "moments_fingerprint": "tokenizer",
     "moments": "tokenizer (the shape of its moments)", "crop": "crop", "flip": "data.flip", "dtype": "dtype",
@@ -84,13 +98,13 @@ def write_cache(
     naming the first that differs; ResourceError where the disk is full; Stopped on SIGTERM or SIGINT. Each leaves the
     whole shards as they are.
     """
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("shard_images", shard_images, 1),
-        ("workers", workers, 0),
+    for name, value, least, most in (
+        ("batch_size", batch_size, 1, MOST_AT_ONCE),
+        ("shard_images", shard_images, 1, MOST_IMAGES),
+        ("workers", workers, 0, MOST_WORKERS),
     ):
-        if value < least:
-            raise UsageError(f"{name}: {value!r} is not allowed; it must be {least} or more")
+        if not least <= value <= most:
+            raise UsageError(f"{name}: {value!r} is not allowed; it must be from {least} to {most}")
     if dtype not in DTYPES:
         raise UsageError(f"dtype: {dtype!r} is not allowed; it must be {' or '.join(DTYPES)}")
     if isinstance(data, StreamData):
@@ -99,6 +113,7 @@ def write_cache(
         raise ConfigError("data.kind: arrays hold tokens already and need no cache; train from them")
     if data.cached:
         raise ConfigError("data.kind: latents are a cache already; name the images")
+    owned(Path(out), "cache", is_cache, begun={LOCK})
     out, where = writable_folder(out), pick_device(device)
     tokenizer.to(where).eval()
     first = encode(tokenizer, to_float(data.images(torch.tensor([0])).to(where)))
@@ -138,7 +153,7 @@ def write_cache(
                     if not mine:
                         busy.append(number)
                         continue
-                    sweep(out, shard_name(number))  # what one that was killed left half-written
+                    sweep(out, {f"{shard_name(number)}{end}" for end in (".json", ".safetensors")}.__contains__)
                     found = whole(out, number, info)
                     if found is None:
                         found = write_shard(out, number, encoder.shard(number), info)
@@ -221,11 +236,22 @@ def lock_of(out: Path, number: int) -> Path:
     return out / f".{shard_name(number)}.lock"
 
 
+def is_cache(folder: Path) -> bool:
+    """Whether a cache was begun in the folder, as any of its files proves that is whole."""
+    for name in (CACHE, SOURCES):
+        with contextlib.suppress(CheckpointError):
+            return bool(read_sealed(folder / name))
+    with contextlib.suppress(CheckpointError, OSError):
+        return CACHE in read_manifest(folder)
+    sidecars = islice(folder.glob("shard-*.json"), LOOKED_AT)
+    return any(json_of(path).keys() == {"images", "bytes", "sha256", "key"} for path in sidecars)
+
+
 def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> None:
     """Write what the cache is, or check that it is this one."""
     with claimed(out / LOCK, wait=True):
         for name in (CACHE, SOURCES, MANIFEST):
-            sweep(out, name.removesuffix(".json"))
+            sweep(out, {name}.__contains__)  # what one that was killed left half-written
         there = {path.name for path in out.iterdir() if not path.name.startswith((".", "shard-"))}
         foreign = sorted(there - {CACHE, SOURCES, MANIFEST})
         if foreign:
@@ -268,24 +294,15 @@ def clip(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def sweep(out: Path, stem: str) -> None:
-    """Delete temporary files of `stem` that a killed process left; its lock must be held."""
-    for path in out.glob(f".{stem}.*"):
-        if path.suffix != ".lock":
-            path.unlink(missing_ok=True)
-
-
 def whole(out: Path, number: int, info: CacheInfo) -> str | None:
     """The sha256 of a shard that is what the file beside it says; None where it has to be made, which is said."""
     path, beside = (out / f"{shard_name(number)}{suffix}" for suffix in (".safetensors", ".json"))
     if not beside.is_file():
         return None
-    try:
-        stated = json.loads(beside.read_text(encoding="utf-8"))
+    with contextlib.suppress(Unreadable, OSError):
+        stated = read_json(beside, dict)
         if stated == sidecar(path, number, info):
             return str(stated["sha256"])
-    except (ValueError, OSError):
-        pass
     say(f"mending: {path} is not what {beside.name} says; encoding its images again")
     return None
 

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from seriatim.checkpoints.native import replaceable
+from seriatim.checkpoints.native import check_class_names
+from seriatim.core.construct import check_room
 from seriatim.core.device import DTYPES, pick_device, plain_torch
 from seriatim.core.errors import ConfigError, Stopped
-from seriatim.core.files import writable_folder, write_json, write_text
+from seriatim.core.files import write_json, write_text
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
 from seriatim.core.schedules import learning_rate
@@ -30,15 +31,17 @@ from seriatim.models.build import parameter_count, seeded
 from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import ClassifierRecipe, dump
+from seriatim.training.heap import bound_compiled_products, return_heap
 from seriatim.training.labelled import InMemory, augmented, build_labelled, draws_of
 from seriatim.training.loader import Batch, Batches, to_float
 from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve, record_choice
 from seriatim.training.loop import check_finite, crossed, restore
 from seriatim.training.optim import averaged, sgd
 from seriatim.training.precision import fastest, threads
+from seriatim.training.run_folder import check_out, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.stopping import StopRequest, only_trainer, refuse_many_processes
+from seriatim.training.stopping import StopRequest, refuse_many_processes
 
 TEST_BATCH = 500
 LOOK_PIXELS = 2_000_000  # at which the stem's filters are measured
@@ -87,17 +90,20 @@ def train_classifier(
     """
     refuse_many_processes()
     settings = recipe.training
+    out = Path(out)
+    check_out(out, resume=resume, overwrite=overwrite)
     data, test, net = build(recipe, quiet=quiet)
-    out = writable_folder(out)
-    replaceable(out / "model", PARTS, "a classifier")
     where = pick_device(device)
-    with only_trainer(out), StopRequest() as stop, contextlib.ExitStack() as stack:
-        resumed = begin_run(out, recipe, data, resume=resume, overwrite=overwrite)
+    if where.type == "cpu":
+        bound_compiled_products()
+    hold = occupied(out, PARTS, "a classifier", overwrite=overwrite)
+    with hold, StopRequest() as stop, contextlib.ExitStack() as stack:
+        begin_run(out, recipe, data, resume=resume)
         net.to(where).train()
         optimiser = sgd(net, settings.learning_rate, settings.momentum, settings.weight_decay)
         average = averaged(net, settings.ema)
         parts = Trainables(net, average, optimiser)
-        run = restore(out, parts) if resumed else None
+        run = restore(out, parts) if resume else None
 
         def logits_of(net: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             # Every draw depends on the image's number in the run alone: a resumed run draws what it would have drawn.
@@ -137,7 +143,7 @@ def train_classifier(
 
         def save_checkpoint() -> Path:
             path = checkpoints.save(out / "checkpoints", parts, run)
-            checkpoints.prune(out / "checkpoints", settings.keep)
+            checkpoints.prune(out / "checkpoints", settings.keep, path)
             return path
 
         guard, cure = BlowUpGuard(settings, out), way_out(settings, out)
@@ -185,16 +191,17 @@ def train_classifier(
                     bar.note = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.1%}"
                     run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
                     logged = time.monotonic()
+                    return_heap()
                 due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
                 if due and not stop.requested:
                     save_checkpoint()
                     draw_curves(log, out, recipe.name)
-                bar.advance(size)
                 if stop.requested and not last:
                     path = save_checkpoint()
                     raise Stopped(
                         f"{stop.requested}: stopped after {run.seen} images, saved {path}; go on with --resume"
                     )
+                bar.advance(size)
         seconds = time.monotonic() - started
         log.close()
         final = accuracy(average.module, test, where)
@@ -217,13 +224,16 @@ def train_classifier(
 def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, InMemory, ResNet]:
     """Training images, test images and the network of a recipe; weights depend on its seed alone."""
     data, test = build_labelled(recipe.data, recipe.seed, quiet=quiet)
+    check_class_names(data.class_names, len(data.class_names))
     side = min(data.size)
     if recipe.training.crop >= side:
         raise ConfigError(
             f"training.crop: {recipe.training.crop} is not allowed; it must be less than the side, {side}"
         )
+    sizes = {"classes": len(data.class_names), "channels": data.channels}
+    check_room(lambda: build_classifier(recipe.model, **sizes), {**recipe.model, **sizes}, "model")
     with seeded(derive_seed(recipe.seed, "weights")):
-        net = build_classifier(recipe.model, classes=len(data.class_names), channels=data.channels)
+        net = build_classifier(recipe.model, **sizes)
     if side < net.least:
         raise ConfigError(
             f"model.widths: {len(net.stages)} stages halve images of side {side} away; use fewer, or "

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -26,6 +26,7 @@ from seriatim.core.errors import CheckpointError, ConfigError, DataError, one_li
 from seriatim.core.files import MANIFEST, read_manifest, sha256, utf8_path, verify_file, write_json
 from seriatim.core.flatten import WHITE, Colour
 from seriatim.core.progress import track
+from seriatim.core.reading import LISTING_BYTES, read_json, read_or_raise
 from seriatim.core.validation import Strict, parse
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import tokenizer_config
@@ -35,6 +36,9 @@ CACHE, SOURCES = "cache.json", "sources.json"
 MEND = "mend it with the same `seriatim cache` as before"
 MAKE = "make one with `seriatim cache`"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+CODED = {"float32": "F32", "float16": "F16", "int16": "I16", "int32": "I32", "int64": "I64"}  # by safetensors
+MOST_IMAGES = 10**10
+Side = Annotated[int, Field(ge=1, le=1 << 20)]
 CODES = {"int16": torch.int16, "int32": torch.int32}  # of a discrete tokenizer's moments where they are its codes
 
 
@@ -45,17 +49,17 @@ class CacheInfo(Strict):
     tokenizer: dict[str, Any]  # that made it
     moments_config: dict[str, Any]  # those of its settings that moments depend on
     moments_fingerprint: str
-    size: tuple[int, int]  # of the images
-    channels: int
+    size: tuple[Side, Side]  # of the images
+    channels: Side
     crop: str = "ADM centre crop"
     data_fingerprint: str
-    images: int = Field(ge=1)
+    images: int = Field(ge=1, le=MOST_IMAGES)
     class_names: list[str]
     flip: bool  # whether it holds mirrored images too
     background: Colour = WHITE  # what transparent parts of the images show
     dtype: Literal["float32", "float16", "int16", "int32"]
-    shard_images: int = Field(ge=1)
-    moments: tuple[int, ...]  # (m, h, w)
+    shard_images: int = Field(ge=1, le=MOST_IMAGES)
+    moments: tuple[Side, Side, Side]  # (m, h, w)
     made_with: dict[str, Any]  # versions and the like: for people
 
     @property
@@ -91,19 +95,15 @@ def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
 
 def read_sealed(path: Path) -> dict[str, Any]:
     """Raises CheckpointError where the file is absent or not what was written."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        stated = values.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({one_line(error)}); {MEND}") from error
-    if stated != digest(values):
+    values: dict[str, Any] = read_or_raise(lambda: read_json(path, dict, LISTING_BYTES), path, CheckpointError, MEND)
+    if values.pop("sha256", None) != digest(values):
         raise CheckpointError(f"{path} is damaged: its digest does not match; {MEND}")
     return values
 
 
 def read_info(path: Path) -> CacheInfo:
-    """cache.json; raises CheckpointError where it is damaged, ConfigError where another version wrote it."""
-    return parse(CacheInfo, read_sealed(path), where=str(path))
+    """cache.json; raises CheckpointError where it is damaged or another version wrote it."""
+    return parse(CacheInfo, read_sealed(path), where=str(path), error=CheckpointError)
 
 
 def moments_of(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -167,6 +167,9 @@ class Latents(ImageData):
 
     def _verify(self, check: bool) -> None:
         listing = read_manifest(self.root, MEND)
+        if len(listing) != 2 + 2 * self.info.shards:  # compared before the files are named: there may be billions
+            shards = f"{self.info.shards:,} shards"
+            raise CheckpointError(f"{self.root / MANIFEST} does not list the files of {shards}; {MEND}")
         for name in self.info.files():
             if name not in listing:
                 raise CheckpointError(f"{self.root / MANIFEST} does not list {name}; {MEND}")
@@ -188,10 +191,10 @@ class Latents(ImageData):
                     rows = safe_open(file, framework="pt").get_slice(name)
             except (SafetensorError, OSError) as error:
                 raise DataError(f"data.path: {path} can't be read ({one_line(error)}); {MEND}") from error
-            tail = () if name == "labels" else self.info.moments
-            if tuple(rows.get_shape()) != (self.info.count(shard), *tail):
-                shape = tuple(rows.get_shape())
-                raise DataError(f"data.path: {path}: {name} has shape {shape}, {CACHE} says otherwise; {MEND}")
+            tail, dtype = ((), "int64") if name == "labels" else (self.info.moments, self.info.dtype)
+            if (tuple(rows.get_shape()), rows.get_dtype()) != ((self.info.count(shard), *tail), CODED[dtype]):
+                found = f"{rows.get_dtype()} of shape {tuple(rows.get_shape())}"
+                raise DataError(f"data.path: {path}: {name} is {found}, {CACHE} says otherwise; {MEND}")
             self._slices[shard, name] = rows
         return self._slices[shard, name]
 
@@ -204,7 +207,12 @@ class Latents(ImageData):
     def _rows(self, index: Tensor, names: Sequence[str]) -> Tensor:
         places = (divmod(i, self.info.shard_images) for i in index.tolist())
         rows = [self._slice(shard, name)[row] for (shard, row), name in zip(places, names, strict=True)]
-        return torch.stack(rows).to(torch.int64 if self.info.dtype in CODES else torch.float32)
+        found = torch.stack(rows).to(torch.int64 if self.info.dtype in CODES else torch.float32)
+        bad = (~torch.isfinite(found)).flatten(1).any(dim=1)
+        if bool(bad.any()):
+            image = int(index[int(bad.nonzero()[0])])
+            raise DataError(f"data.path: {self.root}: image {image} has moments that are not finite; {MEND}")
+        return found
 
     def images(self, index: Tensor) -> Tensor:
         """index (B,) -> moments (B, m, h, w): float32, or int64 codes."""
@@ -219,7 +227,13 @@ class Latents(ImageData):
 
     def name(self, i: int) -> str:
         if self._names is None:
-            self._names = list(read_sealed(self.root / SOURCES)["names"])
+            try:
+                names = read_sealed(self.root / SOURCES).get("names")
+            except CheckpointError as error:
+                raise DataError(f"data.path: {one_line(error)}") from error
+            if not isinstance(names, list) or len(names) != self.count:
+                raise DataError(f"data.path: {self.root / SOURCES} does not name the {self.count} images; {MEND}")
+            self._names = [str(name) for name in names]
         return self._names[i]
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:

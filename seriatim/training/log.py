@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import platform
+import shlex
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import torch
 from seriatim import __version__
 from seriatim.core.errors import ConfigError
 from seriatim.core.files import atomic_write, write_json, write_text
+from seriatim.core.markdown import block, inline
+from seriatim.core.reading import Unreadable, parse_json
 from seriatim.core.terminal import say
 from seriatim.training.config import ClassifierRecipe, Recipe, dump
 from seriatim.training.data import ImageData
@@ -27,13 +31,7 @@ class MetricsLog:
     def __init__(self, path: Path, seen: int = 0, tensorboard: bool = False) -> None:
         """Begin after `seen` images: lines of a run that got further before it was killed are dropped."""
         self.path = path
-        self.rows: list[dict[str, Any]] = []
-        if seen and path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be half a line
-                    row = json.loads(line)
-                    if row["images"] <= seen:
-                        self.rows.append(row)
+        self.rows = rows_until(seen, path) if seen and path.exists() else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._board = board(path.parent / "tensorboard") if tensorboard else None
 
@@ -51,6 +49,28 @@ class MetricsLog:
             self._board.close()
 
 
+def rows_until(seen: int, path: Path) -> list[dict[str, Any]]:
+    """The lines of the first `seen` images. Where some are damaged, the file as it was is kept beside the new one."""
+    rows: list[dict[str, Any]] = []
+    raw = path.read_bytes()
+    damaged = 0
+    for line in raw.splitlines(keepends=True):
+        try:
+            row = parse_json(line.decode("utf-8"), dict)
+            if type(row.get("images")) is not int or not all(type(value) in (int, float) for value in row.values()):
+                raise Unreadable("is no line of metrics")
+        except (Unreadable, UnicodeDecodeError):
+            damaged += line.endswith(b"\n")  # the last line of a killed run may be half a line
+            continue
+        if row["images"] <= seen:
+            rows.append(row)
+    if damaged:
+        kept = path.with_name(f"{path.stem}.damaged{path.suffix}")
+        atomic_write(kept, lambda file: file.write_bytes(raw))
+        warnings.warn(f"{path}: {damaged} damaged lines are left out; the file as it was is {kept}", stacklevel=3)
+    return rows
+
+
 def board(folder: Path) -> Any:
     """TensorBoard's writer, or an error that says how to get it."""
     try:
@@ -63,14 +83,16 @@ def board(folder: Path) -> Any:
 def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
     """Draw the loss over images seen, and its terms, as a PNG."""
     figure, axes = empty_figure()
-    images = [row["images"] for row in rows]
-    terms = [key for key in rows[0] if key == "loss" or key.startswith("loss_")] if rows else []
+    terms = [key for key in rows[-1] if key == "loss" or key.startswith("loss_")] if rows else []
+    least = math.inf
     for key in terms:
-        axes.plot(
-            images, [row[key] for row in rows], label=key.replace("loss_", ""), linewidth=2 if key == "loss" else 1
-        )
-    axes.set(xlabel="images seen", ylabel="loss, mean since the last point", title=title)
-    if terms and min(row[key] for row in rows for key in terms) > 0:
+        points = [(row["images"], row[key]) for row in rows if key in row]
+        least = min(least, *(value for _, value in points))
+        width = 2 if key == "loss" else 1
+        axes.plot(*zip(*points, strict=True), label=key.replace("loss_", ""), linewidth=width)
+    axes.set(xlabel="images seen", ylabel="loss, mean since the last point")
+    axes.set_title(title, parse_math=False)  # a name may hold a dollar
+    if terms and least > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     if terms:
@@ -85,7 +107,8 @@ def accuracy_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") 
         points = [(row["images"], 100 * row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="images seen", ylabel="recognised, %", title=title)
+    axes.set(xlabel="images seen", ylabel="recognised, %")
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     if rows:
         axes.legend(loc="lower right")
@@ -125,8 +148,9 @@ def record_choice(folder: Path, choice: Choice) -> None:
 def model_card(recipe: Recipe, seen: int, parameters: int, rows: Sequence[dict[str, Any]], data: ImageData) -> str:
     """README.md of a model folder: what it is, what it was trained on, how to draw from it."""
     kind = "unconditional-image-generation" if data.pictures else "other"
-    classes = ", ".join(data.class_names[:20]) + (", ..." if len(data.class_names) > 20 else "")
-    example = repr(data.class_names[0]) if data.class_names else "None"
+    classes = first_names(data)
+    plain = next((name for name in data.class_names if name.isprintable()), None)
+    example = repr(plain) if plain is not None else "0" if data.class_names else "None"
     count = f"{data.count:,}" if data.count else "a stream"
     H, W = data.size
     tags = "autoregressive, image-generation" if data.pictures else "autoregressive"
@@ -135,55 +159,58 @@ def model_card(recipe: Recipe, seen: int, parameters: int, rows: Sequence[dict[s
     if not data.pictures:
         trained = f"sequences: {count}, {W} tokens, numbers of a token: {data.channels}"
         first = ".images  # an array"
-    label = f' --label "{data.class_names[0]}"' if data.class_names else ""
-    loss = f"{rows[-1]['loss']:.4f}" if rows else "not logged"
+    label = f" --label={shlex.quote(plain)}" if plain is not None else ""
+    python = f"""import seriatim
+
+seriatim.load("path/to/this/folder")(class_labels=[{example}], seed=0){first}"""
+    about = inline(recipe.description) or "An autoregressive image model."
+    shell = f"seriatim sample path/to/this/folder{label} --out samples"
+    loss = f"{rows[-1]['loss']:.4f}" if rows and "loss" in rows[-1] else "not logged"
     return f"""---
 library_name: seriatim
 pipeline_tag: {kind}
 tags: [{tags}]
 ---
 
-# {recipe.name}
+# {inline(recipe.name)}
 
-{recipe.description or "An autoregressive image model."} {parameters:,} parameters, trained with Seriatim {__version__}.
+{about} {parameters:,} parameters, trained with Seriatim {__version__}.
 
 - {trained}
 - classes: {classes or "none"}
 - seen in training: {seen:,} images; last loss {loss}
 
-```python
-import seriatim
+{block(python, "python")}
 
-seriatim.load("path/to/this/folder")(class_labels=[{example}], seed=0){first}
-```
-
-    seriatim sample path/to/this/folder{label} --out samples
+{block(shell, "sh")}
 
 ## Recipe
 
-```yaml
-{dump(recipe).rstrip()}
-```
+{block(dump(recipe), "yaml")}
 """
+
+
+def first_names(data: ImageData, most: int = 20) -> str:
+    names = ", ".join(inline(name) for name in data.class_names[:most])
+    return names + (", ..." if len(data.class_names) > most else "")
 
 
 def classifier_card(
     recipe: ClassifierRecipe, seen: int, parameters: int, data: ImageData, tested: int, accuracy: Mapping[str, float]
 ) -> str:
     """README.md of a classifier's folder: what it is, what it recognises, how to use it."""
-    classes = ", ".join(data.class_names[:20]) + (", ..." if len(data.class_names) > 20 else "")
     mirrored = accuracy["test_with_mirror_images"]
     return f"""---
 library_name: seriatim
 pipeline_tag: image-classification
 ---
 
-# {recipe.name}
+# {inline(recipe.name)}
 
-{recipe.description or "An image classifier."} {parameters:,} parameters, trained with Seriatim {__version__}.
+{inline(recipe.description) or "An image classifier."} {parameters:,} parameters, trained with Seriatim {__version__}.
 
 - images: {data.count:,}, {data.size[0]}x{data.size[1]} pixels, channels: {data.channels}
-- classes: {classes}
+- classes: {first_names(data)}
 - seen in training: {seen:,} images
 - recognised of {tested:,} test images: {accuracy["test"]:.2%}; with their mirror images {mirrored:.2%}
 
@@ -191,7 +218,5 @@ It judges samples: `seriatim evaluate MODEL --features path/to/this/folder`.
 
 ## Recipe
 
-```yaml
-{dump(recipe).rstrip()}
-```
+{block(dump(recipe), "yaml")}
 """

@@ -11,20 +11,33 @@ from seriatim.evaluation.grid import grid, save_png
 from seriatim.pipeline.labels import label_of
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.result import save_array
+from seriatim.training.stopping import StopRequest
 
 IMAGES, COLUMNS = 32, 8
 SIDE = 32  # small images are enlarged to about this in a grid
 
 
-def draw_samples(bundle: Bundle, folder: Path, seen: int, seed: int) -> Path:
+class Interrupted(Exception):
+    """The process was asked to stop while samples were drawn."""
+
+
+def draw_samples(bundle: Bundle, folder: Path, seen: int, seed: int, stop: StopRequest | None = None) -> Path | None:
     """Write `folder/<images seen>.png`: the same seeds and classes every time; then the timeline.
 
-    Of sequences that are no pictures, `folder/<seen>.npy`.
+    Of sequences that are no pictures, `folder/<seen>.npy`. When `stop` is requested meanwhile, nothing is written.
     """
+
+    def look(*_: object) -> None:
+        if stop is not None and stop.requested:
+            raise Interrupted
+
     pipe = Pipeline(bundle)  # where the averaged weights are
     classes = pipe.model.classes
     labels = [label_of(i % classes, pipe.class_names) if classes else None for i in range(IMAGES)]
-    result = pipe(labels, seed=seed, progress=False)
+    try:
+        result = pipe(labels, seed=seed, progress=False, callback_on_step_end=look)
+    except Interrupted:
+        return None
     if not pipe.tokenizer.pictures:
         return save_array(result.images, folder / f"{seen:012d}.npy")
     path = save_png(grid(result.images, COLUMNS, side=SIDE), folder / f"{seen:012d}.png")

@@ -16,11 +16,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.native import Bundle, bundle_config, replaceable, save_bundle
+from seriatim.checkpoints.native import Bundle, bundle_config, save_bundle
 from seriatim.checkpoints.unfinished import newest_whole
 from seriatim.core.device import DTYPES, pick_device, plain_torch
 from seriatim.core.errors import NumericsError, ResourceError, Stopped
-from seriatim.core.files import writable_folder, write_text
+from seriatim.core.files import write_text
 from seriatim.core.keys import Keys
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
@@ -32,14 +32,16 @@ from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import Recipe, dump
 from seriatim.training.data import ImageData, Position
+from seriatim.training.heap import bound_compiled_products, return_heap
 from seriatim.training.loader import Batch, Loader, WorkerLost, batches_of, to_float
 from seriatim.training.log import MetricsLog, loss_curve, model_card, record_choice
 from seriatim.training.look import draw_samples
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.precision import fastest, threads
+from seriatim.training.run_folder import check_out, occupied
 from seriatim.training.setup import begin_run, build, changes_of, fit_tokenizer, initialise_from, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.stopping import StopRequest, only_trainer, refuse_many_processes
+from seriatim.training.stopping import StopRequest, refuse_many_processes
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> TrainingResult:
-    """Train a recipe into the folder `out`; with `resume`, go on from its newest whole checkpoint, bitwise.
+    """Train a recipe into the folder `out`; with `resume`, go on bitwise from the newest whole checkpoint in it.
+
+    Without, `out` is new or empty; with `overwrite` a run in it is replaced, and kept until the new one is whole.
 
         out/recipe.yaml       the recipe with every default filled in
         out/data.json         how many images, their fingerprint, and which files were left out and why
@@ -75,29 +79,32 @@ def train(
         out/checkpoints/      all that resuming needs (training.save_images)
         out/model/            the averaged weights, ready for `seriatim.load`
 
-    Raises UsageError where `out` holds a run already (unless `resume` or `overwrite`) or another process trains there;
+    Raises UsageError where `out` holds anything but the run that is to be resumed or overwritten, where there is no run
+    to resume, or where another process trains there;
     NumericsError when the loss or its gradient is not finite, before anything is updated; Stopped, after saving, on
     SIGTERM or SIGINT.
     """
     refuse_many_processes()
     settings = recipe.training
+    out = Path(out)
+    check_out(out, resume=resume, overwrite=overwrite)
     data, tokenizer, model = build(recipe)
-    out = writable_folder(out)
-    replaceable(out / "model")
     where = pick_device(device)
-    with only_trainer(out), StopRequest() as stop, contextlib.ExitStack() as stack:
-        resumed = begin_run(out, recipe, data, resume=resume, overwrite=overwrite)
+    if where.type == "cpu":
+        bound_compiled_products()
+    with occupied(out, overwrite=overwrite), StopRequest() as stop, contextlib.ExitStack() as stack:
+        begin_run(out, recipe, data, resume=resume)
         model.to(where).train()
         tokenizer.to(where)
         optimiser = adamw(model, settings.learning_rate, settings.betas, settings.weight_decay)
         average = averaged(model, settings.ema)
         parts = Trainables(model, average, optimiser, tokenizer)
-        run = restore(out, parts) if resumed else None
+        run = restore(out, parts) if resume else None
         if run is None and settings.init_from:
             initialise_from(settings.init_from, model, tokenizer, data.class_names)
             data.check_tokenizer(tokenizer)  # which now has that model's weights
         elif run is None:
-            fit_tokenizer(tokenizer, data, quiet=quiet)
+            fit_tokenizer(tokenizer, data, quiet=quiet, stop=stop)
 
         image_keys, step_keys = Keys.of(recipe.seed, "train"), Keys.of(recipe.seed, "step")
 
@@ -143,7 +150,7 @@ def train(
 
         def save_checkpoint() -> Path:
             path = checkpoints.save(out / "checkpoints", parts, run, bundle_config(bundle()))
-            checkpoints.prune(out / "checkpoints", settings.keep)
+            checkpoints.prune(out / "checkpoints", settings.keep, path)
             return path
 
         position = Position(*run.position)
@@ -202,21 +209,22 @@ def train(
                     bar.note = f"loss {means['loss']:.3f}"
                     run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
                     logged, waited = now, loader.waited
-                if crossed(before, run.seen, settings.sample_images):
+                    return_heap()
+                if crossed(before, run.seen, settings.sample_images) and not stop.requested:
                     try:
-                        draw_samples(bundle(), out / "samples", run.seen, recipe.seed)
+                        draw_samples(bundle(), out / "samples", run.seen, recipe.seed, stop)
                     except NumericsError as error:  # training goes on: later weights may do better
                         say(f"no samples after {run.seen} images: {error}")
                 due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
                 if due and not stop.requested:
                     save_checkpoint()
                     loss_curve(log.rows, out / "training.png", recipe.name)
-                bar.advance(size)
                 if stop.requested and not last:
                     path = save_checkpoint()
                     raise Stopped(
                         f"{stop.requested}: stopped after {run.seen} images, saved {path}; go on with --resume"
                     )
+                bar.advance(size)
         seconds = time.monotonic() - started
         log.close()
         rate = (run.seen - began) / seconds if run.seen > began else 0.0
@@ -227,12 +235,12 @@ def train(
 
 
 def restore(out: Path, parts: Trainables) -> RunState | None:
-    """The newest whole checkpoint into `parts`; says which, and which newer ones were damaged."""
+    """The newest whole checkpoint into `parts`; says which, and which newer ones were damaged and are set aside."""
     folder = out / "checkpoints"
     checkpoints.sweep(folder)
-    path, passed_over = newest_whole(folder)
-    for reason in passed_over:
-        say(f"stepping back: {reason}")
+    for says in checkpoints.set_damaged_aside(folder):
+        say(f"stepping back: {says}")
+    path, _ = newest_whole(folder)
     if path is None:
         say(f"no whole checkpoint in {folder}: beginning anew")
         return None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,15 @@ import torch
 from torch import Tensor
 
 from seriatim.backbones.base import Sequential
-from seriatim.checkpoints.native import Bundle, load_bundle
+from seriatim.checkpoints.native import Bundle, check_class_names, load_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer
-from seriatim.core.errors import ConfigError, DataError, UsageError, one_line
+from seriatim.core.construct import check_room
+from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError, one_line, shown
 from seriatim.core.files import write_json, write_text
 from seriatim.core.names import find_name
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
+from seriatim.core.reading import LISTING_BYTES, read_json, read_or_raise
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
 from seriatim.models.registry import BACKBONES
@@ -28,10 +28,12 @@ from seriatim.tokenizers.kinds import TOKENIZERS, build_tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
 from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
-from seriatim.training.data import ImageData, StreamData
+from seriatim.training.data import TIMES, ImageData, StreamData
 from seriatim.training.loader import to_float
 from seriatim.training.log import environment
+from seriatim.training.run_folder import DATA, RECIPE, check_out
 from seriatim.training.sources import build_data
+from seriatim.training.stopping import StopRequest
 
 # A resumed run may change these and nothing else: they don't affect a weight, or only how long it goes on.
 FREE = {
@@ -62,7 +64,6 @@ FREE = {
 CURES = {"training.learning_rate", "training.clip", "training.dtype"}
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
 CLASSES = "conditioner.class_embedding"
-LEFTOVERS = ("checkpoints", "samples", "tensorboard")
 
 
 FIT_BATCH = 512  # images at a time when the tokenizer measures its statistics
@@ -78,6 +79,8 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
         raise ConfigError(f"tokenizer.from: {source!r} is not allowed; name a tokenizer, model or run folder")
     if source is None:
         check_kind(given.get("kind"), data)
+        if given.get("path") is None:  # else its weights are read, and their files tell their size
+            check_room(lambda: build_tokenizer(given), given, "tokenizer")
         tokenizer = build_tokenizer(given)
         if isinstance(tokenizer, (KL, VQ)):
             raise ConfigError(
@@ -106,12 +109,22 @@ def check_kind(kind: Any, data: ImageData) -> None:
         raise ConfigError(f"tokenizer.kind: {kind!r} is not allowed; the data holds {what}, which take {fitting}")
 
 
-def fit_tokenizer(tokenizer: Tokenizer, data: ImageData, *, quiet: bool = False) -> None:
+def fit_tokenizer(
+    tokenizer: Tokenizer, data: ImageData, *, quiet: bool = False, stop: StopRequest | None = None
+) -> None:
     """Measure the statistics of tokens: the same from images and from a cache of their moments."""
     if data.cached:
-        tokenizer.fit_moments(data.some(FIT_IMAGES, FIT_BATCH))
+        tokenizer.fit_moments(unless_stopped(data.some(FIT_IMAGES, FIT_BATCH), stop))
     else:
-        tokenizer.fit(look_over(data, FIT_IMAGES, FIT_BATCH, quiet=quiet))
+        tokenizer.fit(unless_stopped(look_over(data, FIT_IMAGES, FIT_BATCH, quiet=quiet), stop))
+
+
+def unless_stopped(batches: Iterable[Tensor], stop: StopRequest | None) -> Iterator[Tensor]:
+    """The same batches, until the process is asked to stop."""
+    for batch in batches:
+        if stop is not None and stop.requested:
+            raise Stopped(f"{stop.requested}: stopped before the first step; begin it again with --resume")
+        yield batch
 
 
 def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> Iterator[Tensor]:
@@ -128,12 +141,14 @@ def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> 
 def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, SequenceModel]:
     """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
     data, tokenizer = build_inputs(recipe)
+    check_class_names(data.class_names, len(data.class_names))
+    sizes: dict[str, Any] = {"tokens": tokenizer.count, "classes": len(data.class_names)}
+    sizes |= {"dim": tokenizer.dim} if tokenizer.vocab is None else {"vocab": tokenizer.vocab}
+    backbone = BACKBONES.get(str(recipe.model.get("backbone", recipe.model.get("kind"))))
+    if recipe.model.get("positions") == "sincos" or (backbone is not None and issubclass(backbone, Sequential)):
+        sizes["grid"] = list(tokenizer.grid)
+    check_room(lambda: build_model(recipe.model, **sizes), {**recipe.model, **sizes}, "model")
     with seeded(derive_seed(recipe.seed, "weights")):
-        sizes: dict[str, Any] = {"tokens": tokenizer.count, "classes": len(data.class_names)}
-        sizes |= {"dim": tokenizer.dim} if tokenizer.vocab is None else {"vocab": tokenizer.vocab}
-        backbone = BACKBONES.get(str(recipe.model.get("backbone", recipe.model.get("kind"))))
-        if recipe.model.get("positions") == "sincos" or (backbone is not None and issubclass(backbone, Sequential)):
-            sizes["grid"] = list(tokenizer.grid)
         model = build_model(recipe.model, **sizes)
     try:  # what every later request of this model begins with
         Pipeline(Bundle(model, tokenizer, data.class_names, dict(recipe.sampling))).request(seed=0)
@@ -142,34 +157,30 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, SequenceModel]:
     return data, tokenizer, model
 
 
-def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool, overwrite: bool) -> bool:
-    """Write what the run is made of, or check that it is the same run; True where there is one to resume."""
-    exists = (out / "recipe.yaml").exists()
-    if exists and resume:
-        check_same_run(out, recipe, data)
-        return True
-    if exists and not overwrite:
-        raise UsageError(f"out: {out} holds a run already; go on with --resume, or choose another folder")
-    for name in LEFTOVERS:
-        shutil.rmtree(out / name, ignore_errors=True)
+def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool) -> None:
+    """Write what the run is made of, the recipe last, or check that what is to be resumed is the same run."""
+    if resume:
+        return check_same_run(out, recipe, data)
+    check_out(out, resume=False, overwrite=False)  # another process may have begun one since
     write_json(
-        out / "data.json",
+        out / DATA,
         {
             "images": data.count,
             "classes": data.class_names,
             "fingerprint": data.fingerprint(),
+            "traits": data.traits(),
             "left_out": dict(data.bad),
             "passed_over": dict(data.passed_over),
         },
     )
     write_json(out / "environment.json", environment())
-    write_text(out / "recipe.yaml", dump(recipe.model_copy(update={"changes": []})))  # those are another run's
-    return False
+    write_text(out / RECIPE, dump(recipe.model_copy(update={"changes": []})))  # those are another run's
+    return None
 
 
 def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
     """Refuse to resume with other settings or other images, naming what differs."""
-    first = read_any(str(out / "recipe.yaml"))
+    first = read_any(str(out / RECIPE))
     if type(first) is not type(recipe):
         kinds = ["generator" if isinstance(r, Recipe) else "classifier" for r in (first, recipe)]
         raise ConfigError(f"kind: {out} holds the run of a {kinds[0]}, not of a {kinds[1]}; begin another run")
@@ -182,12 +193,26 @@ def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
                 f"{key}: {before.get(key)!r} in {out / 'recipe.yaml'}, {now.get(key)!r} now; a resumed run keeps its "
                 f"settings, but for {', '.join(sorted(CURES))}: change it back, or begin another run"
             )
-    recorded = json.loads((out / "data.json").read_text(encoding="utf-8"))
+    path = out / DATA
+    remedy = "restore it, or begin another run with training.init_from: it says which images this one began with"
+    recorded = read_or_raise(lambda: read_json(path, dict, LISTING_BYTES), path, DataError, remedy)
+    if not isinstance(recorded.get("fingerprint"), str):
+        raise DataError(f"{path} lacks the fingerprint of the images; {remedy}")
     if recorded["fingerprint"] != data.fingerprint():
         raise DataError(
-            f"data: its images are not those that {out} began with ({recorded['images']} then, {data.count} now, or "
-            "files changed); restore them, or begin another run with training.init_from"
+            f"data: its images are not those that {out} began with: {what_differs(recorded, data)}, or begin another "
+            "run with training.init_from"
         )
+
+
+def what_differs(recorded: Mapping[str, Any], data: ImageData) -> str:
+    """How the images of a run differ from those it began with, and what to do: `data.json` then, the data now."""
+    before, now = recorded.get("traits"), data.traits()
+    changed = [name for name in now if isinstance(before, dict) and before.get(name) not in (None, now[name])]
+    if changed == [TIMES]:
+        return f"only the {TIMES} of the files differ, as those of copies do; copy them with times (cp -p, rsync -t)"
+    differ = f"the {' and '.join(changed)} of files differ" if changed else "or files changed"
+    return f"{shown(recorded.get('images'))} then, {data.count} now, {differ}; restore them"
 
 
 def changes_of(out: Path, recipe: AnyRecipe, seen: int) -> list[str]:

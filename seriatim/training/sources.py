@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from seriatim.core.construct import construct, pop_kind
+from seriatim.core.construct import check_sizes, construct, pop_kind
 from seriatim.training.arrays import ArrayData
 from seriatim.training.data import Digits, ImageData
 from seriatim.training.folder import Folder
@@ -24,5 +24,6 @@ DATASETS: dict[str, type[ImageData]] = {
 
 def build_data(config: Mapping[str, Any]) -> ImageData:
     """`{"kind": "folder", "path": "photos/"}` -> a source of images, or of other sequences."""
+    check_sizes(config, "data")
     kind, rest = pop_kind(config, DATASETS, "data")
     return construct(DATASETS[kind], rest, "data")

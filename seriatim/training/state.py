@@ -1,6 +1,6 @@
 """Checkpoints of a run: all that resuming needs, whole or absent.
 
-    RUN/checkpoints/000000123456/     one for each save, named by the images seen
+    RUN/checkpoints/000000123456/     one for each save, named by the images seen; damaged ones end in `.damaged`
         config.json                   of a generator: what a model folder's says
         model.safetensors             weights
         average.safetensors           averaged weights
@@ -14,38 +14,63 @@ Random state is not among them: every draw of a run is a function of its seed an
 
 from __future__ import annotations
 
-import json
+import itertools
+import os
+import re
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, StrictInt
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from seriatim.checkpoints.native import check_finite_weights, fill, read_tensors, write_config, write_tensors
+from seriatim.checkpoints.native import (
+    as_wanted,
+    check_finite_weights,
+    fitting,
+    read_tensors,
+    write_config,
+    write_tensors,
+)
 from seriatim.checkpoints.renames import FORMAT, READABLE, in_order_of_format_1
-from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoints
-from seriatim.core.errors import CheckpointError, one_line
-from seriatim.core.files import atomic_folder, verify_manifest, write_json, write_manifest
+from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoints, why_not_whole
+from seriatim.core import files
+from seriatim.core.construct import MOST_THREADS
+from seriatim.core.device import DTYPES
+from seriatim.core.errors import CheckpointError
+from seriatim.core.files import PREVIOUS, atomic_folder, put_back, verify_manifest, write_json, write_manifest
+from seriatim.core.reading import Unreadable, read_json, read_or_raise
+from seriatim.core.validation import Strict, parse
+
+MOMENTS = {  # what each optimiser keeps of a parameter
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},  # AdamW is a kind of it
+    torch.optim.SGD: {"momentum_buffer"},
+}
+CHECKPOINT = re.compile(r"(\.[0-9]+\.previous|[0-9]+(\.damaged(-[0-9]+)?)?)")  # the names of their folders
+
+Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 
-@dataclass
-class RunState:
+class RunState(Strict):
     """Where a run stands."""
 
-    seen: int = 0  # images
-    steps: int = 0
+    model_config = ConfigDict(frozen=False)
+
+    seen: Count = 0  # images
+    steps: Count = 0
     loss: float | None = None  # of the last line of metrics
-    dtype: str = "float32"  # of the autocast
-    threads: int = 1  # of the CPU
-    sums: dict[str, float] = field(default_factory=dict)  # of the metrics since their last line
-    since: int = 0  # images seen at that line
-    steps_since: int = 0
+    dtype: str = Field("float32", pattern=f"^({'|'.join(DTYPES)})$")  # of the autocast
+    threads: StrictInt = Field(1, ge=1, le=MOST_THREADS)  # of the CPU
+    sums: dict[str, float] = Field(default_factory=dict)  # of the metrics since their last line
+    since: Count = 0  # images seen at that line
+    steps_since: Count = 0
     recent: float | None = None  # logarithm of the loss, a mean over about the last hundred steps
-    position: list[int] = field(default_factory=lambda: [0, 0])  # of a stream: passes, rows since
+    position: list[Count] = Field([0, 0], min_length=2, max_length=2)  # of a stream: passes, and rows since
 
 
 @dataclass(frozen=True)
@@ -92,66 +117,133 @@ def moments(parts: Trainables) -> dict[str, Tensor]:
     }
 
 
-def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[str, Tensor]]:
-    """The optimiser's state as `load_state_dict` takes it, from a file of format `written`."""
-    now, then = {name: number for number, name in enumerate(names_of(parts))}, names_of(parts, written)
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in read_tensors(path).items():
-        name, _, moment = key.rpartition(".")
-        if written == 1:
-            name = then[int(name)] if name.isdigit() and int(name) < len(then) else key
-        if name not in now:
-            raise CheckpointError(f"{path} has an unknown tensor {key!r}: it is another model's optimiser")
-        state.setdefault(now[name], {})[moment] = tensor
-    return state
-
-
 def load(path: Path, parts: Trainables) -> RunState:
     """Read a checkpoint into `parts`; raises CheckpointError, before anything changes, where a file is not whole."""
     verify_manifest(path, FILES)
-    try:
-        values = json.loads((path / STATE).read_text(encoding="utf-8"))
-        written = values.pop("format")
-        if written not in READABLE:
-            raise ValueError(f"format {written!r} is not {FORMAT}: it was written by another version")
-        state = RunState(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / STATE} cannot be used: {one_line(error)}") from error
-    optimiser_state = parts.optimiser.state_dict()
-    state_of_each = read_moments(path / "optimiser.safetensors", parts, written)
-    fill(parts.model, path / "model.safetensors", assign=False, written=written)
-    fill(parts.average.module, path / "average.safetensors", assign=False, written=written)
-    fill(parts.tokenizer, path / "tokenizer.safetensors", assign=False)
+    state, written = read_state(path / STATE)
+    moments = read_moments(path / "optimiser.safetensors", parts, written)
+    modules = {"model": parts.model, "average": parts.average.module, "tokenizer": parts.tokenizer}
+    found = {
+        name: fitting(module, path / f"{name}.safetensors", FORMAT if name == "tokenizer" else written)
+        for name, module in modules.items()
+    }
+    for name, module in modules.items():
+        module.load_state_dict(found[name])
     parts.average.n_averaged.fill_(state.steps)
-    parts.optimiser.load_state_dict({"state": state_of_each, "param_groups": optimiser_state["param_groups"]})
+    parts.optimiser.load_state_dict({"state": moments, "param_groups": parts.optimiser.state_dict()["param_groups"]})
     return state
 
 
+def read_state(path: Path) -> tuple[RunState, int]:
+    """Where the run stood, and the format of its files; raises CheckpointError where the file does not say so."""
+    values = read_or_raise(lambda: read_json(path, dict), path, CheckpointError, "delete this checkpoint")
+    written = values.pop("format", None)
+    if type(written) is not int or written not in READABLE:
+        raise CheckpointError(f"{path} was written by another version of seriatim; resume with that one")
+    state = parse(RunState, values, where=str(path), error=CheckpointError)
+    if f"{state.seen:012d}" != path.parent.name:
+        raise CheckpointError(f"{path} is of {state.seen} images, its folder of {path.parent.name}; delete this one")
+    return state, written
+
+
+def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[str, Tensor]]:
+    """The optimiser's state as `load_state_dict` takes it, from a file of format `written`.
+
+    Each parameter that has any of the optimiser's tensors has all of them, in its own shape.
+    """
+    kept = next(kept for kind, kept in MOMENTS.items() if isinstance(parts.optimiser, kind))
+    parameters = [p for group in parts.optimiser.param_groups for p in group["params"]]
+    now, then = {name: number for number, name in enumerate(names_of(parts))}, names_of(parts, written)
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(path).items():
+        name, _, moment = key.rpartition(".")
+        if written == 1 and re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(then):
+            name = then[int(name)]
+        if name not in now or moment not in kept:
+            raise CheckpointError(f"{path} has an unknown tensor {key!r}: it is not this optimiser's")
+        shape = torch.Size() if moment == "step" else parameters[now[name]].shape
+        wanted = torch.empty(shape, dtype=torch.float32, device="meta")
+        found.setdefault(now[name], {})[moment] = as_wanted(tensor, wanted, key, path)
+    for number, given in found.items():
+        lacking = sorted(kept - given.keys())
+        if lacking:
+            raise CheckpointError(
+                f"{path} lacks tensor '{names_of(parts)[number]}.{lacking[0]}': it is not this optimiser's"
+            )
+    return found
+
+
 def best_of(folder: Path) -> Path | None:
-    """The checkpoint with the lowest loss."""
+    """The whole checkpoint with the lowest loss."""
     losses = []
     for path in all_checkpoints(folder):
         try:
-            loss = json.loads((path / STATE).read_text(encoding="utf-8")).get("loss")
-        except (OSError, ValueError):
+            loss = read_json(path / STATE, dict).get("loss")
+        except Unreadable:
             continue
         if isinstance(loss, float):
             losses.append((loss, path))
-    return min(losses)[1] if losses else None
+    return next((path for _, path in sorted(losses) if why_not_whole(path) is None), None)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best; call it after the new one is on the disk."""
-    checkpoints = all_checkpoints(folder)
-    kept = {*checkpoints[-max(1, keep) :], best_of(folder)}
-    for path in checkpoints:
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+def set_damaged_aside(folder: Path) -> list[str]:
+    """Rename the checkpoints that are newer than the newest whole one; return what is to be said of each.
+
+    They are kept, since people may want to look at them, but they never count as checkpoints again.
+    """
+    says = []
+    for path in reversed(all_checkpoints(folder)):
+        reason = why_not_whole(path)
+        if reason is None:
+            break
+        says.append(f"{reason}; the checkpoint is kept as {as_damaged(path).name}")
+    return says
+
+
+def as_damaged(path: Path) -> Path:
+    """Rename a checkpoint so that its name says that it is damaged."""
+    names = (path.with_name(f"{path.name}.damaged{f'-{n}' if n > 1 else ''}") for n in itertools.count(1))
+    target = next(name for name in names if not name.exists())
+    os.replace(path, target)
+    return target
+
+
+def prune(folder: Path, keep: int, saved: Path | None = None) -> None:
+    """Delete all but the newest `keep` whole checkpoints, the best one and the one just `saved`.
+
+    A damaged one among the newest counts for nothing: it is set aside, and the whole ones behind it are kept.
+    """
+    kept: list[Path] = [] if saved is None else [saved]
+    surplus = []
+    for path in reversed(all_checkpoints(folder)):
+        if path == saved:
+            continue
+        if len(kept) >= max(1, keep):
+            surplus.append(path)
+        elif why_not_whole(path) is None:
+            kept.append(path)
+        else:
+            as_damaged(path)
+    if surplus:
+        best = best_of(folder)
+        for path in surplus:
+            if path != best:
+                delete(path)
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint: renamed first, so that a crash leaves nothing that looks like a damaged one."""
+    doomed = path.with_name(f".{path.name}.~{secrets.token_hex(4)}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a killed run left half-written."""
+    """Delete what a killed run left half-written; put back a checkpoint whose replacement was interrupted."""
     if folder.is_dir():
-        for path in folder.iterdir():
-            if path.name.startswith(".") and path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
+        for path in list(folder.iterdir()):
+            found = re.fullmatch(rf"\.([0-9]+)\.{PREVIOUS}", path.name)
+            if found and path.is_dir():
+                put_back(folder / found[1])
+                shutil.rmtree(path, ignore_errors=True)  # it is still there only where the new one is whole
+        files.sweep(folder, str.isdigit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import fcntl  # not `filelock`: see `claimed`
 import os
 import signal
 import socket
@@ -88,6 +88,10 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold the lock file `path`, made for this and deleted when let go; False where another process holds it.
 
     With `wait`, until it lets go. The system lets go for a process that dies; its file stays until the next holder.
+
+    `filelock` can't do this. It leaves the file behind, or, where we delete it, lets two processes hold files of the
+    same name (version 3.12 does not look whether the file that it has locked is still there), and that version empties
+    a file that another process holds, and with it the name of the holder that `only_trainer` reports.
     """
     while True:
         with explained(path):

@@ -91,7 +91,7 @@ def test_last_weights_and_class_names(official: Path) -> None:
         (["--preset", "mar-x"], 2, "preset: 'mar-x' is not one of MAR's"),
         (["--preset", "mar-b"], 4, "which is not mar-b"),
         (["--heads", "2", "--class-names", "{names}"], 2, "class_names: 2 names for a model of 5 classes"),
-        (["--heads", "2", "--class-names", "{missing}"], 2, "class_names: "),
+        (["--heads", "2", "--class-names", "{missing}"], 2, "class_names"),
     ],
 )
 def test_what_is_wrong_is_one_line(

@@ -99,7 +99,7 @@ def test_animations_of_both_kinds(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a\.mp4 must end in"):
         save_animation(frames, tmp_path / "a.mp4")
     with pytest.raises(UsageError, match="no steps"):
-        save_animation([], tmp_path / "a.gif")
+        save_animation([], tmp_path / "none.gif")
 
 
 def test_a_cancelled_stream_frees_what_it_held() -> None:

@@ -28,7 +28,44 @@ def test_atomic_write_replaces_and_leaves_nothing(tmp_path: Path) -> None:
     files.write_text(path, "two")
     assert path.read_text() == "two"
     assert litter(path.parent) == []
-    assert path.stat().st_mode & 0o777 == 0o666 & ~files.current_umask()
+    beside = tmp_path / "beside.txt"
+    beside.write_text("as the system makes a file")
+    assert path.stat().st_mode == beside.stat().st_mode
+
+
+def test_the_umask_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It belongs to the whole process: another thread may be making a file just then."""
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patched:
+            patched.delattr(os, "umask")
+            files.write_text(tmp_path / "a.txt", "x")
+            with files.atomic_folder(tmp_path / "folder") as folder:
+                (folder / "b.txt").write_text("x")
+    finally:
+        assert os.umask(before) == 0o027
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "a.txt", tmp_path / "folder")]
+    assert modes == [0o640, 0o750]
+
+
+def test_what_a_temporary_name_stands_for(tmp_path: Path) -> None:
+    for name, mode, target in (
+        (".a.~0123abcd.txt", 0o644, "a.txt"),
+        (".v1.2.~0123abcd", 0o644, "v1.2"),
+        (".a.x7k2_9qq.txt", 0o644, "a.txt"),
+        (".a.original.txt", 0o600, "a.txt"),
+        (".a.original.txt", 0o644, None),
+        (".a.previous", 0o600, None),
+        (".a.previous", 0o700, None),
+        ("a.~0123abcd.txt", 0o600, None),
+        (".a.~0123abc.txt", 0o600, None),
+        (".a.txt", 0o600, None),
+    ):
+        path = tmp_path / name
+        path.write_text("x")
+        path.chmod(mode)
+        assert files.target_of(path) == target, (name, oct(mode))
+        path.unlink()
 
 
 def test_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
@@ -118,9 +155,8 @@ def test_atomic_files_and_folders_survive_kill_nine(tmp_path: Path) -> None:
         writer.stdout.close()
         text = (tmp_path / "file.txt").read_text()
         assert len(set(text[i : i + len(text) // 20000] for i in range(0, len(text), len(text) // 20000))) == 1
+        files.put_back(tmp_path / "folder")  # killed between the two renames: the old one lies beside it, whole
         folder = tmp_path / "folder"
-        if not folder.exists():  # killed between the two renames: the old one is kept aside, whole
-            folder = tmp_path / ".folder.previous"
         files.verify_manifest(folder, ("a", "b"))
         assert (folder / "a").read_text() == (folder / "b").read_text()
 

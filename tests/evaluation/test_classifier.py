@@ -144,7 +144,7 @@ def test_folders_that_are_something_else(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"format": 2}, "format 2 is not 1"),
-        ({"class_names": ["cat"]}, "1 class names for 3 classes"),
+        ({"class_names": ["cat"]}, "class_names: 1 given for 3 classes"),
         ({"classifier": {**SMALL, "classes": 4, "channels": 3}, "class_names": list("abcd")}, "classify.bias"),
         ({"classifier": {**SMALL, "kind": "mine"}}, "model.kind: 'mine' is not known"),
         ({"size": [8]}, "cannot be used"),

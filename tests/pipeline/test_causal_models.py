@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import one_line
-from seriatim.sampling.loops import steps_of
 from torch import Tensor
 from typing_extensions import override
 

@@ -36,6 +36,10 @@ def test_more_steps_than_tokens_are_clamped_with_a_warning() -> None:
         assert make_request({"num_inference_steps": 64}, 16).num_inference_steps == 16
 
 
+def test_steps_that_nobody_asked_for_are_clamped_without_a_word() -> None:
+    assert make_request({}, 16).num_inference_steps == 16  # a warning would be an error here
+
+
 def test_fewer_steps_are_enough_where_each_draws_more() -> None:
     with pytest.warns(UserWarning, match="7 is more than the model's 16 tokens at 3 a step; using 6"):
         assert make_request({"num_inference_steps": 7, "min_tokens": 3}, 16).num_inference_steps == 6
@@ -58,6 +62,16 @@ def test_orders_survive_json(order: Any) -> None:
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"temperature": -0.1}, "temperature"),
         ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 10**9}, "num_inference_steps"),
+        ({"num_diffusion_steps": 10**6}, "num_diffusion_steps"),
+        ({"num_images_per_label": 10**12}, "num_images_per_label"),
+        ({"class_labels": [1, 2, 3], "num_images_per_label": 1 << 19}, "1,572,864 images in all"),
+        ({"min_tokens": 10**9}, "min_tokens"),
+        ({"guidance_scale": 1e300}, "guidance_scale"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"seed": 10**5000}, "seed: "),
+        ({"class_labels": [10**5000]}, "class_labels.0"),
+        ({"top_k": 10**5000}, "top_k"),
         ({"num_diffusion_steps": 2.5}, "num_diffusion_steps"),
         ({"num_images_per_label": 0}, "num_images_per_label"),
         ({"class_labels": ()}, "class_labels: is empty"),

@@ -41,8 +41,9 @@ def work(source: Path, tmp_path: Path) -> Path:
 
 
 def again(verb: str) -> list[str]:
-    """The command line that goes on with what is there, or replaces it."""
-    more = {"train": ["--resume"], "classifier": ["--resume"]}
+    """The command line that goes on with what is there, or replaces it; a run that has no recipe yet begins again."""
+    runs = {"train": Path("out/run"), "classifier": Path("out/classifier")}
+    more = {name: ["--resume"] for name, folder in runs.items() if (folder / "recipe.yaml").exists()}
     more |= {name: ["--overwrite"] for name in ("sample", "edit", "export", "export .pth")}
     return [*VERBS[verb], *more.get(verb, [])]
 
@@ -74,7 +75,7 @@ def check_order(calls: list[Call], root: Path) -> None:
                 if not aside(call.other):
                     assert when > changed[moved], f"{moved} was renamed before its data was synced"
                     final.add(moved)
-            if not aside(call.other):
+            if not aside(call.other) and not call.other.name.startswith("."):  # such a name is on its way out
                 after = [c for c in calls[place + 1 :] if c.kind == "sync" and c.path == call.other.parent]
                 assert after, f"the rename to {call.other} was never synced"
     for path in root.rglob("*"):
@@ -127,6 +128,8 @@ def refuse(verb: str, work: Path, place: int, number: int, capsys: pytest.Captur
     check_whole(work / "out")
     with inside(work):
         code, lines = command(again(verb), capsys)
+        if code == 2:  # the disk refused before there was a run to go on with
+            code, lines = command(VERBS[verb], capsys)
     assert code == 0, (place, lines)
     check_whole(work / "out")
 
@@ -175,6 +178,7 @@ def test_a_full_disk_keeps_what_was_there(work: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("verb", "size"), [("train", 3000), ("sample", 100), ("cache", 2000), ("export", 9000), ("export .pth", 9000)]
 )
+@pytest.mark.fresh_process
 def test_no_file_may_grow(verb: str, size: int, work: Path) -> None:
     """The system itself refuses, in the middle of a file, in a process of its own."""
     child = os.fork()

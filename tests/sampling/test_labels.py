@@ -15,8 +15,8 @@ from seriatim.checkpoints.native import save_bundle
 from seriatim.cli.main import run
 from seriatim.core.errors import UsageError
 from seriatim.core.names import as_text, find_name, match_names, printable, twins
-from seriatim.pipeline import Pipeline
 from seriatim.pipeline.labels import class_number, label_of
+from seriatim.pipeline.pipeline import Pipeline
 
 Form = Literal["NFC", "NFD", "NFKC", "NFKD"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -87,7 +87,7 @@ def months(tmp_path: Path) -> Path:
 
 
 def test_python_and_the_command_line_agree(months: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from seriatim.pipeline import load
+    from seriatim.pipeline.pipeline import load
 
     pipe = load(months, device="cpu")
     few: dict[str, Any] = {"num_inference_steps": 1, "num_diffusion_steps": 2, "seed": 1}

@@ -162,7 +162,7 @@ def test_what_cannot_be_is_one_line() -> None:
         ({"channels": 2}, "channels: 2"),
         ({"levels": 1}, "levels: 1"),
         ({"seed": -1}, "seed: -1"),
-        ({"size": [8, 8, 8]}, "size: [8, 8, 8] is not allowed; give one side, or height and width"),
+        ({"size": [8, 8, 8]}, "size: [8, 8, 8] is not allowed; it must be a side in pixels, or [height, width]"),
     ],
 )
 def test_arguments_are_checked(more: dict[str, Any], words: str) -> None:

@@ -375,8 +375,8 @@ def spoil(folder: Path, case: str) -> None:
     ("case", "words"),
     [
         ("class", ("'VQModel' is not an image autoencoder", "AutoencoderKL")),
-        ("no class", ("is not an image autoencoder",)),
-        ("no config", ("config.json is not readable",)),
+        ("no class", ("config.json holds a list",)),
+        ("no config", ("config.json is missing",)),
         ("pickle", ("can't be loaded as AutoencoderTiny",)),
         ("truncated", ("can't be loaded as AutoencoderTiny",)),
         ("missing", ("lacks tensor 'encoder.layers.0.bias'",)),

@@ -166,7 +166,7 @@ def test_codes_that_are_none_are_refused(codes: torch.Tensor, words: str) -> Non
         ({"block_out_channels": [32, 40]}, "multiples of 32"),
         ({"decoder_block_out_channels": [32]}, "the encoder has 2 levels"),
         ({"channels": 2}, "channels: 2 is not allowed"),
-        ({"size": [8, 8, 8]}, "size: [8, 8, 8] is not allowed; give one side, or height and width"),
+        ({"size": [8, 8, 8]}, "size: [8, 8, 8] is not allowed; it must be a side in pixels, or [height, width]"),
         ({"size": 7}, "size: 7x7 is not allowed; both sides must be multiples of 2"),
     ],
 )

@@ -249,6 +249,7 @@ def test_images_are_read_once(tmp_path: Path) -> None:
 
 def test_a_run_of_the_other_kind_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(dump(read_recipe("mar-digits")))
+    (tmp_path / "data.json").write_text('{"fingerprint": "x"}')
     with pytest.raises(ConfigError, match=r"kind: .* holds the run of a generator, not of a classifier"):
         train_classifier(tiny(), tmp_path, resume=True, quiet=True)
 

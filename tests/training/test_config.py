@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from seriatim.core.errors import ConfigError, UsageError
-from seriatim.training.config import dump, packaged, read_any, read_recipe
+from seriatim.core.validation import parse
+from seriatim.training.config import Recipe, dump, packaged, read_any, read_recipe
 from seriatim.training.setup import build
 
 
@@ -52,7 +53,7 @@ def test_dump_is_read_back(tmp_path: Path) -> None:
         (["training.learning_rate=.nan"], "training.learning_rate"),
         (["training.schedule=step"], "training.schedule"),
         (["training.images.more=5"], "'images' is a value, not a section"),
-        (["training.images=[1"], "is not a YAML value"),
+        (["training.images=[1"], "is not YAML"),
         (["name="], "name"),
         (["training.betas=[0.9, 1.5]"], "training.betas.1"),
         (["seed=99999999999999999999"], "seed"),
@@ -97,10 +98,31 @@ def test_parts_that_do_not_fit_are_named_before_anything_is_done(overrides: list
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+PATHS = [
+    "/somewhere/else", "a/b", "..", ".", "../x", "a/../../b", "x\\y", "C:x", ".hidden", "a..b", "nul\0", "line\nbreak",
+    "tab\t", " ", "", "x" * 101, "\u00e9" * 51, "\ud800", "bidi\u202e",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["mar-digits", "classifier-cifar10-tiny"])
+@pytest.mark.parametrize("name", PATHS, ids=ascii)
+def test_a_name_that_is_a_path_is_refused(name: str, kind: str) -> None:
+    """A run's folder is called by it, so that a recipe from anywhere could write anywhere."""
+    values = read_any(kind).model_dump()
+    with pytest.raises(ConfigError) as caught:
+        parse(type(read_any(kind)), {**values, "name": name})
+    assert str(caught.value).startswith("name: must ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["mar-digits", "Versuch 2, größer", "実験", "v1.2_b", "x" * 100, "-", "~"])
+def test_a_name_that_is_none_is_taken(name: str) -> None:
+    assert parse(Recipe, {**read_any("mar-digits").model_dump(), "name": name}).name == name
+
+
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither a file nor a packaged recipe; did you mean 'mar-digits'"):
         read_recipe("mar-digit")
-    for content, words in ((b"[1, 2]", "not a mapping"), (b"a: [", "not readable"), (b"\xff\xfe\x00", "not readable")):
+    for content, words in ((b"[1, 2]", "not a mapping"), (b"a: [", "is not YAML"), (b"\xff\xfe\x00", "is not UTF-8")):
         (tmp_path / "bad.yaml").write_bytes(content)
         with pytest.raises(ConfigError, match=words):
             read_recipe(str(tmp_path / "bad.yaml"))
@@ -108,6 +130,6 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"kind.yaml: kind: 'clasifier' is not known; did you mean 'classifier'"):
         read_recipe(str(tmp_path / "kind.yaml"))
     (tmp_path / "tag.yaml").write_text("a: !!python/object/apply:os.system ['touch canary']")
-    with pytest.raises(ConfigError, match="not readable"):
+    with pytest.raises(ConfigError, match="is not YAML"):
         read_recipe(str(tmp_path / "tag.yaml"))
     assert not Path("canary").exists()

@@ -407,7 +407,7 @@ def test_a_folder_begun_with_other_images(tmp_path: Path, pets: Path) -> None:
 
 
 def test_a_folder_of_something_else(pets: Path) -> None:
-    with pytest.raises(UsageError, match=r"out: .* holds 'cat', which is no part of a cache"):
+    with pytest.raises(UsageError, match=r"out: .* holds 'cat/00.png' and is no cache that Seriatim wrote"):
         make(pets, pets)
 
 

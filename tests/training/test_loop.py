@@ -228,7 +228,7 @@ def test_what_was_measured_is_written_down(tmp_path: Path, capsys: pytest.Captur
 def test_foreign_files_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is not a model folder"):
+    with pytest.raises(UsageError, match=r"holds 'model/thesis\.txt' and is no run that Seriatim wrote"):
         train(tiny("training.images=64"), tmp_path, quiet=True)
     train(tiny("training.images=64"), tmp_path / "run", quiet=True)
     (tmp_path / "run" / "model" / "thesis.txt").write_text("mine")

@@ -12,7 +12,8 @@ from PIL import Image
 
 import seriatim
 from seriatim.cli.main import run
-from seriatim.training.config import dump, read_any, read_recipe, read_yaml
+from seriatim.core.reading import parse_yaml
+from seriatim.training.config import dump, read_any, read_recipe
 from seriatim.training.sources import build_data
 
 ODD = os.fsdecode(b"caf\xe9")
@@ -57,8 +58,8 @@ def test_a_run_from_end_to_end(
 
 
 def test_yaml_keeps_what_it_would_refuse() -> None:
-    assert read_yaml(f"{{a: [{ODD}, 1], b: {{{ODD}: null}}}}") == {"a": [ODD, 1], "b": {ODD: None}}
-    assert read_yaml("3") == 3 and read_yaml("\U000fdce9") == "\U000fdce9"
+    assert parse_yaml(f"{{a: [{ODD}, 1], b: {{{ODD}: null}}}}") == {"a": [ODD, 1], "b": {ODD: None}}
+    assert parse_yaml("3") == 3 and parse_yaml("\U000fdce9") == "\U000fdce9"
     recipe = read_recipe("mar-small", [f"data.path={ODD}", f"training.init_from={ODD}"])
     assert recipe.data["path"] == recipe.training.init_from == ODD
     assert dump(recipe).encode()

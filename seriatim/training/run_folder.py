@@ -1,0 +1,175 @@
+"""The folder of a run: whose it is, one process at a time, what a crash left there, and replacing it.
+
+RUN/                  a run, as `train` and `train_classifier` describe it
+.RUN.previous/        a run that is being replaced; it is deleted when the new one is whole
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from seriatim.checkpoints.native import CLASSIFIER, CONFIG, PARTS, replaceable
+from seriatim.checkpoints.unfinished import FILES, RECIPE
+from seriatim.core.errors import DataError, UsageError
+from seriatim.core.files import (
+    MANIFEST,
+    asides,
+    explained,
+    present_or_previous,
+    put_back,
+    set_aside,
+    sweep,
+    target_of,
+    writable_folder,
+)
+from seriatim.core.ownership import DROPPINGS, first_file, json_of, owned
+from seriatim.core.terminal import say
+from seriatim.training.config import read_any
+from seriatim.training.state import CHECKPOINT
+from seriatim.training.stopping import only_trainer
+
+GRID = re.compile(r"samples/([0-9]+\.(png|npy)|timeline\.png)")
+DATA = "data.json"
+DEMO = ".demo"  # the mark of a folder that `seriatim demo` makes
+LOCK, ENVIRONMENT = ".lock", "environment.json"
+WRITTEN = {
+    LOCK,
+    DEMO,
+    DATA,
+    ENVIRONMENT,
+    RECIPE,
+    "metrics.jsonl",
+    "training.png",
+    "accuracy.png",
+    "results.json",
+    "grid.png",
+    "report.json",
+}
+FOLDERS = {"model", "checkpoints", "samples", "tensorboard"}
+OURS = re.compile(  # every file that a run may hold, by its path
+    "|".join(
+        (
+            "|".join(map(re.escape, sorted(WRITTEN))),
+            rf"(model|\.model\.previous)/({'|'.join(map(re.escape, (*PARTS, CLASSIFIER)))})",
+            rf"checkpoints/{CHECKPOINT.pattern}/({'|'.join(map(re.escape, (*FILES, CONFIG, MANIFEST)))})",
+            GRID.pattern,
+            r"tensorboard/events\.out\.tfevents\..*",
+        )
+    )
+)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run: a recipe that can be read, beside the fingerprint of its images."""
+    if not (folder / RECIPE).is_file() or "fingerprint" not in json_of(folder / DATA):
+        return False
+    try:
+        read_any(str(folder / RECIPE))
+    except (UsageError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def begun(folder: Path) -> set[str]:
+    """The files that we wrote to a folder before the recipe made it a run, where a start was interrupted."""
+    proofs = {DATA: "fingerprint", ENVIRONMENT: "seriatim", DEMO: "training_images"}
+    found = {name for name, key in proofs.items() if key in json_of(folder / name)}
+    lock = folder / LOCK
+    with contextlib.suppress(OSError):
+        if lock.is_file() and (not lock.stat().st_size or lock.read_bytes()[:64].startswith(b"process ")):
+            found.add(LOCK)
+    return found
+
+
+def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that can't be trained into or resumed; nothing but a run's own interrupted renaming is touched.
+
+    Raises UsageError where it is somebody else's, holds a run already, or holds none that could be resumed.
+    """
+    if resume and overwrite:
+        raise UsageError("overwrite: can't go with resume, which goes on with what is there; leave one of them out")
+    previous = present_or_previous(out)
+    if previous != out and is_run(previous):
+        put_back(out)
+    if resume:
+        return check_resumable(out)
+    if owned(out, "run", is_run, begun=begun(out)) and not overwrite:
+        raise UsageError(
+            f"out: {out} holds a run already; go on with --resume, or choose another folder, or replace it with "
+            "--overwrite"
+        )
+    return None
+
+
+def check_resumable(out: Path) -> None:
+    """Refuse to resume what is no run, naming what is missing."""
+    advice = "check the path, or leave out --resume to begin a run there"
+    if not os.path.lexists(out):
+        raise UsageError(f"out: there is no folder {out}, so there is no run to resume; {advice}")
+    if not out.is_dir():
+        raise UsageError(f"out: {out} is a file; name a folder")
+    with explained(out, "out"):
+        if first_file(out) is None:
+            raise UsageError(f"out: {out} is empty, so there is no run to resume; {advice}")
+    missing = [name for name in (RECIPE, DATA) if not (out / name).is_file()]
+    if missing:
+        kept = asides(out.resolve())
+        hint = f"; the run that was to be replaced is {kept[max(kept)]}" if kept else ""
+        raise UsageError(
+            f"out: {out} has no {' and no '.join(missing)}, without which a run can't be resumed; name a run's folder, "
+            f"or put the file back; nothing was touched{hint}"
+        )
+    read_any(str(out / RECIPE))
+    if "fingerprint" not in json_of(out / DATA):
+        raise DataError(f"data: {out / DATA} is damaged or not ours: it has no fingerprint; put the run's file back")
+
+
+@contextlib.contextmanager
+def occupied(out: Path, parts: tuple[str, ...] = PARTS, what: str = "a model", *, overwrite: bool) -> Iterator[None]:
+    """Hold a run's folder, which `check_out` has seen, for this process: made, swept, a replaced run set aside.
+
+    What is replaced is deleted when the block ends well, and is kept under its other name where it does not.
+    """
+    if overwrite and is_run(out):
+        make_room(out)
+    writable_folder(out)
+    with only_trainer(out):
+        sweep(out, lambda name: name in WRITTEN or name in FOLDERS or name == "probe")
+        sweep(out / "samples", lambda name: GRID.fullmatch(f"samples/{name}") is not None)
+        replaceable(out / "model", parts, what)
+        try:
+            yield
+        except BaseException:
+            kept = asides(out.resolve())
+            if kept:
+                say(f"the run that was to be replaced is kept as {kept[max(kept)]}")
+            raise
+        for aside in asides(out.resolve()).values():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def make_room(out: Path, what: str = "run") -> None:
+    """Rename the folder of a run that is to be replaced, and make an empty one in its place."""
+    with only_trainer(out):
+        refuse_foreign(out)
+        say(f"replacing the {what} in {out}, which is kept until the new one is whole")
+        set_aside(out)
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse to replace a run's folder in which somebody keeps anything else, or which can't be renamed."""
+    for path in sorted(out.rglob("*")):
+        inner = path.relative_to(out)
+        if (path.is_dir() and not path.is_symlink()) or OURS.fullmatch(inner.as_posix()) or path.name in DROPPINGS:
+            continue
+        if not any(target_of(out / part) for part in (*inner.parents, inner)):  # half-written ones are ours too
+            raise UsageError(
+                f"out: {path.parent} holds {path.name!r}, which is no part of a run and would be lost; move it away"
+            )
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UsageError(f"out: {out} is the current folder or holds it and can't be replaced; go to another first")
