@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -80,6 +80,28 @@ def edit(
     asked = pipe.request(class_labels=label or [None], num_images_per_label=num_images_per_label)
     names = file_names([pipe.label_name(x) for x in asked.image_labels()])
     say_replaced(check_samples_folder(out, [*(out / name for name in names), out / GRID], overwrite=overwrite))
+    settings: dict[str, Any] = {
+        "num_images_per_label": num_images_per_label,
+        "guidance_scale": guidance_scale,
+        "guidance_schedule": guidance_schedule,
+        "guidance_interval": guidance_interval,
+        "guidance_power": guidance_power,
+        "num_inference_steps": num_inference_steps,
+        "token_schedule": token_schedule,
+        "min_tokens": min_tokens,
+        "order": order_or_positions(order),
+        "choice_temperature": choice_temperature,
+        "num_diffusion_steps": num_diffusion_steps,
+        "num_diffusion_steps_last": num_diffusion_steps_last,
+        "solver": solver,
+        "start_timestep": start_timestep,
+        "feature_schedule": feature_schedule,
+        "guidance_mode": guidance_mode,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
     with drawing_with(pipe, threads):
         result = pipe.edit(picture, mask=white, class_labels=label or [None], batch_size=batch_size, **settings)
     out = writable_folder(out)

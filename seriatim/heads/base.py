@@ -165,9 +165,6 @@ class Head(nn.Module):
             raise UsageError(
                 f"temperature: the {type(self).__name__} head can't sample at {temperature}; leave it at 1"
             )
-        for name in sorted(options.keys() - self.sample_options):
-            hint = nearest(name, sorted(self.sample_options))
-            raise UsageError(f"{name}: the {type(self).__name__} head has no such setting{hint}")
 
     def plan(self, options: Any = None, device: torch.device | str = "cpu") -> Any:  # noqa: ARG002
         """What `sample` needs besides z, made once for a batch: options, tables, time embeddings."""
