@@ -78,7 +78,7 @@ class Gate:
 
         def gated_z(condition: Any, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool = False) -> Tensor:
             if self.open:
-                return z(condition, tokens, known, ask, neighbours)  # type: ignore[misc, no-any-return]
+                return z(condition, tokens, known, ask, neighbours)  # type: ignore[misc]
             rows = int(ask.sum())
             shape = (rows, 5, backbone.z_dim) if neighbours else (rows, backbone.z_dim)
             return torch.zeros(shape, device=tokens.device)

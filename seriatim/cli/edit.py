@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
-from seriatim.cli.sample import say_replaced
+from seriatim.cli.sample import order_or_positions, say_replaced
 from seriatim.cli.threads import ThreadsOption, drawing_with
 
 

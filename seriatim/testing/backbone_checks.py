@@ -32,7 +32,10 @@ def check_backbone(make: Callable[[], Backbone], *, device: torch.device | str =
                 parameter.add_(0.1 * torch.randn(parameter.shape, device="cpu"))
         backbone.to(device).eval()
         with torch.no_grad():
-            (_parallel if isinstance(backbone, Parallel) else _sequential)(backbone, torch.device(device), atol)  # type: ignore[operator]
+            if isinstance(backbone, Parallel):
+                _parallel(backbone, torch.device(device), atol)
+            else:
+                _sequential(backbone, torch.device(device), atol)
     return backbone
 
 
