@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from seriatim.checkpoints.native import Bundle
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.evaluation.grid import grid
 from seriatim.models.build import build_model, parameter_count, seeded
 from seriatim.pipeline.pipeline import Pipeline
@@ -30,9 +30,10 @@ LARGE: dict[str, Any] = {
     "head": {
         "kind": "nested",
         "split": {"kind": "features"},
-        "backbone": {"kind": "causal", "width": 1024, "depth": 6, "heads": 16, "norm": "layer", "mlp": "gelu-tanh",
-                     "positions": "learned", "bias": True},
-        "head": {"kind": "bins", "bins": 64, "clip": 5.0, "sigmas": 3.0},
+        "model": {
+            "kind": "causal", "width": 1024, "depth": 6, "heads": 16, "norm": "layer", "mlp": "gelu-tanh",
+            "positions": "learned", "bias": True, "head": {"kind": "bins", "bins": 64, "clip": 5.0, "sigmas": 3.0},
+        },
     },
 }  # fmt: skip
 SMALL: dict[str, Any] = {
@@ -41,8 +42,9 @@ SMALL: dict[str, Any] = {
     "head": {
         "kind": "nested",
         "split": {"kind": "features"},
-        "backbone": {"kind": "causal", "width": 64, "depth": 1, "heads": 4, "positions": "learned"},
-        "head": {"kind": "bins"},
+        "model": {
+            "kind": "causal", "width": 64, "depth": 1, "heads": 4, "positions": "learned", "head": {"kind": "bins"},
+        },
     },
 }  # fmt: skip
 
@@ -64,9 +66,9 @@ def main() -> None:
         model = build_model(SMALL).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(arguments.steps):
-        noise = Noise.shared(step, 64)
-        batch = noise.integers(data.count)
-        loss = model.loss(tokens[batch], labels[batch], noise).mean
+        keys = Keys.of(step).fold(torch.arange(64))  # a row for each image
+        batch = keys.fold("image").integers(data.count)
+        loss = model(tokens[batch], labels[batch], keys, Keys.of(step, "step")).mean
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-LINES = {"own_leaf": "nats of each feature", "tokenbridge": "at full size: 482,802,752"}
+LINES = {"own_head": "nats of each feature", "tokenbridge": "at full size: 482,802,752"}
 
 
 @pytest.mark.parametrize("name", LINES)
