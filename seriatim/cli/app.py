@@ -19,6 +19,7 @@ from seriatim.cli.measure import measure_latents
 from seriatim.cli.models import models
 from seriatim.cli.recipes import recipes
 from seriatim.cli.sample import sample
+from seriatim.cli.sampling_options import SamplingVerb
 from seriatim.cli.sweep import sweep
 from seriatim.cli.train import train
 
@@ -50,9 +51,9 @@ def root(
 app.command()(demo)
 app.command()(train)
 app.command()(cache)
-app.command()(sample)
-app.command()(edit)
-app.command()(evaluate)
+app.command(cls=SamplingVerb)(sample)
+app.command(cls=SamplingVerb)(edit)
+app.command(cls=SamplingVerb)(evaluate)
 app.command()(sweep)
 app.command()(measure_latents)
 app.command()(bench)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
-from seriatim.cli.sample import order_or_positions
+from seriatim.cli.sampling_options import name_or_numbers
 from seriatim.cli.threads import ThreadsOption, drawing_with
 from seriatim.core.terminal import say
 
@@ -33,6 +33,7 @@ FeaturesOption = Annotated[
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
     data: DataOption,
     num: Annotated[
@@ -46,10 +47,6 @@ def evaluate(
             help="frechet, kernel, manifold, score, accuracy, diversity, nearest; repeat it. Default: what can be had."
         ),
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; higher is more typical.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
-    num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other field of a request, such as solver=dpm++; repeat it.")
     ] = None,
@@ -83,10 +80,7 @@ def evaluate(
     share = share_of(shard)
     of_model = {
         "figures": figures,
-        "guidance_scale": guidance_scale,
-        "num_inference_steps": num_inference_steps,
-        "num_diffusion_steps": num_diffusion_steps,
-        "temperature": temperature,
+        **context.obj,
         "set": set_,
         "batch_size": batch_size,
         "neighbours": neighbours or None,
@@ -105,12 +99,7 @@ def evaluate(
     pipe = load(model, device=device_of(device), dtype=dtype)
     check_pictures(pipe.tokenizer)
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
-    settings = dict(
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        num_diffusion_steps=num_diffusion_steps,
-        temperature=temperature,
-    ) | fields(set_ or [])
+    settings = {**context.obj, **fields(set_ or [])}
     extractor = open_features(features, size=size, channels=channels)
     opened = partial(open_data, size=size, channels=channels, background=pipe.bundle.background)
     reference = opened(data, argument="data")
@@ -279,7 +268,7 @@ def field_value(name: str, text: str, known: Any) -> Any:
     if name not in known:
         raise UsageError(f"{name}: is not a setting of a request{nearest(name, known)}")
     if name == "order":
-        return order_or_positions(text)
+        return name_or_numbers(text)
     try:
         return parse_yaml(text)
     except Unreadable as error:

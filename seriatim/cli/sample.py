@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,47 +22,11 @@ NEARLY = 2  # levels of 255 by which rounding in another batch, thread count or 
 
 
 def sample(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
     label: Annotated[
         list[str] | None, typer.Option(help="A class by name or number, or none; repeat it. Default: every class.")
     ] = None,
-    num_images_per_label: Annotated[int | None, typer.Option(help="Images of each class.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance; higher is more typical.")] = None,
-    guidance_schedule: Annotated[
-        str | None, typer.Option(help="linear, constant, interval or power-cosine, over the image.")
-    ] = None,
-    guidance_interval: Annotated[
-        tuple[float, float] | None, typer.Option(help="Known shares, low and high, of the schedule interval.")
-    ] = None,
-    guidance_power: Annotated[
-        float | None, typer.Option(help="Of the schedule power-cosine: the larger, the later.")
-    ] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
-    token_schedule: Annotated[str | None, typer.Option(help="cosine or linear: tokens of each step.")] = None,
-    min_tokens: Annotated[int | None, typer.Option(help="Tokens that each step draws at least.")] = None,
-    order: Annotated[
-        str | None,
-        typer.Option(help="random, raster, halton, spiral, of codes confidence; or positions as drawn: 3,1,0,2"),
-    ] = None,
-    choice_temperature: Annotated[float | None, typer.Option(help="Noise on the order confidence.")] = None,
-    num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
-    num_diffusion_steps_last: Annotated[
-        int | None, typer.Option(help="Where they end, falling as the image gets known.")
-    ] = None,
-    solver: Annotated[
-        str | None, typer.Option(help="Diffusion: ddpm, sde-dpm++, ddim or dpm++; flow: euler or heun.")
-    ] = None,
-    feature_schedule: Annotated[
-        str | None, typer.Option(help="Of a nested head, over its parts: constant, linear or cosine.")
-    ] = None,
-    start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
-    guidance_mode: Annotated[str | None, typer.Option(help="Of a mixture: exact or resample.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Below 1 is sharper.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Of codes, or bins: the likeliest alone.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Of codes, bins or Gaussians: the likeliest that together reach this.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", help="A PNG drawn before: repeat it, and compare the pixels.")
@@ -94,33 +57,11 @@ def sample(
 
     original = None if from_ is None else read_repeatable(from_)
     pipe = load(model, device=device, dtype=dtype)
-    settings = dict(
-        class_labels=label,
-        num_images_per_label=num_images_per_label,
-        guidance_scale=guidance_scale,
-        guidance_schedule=guidance_schedule,
-        guidance_interval=guidance_interval,
-        guidance_power=guidance_power,
-        num_inference_steps=num_inference_steps,
-        token_schedule=token_schedule,
-        min_tokens=min_tokens,
-        order=order_or_positions(order),
-        choice_temperature=choice_temperature,
-        num_diffusion_steps=num_diffusion_steps,
-        num_diffusion_steps_last=num_diffusion_steps_last,
-        solver=solver,
-        feature_schedule=feature_schedule,
-        start_timestep=start_timestep,
-        guidance_mode=guidance_mode,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+    settings = {**({} if label is None else {"class_labels": label}), **context.obj}
     if original is None:
         request = pipe.request(**settings)
     else:
-        request = request_of(original[1], from_, pipe, [k for k, v in settings.items() if v is not None])
+        request = request_of(original[1], from_, pipe, list(settings))
     steps = pipe.stream(request=request, batch_size=batch_size)  # checks everything before a folder is made
     if not pipe.tokenizer.pictures:
         return sample_arrays(pipe, request, out, batch_size, threads, animate=animate, overwrite=overwrite, json=json)
@@ -184,13 +125,6 @@ def say_replaced(files: list[Path]) -> None:
     if files:
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         say(f"replacing {files[0]}{more}")
-
-
-def order_or_positions(text: str | None) -> str | list[int] | None:
-    """A name, or positions with commas between them."""
-    if text is None or not re.fullmatch(r"\s*-?[0-9]{1,18}\s*(,\s*-?[0-9]{1,18}\s*)*", text):
-        return text
-    return [int(position) for position in text.split(",")]
 
 
 def sample_arrays(

@@ -35,37 +35,44 @@ InnerSteps = Annotated[StrictInt, Field(ge=1, le=10_000)]  # inside a head
 Strength = Annotated[float, Field(ge=0, le=1e6)]  # of guidance or temperature
 
 
+def setting(default: Any, panel: str, description: str) -> Any:
+    """A field of `Settings`; the command line lists it in `panel` with its description."""
+    return Field(default, description=description, json_schema_extra={"panel": panel})
+
+
 class Settings(Strict):
     """How images are sampled. A setting that is not given has the model's default, or else the one written here."""
 
-    num_inference_steps: Steps | None = Field(
-        None, description="Steps over the image. None: 64, or one for each token of a causal model."
+    num_inference_steps: Steps | None = setting(
+        None, "Steps", "Steps over the image. None: 64, or one for each token of a causal model."
     )
-    token_schedule: str = Field("cosine", description="How many tokens each step generates: cosine or linear.")
-    min_tokens: Steps = Field(1, description="Tokens of a step at least, while so many are unknown.")
-    order: Order = Field(
+    token_schedule: str = setting("cosine", "Steps", "How many tokens each step generates: cosine or linear.")
+    min_tokens: Steps = setting(1, "Steps", "Tokens of a step at least, while so many are unknown.")
+    num_diffusion_steps_last: InnerSteps | None = setting(
         None,
-        description="Which token comes when: random, raster, halton, spiral, confidence (codes only), or positions, "
-        "the first generated first, for all images or for each. None: the model's own.",
+        "Steps",
+        "Denoising steps when all but the last tokens are known; they fall linearly from num_diffusion_steps. "
+        "None: no annealing.",
     )
-    guidance_scale: Strength = Field(1.0, description="Classifier-free guidance scale w; 1 is no guidance.")
-    guidance_schedule: str = Field(
-        "linear", description="Guidance over the image: linear, constant, interval or power-cosine."
-    )
-    guidance_interval: tuple[float, float] | None = Field(
-        None, description="Known shares between which there is guidance; only with guidance_schedule=interval."
-    )
-    guidance_power: float | None = Field(
-        None, description="The larger, the later guidance sets in; only with guidance_schedule=power-cosine. None: 1."
-    )
-    temperature: Strength = Field(1.0, description="Below 1 is sharper; 1 is the model's distribution.")
-    num_diffusion_steps_last: InnerSteps | None = Field(
+    order: Order = setting(
         None,
-        description="Denoising steps when all but the last tokens are known; they fall linearly from "
-        "num_diffusion_steps. None: no annealing.",
+        "Order and temperature",
+        "Which token comes when: random, raster, halton, spiral, confidence (codes only), or positions such as "
+        "3,1,0,2, the first generated first, for all images or for each. None: the model's own.",
     )
-    choice_temperature: Strength = Field(
-        4.5, description="Noise on the confidence of codes, falling to 0; only with order=confidence."
+    choice_temperature: Strength = setting(
+        4.5, "Order and temperature", "Noise on the confidence of codes, falling to 0; only with order=confidence."
+    )
+    temperature: Strength = setting(1.0, "Order and temperature", "Below 1 is sharper; 1 is the model's distribution.")
+    guidance_scale: Strength = setting(1.0, "Guidance", "Classifier-free guidance scale w; 1 is no guidance.")
+    guidance_schedule: str = setting(
+        "linear", "Guidance", "Guidance over the image: linear, constant, interval or power-cosine."
+    )
+    guidance_interval: tuple[float, float] | None = setting(
+        None, "Guidance", "Known shares between which there is guidance; only with guidance_schedule=interval."
+    )
+    guidance_power: float | None = setting(
+        None, "Guidance", "The larger, the later guidance sets in; only with guidance_schedule=power-cosine. None: 1."
     )
     head_options: dict[str, Any] = Field(default_factory=dict, description="Settings that the head declares.")
 

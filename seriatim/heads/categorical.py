@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ from seriatim.nn.linear import Linear
 class CodeOptions:
     """Which codes may be drawn."""
 
-    top_k: int | None = None  # only the k likeliest codes, and those that tie with the last of them; None: all
-    top_p: float | None = None  # only the likeliest codes that together reach this probability; None: all
+    top_k: Annotated[int | None, "Only the k likeliest codes, and those that tie with the last of them."] = None
+    top_p: Annotated[float | None, "Only the likeliest codes that together reach this probability."] = None
 
 
 class Categorical(Head):

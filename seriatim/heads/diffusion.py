@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,12 @@ from seriatim.nn.position import sinusoid
 class DiffusionOptions:
     """How a token is denoised."""
 
-    num_diffusion_steps: int = 100  # denoising steps of each token, from 1
-    start_timestep: int | None = None  # where denoising starts; None: the stable start; train_steps - 1: as published
-    timesteps: Sequence[int] | None = None  # an explicit chain, ascending; overrides the two above
-    solver: str = "ddpm"  # a name in `solvers.SOLVERS`
+    num_diffusion_steps: Annotated[int, "Denoising steps of each token."] = 100
+    start_timestep: Annotated[int | None, "Where denoising starts: 999 is as published; None: the stable start."] = None
+    timesteps: Annotated[
+        Sequence[int] | None, "An explicit chain, ascending; overrides num_diffusion_steps and start_timestep."
+    ] = None
+    solver: Annotated[str, "The solver: ddpm, sde-dpm++, ddim or dpm++."] = "ddpm"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -38,8 +39,8 @@ Velocity = Callable[[int, Tensor], Tensor]  # index of a time, x (N, D) -> v (N,
 class FlowOptions:
     """How the ODE from noise to a token is solved."""
 
-    num_diffusion_steps: int = 100  # steps from noise to token, from 1; heun evaluates the network twice in each
-    solver: str = "euler"  # a name in FLOW_SOLVERS
+    num_diffusion_steps: Annotated[int, "Steps from noise to token; heun evaluates the network twice in each."] = 100
+    solver: Annotated[str, "The solver: euler or heun."] = "euler"
 
 
 @dataclass(frozen=True)

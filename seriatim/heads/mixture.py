@@ -12,6 +12,7 @@ Shapes: N tokens, D features, C width of z, W width of the network, d blocks, K 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,8 @@ CANDIDATES = 1000  # S, as published
 class MixtureOptions:
     """How a token is drawn from the mixture."""
 
-    top_p: float = 1.0  # only the heaviest components that together reach this weight draw; 1: all
-    guidance_mode: str | None = None  # "exact" or "resample"; None: exact for one feature, else resample
+    top_p: Annotated[float, "Only the heaviest components that together reach this weight draw; 1: all."] = 1.0
+    guidance_mode: Annotated[str | None, "exact or resample; None: exact for one feature, else resample."] = None
 
 
 class Mixture(Head):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -38,6 +38,15 @@ FEATURE_SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
+class NestedOptions:
+    """What a nested head adds to the options of the head inside it."""
+
+    feature_schedule: Annotated[
+        str, "How guidance and temperature change over the parts of a token: constant, linear or cosine."
+    ] = "constant"
+
+
+@dataclasses.dataclass(frozen=True)
 class NestedPlan:
     """The options of the nested head, and the plans of the heads inside it."""
 
@@ -48,6 +57,8 @@ class NestedPlan:
 
 class Nested(Head):
     """`Nested(Features(16), model)`, where `model` is a sequence model of the parts whose conditioner is `Vectors`."""
+
+    Options: type = NestedOptions
 
     def __init__(self, split: Split, model: SequenceModel, guide: Head | None = None) -> None:
         super().__init__()
@@ -70,8 +81,7 @@ class Nested(Head):
         # With a guide, the summary would be counted twice: no likelihood. A parallel model has a bound at best.
         self.has_density = leaf.has_density and guide is None and self.sequential
         fields = [(f.name, f.type, f) for f in dataclasses.fields(leaf.Options) if f.name != "feature_schedule"]
-        schedule = ("feature_schedule", str, dataclasses.field(default="constant"))
-        self.Options = dataclasses.make_dataclass("NestedOptions", [*fields, schedule], frozen=True)
+        self.Options = dataclasses.make_dataclass("Options", fields, bases=(NestedOptions,), frozen=True)
         self.z_dim = model.conditioner.inputs
         if guide is not None:
             guide.bind(self.z_dim)

@@ -34,8 +34,7 @@ Images = Annotated[StrictInt, Field(ge=1, le=MOST_IMAGES)]
 
 def head_option_names() -> set[str]:
     """The options of all registered heads. They may be given beside the settings, as in `pipe(top_k=5)`."""
-    nested = {"feature_schedule"}
-    return nested.union(*({f.name for f in dataclasses.fields(head.Options)} for head in HEADS.values()))
+    return {f.name for head in HEADS.values() for f in dataclasses.fields(head.Options)}
 
 
 def request_fields() -> list[str]:

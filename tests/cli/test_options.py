@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
+from typer.core import TyperOption
 
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.cli.app import app
 from seriatim.cli.main import run
+from seriatim.core.keys import Keys
+from seriatim.heads.categorical import Categorical, CodeOptions
 from seriatim.models.build import build_model, seeded
+from seriatim.models.registry import HEADS
 from seriatim.pipeline.metadata import read_recorded
-from seriatim.pipeline.request import SampleRequest
+from seriatim.pipeline.request import request_fields
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
 
@@ -51,8 +57,38 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("verb", ["sample", "edit"])
 def test_every_field_of_a_request_is_an_option(verb: str) -> None:
-    options = {parameter.name for parameter in typer.main.get_command(app).commands[verb].params}  # type: ignore[attr-defined]
-    assert SampleRequest.model_fields.keys() - {"class_labels", "seeds"} <= options and "label" in options
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    parameters = command.get_params(typer.Context(command))
+    options = {parameter.name for parameter in parameters}
+    assert set(request_fields()) - {"class_labels", "seeds", "head_options"} <= options and "label" in options
+    assert all(parameter.help for parameter in parameters if isinstance(parameter, TyperOption))
+
+
+class Shifted(Categorical):
+    """A head of one's own, with an option of its own."""
+
+    @dataclass(frozen=True)
+    class Options(CodeOptions):
+        shift: Annotated[int, "How far codes are moved."] = 0
+
+    def sample(self, z: torch.Tensor, keys: Keys, plan: Any = None, *more: Any, **others: Any) -> torch.Tensor:
+        return (super().sample(z, keys, plan, *more, **others) + plan.options.shift) % self.output
+
+
+def test_the_options_of_a_head_of_ones_own_reach_it(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(HEADS, "shifted", Shifted)
+    save(work / "own", kind="causal", vocab=9, head={"kind": "shifted"})
+    assert run(["sample", "--help"]) == 0 and "--shift" in capsys.readouterr().out
+    for shift in (0, 2):
+        assert run(["sample", "own", "--seed", "1", "--shift", str(shift), "--out", f"by{shift}"]) == 0
+    drawn = [read_recorded(work / f"by{shift}" / "0000-image.png") for shift in (0, 2)]
+    assert drawn[1][1].sample_request().head_options["shift"] == 2
+    assert not np.array_equal(*(np.asarray(image) for image, _ in drawn))
+    capsys.readouterr()
+    assert run(["sample", "codes", "--shift", "2", "--out", "never"]) == 2
+    assert "shift: the Categorical head has no such option" in capsys.readouterr().err
 
 
 def test_codes_are_filtered_and_chosen_from_the_command_line(work: Path) -> None:
@@ -61,7 +97,7 @@ def test_codes_are_filtered_and_chosen_from_the_command_line(work: Path) -> None
     order = ["--order", "confidence", "--choice-temperature", "2"]
     assert run([*words, *filters, *order, "--out", "out"]) == 0
     request = read_recorded(work / "out" / "0000-image.png")[1].sample_request()
-    assert (request.top_k, request.top_p, request.order, request.choice_temperature) == (3, 0.8, "confidence", 2.0)
+    assert (*request.head_options.values(), request.order, request.choice_temperature) == (3, 0.8, "confidence", 2.0)
     assert run(["edit", "codes", "image.png", "--mask", "mask.png", "--num-inference-steps", "4", *filters]) == 0
     assert run(["sample", "random", "--guidance-mode", "resample", "--out", "mixture"]) == 0
 
@@ -69,9 +105,9 @@ def test_codes_are_filtered_and_chosen_from_the_command_line(work: Path) -> None
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["sample", "random", "--top-k", "3"], "top_k: the Mixture head has no such setting; leave it out"),
+        (["sample", "random", "--top-k", "3"], "top_k: the Mixture head has no such option; did you mean"),
         (["sample", "codes", "--top-k", "0"], "top_k"),
-        (["sample", "codes", "--guidance-mode", "exact"], "guidance_mode: the Categorical head has no such setting"),
+        (["sample", "codes", "--guidance-mode", "exact"], "guidance_mode: the Categorical head has no such option"),
         (["edit", "raster", "image.png", "--mask", "mask.png"], "to repaint, use a masked model, or a causal one"),
         (["sample", "raster", "--num-inference-steps", "32"], "32 steps asked of a causal model of 16 tokens"),
     ],
