@@ -114,7 +114,7 @@ def drawn(
 def arguments_of(model: SequenceModel, inputs: Any, keys: Keys, given: dict[str, Any]) -> dict[str, Any]:
     """What samplers take, of settings by name: `steps`, `tokens` and `known` to begin from, those of the head."""
     given = {{"steps": "num_inference_steps"}.get(name, name): value for name, value in given.items()}
-    more = {name: given.pop(name) for name in ("scale", "dtype") if name in given}
+    more: dict[str, Any] = {name: given.pop(name) for name in ("scale", "dtype") if name in given}
     if "known" in given:
         more["start"] = Start(given.pop("tokens"), given.pop("known"))
     if not isinstance(given.get("order"), str | None):

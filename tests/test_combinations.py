@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from seriatim.heads.table import HEADS
 
 from seriatim.checkpoints.tokenizer import save_tokenizer
 from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.orders import CONFIDENCE, RANDOM, RASTER
-from seriatim.models.build import MODELS, seeded
+from seriatim.models.build import seeded
+from seriatim.models.registry import HEADS, MODELS
 from seriatim.pipeline.pipeline import load
 from seriatim.tokenizers.kinds import TOKENIZERS
 from seriatim.tokenizers.kl import KL
@@ -126,7 +126,7 @@ def works(combination: Combination, folder: Path, out: Path) -> None:
     result = train(recipe(*combination, folder), out, quiet=True)
     assert result.images == 80 and 0 < result.loss < 1e6
     pipe = load(out / "model", device="cpu")
-    asked: dict[str, Any] = {"class_labels": [3, 7], "num_images_per_label": 2, "seed": 5, "output_type": "latent"}
+    asked: dict[str, Any] = {"class_labels": [3, 7], "num_images_per_label": 2, "seed": 5, "output_type": "tokens"}
     tokens = pipe(**asked).tokens
     assert tokens.shape[:2] == (4, pipe.model.tokens)
     assert tokens.dtype == (torch.long if combination[0] in CODES else torch.float32)

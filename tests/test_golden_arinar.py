@@ -22,6 +22,7 @@ from helpers import cases, golden
 from safetensors.torch import load_file
 from torch import Tensor
 
+from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.arinar import arinar_tensors, model_from_arinar
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.checkpoints.official import OfficialFile
@@ -315,6 +316,7 @@ def test_model(case: str) -> None:
     labels = file["labels"].long()
     condition = model.condition(labels, B)
     index = (~mask).nonzero()[:, 1].view(B, -1)
+    assert isinstance(model.backbone, Masked)
     close(model.backbone.encode(condition, tokens, index, None)[0], file["enc"], PARAMETERS)
     z = model.backbone.z(condition, tokens, ~mask, torch.ones_like(mask))
     close(z.view(B, L, -1), file["z"], PARAMETERS)

@@ -76,6 +76,10 @@ class Settings(Strict):
     )
     head_options: dict[str, Any] = Field(default_factory=dict, description="Settings that the head declares.")
 
+    def __hash__(self) -> int:
+        """Equal settings have equal hashes; of head options, which may be lists, the names alone count."""
+        return hash((*(value for name, value in self if name != "head_options"), frozenset(self.head_options)))
+
     @model_validator(mode="after")
     def _fits(self) -> Settings:
         check_token_schedule(self.token_schedule)

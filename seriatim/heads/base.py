@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.core.construct import construct
-from seriatim.core.errors import UsageError, nearest, one_line
+from seriatim.core.errors import UsageError, nearest, one_line, shown
 from seriatim.core.keys import Keys
 from seriatim.core.spec import TokenSpec
 
@@ -145,6 +145,8 @@ class Head(nn.Module):
                     if allowed
                     else f"{name}: the {type(self).__name__} head has no options; leave it out"
                 )
+            if isinstance(given[name], int) and not -(2**63) <= given[name] < 2**63:
+                raise UsageError(f"{name}: {shown(given[name])} is not allowed; it must be an integer of 64 bits")
         try:
             options = construct(self.Options, given, "head")
         except UsageError as error:

@@ -159,6 +159,9 @@ class CausalModel(SequenceModel):
         check_one_a_step(settings.num_inference_steps, self.tokens, settings.token_schedule, settings.min_tokens)
         if settings.order == CONFIDENCE:
             raise UsageError("order: 'confidence' asked of a causal model, which draws one token a step; leave it out")
+        if self.order == RASTER and settings.order is not None:
+            order = order_of(None, settings, self.spec)
+            self._check_raster(None if order is None else positions_of(order, len(order), self.tokens))
         return super().check_settings(settings)
 
     def sampling_order(self, order: Tensor | None, keys: Keys, known: Tensor) -> Tensor:
@@ -171,9 +174,13 @@ class CausalModel(SequenceModel):
                 "known: a causal model of raster order sees only what comes before a token, not what is kept after it; "
                 "to repaint, use a masked model, or a causal one trained with order=random"
             )
-        raster = torch.arange(L).expand(B, L)
-        if order is not None and not torch.equal(positions_of(order, B, L).expand(B, L), raster):
+        if order is not None:
+            self._check_raster(positions_of(order, B, L))
+        return torch.arange(L).expand(B, L)
+
+    def _check_raster(self, order: Tensor | None) -> None:
+        """Refuse positions, (L,) or (B, L), in another order than that of a raster; None is a random order."""
+        if order is None or bool((order != torch.arange(self.tokens)).any()):
             raise UsageError(
                 "order: a causal model of raster order draws in no other; leave it out, or train one with order=random"
             )
-        return raster

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_guidance_mixes_logits() -> None:
         ({"solver": "ddim"}, "solver: the Categorical head has no such"),
     ],
 )
-def test_bad_settings_are_named(settings: dict[str, float], words: str) -> None:
+def test_bad_settings_are_named(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         drawn(head(), torch.randn(2, 3), many(0, 2), **settings)
 

@@ -123,7 +123,7 @@ def test_a_given_order_is_kept() -> None:
 
 def test_rows_without_a_class_are_dropped_when_no_one_is_guided(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = make("codes"), []
-    advance = model.backbone._advance
+    advance: Any = model.backbone._advance
 
     def counting(state: Any, x: Tensor, *arguments: Any) -> Tensor:
         rows.append(len(x))

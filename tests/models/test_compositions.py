@@ -71,7 +71,7 @@ def gradients(model: SequenceModel, tokens: Tensor, parts: int) -> list[Tensor]:
 @pytest.mark.parametrize("head", HEAD)
 @pytest.mark.parametrize("kind", MODEL)
 def test_accumulation_over_parts_gives_the_gradient_of_the_whole(kind: str, head: str) -> None:
-    size = {"vocab": 6} if head == "categorical" else {"dim": 3}
+    size: dict[str, Any] = {"vocab": 6} if head == "categorical" else {"dim": 3}
     with seeded(0):
         model = build_model({**MODEL[kind], "head": HEAD[head]}, tokens=9, classes=2, **size).train()
     randomise(model, scale=0.1)

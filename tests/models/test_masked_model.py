@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from seriatim.models.masked_model import MaskedModel
 L, D = 9, 4
 
 
-def make(classes: int = 3, **options: float) -> MaskedModel:
+def make(classes: int = 3, **options: Any) -> MaskedModel:
     with seeded(0):
         return MaskedModel(
             Masked(L, D, width=32, depth=1, heads=2, buffer=2, dropout=0.0),
@@ -83,11 +84,11 @@ def test_labels_are_dropped_in_training_only() -> None:
 
     model.losses = watched  # type: ignore[method-assign]
     tokens, labels = torch.randn(200, L, D), torch.ones(200, dtype=torch.long)
-    no_class, embedding = model.conditioner.no_class, model.conditioner.class_embedding
+    no_class, embedding = (model.conditioner.get_parameter(name) for name in ("no_class", "class_embedding"))
     model.train()(tokens, labels, many(0, 200))
     dropped = (seen[0] == no_class).all(dim=1)
     assert 60 < int(dropped.sum()) < 140
-    assert torch.equal(seen[0][~dropped], embedding[1].expand(int((~dropped).sum()), -1))  # type: ignore[index]
+    assert torch.equal(seen[0][~dropped], embedding[1].expand(int((~dropped).sum()), -1))
     model.eval()(tokens, labels, many(0, 200))
     assert not (seen[1] == no_class).all(dim=1).any()
 
@@ -166,7 +167,7 @@ def test_tokens_of_another_shape_are_named() -> None:
 
 def test_a_mask_ratio_of_each_image() -> None:
     """As in FractalMAR: images of a batch have different numbers of masked tokens, each as alone."""
-    model = make(mask_ratio_per="image", min_mask_ratio=0.2, mask_ratio_std=1.0).eval()  # type: ignore[arg-type]
+    model = make(mask_ratio_per="image", min_mask_ratio=0.2, mask_ratio_std=1.0).eval()
     tokens, labels, keys = torch.randn(6, L, D), torch.arange(6) % 3, many(1, 6)
     with torch.no_grad():
         together = model.losses(tokens, model.condition(labels, 6), keys, Keys.of(9))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import one_line
+from helpers import fast, one_line
 from torch import Tensor
 from typing_extensions import override
 

@@ -60,7 +60,8 @@ def test_an_order_by_name_and_by_position() -> None:
     for name, function in seriatim.ORDERS.items():
         named = pipe(**options, order=name)
         assert named.request.order == name and named.images[0].size == (16, 4)
-        for given in (function(2, 8), np.array(function(2, 8)), [function(2, 8)] * 3):
+        orders: list[Any] = [function(2, 8), np.array(function(2, 8)), [function(2, 8)] * 3]
+        for given in orders:
             assert torch.equal(pipe(**options, order=given).tokens, named.tokens)
         first = next(iter(pipe.stream(**options, order=name, num_inference_steps=16)))
         assert first.known.nonzero()[:, 1].tolist() == [function(2, 8)[0]] * 3
@@ -212,8 +213,9 @@ def test_devices_and_dtypes(bundle: Bundle) -> None:
 
 def test_scalars_of_numpy_and_torch_are_numbers(pipe: Pipeline) -> None:
     expected = pipe(class_labels=[2], seed=3).tokens
+    seed: Any = np.int64(3)
     for label in (np.int64(2), torch.tensor(2), np.array([2]), torch.tensor([2]), "horse"):
-        assert torch.equal(pipe(class_labels=label, seed=np.int64(3)).tokens, expected)
+        assert torch.equal(pipe(class_labels=label, seed=seed).tokens, expected)
 
 
 def test_a_request_of_ones_own_is_checked_like_a_call(pipe: Pipeline) -> None:
@@ -263,7 +265,12 @@ def test_a_callback_may_replace_tokens(pipe: Pipeline) -> None:
 def test_pictures_are_decoded_batch_by_batch(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     decode = pipe.tokenizer.look
-    monkeypatch.setattr(pipe.tokenizer, "look", lambda *a: events.append(f"decode {len(a[0])}") or decode(*a))
+
+    def look(*given: torch.Tensor) -> torch.Tensor:
+        events.append(f"decode {len(given[0])}")
+        return decode(*given)
+
+    monkeypatch.setattr(pipe.tokenizer, "look", look)
 
     def watch(*_: object) -> None:
         events.append("step")

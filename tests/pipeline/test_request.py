@@ -8,12 +8,21 @@ import pytest
 
 from seriatim.core.errors import UsageError
 from seriatim.core.random import derive_seed
-from seriatim.core.validation import parse
-from seriatim.pipeline.request import SampleRequest, clamped
+from seriatim.models.base import SequenceModel
+from seriatim.models.build import build_model
+from seriatim.pipeline.request import SampleRequest, resolved
+
+
+def model_of(head: dict[str, Any], tokens: int) -> SequenceModel:
+    size: dict[str, Any] = {"vocab": 5} if head["kind"] == "categorical" else {"dim": 2}
+    config = {"kind": "masked", "width": 16, "depth": 1, "heads": 2, "buffer": 2, "head": head}
+    return build_model(config, tokens=tokens, classes=4, **size)
 
 
 def make_request(settings: dict[str, Any], tokens: int) -> SampleRequest:
-    return clamped(parse(SampleRequest, settings, error=UsageError), tokens)
+    """What these settings ask of a model with so many tokens, and a head that has the options among them."""
+    head = {"kind": "categorical"} if "top_k" in settings else {"kind": "diffusion", "width": 8, "depth": 1}
+    return resolved(settings, {}, model_of(head, tokens))
 
 
 def test_expansion() -> None:

@@ -71,8 +71,8 @@ class ForgetsContent(Causal):
 
 
 class IgnoresPadding(Causal):
-    def step(self, state: Any, content: Any = None, content_valid: Any = None, *more: Any) -> Tensor:
-        return super().step(state, content, None, *more)
+    def step(self, state: Any, content: Any = None, *valid: Any) -> Tensor:
+        return super().step(state, content, None, *valid[1:])
 
 
 class SelectsOthers(Causal):
@@ -105,4 +105,4 @@ def test_each_breach_is_caught(broken: Callable[..., Backbone], words: str) -> N
 
 def test_something_else_is_no_backbone() -> None:
     with pytest.raises(AssertionError, match="neither Parallel nor Sequential"):
-        check_backbone(lambda: torch.nn.Linear(2, 2))  # type: ignore[arg-type, return-value]
+        check_backbone(lambda: torch.nn.Linear(2, 2))

@@ -43,7 +43,7 @@ class Gaussian(Head):
         self,
         z: Tensor,
         keys: Keys,
-        plan: Any = None,
+        plan: Any = None,  # noqa: ARG002
         z_null: Tensor | None = None,
         guidance: Guidance | None = None,
         temperature: float | Tensor = 1.0,

@@ -79,11 +79,13 @@ class ChangesKnown(MaskedModel):
 
 
 class KeepsWeights(MaskedModel):
+    kept: Tensor
+
     def steps(self, *arguments: Any, **more: Any) -> Any:
         bias = self.head.get_parameter("final.bias")
         if not hasattr(self, "kept"):
             object.__setattr__(self, "kept", bias.clone())
-        now, bias.data = bias.data, self.kept.data  # type: ignore[attr-defined]
+        now, bias.data = bias.data, self.kept.data
         yield from super().steps(*arguments, **more)
         bias.data = now
 

@@ -14,7 +14,7 @@ import torch
 from pretend_cuda import Pretend, pretend, pretend_cuda, real
 from torch import Tensor
 
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.models.build import seeded
 from seriatim.tokenizers.arrays import Arrays
 from seriatim.tokenizers.base import Tokenizer
@@ -78,7 +78,7 @@ def test_everything_is_moved_and_returned_on_the_tokenizers_device(kit: Kit) -> 
     tokenizer, images = kit
     moments = tokenizer.moments(images)
     tokens = tokenizer.tokens(moments)
-    drawn = tokenizer.tokens(moments, Noise.per_image([1, 2, 3]))
+    drawn = tokenizer.tokens(moments, Keys.of_seeds([1, 2, 3]))
     known = torch.arange(tokens.shape[1])[None] % 2 < torch.tensor([[0], [1], [2]])
     seen = [tokenizer.decode(tokens), tokenizer.look(tokens), tokenizer.look(tokens, known)]
     codewords = tokenizer.vocab is not None and not isinstance(tokenizer, Arrays)
@@ -89,11 +89,11 @@ def test_everything_is_moved_and_returned_on_the_tokenizers_device(kit: Kit) -> 
         there = pretend(copy.deepcopy(tokenizer))
         assert there.device == torch.device("cuda:0") and tokenizer.device == torch.device("cpu")
         for send in (lambda x: x, pretend):  # from the host, and from the device
-            noise = Noise.per_image([1, 2, 3], "cuda" if send is pretend else "cpu")
+            keys = Keys.of_seeds([1, 2, 3], "cuda" if send is pretend else "cpu")
             pairs += [
                 (there.moments(send(images)), moments),
                 (there.tokens(send(moments)), tokens),
-                (there.tokens(send(moments), noise), drawn),
+                (there.tokens(send(moments), keys), drawn),
                 (there.decode(send(tokens)), seen[0]),
                 (there.look(send(tokens)), seen[1]),
                 (there.look(send(tokens), send(known)), seen[2]),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, NumericsError, UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.tokenizers import latent as module
 from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.kl import KL
@@ -124,7 +124,7 @@ def test_fit_measures_the_distribution_of_samples(logvar: tuple[float, float] | 
 def test_samples_have_zero_mean_and_unit_variance() -> None:
     tokenizer, images = fake(), torch.rand(400, 1, 8, 8) * 2 - 1
     tokenizer.fit([images])
-    tokens = tokenizer.tokens(tokenizer.moments(images), Noise.shared(0, 400))
+    tokens = tokenizer.tokens(tokenizer.moments(images), Keys.of_seeds(range(400)))
     assert tokens.shape == (400, 16, 2)
     assert tokens.mean(dim=(0, 1)).abs().max() < 0.03 and (tokens.std(dim=(0, 1)) - 1).abs().max() < 0.03
 
@@ -172,15 +172,15 @@ def test_decode_is_the_inverse_of_the_mode(patch: int) -> None:
 def test_a_sample_is_one_draw_for_each_image() -> None:
     tokenizer, images = fake("fixed"), torch.rand(3, 1, 8, 8)
     moments = tokenizer.moments(images)
-    tokens = tokenizer.tokens(moments, Noise.per_image([5, 6, 7]))
-    alone = tokenizer.tokens(moments[1:2], Noise.per_image([6]))
+    tokens = tokenizer.tokens(moments, Keys.of_seeds([5, 6, 7]))
+    alone = tokenizer.tokens(moments[1:2], Keys.of_seeds([6]))
     assert torch.equal(tokens[1:2], alone)
     latents = tokens.transpose(1, 2).reshape(3, 2, 4, 4) * 4
     mean, std = tokenizer.posterior(moments)
-    assert torch.allclose((latents - mean) / std, Noise.per_image([5, 6, 7]).normal(2, 4, 4), atol=1e-5)
+    assert torch.allclose((latents - mean) / std, Keys.of_seeds([5, 6, 7]).normal(2, 4, 4), atol=1e-5)
     point = fake("fixed", logvar=None)
     moments = point.moments(images)
-    assert torch.equal(point.tokens(moments, Noise.per_image([1, 2, 3])), point.tokens(moments)), "it is a point"
+    assert torch.equal(point.tokens(moments, Keys.of_seeds([1, 2, 3])), point.tokens(moments)), "it is a point"
 
 
 def test_frozen_in_float32_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
