@@ -44,7 +44,7 @@ from seriatim.evaluation.reference import Part, as_many, whole
 from seriatim.evaluation.run import READ_AT_ONCE, asked, evaluate, key, pictures, request_for
 from seriatim.models.base import Model
 from seriatim.models.build import build_model, parameter_count, seeded
-from seriatim.pipeline.pipeline import load
+from seriatim.pipeline.loading import load
 from seriatim.tokenizers.base import Tokenizer, to_uint8
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels

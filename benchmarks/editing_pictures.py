@@ -17,7 +17,7 @@ from PIL import Image
 
 from seriatim.core.random import generator
 from seriatim.evaluation.grid import grid, save_png
-from seriatim.pipeline.pipeline import load
+from seriatim.pipeline.loading import load
 from seriatim.pipeline.result import as_pil
 from seriatim.tokenizers.base import to_uint8
 from seriatim.training.data import Digits, ImageData

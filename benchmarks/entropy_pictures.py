@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from seriatim.core.files import atomic_write
-from seriatim.pipeline.pipeline import load
+from seriatim.pipeline.loading import load
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

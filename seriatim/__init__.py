@@ -36,7 +36,7 @@ _PUBLIC = {
     "Step": "seriatim.sampling.step",
     "UsageError": "seriatim.core.errors",
     "evaluate": "seriatim.evaluation.run",
-    "load": "seriatim.pipeline.pipeline",
+    "load": "seriatim.pipeline.loading",
     "open_features": "seriatim.evaluation.features",
     "sweep": "seriatim.evaluation.sweep",
     "train": "seriatim.training.loop",

@@ -17,7 +17,7 @@ from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.orders import CONFIDENCE, RANDOM, RASTER
 from seriatim.models.build import seeded
 from seriatim.models.registry import HEADS, MODELS
-from seriatim.pipeline.pipeline import load
+from seriatim.pipeline.loading import load
 from seriatim.tokenizers.kinds import TOKENIZERS
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ

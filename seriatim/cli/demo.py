@@ -36,7 +36,7 @@ def demo(
 
     import numpy as np
 
-    from seriatim.pipeline.pipeline import load
+    from seriatim.pipeline.loading import load
     from seriatim.training.loop import train
     from seriatim.training.precision import threads
 

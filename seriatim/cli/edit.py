@@ -34,7 +34,7 @@ def edit(
     from seriatim.core.flatten import BLACK
     from seriatim.core.images import BadImage, read_image
     from seriatim.evaluation.grid import grid, save_png
-    from seriatim.pipeline.pipeline import load
+    from seriatim.pipeline.loading import load
     from seriatim.pipeline.result import file_names
     from seriatim.pipeline.samples_folder import GRID, check_samples_folder
 

@@ -94,7 +94,7 @@ def evaluate(
     from seriatim.evaluation.base import check_pictures
     from seriatim.evaluation.features import open_features
     from seriatim.evaluation.run import evaluate as run
-    from seriatim.pipeline.pipeline import load
+    from seriatim.pipeline.loading import load
 
     pipe = load(model, device=device_of(device), dtype=dtype)
     check_pictures(pipe.tokenizer)

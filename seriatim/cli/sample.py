@@ -49,8 +49,8 @@ def sample(
     from seriatim.core.progress import Progress
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.pipeline.animation import save_animation
+    from seriatim.pipeline.loading import load
     from seriatim.pipeline.metadata import versions
-    from seriatim.pipeline.pipeline import load
     from seriatim.pipeline.result import file_names, recorded, save_image
     from seriatim.pipeline.samples_folder import ANIMATION, GRID, check_samples_folder
     from seriatim.training.precision import threads as using

@@ -62,7 +62,7 @@ def sweep(
     from seriatim.evaluation.features import open_features
     from seriatim.evaluation.sweep import CURVES, JSON, TABLE
     from seriatim.evaluation.sweep import sweep as run
-    from seriatim.pipeline.pipeline import load
+    from seriatim.pipeline.loading import load
 
     pipe = load(model, device=device_of(device), dtype=dtype)
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels

@@ -1,4 +1,4 @@
-"""From a name to images: `load` gives a `Pipeline`, which is called, streamed or saved."""
+"""A `Pipeline`: a model with its tokenizer, which is called, streamed or saved."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seriatim.checkpoints.hub import located
-from seriatim.checkpoints.native import Bundle, load_bundle, save_bundle
+from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.core.device import pick_device, pick_dtype, plain_torch
 from seriatim.core.errors import UsageError
 from seriatim.core.progress import Progress
@@ -387,25 +386,3 @@ class Pipeline:
 def check_callback(callback: Any) -> None:
     if callback is not None and not callable(callback):
         raise UsageError(f"callback_on_step_end: {callback!r} is not allowed; give a function")
-
-
-# --- loading ------------------------------------------------------------------------------------------------------
-
-
-@plain_torch()
-def load(
-    name: str | os.PathLike[str],
-    *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    prepare: bool = True,
-) -> Pipeline:
-    """A pipeline from a model folder (or a run that holds one), a packaged name, or a hub repository `owner/name`.
-
-    `dtype` is that of the backbone: "auto" is bfloat16 on an accelerator that has it, float32 elsewhere. Every file is
-    checked against its sha256. Raises CheckpointError when there is nothing to load or it is damaged. With `prepare`
-    weights are laid out for sampling alone (`Pipeline.prepare`); without, the model can be trained on.
-    """
-    text = os.fspath(name)
-    pipe = Pipeline(load_bundle(located(text)), device=device, dtype=dtype, source=text)
-    return pipe.prepare() if prepare else pipe

@@ -20,7 +20,8 @@ from seriatim.core.errors import CheckpointError, NumericsError, UsageError
 from seriatim.core.files import MANIFEST, write_manifest
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.masked_model import MaskedModel
-from seriatim.pipeline.pipeline import Pipeline, load
+from seriatim.pipeline.loading import load
+from seriatim.pipeline.pipeline import Pipeline
 from seriatim.tokenizers.pixels import Pixels
 
 FILES = (CONFIG, MODEL, TOKENIZER)

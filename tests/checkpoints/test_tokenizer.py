@@ -17,7 +17,8 @@ from seriatim.core.errors import CheckpointError, ConfigError, UsageError
 from seriatim.core.files import MANIFEST, write_manifest
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.masked_model import MaskedModel
-from seriatim.pipeline.pipeline import Pipeline, load
+from seriatim.pipeline.loading import load
+from seriatim.pipeline.pipeline import Pipeline
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.latent import Latent

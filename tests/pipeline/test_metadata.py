@@ -14,8 +14,9 @@ from PIL import Image, PngImagePlugin
 from seriatim.checkpoints.native import save_bundle
 from seriatim.cli.main import run
 from seriatim.core.errors import DataError, UsageError
+from seriatim.pipeline.loading import load
 from seriatim.pipeline.metadata import KEY, LONGEST, read_recorded
-from seriatim.pipeline.pipeline import Pipeline, load
+from seriatim.pipeline.pipeline import Pipeline
 
 FEW = ["--num-inference-steps", "3", "--num-diffusion-steps", "4"]
 

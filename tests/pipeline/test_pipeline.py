@@ -16,7 +16,8 @@ from seriatim.checkpoints.native import Bundle
 from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
-from seriatim.pipeline.pipeline import Pipeline, load
+from seriatim.pipeline.loading import load
+from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.request import SampleRequest
 from seriatim.tokenizers.base import to_uint8
 from seriatim.tokenizers.pixels import Pixels

@@ -87,7 +87,7 @@ def months(tmp_path: Path) -> Path:
 
 
 def test_python_and_the_command_line_agree(months: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from seriatim.pipeline.pipeline import load
+    from seriatim.pipeline.loading import load
 
     pipe = load(months, device="cpu")
     few: dict[str, Any] = {"num_inference_steps": 1, "num_diffusion_steps": 2, "seed": 1}

@@ -1,0 +1,31 @@
+"""From a name to a `Pipeline`: `load` takes a model folder, a packaged name or a repository of the hub."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from seriatim.checkpoints.hub import located
+from seriatim.checkpoints.native import load_bundle
+from seriatim.core.device import plain_torch
+from seriatim.pipeline.pipeline import Pipeline
+
+
+@plain_torch()
+def load(
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    prepare: bool = True,
+) -> Pipeline:
+    """A pipeline from a model folder (or a run that holds one), a packaged name, or a hub repository `owner/name`.
+
+    `dtype` is that of the backbone: "auto" is bfloat16 on an accelerator that has it, float32 elsewhere. Every file is
+    checked against its sha256. Raises CheckpointError when there is nothing to load or it is damaged. With `prepare`
+    weights are laid out for sampling alone (`Pipeline.prepare`); without, the model can be trained on.
+    """
+    text = os.fspath(name)
+    pipe = Pipeline(load_bundle(located(text)), device=device, dtype=dtype, source=text)
+    return pipe.prepare() if prepare else pipe
