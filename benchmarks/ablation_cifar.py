@@ -32,8 +32,9 @@ from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.checkpoints.unfinished import newest_whole
 from seriatim.core.errors import DataError, NumericsError
 from seriatim.core.files import write_json
+from seriatim.core.keys import Keys
 from seriatim.core.progress import Progress
-from seriatim.core.random import Noise, derive_seed
+from seriatim.core.random import derive_seed
 from seriatim.evaluation.base import FeatureExtractor
 from seriatim.evaluation.blocks import Blocks, eight_bits, features_of
 from seriatim.evaluation.features import open_features
@@ -42,7 +43,7 @@ from seriatim.evaluation.grid import grid, save_png
 from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Part, as_many, whole
 from seriatim.evaluation.run import READ_AT_ONCE, asked, evaluate, key, pictures, request_for
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, parameter_count, seeded
 from seriatim.pipeline.loading import load
 from seriatim.tokenizers.base import Tokenizer, to_uint8
@@ -97,7 +98,7 @@ class Task:
     def tokenizer(self, loss: str) -> Tokenizer:
         return load_tokenizer(self.out / "tokenizers" / ("codes" if loss == "ce" else "features"))
 
-    def model(self, cell: Cell, classes: int, seed: int) -> Model:
+    def model(self, cell: Cell, classes: int, seed: int) -> SequenceModel:
         shape: dict[str, Any] = {"width": self.width, "heads": max(1, self.width // 32)}
         if cell.trunk == "masked":
             trunk = {**MASKED, **shape, "depth": [self.depth // 2, self.depth - self.depth // 2]}
@@ -105,6 +106,7 @@ class Task:
             trunk = {**CAUSAL, **shape, "depth": self.depth, "order": cell.trunk}
         tokens = (self.side // self.patch) ** 2
         head: dict[str, Any]
+        size: dict[str, Any]
         if cell.loss == "ce":
             head, size = {"kind": "categorical"}, {"vocab": self.codes}
         else:
@@ -248,7 +250,7 @@ def train(work: CifarWork, budgets: Sequence[str]) -> None:
             reached = {"images": run.seen >= task.images, "seconds": seconds >= task.seconds}
             for budget in [b for b in budgets if reached[b] and not (work.folder / b).exists()]:
                 told = {"training": work.training, "images": run.seen, "updates": run.steps, "train_seconds": seconds}
-                made = Bundle(cast(Model, average.module), tokenizer, data.class_names, {}, told)
+                made = Bundle(cast(SequenceModel, average.module), tokenizer, data.class_names, {}, told)
                 save_bundle(made, work.folder / budget)
             if all(reached[b] for b in budgets):
                 break
@@ -259,11 +261,12 @@ def train(work: CifarWork, budgets: Sequence[str]) -> None:
                 saved = time.monotonic()
             batch = batches[run.steps]  # no part of an update's time: reading, decoding, tokens
             tokens = tokenizer.tokens(tokenizer.moments(to_float(batch.images)))
-            noise = Noise.shared(derive_seed("noise", work.seed, run.steps), BATCH)
+            step = Keys.of("noise", work.seed, run.steps)
+            keys = step.fold(torch.arange(BATCH))
             begin = time.process_time()
             for group in optimiser.param_groups:
                 group["lr"] = RATE * min(1.0, (run.steps + 1) / WARMUP)
-            loss = model.loss(tokens, batch.labels, noise).mean
+            loss = model(tokens, batch.labels, keys, step).mean
             if not math.isfinite(loss.item()):
                 raise NumericsError(f"{work.label}: the loss is not finite after {run.seen} images")
             optimiser.zero_grad()

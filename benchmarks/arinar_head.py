@@ -24,7 +24,8 @@ from torch import Tensor
 
 from seriatim.bench.checkout import here
 from seriatim.bench.official_arinar import OfficialARINAR
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
+from seriatim.heads.base import Guidance
 from seriatim.models.build import build_model, seeded
 from seriatim.nn.packed import prepare
 from seriatim.zoo import PRESETS
@@ -41,7 +42,16 @@ Call = Callable[[Tensor, Tensor], object]
 
 
 def ours(head: Any, options: dict[str, Any]) -> Call:
-    return lambda z, z_null: head.sample(z, Noise.shared(0, len(z)), z_null, **options)
+    options = dict(options)
+    sample, scale = (head.sample_naive if options.pop("naive", False) else head.sample), options.pop("guidance", 1.0)
+    plan = head.plan(head.options(**options), CPU)
+
+    def call(z: Tensor, z_null: Tensor) -> object:
+        guidance = Guidance.of(scale, len(z), CPU)
+        keys = Keys.of(0).fold(torch.arange(len(z)))
+        return sample(z, keys, plan, None if guidance is None else z_null, guidance)
+
+    return call
 
 
 def theirs(head: Any, guidance: float) -> Call:

@@ -10,13 +10,14 @@ from itertools import product
 from typing import Any
 
 from known_processes import Process
-from seriatim.backbones.build import BACKBONES
-from seriatim.heads.build import HEADS
 from torch import Tensor
 
-from seriatim.core.random import Noise, derive_seed
-from seriatim.models.base import Model
-from seriatim.models.build import MODELS, build_model, seeded
+from seriatim.core.keys import Keys
+from seriatim.core.random import derive_seed
+from seriatim.core.settings import Settings
+from seriatim.models.base import SequenceModel
+from seriatim.models.build import build_model, seeded
+from seriatim.models.registry import BACKBONES, HEADS, MODELS
 
 HELD_OUT = 512
 
@@ -38,18 +39,20 @@ class Contestant:
         needs = (*kinds, (HEADS, self.model["head"]["kind"]))
         return list(dict.fromkeys(name for table, name in needs if name not in table))
 
-    def build(self, process: Process, seed: int) -> Model:
-        sizes = {"vocab": self.codes} if self.codes else {"dim": process.dim}
+    def build(self, process: Process, seed: int) -> SequenceModel:
+        sizes: dict[str, Any] = {"vocab": self.codes} if self.codes else {"dim": process.dim}
         with seeded(derive_seed("weights", seed)):
             return build_model(self.model, tokens=process.tokens, classes=process.classes, **sizes)
 
-    def sample(self, model: Model, labels: Tensor, noise: Noise) -> Tensor:
-        """labels (B,) -> tokens (B, L, D) or codes (B, L)."""
-        options = dict(self.sampling)
-        if not model.one_by_one:
-            options |= {"steps": self.steps or model.tokens}
-            options |= {"order": list(range(model.tokens))} if self.order == "raster" else {}
-        return model.sample(labels, noise, **options)
+    def sample(self, model: SequenceModel, labels: Tensor, keys: Keys) -> Tensor:
+        """labels (B,), keys of B rows -> tokens (B, L, D) or codes (B, L)."""
+        several = not model.one_by_one
+        settings = Settings(
+            num_inference_steps=self.steps or model.tokens if several else None, head_options=dict(self.sampling)
+        )
+        order = list(range(model.tokens)) if several and self.order == "raster" else None
+        condition = model.condition(labels, len(labels))
+        return model.sample(condition, model.null(len(labels), condition), keys, settings, order=order)
 
 
 # Every mask ratio alike: with that the mean loss is the any-order likelihood's own (as MAR trains, few are ever known)

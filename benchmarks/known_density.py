@@ -54,9 +54,10 @@ from torch import Tensor
 
 from seriatim.core.errors import DataError, NumericsError, SeriatimError, UsageError, nearest, one_line
 from seriatim.core.files import writable_folder, write_json
-from seriatim.core.random import Noise, derive_seed, generator
+from seriatim.core.keys import Keys
+from seriatim.core.random import derive_seed, generator
 from seriatim.core.schedules import tokens_per_step
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import parameter_count
 
 SEEDS, IMAGES, SECONDS = (0, 1, 2), 24_576, 10.0
@@ -72,7 +73,7 @@ def ruler_of(task: str, samples: int) -> Ruler:
     return Ruler(TASKS[task](), samples, TRUTH)
 
 
-def gap(contestant: Contestant, model: Model, process: Process, seed: int) -> dict[str, float]:
+def gap(contestant: Contestant, model: SequenceModel, process: Process, seed: int) -> dict[str, float]:
     """KL(truth || model) in nats per token on held-out sequences, and its standard error over these."""
     count, largest = contestant.scored
     if contestant.codes or not model.head.has_density or process.dim > largest:
@@ -103,19 +104,22 @@ class Work:
         return self.out / f"{self.task}-{self.name}-{self.seed}-{budget}.json"
 
 
-def trained(model: Model, batches: Iterator[tuple[Tensor, Tensor]], noise_seed: int) -> Iterator[tuple[Model, float]]:
+def trained(
+    model: SequenceModel, batches: Iterator[tuple[Tensor, Tensor]], noise_seed: int
+) -> Iterator[tuple[SequenceModel, float]]:
     """After each update: the averaged model, and the processor's seconds that updates took so far. All else is free."""
     average = copy.deepcopy(model).eval().requires_grad_(False)
     weights: list[Tensor] = list(model.parameters())
     averages: list[Tensor] = list(average.parameters())
-    optimiser, noise = torch.optim.Adam(weights, lr=RATE, fused=True), Noise.shared(noise_seed, BATCH)
+    optimiser = torch.optim.Adam(weights, lr=RATE, fused=True)
     model.train()
     seconds = 0.0
     for update, (x, labels) in enumerate(batches, start=1):
         begin = time.process_time()
         for group in optimiser.param_groups:
             group["lr"] = RATE * min(1.0, update / WARMUP)
-        loss = model.loss(x, labels, noise).mean
+        step = Keys.of(noise_seed, update)
+        loss = model(x, labels, step.fold(torch.arange(len(x))), step).mean
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, CLIP)
@@ -136,10 +140,10 @@ def stream(process: Process, seed: int, codes: Codes | None) -> Iterator[tuple[T
 
 
 def judge(
-    contestant: Contestant, model: Model, process: Process, ruler: Ruler, codes: Codes | None, seed: int
+    contestant: Contestant, model: SequenceModel, process: Process, ruler: Ruler, codes: Codes | None, seed: int
 ) -> dict[str, float]:
     """All scores; nan where a sample is not finite."""
-    samples = contestant.sample(model, ruler.labels, Noise.shared(derive_seed("samples", seed), len(ruler.labels)))
+    samples = contestant.sample(model, ruler.labels, Keys.of("samples", seed).fold(torch.arange(len(ruler.labels))))
     samples = codes.decode(samples) if codes else samples
     finite = bool(torch.isfinite(samples).all())
     return gap(contestant, model, process, seed) | (ruler(samples) if finite else {"distance": math.nan})
@@ -212,7 +216,7 @@ def measure_speed(task: str, name: str, out: Path, repeats: int = 5) -> None:
         labels, times = torch.zeros(batch, dtype=torch.long), []
         for _ in range(repeats + 1):
             begin = time.process_time()
-            contestant.sample(model, labels, Noise.shared(0, batch))
+            contestant.sample(model, labels, Keys.of(0).fold(torch.arange(batch)))
             times.append(time.process_time() - begin)
         row[str(batch)] = 1000 * statistics.median(times[1:]) / (batch * process.tokens)  # the first warms up
     write_json(out / f"{task}-{name}-speed.json", row | {"threads": torch.get_num_threads()})

@@ -14,7 +14,7 @@ from known_processes import Process
 from torch import Tensor
 
 from seriatim.core.random import derive_seed, generator
-from seriatim.models.base import Model
+from seriatim.models.base import SequenceModel
 
 DIRECTIONS = 128
 
@@ -73,20 +73,21 @@ def directions(process: Process) -> Tensor:
 
 
 @torch.no_grad()
-def log_likelihood(model: Model, x: Tensor, labels: Tensor, order: Tensor | None, sizes: Sequence[int]) -> Tensor:
+def log_likelihood(
+    model: SequenceModel, x: Tensor, labels: Tensor, order: Tensor | None, sizes: Sequence[int]
+) -> Tensor:
     """log p of x (B, L, D) given the order (B, L) in which tokens are drawn, None: raster; sizes of the steps: (B,)."""
     (B, L), condition = x.shape[:2], model.condition(labels, len(x))
-    sequence = getattr(model.backbone, "sequence", None)
-    if sequence is not None:  # all z in one pass
-        z = sequence(condition, x, order=order)  # (B, L, C)
+    if model.one_by_one:  # all z in one pass
+        z = model.backbone.sequence(condition, x, order)  # (B, L, C)
         target = x if order is None else x.gather(1, order[..., None].expand_as(x))
         return model.head.log_prob(z.flatten(0, 1), target.flatten(0, 1)).double().view(B, L).sum(dim=1)
     places = torch.arange(L).expand(B, L) if order is None else order
-    state, total = model.backbone.start(condition, B), torch.zeros(B, dtype=torch.float64)
+    total = torch.zeros(B, dtype=torch.float64)
     known = torch.zeros(B, L, dtype=torch.bool)
     for now in places.split(list(sizes), dim=1):
         ask = torch.zeros_like(known).scatter(1, now, True)
-        z = model.backbone.z(state, x, known, ask)  # (N, C)
+        z = model.backbone.z(condition, x, known, ask)  # (N, C)
         total += model.head.log_prob(z, x[ask]).double().view(B, -1).sum(dim=1)
         known |= ask
     return total

@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.core.schedules import learning_rate
-from seriatim.heads.ddpm import Tables, full_chain
+from seriatim.heads.ddpm import full_chain
 from seriatim.heads.diffusion import Diffusion
 from seriatim.heads.solvers import SOLVERS
 from seriatim.models.build import seeded
@@ -103,8 +103,8 @@ MIXTURES = {"2-D": ring, "16-D": sixteen}
 class OneZ(Diffusion):
     """Draws many tokens of the same z: modulations are made for one of them, which gives the same tokens sooner."""
 
-    def _walk(self, chain: Tables, condition: Tensor) -> Iterator[tuple[int, list[list[Tensor]]]]:
-        return super()._walk(chain, condition[:1])
+    def walk(self, times: Tensor, condition: Tensor) -> Iterator[tuple[int, list[list[Tensor]]]]:
+        return super().walk(times, condition[:1])
 
 
 def trained(mixture: Mixture, seed: int, file: Path, updates: int) -> OneZ:
@@ -121,7 +121,8 @@ def trained(mixture: Mixture, seed: int, file: Path, updates: int) -> OneZ:
         for group in optimiser.param_groups:
             group["lr"] = 3e-3 * learning_rate(update, updates, updates // 20, "cosine")
         which = torch.randint(len(mixture.z), (BATCH,), generator=g)
-        loss = head.loss(mixture.z[which], mixture.sample(which, g), Noise([g], torch.zeros(BATCH)))
+        keys = Keys.of("training", seed, update).fold(torch.arange(BATCH))
+        loss = head.loss(mixture.z[which], mixture.sample(which, g), keys)
         optimiser.zero_grad()
         (loss.sum.sum() / loss.count.sum()).backward()
         optimiser.step()
@@ -207,17 +208,9 @@ def measure(folder: Path, updates: int) -> list[dict[str, object]]:
                         if solver == "truth":
                             samples.append(mixture.sample(torch.full((ruler.n,), z), g))
                             continue
-                        noise = Noise([g], torch.zeros(ruler.n))
-                        rows_of_z = mixture.z[z].expand(ruler.n, -1)
-                        samples.append(
-                            head.sample(
-                                rows_of_z,
-                                noise,
-                                num_diffusion_steps=steps,
-                                solver=solver,
-                                start_timestep=STARTS[start],
-                            )
-                        )
+                        keys = Keys.of("samples", seed, z).fold(torch.arange(ruler.n))
+                        options = head.options(num_diffusion_steps=steps, solver=solver, start_timestep=STARTS[start])
+                        samples.append(head.sample(mixture.z[z].expand(ruler.n, -1), keys, head.plan(options)))
                     distance, ratio = ruler(samples)
                     row = {"mixture": name, "seed": seed, "solver": solver, "start": start, "steps": steps}
                     rows.append(row | {"distance": distance, "std": ratio})

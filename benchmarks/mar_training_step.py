@@ -24,8 +24,8 @@ from seriatim.bench.official_mar import OfficialMAR
 from seriatim.bench.opponent import replaced
 from seriatim.bench.race import subject
 from seriatim.bench.timing import processor
-from seriatim.core.random import Noise
-from seriatim.models import masked
+from seriatim.core.keys import Keys
+from seriatim.models import masked_model
 from seriatim.training.optim import adamw, averaged
 
 RATIOS = (0.77, 0.88, 0.96)  # of masked tokens: a sixth, half and five sixths of those that training draws are below
@@ -54,14 +54,14 @@ def main() -> None:
 
     model = subject(arguments.model, decodes=False).model.train()
     device = torch.device("cpu")
-    official = OfficialMAR(arguments.official, model, device, 100)
+    official = OfficialMAR(arguments.official, model, device, {"num_diffusion_steps": 100})
     theirs = official.model.train()
     optimisers = [adamw(model, 1e-4, (0.9, 0.95), 0.02), torch.optim.AdamW(theirs.parameters(), lr=1e-4)]
     average = averaged(model, 0.9999)
     copies = [p.detach().clone() for p in theirs.parameters()]
-    assert model.backbone.dim is not None, "MAR models continuous tokens"
-    latents = torch.randn(arguments.batch, model.tokens, model.backbone.dim)
+    latents = model.spec.blank(arguments.batch, device).normal_()
     labels = torch.arange(arguments.batch) % max(1, model.classes)
+    keys = Keys.of(0).fold(torch.arange(arguments.batch))
     side = round(model.tokens**0.5)
     image = latents.transpose(1, 2).reshape(arguments.batch, -1, side, side)
 
@@ -73,8 +73,8 @@ def main() -> None:
 
     def our_step(ratio: float, dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            with replaced((masked, "mask_ratio", lambda *_, **__: ratio)):
-                loss = model.loss(latents, labels, Noise.shared(0, arguments.batch)).mean
+            with replaced((masked_model, "mask_ratio", lambda *_, **__: ratio)):
+                loss: Tensor = model(latents, labels, keys, Keys.of(0)).mean
         finish(model, loss, optimisers[0])
         average.update_parameters(model)
 

@@ -15,8 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from seriatim.core.files import atomic_write
+from seriatim.core.keys import Keys
 from seriatim.core.orders import ORDERS, RANDOM
-from seriatim.core.random import Noise
 from seriatim.core.schedules import guidance_at, tokens_per_step
 
 SIDE, FIRST = 16, 32  # of the grid; how many of the first tokens are marked
@@ -32,7 +32,7 @@ def save(draw: Callable[[Figure], None], path: Path, size: tuple[float, float]) 
 
 def orders(figure: Figure) -> None:
     named = {name: function(SIDE, SIDE) for name, function in ORDERS.items()}
-    all_orders = {RANDOM: Noise.per_image([0]).permutation(L)[0].tolist(), **named}
+    all_orders = {RANDOM: Keys.of_seeds([0]).permutation(L)[0].tolist(), **named}
     panels = figure.subplots(1, len(all_orders), sharey=True)
     for axes, (name, order) in zip(panels, all_orders.items(), strict=True):
         drawn = torch.empty(L, dtype=torch.long)

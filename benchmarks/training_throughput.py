@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from seriatim.core.device import DTYPES
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged
@@ -40,7 +40,8 @@ def bare(recipe: Recipe, images: int) -> float:
         begin = time.perf_counter()
         for step in range(images // size):
             with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-                loss = model.loss(tokens, labels, Noise.shared(step, size)).mean
+                keys = Keys.of(step)
+                loss: torch.Tensor = model(tokens, labels, keys.fold(torch.arange(size)), keys).mean
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             optimiser.step()

@@ -153,9 +153,6 @@ class Oracle:
     def condition(self, labels: Tensor, _images: int) -> Tensor:
         return labels
 
-    def start(self, condition: Tensor, _B: int) -> Tensor:
-        return condition
-
     def z(self, state: Tensor, tokens: Tensor, known: Tensor, ask: Tensor) -> tuple[Tensor, ...]:
         rows, at = ask.nonzero().unbind(dim=1)
         return tokens.masked_fill(~known[..., None], 7.0)[rows], state[rows], known[rows], at
@@ -169,8 +166,11 @@ class Oracle:
         order = rank.argsort(dim=1, stable=True)
         return self.process.log_conditionals(x, labels, order)[rows, known.sum(dim=1)]
 
-    def sample(self, labels: Tensor, _noise: Any, **_options: Any) -> Tensor:
-        return self.process.sample(labels, torch.Generator().manual_seed(5))
+    def null(self, _images: int, like: Tensor) -> Tensor:
+        return like
+
+    def sample(self, condition: Tensor, *_more: Any, **_options: Any) -> Tensor:
+        return self.process.sample(condition, torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("name", ["mixture", "field"])
@@ -346,7 +346,7 @@ def test_contestants_build_and_draw() -> None:
             continue
         model = contestant.build(process, 0).eval()
         labels = torch.tensor([0, 3])
-        drawn = contestant.sample(model, labels, kd.Noise.shared(0, 2))
+        drawn = contestant.sample(model, labels, kd.Keys.of_seeds([0, 1]))
         assert drawn.shape == ((2, 16) if contestant.codes else (2, 16, 2)), name
         if model.head.has_density and not contestant.codes:
             x = process.sample(labels, torch.Generator().manual_seed(0))
