@@ -42,7 +42,7 @@ from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoint
 from seriatim.core import files
 from seriatim.core.construct import MOST_THREADS
 from seriatim.core.device import DTYPES
-from seriatim.core.errors import CheckpointError
+from seriatim.core.errors import CheckpointError, shown
 from seriatim.core.files import PREVIOUS, atomic_folder, put_back, verify_manifest, write_json, write_manifest
 from seriatim.core.reading import Unreadable, read_json, read_or_raise
 from seriatim.core.validation import Strict, parse
@@ -139,7 +139,9 @@ def read_state(path: Path) -> tuple[RunState, int]:
     values = read_or_raise(lambda: read_json(path, dict), path, CheckpointError, "delete this checkpoint")
     written = values.pop("format", None)
     if type(written) is not int or written not in READABLE:
-        raise CheckpointError(f"{path} was written by another version of seriatim; resume with that one")
+        raise CheckpointError(
+            f"{path}: format {shown(written)} is not known; another version of seriatim wrote it, resume with that one"
+        )
     state = parse(RunState, values, where=str(path), error=CheckpointError)
     if f"{state.seen:012d}" != path.parent.name:
         raise CheckpointError(f"{path} is of {state.seen} images, its folder of {path.parent.name}; delete this one")

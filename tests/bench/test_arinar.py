@@ -165,7 +165,8 @@ def weaker_guidance(_: Any, patch: Patch) -> None:
 
     def weaker(*arguments: Any) -> Any:
         *before, guidance, temperature = arguments
-        return dense(*before, lambda i: guidance(i).scheduled(0.98), temperature)
+        changed: Any = (*before, lambda i: guidance(i).scheduled(0.98), temperature)
+        return dense(*changed)
 
     patch.setattr(nested, "dense", weaker)
 
@@ -175,7 +176,8 @@ def warmer(_: Any, patch: Patch) -> None:
 
     def warmer(*arguments: Any) -> Any:
         *before, temperature = arguments
-        return dense(*before, lambda i: temperature(i) * 1.01)
+        changed: Any = (*before, lambda i: temperature(i) * 1.01)
+        return dense(*changed)
 
     patch.setattr(nested, "dense", warmer)
 

@@ -42,6 +42,7 @@ from seriatim.core.progress import Progress
 from seriatim.core.schedules import tokens_per_step
 from seriatim.core.settings import Settings
 from seriatim.heads.diffusion import Diffusion
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
 from seriatim.nn import packed
@@ -142,7 +143,7 @@ def skip_positions(model: MaskedModel) -> None:
 def test_a_sampler_that_skips_work_is_found_out(
     fault: Callable[[MaskedModel], None], model_folder: Path, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def faulty(model: MaskedModel, dtype: torch.dtype) -> MaskedModel:  # after the original has its weights
+    def faulty(model: MaskedModel, dtype: torch.dtype) -> SequenceModel:  # after the original has its weights
         fault(model)
         return prepared(model, dtype)
 

@@ -67,10 +67,10 @@ def make() -> CausalModel:
     with seeded(0):
         backbone = Causal(16, vocab=40, width=64, depth=2, heads=2, rotate_prefix=False)
         model = CausalModel(backbone, Categorical(40, bias=False), classes=5).eval()
-        nn.init.normal_(model.head.logits.weight)  # type: ignore[union-attr, arg-type]
+        nn.init.normal_(model.head.get_parameter("logits.weight"))
         nn.init.normal_(model.conditioner.get_parameter("class_embedding"))
-        for block in model.backbone.blocks:
-            nn.init.normal_(block.attention.qkv.weight, std=0.3)  # type: ignore[union-attr, arg-type]
+        for i in range(2):
+            nn.init.normal_(model.backbone.get_parameter(f"blocks.{i}.attention.qkv.weight"), std=0.3)
     return model
 
 
@@ -86,7 +86,8 @@ def test_a_sampler_that_skips_work_is_found_out(fault: str | None) -> None:
             no_class, table = (model.conditioner.get_parameter(name) for name in ("no_class", "class_embedding"))
             no_class.copy_(table[0])
     elif fault == "rotation":
-        model.backbone.table[1:] = model.backbone.table[2:3]  # type: ignore[index]
+        angles = model.backbone.get_buffer("table")
+        angles[1:] = angles[2:3]
     work = Workload((0, 1, 2, 3), 16, 2.5, "constant")
     found = compared(Ours(prepared(model), torch.float32, CPU), theirs, work, Progress(2, "", quiet=True))
     assert (found["equal_codes"] == 1.0) == (fault is None)

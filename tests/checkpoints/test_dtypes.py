@@ -41,7 +41,7 @@ def test_floats_are_cast(model_folder: Path, dtype: torch.dtype) -> None:
     [torch.int8, torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn,
      torch.float8_e5m2],
 )  # fmt: skip
-@pytest.mark.parametrize("only", [None, "no_class"])
+@pytest.mark.parametrize("only", [None, "conditioner.no_class"])
 def test_all_else_is_refused(model_folder: Path, dtype: torch.dtype, only: str | None) -> None:
     recast(model_folder, dtype, only=only)
     with pytest.raises(CheckpointError) as caught:
@@ -52,10 +52,10 @@ def test_all_else_is_refused(model_folder: Path, dtype: torch.dtype, only: str |
 
 def test_float64_that_float32_cannot_hold_is_refused(model_folder: Path) -> None:
     tensors = {k: v.double() for k, v in load_file(model_folder / MODEL).items()}
-    tensors["no_class"][0, 0] = 1e300
+    tensors["conditioner.no_class"][0, 0] = 1e300
     save_file(tensors, model_folder / MODEL)
     write_manifest(model_folder, FILES)
-    with pytest.raises(CheckpointError, match="'no_class' has values that are not finite"):
+    with pytest.raises(CheckpointError, match="'conditioner.no_class' has values that are not finite"):
         load_bundle(model_folder)
 
 

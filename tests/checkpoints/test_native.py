@@ -97,15 +97,19 @@ def rewrite_config(change: Callable[[dict[str, Any]], None]) -> Callable[[Path],
     return apply
 
 
+def lose(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["conditioner.no_class"]
+
+
 def poison(tensors: dict[str, torch.Tensor]) -> None:
     tensors["conditioner.no_class"][0, 0] = float("nan")
 
 
 MISMATCHES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "missing": (
-        rewrite_tensors(lambda t: t.pop("conditioner.no_class")),
+        rewrite_tensors(lose),
         (MODEL, "lacks tensor 'conditioner.no_class'"),
-    ),  # type: ignore[arg-type]
+    ),
     "extra": (rewrite_tensors(lambda t: t.update(x=torch.ones(1))), (MODEL, "unknown tensor 'x'")),
     "shape": (
         rewrite_tensors(lambda t: t.update({"conditioner.no_class": torch.ones(1, 5)})),

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from seriatim.checkpoints.native import CLASSIFIER, CONFIG, MODEL, TOKENIZER, load_bundle, save_bundle
-from seriatim.checkpoints.official import read_official, renamed
+from seriatim.checkpoints.official import read_official
+from seriatim.checkpoints.shapes import mapped
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.cli.convert import read_names
 from seriatim.cli.sample import read_repeatable
@@ -178,7 +179,7 @@ def make_official(folder: Path) -> None:
 def read_weights(name: str) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
         wanted = {"w": torch.Size([4]), "b": torch.Size([2])}
-        return renamed(read_official(folder / name).tensors, wanted, lambda ours: ours, str(folder / name))
+        return mapped(read_official(folder / name).tensors, wanted, lambda ours: ours, str(folder / name))
 
     return read
 

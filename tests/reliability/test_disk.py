@@ -202,7 +202,7 @@ def test_a_model_is_replaced_whole_or_not_at_all(work: Path) -> None:
     bundle = load_bundle(work / "model")
     old = content(work / "model")
     with torch.no_grad():
-        bundle.model.get_parameter("no_class").add_(1.0)
+        bundle.model.get_parameter("conditioner.no_class").add_(1.0)
     save_bundle(bundle, work / "other")
     new, stopped = content(work / "other"), 0
     with watched(work) as disk:

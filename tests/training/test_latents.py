@@ -22,7 +22,7 @@ from training.test_resume import die_at_call, flip, rows, stop_after, weights
 
 from seriatim.cli.main import run
 from seriatim.core.errors import ConfigError, DataError, NumericsError, ResourceError, Stopped, UsageError
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import TOKENIZERS
 from seriatim.tokenizers.pixels import Pixels
@@ -65,10 +65,10 @@ class Fuzzy(Tokenizer):
         mean = torch.einsum("bchiwj,ij->bchw", patches, self.weight)
         return torch.cat((mean, mean - 1), dim=1)
 
-    def tokens(self, moments: Tensor, noise: Noise | None = None) -> Tensor:
+    def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         mean, deviation = moments.chunk(2, dim=1)
-        if noise is not None:
-            mean = mean + deviation.exp() * noise.normal(*mean.shape[1:])
+        if keys is not None:
+            mean = mean + deviation.exp() * keys.normal(*mean.shape[1:])
         return mean.flatten(2).transpose(1, 2) / self.scale
 
     def decode(self, tokens: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, monkeypatch:
             kept.update(model=self, weights={k: v.clone() for k, v in self.state_dict().items()})
             if what == "loss":
                 return Loss(loss.sum * float("nan"), loss.count, loss.parts)
-            self.conditioner.no_class.register_hook(lambda g: g * float("nan"))
+            self.conditioner.get_parameter("no_class").register_hook(lambda g: g * float("nan"))
         return loss
 
     monkeypatch.setattr(MaskedModel, "forward", poisoned)
@@ -174,7 +174,7 @@ def test_auto_takes_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def loss_of(dtype: torch.dtype, fast: tuple[str, int] = fast) -> Loss:
             now[0] += 0.1 + (str(dtype) != f"torch.{fast[0]}") + (used[0] != fast[1])
-            return Loss(torch.zeros((), requires_grad=True) * 1)
+            return Loss(torch.zeros((), requires_grad=True) * 1, torch.ones(()), {})
 
         assert fastest("auto", "auto", cpu, loss_of)[:2] == fast
         assert fastest("bfloat16", 2, cpu, loss_of) == ("bfloat16", 2, {})
@@ -194,7 +194,7 @@ def test_a_machine_that_is_busy_for_a_while_does_not_decide(
     def loss_of(dtype: torch.dtype) -> Loss:
         calls[0] += 1
         now[0] += (0.01 if dtype == torch.bfloat16 else 0.06) * (100 if busy[0] <= calls[0] < busy[1] else 1)
-        return Loss(torch.zeros((), requires_grad=True) * 1, {})
+        return Loss(torch.zeros((), requires_grad=True) * 1, torch.ones(()), {})
 
     choice = fastest("auto", "auto", torch.device("cpu"), loss_of)
     assert choice.dtype == "bfloat16" and len(choice.seconds) == 4
@@ -206,7 +206,7 @@ def test_a_slow_model_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch) 
 
     def loss_of(_: torch.dtype) -> Loss:
         calls[0], now[0] = calls[0] + 1, now[0] + 60.0
-        return Loss(torch.zeros((), requires_grad=True) * 1, {})
+        return Loss(torch.zeros((), requires_grad=True) * 1, torch.ones(()), {})
 
     assert fastest("auto", 1, torch.device("cpu"), loss_of).dtype == "float32"
     assert calls[0] == 2 * (1 + 3), "one pass to warm up and the fewest rounds"

@@ -38,7 +38,7 @@ def test_memory_that_runs_out_in_a_step_loses_nothing(
 ) -> None:
     """Row 17 of the fault table: the allocation is real, and fails in the seventh step."""
     train(read_recipe("mar-digits", TINY), tmp_path / "whole", quiet=True)
-    true, calls = MaskedModel.loss, [0]
+    true, calls = MaskedModel.forward, [0]
 
     def greedy(self: MaskedModel, *arguments: Any) -> Any:
         calls[0] += 1
@@ -48,7 +48,7 @@ def test_memory_that_runs_out_in_a_step_loses_nothing(
 
     words = ["train", "mar-digits", *TINY, "--out", str(tmp_path / "run"), "--json"]
     with monkeypatch.context() as patched:
-        patched.setattr(MaskedModel, "loss", greedy)
+        patched.setattr(MaskedModel, "forward", greedy)
         assert run(words) == 6
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and "out of memory" in error[0] and "use a smaller batch or model" in error[0]
@@ -110,14 +110,14 @@ def test_a_constructor_that_fails_otherwise_is_a_config_that_is_wrong() -> None:
 
 
 def test_compiled_products_are_bounded_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, true = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", MaskedModel.loss
+    name, true = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", MaskedModel.forward
     seen: list[str | None] = []
 
     def looking(self: MaskedModel, *arguments: Any) -> Any:
         seen.append(os.environ.get(name))
         return true(self, *arguments)
 
-    monkeypatch.setattr(MaskedModel, "loss", looking)
+    monkeypatch.setattr(MaskedModel, "forward", looking)
     monkeypatch.setenv(name, "17")
     train(read_recipe("mar-digits", [*TINY, "training.images=16"]), tmp_path / "a", quiet=True)
     assert seen[0] == "17", "what the user has set stays"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +35,8 @@ def parts(seed: int, updates: int) -> Trainables:
     optimiser = adamw(model, 0.01, (0.9, 0.95), 0.02)
     average = averaged(model, 0.9)
     for _ in range(updates):
-        model(tokens).mean.backward()
+        loss: torch.Tensor = model(tokens).mean
+        loss.backward()
         optimiser.step()
         optimiser.zero_grad()
         average.update_parameters(model)
@@ -97,22 +100,80 @@ def test_a_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
     assert same(fresh.average.module.state_dict(), trained.average.module.state_dict())
 
 
-@pytest.mark.parametrize("case", ["format", "name", "number"])
+def of_no_version(path: Path) -> None:
+    state = json.loads((path / STATE).read_text())
+    (path / STATE).write_text(json.dumps(state | {"format": 99}))
+
+
+def moments_changed(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        tensors = load_file(path / "optimiser.safetensors")
+        change(tensors)
+        save_file(tensors, path / "optimiser.safetensors")
+
+    return apply
+
+
+NAME = "conditioner.no_class"
+FAULTS: dict[str, tuple[int, Callable[[Path], None], str]] = {  # the format, what is done to it, what the line says
+    "format": (2, of_no_version, "format 99"),
+    "no such parameter": (
+        2,
+        moments_changed(lambda t: t.update({"backbone.nothing.step": torch.ones(())})),
+        "an unknown tensor 'backbone.nothing.step'",
+    ),
+    "no such moment": (
+        2,
+        moments_changed(lambda t: t.update({f"{NAME}.momentum": torch.ones(1, 8)})),
+        f"an unknown tensor '{NAME}.momentum'",
+    ),
+    "no moment": (2, moments_changed(lambda t: t.update({NAME: torch.ones(1, 8)})), f"an unknown tensor '{NAME}'"),
+    "a number in format 2": (
+        2,
+        moments_changed(lambda t: t.update({"0.step": t.pop(f"{NAME}.step")})),
+        "an unknown tensor '0.step'",
+    ),
+    "lacking": (2, moments_changed(lambda t: t.pop(f"{NAME}.exp_avg_sq")), f"lacks tensor '{NAME}.exp_avg_sq'"),
+    "shape": (
+        2,
+        moments_changed(lambda t: t.update({f"{NAME}.exp_avg": torch.ones(8)})),
+        f"tensor '{NAME}.exp_avg' has shape (8,)",
+    ),
+    "shape of the step": (
+        2,
+        moments_changed(lambda t: t.update({f"{NAME}.step": torch.ones(3)})),
+        f"tensor '{NAME}.step' has shape (3,)",
+    ),
+    "dtype": (2, moments_changed(lambda t: t.update({f"{NAME}.exp_avg": torch.ones(1, 8).long()})), "is int64"),
+    "not finite": (2, moments_changed(lambda t: t[f"{NAME}.exp_avg"].fill_(float("nan"))), "not finite"),
+    "no such number": (1, moments_changed(lambda t: t.update({"999.step": torch.ones(())})), "'999.step'"),
+    "no such moment of a number": (
+        1,
+        moments_changed(lambda t: t.update({"0.momentum": torch.ones(1, 8)})),
+        "an unknown tensor '0.momentum'",
+    ),
+    "lacking of a number": (1, moments_changed(lambda t: t.pop("0.exp_avg")), f"lacks tensor '{NAME}.exp_avg'"),
+    "shape of a number": (
+        1,
+        moments_changed(lambda t: t.update({"0.exp_avg": torch.ones(8)})),
+        "tensor '0.exp_avg' has shape (8,)",
+    ),
+    "a digit that is none": (1, moments_changed(lambda t: t.update({"\u00b2.step": torch.ones(())})), "unknown tensor"),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
 def test_what_does_not_fit_changes_nothing(tmp_path: Path, case: str) -> None:
     trained, fresh = parts(0, 1), parts(1, 0)
     path = save(tmp_path, trained, RunState(seen=3, steps=1))
-    if case == "format":
-        state = json.loads((path / STATE).read_text())
-        (path / STATE).write_text(json.dumps(state | {"format": 99}))
-    elif case == "name":
-        save_file({"backbone.nothing.step": torch.ones(())}, path / "optimiser.safetensors")
-    else:
+    written, change, words = FAULTS[case]
+    if written == 1:
         as_format_1(path, trained)
-        save_file({"999.step": torch.ones(())}, path / "optimiser.safetensors")
+    change(path)
     write_manifest(path, FILES)
     before = {name: tensor.clone() for name, tensor in fresh.model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
         load(path, fresh)
-    words = {"format": "format 99 is not 2", "name": "'backbone.nothing.step'", "number": "'999.step'"}[case]
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    told = str(caught.value)
+    assert words in told and "\n" not in told and str(path) in told
     assert same(fresh.model.state_dict(), before) and not fresh.optimiser.state
