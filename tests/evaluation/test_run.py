@@ -154,15 +154,27 @@ def test_a_field_that_an_earlier_version_did_not_know_is_at_its_default(pipe: Pi
     first = run(pipe, tmp_path)
     path = tmp_path / "settings.json"
     stored = json.loads(path.read_text())
-    del stored["request"]["choice_temperature"], stored["request"]["top_k"]
+    del stored["request"]["choice_temperature"], stored["request"]["guidance_power"]
     path.write_text(json.dumps(stored))
     assert run(pipe, tmp_path).figures == first.figures
     with pytest.raises(UsageError, match=r"^request.choice_temperature: 4.5 in .*, 2.0 now"):
         run(pipe, tmp_path, choice_temperature=2.0)
     for damaged in ("[]", "{}", '{"request": 1}', "{"):
         path.write_text(damaged)
-        with pytest.raises(UsageError, match=r"is damaged|not a mapping"):
+        with pytest.raises(UsageError, match=r"is not JSON|not a mapping|lacks the request"):
             run(pipe, tmp_path)
+
+
+def test_an_evaluation_of_release_0_1_is_not_gone_on_with(pipe: Pipeline, tmp_path: Path) -> None:
+    """Its seeds stood for other random numbers, which is what the refusal says, whatever else differs in the file."""
+    run(pipe, tmp_path)
+    path = tmp_path / "settings.json"
+    stored = json.loads(path.read_text())
+    del stored["request"]["random_numbers"]
+    stored["request"] |= {"top_k": None, **stored["request"].pop("head_options")}
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UsageError, match=r"^request.random_numbers: 1 in .*, 2 now; .* choose another folder$"):
+        run(pipe, tmp_path)
 
 
 # --- what is said -------------------------------------------------------------------------------------------------
