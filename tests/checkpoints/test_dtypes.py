@@ -55,7 +55,7 @@ def test_float64_that_float32_cannot_hold_is_refused(model_folder: Path) -> None
     tensors["conditioner.no_class"][0, 0] = 1e300
     save_file(tensors, model_folder / MODEL)
     write_manifest(model_folder, FILES)
-    with pytest.raises(CheckpointError, match="'conditioner.no_class' has values that are not finite"):
+    with pytest.raises(CheckpointError, match=r"'conditioner.no_class' has values that are not finite"):
         load_bundle(model_folder)
 
 
