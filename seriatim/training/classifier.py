@@ -1,14 +1,12 @@
-"""Training a classifier: the loop of `loop.py`, shorter, on images in memory.
+"""Training a classifier on images in memory: what it adds to the engine.
 
 B images, c channels, H x W pixels, K classes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import math
-import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -19,29 +17,21 @@ from torch.nn import functional as F
 
 from seriatim.checkpoints.native import check_class_names
 from seriatim.core.construct import check_room
-from seriatim.core.device import DTYPES, pick_device, plain_torch
-from seriatim.core.errors import ConfigError, Stopped
-from seriatim.core.files import write_json, write_text
-from seriatim.core.progress import Progress
+from seriatim.core.device import DTYPES, plain_torch
+from seriatim.core.errors import ConfigError
+from seriatim.core.files import write_json
 from seriatim.core.random import derive_seed
-from seriatim.core.schedules import learning_rate
 from seriatim.evaluation.classifier import PARTS, ResNet, TrainedClassifier, build_classifier, save_classifier
 from seriatim.models.base import Loss
 from seriatim.models.build import parameter_count, seeded
-from seriatim.training import state as checkpoints
-from seriatim.training.blow_up import BlowUpGuard, way_out
-from seriatim.training.config import ClassifierRecipe, dump
-from seriatim.training.heap import bound_compiled_products, return_heap
+from seriatim.training.config import ClassifierRecipe
+from seriatim.training.engine import Task, crossed, fit
 from seriatim.training.labelled import InMemory, augmented, build_labelled, draws_of
 from seriatim.training.loader import Batch, Batches, to_float
-from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve, record_choice
-from seriatim.training.loop import check_finite, crossed, restore
+from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve
 from seriatim.training.optim import averaged, sgd
-from seriatim.training.precision import fastest, threads
-from seriatim.training.run_folder import check_out, occupied
-from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.stopping import StopRequest, refuse_many_processes
+from seriatim.training.stopping import StopRequest
 
 TEST_BATCH = 500
 LOOK_PIXELS = 2_000_000  # at which the stem's filters are measured
@@ -70,6 +60,76 @@ class ClassifierResult:
     threads: int
 
 
+class ClassifierTask(Task):
+    """A residual network that names the class of an image."""
+
+    files, what = PARTS, "a classifier"
+
+    def __init__(self, recipe: ClassifierRecipe, out: Path, where: torch.device, *, quiet: bool) -> None:
+        settings = recipe.training
+        self.recipe, self.out, self.where = recipe, out, where
+        self.data, self.test, self.net = build(recipe, quiet=quiet)
+        self.net.to(where).train()
+        optimiser = sgd(self.net, settings.learning_rate, settings.momentum, settings.weight_decay)
+        self.parts = Trainables(self.net, averaged(self.net, settings.ema), optimiser)
+        # Batch norm wants whole batches.
+        self.total = -(-settings.images // settings.batch_size) * settings.batch_size
+        self.accuracy: Accuracy | None = None  # at the end
+
+    def begin(self, stop: StopRequest) -> None:
+        """The network measures its images when it is built."""
+
+    def batches(self, run: RunState) -> Generator[Batch]:
+        batches = Batches(self.data, self.recipe.seed, run.seen, self.total, self.recipe.training.batch_size)
+        return (batches[n] for n in range(len(batches)))
+
+    def trial(self) -> Callable[[torch.dtype], Loss]:
+        probe = Batches(self.data, self.recipe.seed, 0, self.total, self.recipe.training.batch_size)[0]
+        net = copy.deepcopy(self.net)  # its batch norms remember what they see
+        return lambda dtype: self.loss_of(net, probe, dtype)
+
+    def nominal(self, batch: Batch) -> float:
+        return float(len(batch))
+
+    def loss(self, batch: Batch, part: slice, dtype: torch.dtype) -> Loss:  # noqa: ARG002
+        return self.loss_of(self.net, batch, dtype)
+
+    def loss_of(self, net: nn.Module, batch: Batch, dtype: torch.dtype) -> Loss:
+        """Cross-entropy of a batch, and how many images are recognised."""
+        settings = self.recipe.training
+        # Every draw depends on the image's number in the run alone: a resumed run draws what it would have drawn.
+        draws = draws_of(self.recipe.seed, batch.first, len(batch))
+        images = augmented(batch.images, draws, settings.crop, settings.cutout).to(self.where)
+        labels = cast(Tensor, batch.labels).to(self.where)
+        with torch.autocast(self.where.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = net(images).float()  # (B, K)
+        loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing, reduction="sum")
+        right = (logits.argmax(dim=1) == labels).float().sum()
+        return Loss(loss, loss.new_tensor(float(len(batch))), {"accuracy": right})
+
+    def tested(self, run: RunState, *, last: bool) -> dict[str, float]:
+        if not last and not crossed(run.since, run.seen, self.recipe.training.test_images):
+            return {}
+        logits = judged(self.parts.average.module, self.test, self.where, DTYPES[run.dtype])
+        return {"test_accuracy": recognised(logits, self.test).mean().item()}
+
+    def curves(self, log: MetricsLog) -> None:
+        loss_curve(log.rows, self.out / "training.png", self.recipe.name)
+        accuracy_curve(log.rows, self.out / "accuracy.png", self.recipe.name)
+
+    def finish(self, run: RunState, log: MetricsLog) -> None:  # noqa: ARG002
+        data, test = self.data, self.test
+        self.accuracy = final = accuracy(self.parts.average.module, test, self.where)
+        summary = {"test": final.plain, "test_with_mirror_images": final.mirrored}
+        report = {**summary, "classes": final.classes, "test_images": test.count, "images": run.seen}
+        write_json(self.out / "results.json", report)
+        provenance = {"recipe": self.recipe.model_dump(mode="json"), "images": run.seen, "test_images": test.count}
+        trained = cast(ResNet, self.parts.average.module).eval()
+        card = classifier_card(self.recipe, run.seen, parameter_count(self.net), data, test.count, summary)
+        bundle = TrainedClassifier(trained, self.recipe.name, data.size, data.class_names, summary, provenance)
+        save_classifier(bundle, self.out / "model", card=card)
+
+
 @plain_torch(grad=True)
 def train_classifier(
     recipe: ClassifierRecipe,
@@ -88,137 +148,17 @@ def train_classifier(
 
     and recipe.yaml, data.json, environment.json, metrics.jsonl, training.png, checkpoints/ as there.
     """
-    refuse_many_processes()
-    settings = recipe.training
     out = Path(out)
-    check_out(out, resume=resume, overwrite=overwrite)
-    data, test, net = build(recipe, quiet=quiet)
-    where = pick_device(device)
-    if where.type == "cpu":
-        bound_compiled_products()
-    hold = occupied(out, PARTS, "a classifier", overwrite=overwrite)
-    with hold, StopRequest() as stop, contextlib.ExitStack() as stack:
-        begin_run(out, recipe, data, resume=resume)
-        net.to(where).train()
-        optimiser = sgd(net, settings.learning_rate, settings.momentum, settings.weight_decay)
-        average = averaged(net, settings.ema)
-        parts = Trainables(net, average, optimiser)
-        run = restore(out, parts) if resume else None
 
-        def logits_of(net: nn.Module, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-            # Every draw depends on the image's number in the run alone: a resumed run draws what it would have drawn.
-            draws = draws_of(recipe.seed, batch.first, len(batch))
-            images = augmented(batch.images, draws, settings.crop, settings.cutout)
-            labels = cast(Tensor, batch.labels).to(where)
-            with torch.autocast(where.type, dtype=dtype, enabled=dtype != torch.float32):
-                return net(images.to(where)).float(), labels  # (B, K), (B,)
+    def task(where: torch.device) -> ClassifierTask:
+        return ClassifierTask(recipe, out, where, quiet=quiet)
 
-        def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-
-        total = -(-settings.images // settings.batch_size) * settings.batch_size  # batch norm wants whole batches
-        if run is None:
-            probe = Batches(data, recipe.seed, 0, total, settings.batch_size)[0]
-            trial = copy.deepcopy(net)  # its batch norms remember what they see
-            chosen = fastest(
-                settings.dtype,
-                settings.threads,
-                where,
-                lambda dtype: Loss(loss_of(*logits_of(trial, probe, dtype)), torch.ones(()), {}),
-            )
-            record_choice(out, chosen)
-            run = RunState(dtype=chosen.dtype, threads=chosen.threads)
-        refuse_fewer_images(total, run.seen, out)
-        changes = changes_of(out, recipe, run.seen)  # none where the run begins: its recipe was just written
-        if settings.dtype != "auto":
-            run.dtype = settings.dtype
-        settings = settings.model_copy(update={"dtype": run.dtype, "threads": run.threads})
-        recipe = recipe.model_copy(update={"training": settings, "changes": changes})
-        write_text(out / "recipe.yaml", dump(recipe))  # what was measured included: it repeats this run
-        dtype = DTYPES[run.dtype]
-        stack.enter_context(threads(run.threads))
-        log = MetricsLog(out / "metrics.jsonl", run.seen, settings.tensorboard)
-        began, started = run.seen, time.monotonic()
-        logged = started
-
-        def save_checkpoint() -> Path:
-            path = checkpoints.save(out / "checkpoints", parts, run)
-            checkpoints.prune(out / "checkpoints", settings.keep, path)
-            return path
-
-        guard, cure = BlowUpGuard(settings, out), way_out(settings, out)
-        batches = Batches(data, recipe.seed, run.seen, total, settings.batch_size)
-        with Progress(total, "training", "images", done=run.seen, quiet=quiet) as bar:
-            for n in range(len(batches)):
-                # --- one step
-                batch = batches[n]
-                size = len(batch)
-                factor = learning_rate(run.seen + size, total, settings.warmup_images, settings.schedule)
-                for group in optimiser.param_groups:
-                    group["lr"] = settings.learning_rate * factor
-                logits, labels = logits_of(net, batch, dtype)
-                loss = loss_of(logits, labels)
-                check_finite("loss", loss, run.seen, batch, data, cure)
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(net.parameters(), settings.clip)
-                check_finite("gradient", norm, run.seen, batch, data, cure)
-                guard.check(run, loss.item())
-                optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
-                average.update_parameters(net)
-                before, run.seen, run.steps = run.seen, run.seen + size, run.steps + 1
-                right = (logits.argmax(dim=1) == labels).float().mean()
-                for name, value in (("loss", loss), ("accuracy", right)):
-                    run.sums[name] = run.sums.get(name, 0.0) + value.detach().item()
-                run.steps_since += 1
-                last = run.seen >= total
-                # --- once in a while
-                if run.seen - run.since >= settings.log_images or last:
-                    now = time.monotonic()
-                    means = {name: value / run.steps_since for name, value in run.sums.items()}
-                    tested = {}
-                    if last or crossed(run.since, run.seen, settings.test_images):
-                        logits = judged(average.module, test, where, dtype)
-                        tested["test_accuracy"] = recognised(logits, test).mean().item()
-                    log.write(
-                        images=run.seen,
-                        **means,
-                        **tested,
-                        learning_rate=settings.learning_rate * factor,
-                        gradient_norm=norm.item(),
-                        images_per_second=(run.seen - max(run.since, began)) / max(1e-9, now - logged),
-                    )
-                    bar.note = f"loss {means['loss']:.3f}, accuracy {means['accuracy']:.1%}"
-                    run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
-                    logged = time.monotonic()
-                    return_heap()
-                due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
-                if due and not stop.requested:
-                    save_checkpoint()
-                    draw_curves(log, out, recipe.name)
-                if stop.requested and not last:
-                    path = save_checkpoint()
-                    raise Stopped(
-                        f"{stop.requested}: stopped after {run.seen} images, saved {path}; go on with --resume"
-                    )
-                bar.advance(size)
-        seconds = time.monotonic() - started
-        log.close()
-        final = accuracy(average.module, test, where)
-        summary = {"test": final.plain, "test_with_mirror_images": final.mirrored}
-        loss_value = run.loss if run.loss is not None else math.nan
-        report = {**summary, "classes": final.classes, "test_images": test.count, "images": run.seen}
-        write_json(out / "results.json", report)
-        provenance = {"recipe": recipe.model_dump(mode="json"), "images": run.seen, "test_images": test.count}
-        trained = cast(ResNet, average.module).eval()
-        card = classifier_card(recipe, run.seen, parameter_count(net), data, test.count, summary)
-        bundle = TrainedClassifier(trained, recipe.name, data.size, data.class_names, summary, provenance)
-        save_classifier(bundle, out / "model", card=card)
-        draw_curves(log, out, recipe.name)
-    rate = (run.seen - began) / seconds if run.seen > began else 0.0
+    done = fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)
+    run, net, final, test = done.run, done.task.net, done.task.accuracy, done.task.test
     return ClassifierResult(
-        out, run.seen, seconds, rate, loss_value, final, test.count, parameter_count(net), run.dtype, run.threads
-    )
+        out, run.seen, done.seconds, done.images_per_second, done.loss, final, test.count, parameter_count(net),
+        run.dtype, run.threads,
+    )  # fmt: skip
 
 
 def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, InMemory, ResNet]:
@@ -270,8 +210,3 @@ def accuracy(net: nn.Module, test: InMemory, where: torch.device) -> Accuracy:
     hit, labels = recognised(logits, test), test.labels(torch.arange(test.count))
     classes = {name: hit[labels == k].mean().item() for k, name in enumerate(test.class_names) if (labels == k).any()}
     return Accuracy(hit.mean().item(), recognised(logits + mirror, test).mean().item(), classes)
-
-
-def draw_curves(log: MetricsLog, out: Path, title: str) -> None:
-    loss_curve(log.rows, out / "training.png", title)
-    accuracy_curve(log.rows, out / "accuracy.png", title)

@@ -82,6 +82,17 @@ class Trainables:
     optimiser: torch.optim.Optimizer
     tokenizer: nn.Module = field(default_factory=nn.Identity)  # a classifier has none
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that the optimiser updates."""
+        return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
+
+    def update(self) -> None:
+        """Follow the gradients, which are dropped afterwards, and let the average follow."""
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.average.update_parameters(self.model)
+
 
 def save(folder: Path, parts: Trainables, state: RunState, config: Mapping[str, Any] | None = None) -> Path:
     """Write the checkpoint of `state.seen` images; with the `config` of its model it can be used without the run."""
@@ -154,7 +165,6 @@ def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[
     Each parameter that has any of the optimiser's tensors has all of them, in its own shape.
     """
     kept = next(kept for kind, kept in MOMENTS.items() if isinstance(parts.optimiser, kind))
-    parameters = [p for group in parts.optimiser.param_groups for p in group["params"]]
     now, then = {name: number for number, name in enumerate(names_of(parts))}, names_of(parts, written)
     found: dict[int, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(path).items():
@@ -163,7 +173,7 @@ def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[
             name = then[int(name)]
         if name not in now or moment not in kept:
             raise CheckpointError(f"{path} has an unknown tensor {key!r}: it is not this optimiser's")
-        shape = torch.Size() if moment == "step" else parameters[now[name]].shape
+        shape = torch.Size() if moment == "step" else parts.trained[now[name]].shape
         wanted = torch.empty(shape, dtype=torch.float32, device="meta")
         found.setdefault(now[name], {})[moment] = as_wanted(tensor, wanted, key, path)
     for number, given in found.items():

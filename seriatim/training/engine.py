@@ -1,0 +1,287 @@
+"""The training loop, for every kind of model: one function, read top to bottom.
+
+What a kind of model adds is a `Task`: its batches, its loss, and what it leaves behind. Everything else is here once:
+resuming, which is bitwise; dtype and threads that are measured; accumulation; values that are not finite; checkpoints,
+logs and curves; the answer to a signal. `gradients` alone serves loops that keep no folder, as those of benchmarks.
+
+B images of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seriatim.checkpoints.native import PARTS
+from seriatim.checkpoints.unfinished import newest_whole
+from seriatim.core.device import DTYPES, pick_device
+from seriatim.core.errors import NumericsError, ResourceError, Stopped
+from seriatim.core.files import write_text
+from seriatim.core.progress import Progress
+from seriatim.core.schedules import learning_rate
+from seriatim.core.terminal import say
+from seriatim.models.base import Loss
+from seriatim.training import state as checkpoints
+from seriatim.training.blow_up import BlowUpGuard, way_out
+from seriatim.training.config import AnyRecipe, dump
+from seriatim.training.data import ImageData
+from seriatim.training.heap import bound_compiled_products, return_heap
+from seriatim.training.loader import Batch, WorkerLost
+from seriatim.training.log import MetricsLog, record_choice
+from seriatim.training.precision import fastest, threads
+from seriatim.training.run_folder import check_out, occupied
+from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
+from seriatim.training.state import RunState, Trainables
+from seriatim.training.stopping import StopRequest, refuse_many_processes
+
+
+class Task(ABC):
+    """A kind of model and its data, as the engine trains them."""
+
+    recipe: Any  # the engine replaces it by one in which everything measured or changed is written down
+    data: ImageData
+    parts: Trainables
+    total: int  # images of the whole run
+    accumulate = 1  # passes forward and backward of each update
+    files: tuple[str, ...] = PARTS  # of the folder `model` that `finish` writes
+    what = "a model"  # which that folder holds
+
+    @abstractmethod
+    def begin(self, stop: StopRequest) -> None:
+        """Measure or read what training needs before its first step. A resumed run does not call it."""
+
+    @abstractmethod
+    def batches(self, run: RunState) -> Generator[Batch]:
+        """The batches that follow where a run stands."""
+
+    @abstractmethod
+    def loss(self, batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
+        """The loss of some images of a batch. Its `parts` are logged under their names, averaged as the loss is."""
+
+    @abstractmethod
+    def trial(self) -> Callable[[torch.dtype], Loss]:
+        """The loss of a first batch, which may be taken in several dtypes, and leaves no trace."""
+
+    @abstractmethod
+    def nominal(self, batch: Batch) -> float:
+        """The count of a batch's loss as known beforehand; gradients are scaled to the true one before clipping."""
+
+    @abstractmethod
+    def finish(self, run: RunState, log: MetricsLog) -> None:
+        """Write the trained model and what else is to be kept."""
+
+    @abstractmethod
+    def curves(self, log: MetricsLog) -> None:
+        """Draw the curves of what was logged."""
+
+    def config(self, run: RunState) -> Mapping[str, Any] | None:  # noqa: ARG002
+        """What a checkpoint says about its model, so that it can be used without the run; None: nothing."""
+        return None
+
+    def tested(self, run: RunState, *, last: bool) -> dict[str, float]:  # noqa: ARG002
+        """Figures on images that are not trained on, for the next line of the log."""
+        return {}
+
+    def look(self, before: int, run: RunState, stop: StopRequest) -> None:  # noqa: ARG002
+        """Draw pictures, where they are due between `before` images and now."""
+        return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run ended."""
+
+    task: Any  # the `Task`, with its trained parts
+    run: RunState
+    seconds: float  # in the loop
+    images_per_second: float
+
+    @property
+    def loss(self) -> float:
+        """The mean of the last logged stretch."""
+        return math.nan if self.run.loss is None else self.run.loss
+
+
+def fit(
+    task_of: Callable[[torch.device], Task],
+    recipe: AnyRecipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Outcome:
+    """Train into the folder `out`; with `resume`, go on bitwise from the newest whole checkpoint in it.
+
+    Without, `out` is new or empty; with `overwrite` a run in it is replaced, and kept until the new one is whole.
+
+    Raises UsageError where `out` holds anything but the run that is to be resumed or overwritten, where there is no run
+    to resume, or where another process trains there; NumericsError when the loss or its gradient is not finite, before
+    anything is updated; Stopped, after saving, on SIGTERM or SIGINT.
+    """
+    refuse_many_processes()
+    check_out(out, resume=resume, overwrite=overwrite)
+    where = pick_device(device)
+    task = task_of(where)
+    settings, data, parts, total = recipe.training, task.data, task.parts, task.total
+    if where.type == "cpu":
+        bound_compiled_products()
+    hold = occupied(out, task.files, task.what, overwrite=overwrite)
+    with hold, StopRequest() as stop, contextlib.ExitStack() as stack:
+        begin_run(out, recipe, data, resume=resume)
+        run = restore(out, parts) if resume else None
+        if run is None:
+            task.begin(stop)
+            chosen = fastest(settings.dtype, settings.threads, where, task.trial())
+            record_choice(out, chosen)
+            run = RunState(dtype=chosen.dtype, threads=chosen.threads)
+            parts.model.zero_grad(set_to_none=True)
+        refuse_fewer_images(total, run.seen, out)
+        changes = changes_of(out, recipe, run.seen)  # none where the run begins: its recipe was just written
+        if settings.dtype != "auto":
+            run.dtype = settings.dtype
+        settings = settings.model_copy(update={"dtype": run.dtype, "threads": run.threads})
+        task.recipe = recipe = recipe.model_copy(update={"training": settings, "changes": changes})
+        write_text(out / "recipe.yaml", dump(recipe))  # what was measured included: it repeats this run
+        dtype = DTYPES[run.dtype]
+        stack.enter_context(threads(run.threads))
+        log = MetricsLog(out / "metrics.jsonl", run.seen, settings.tensorboard)
+        guard, cure = BlowUpGuard(settings, out), way_out(settings, out)
+        began, started = run.seen, time.monotonic()
+        logged, waited = started, 0.0
+
+        def save() -> Path:
+            path = checkpoints.save(out / "checkpoints", parts, run, task.config(run))
+            checkpoints.prune(out / "checkpoints", settings.keep, path)
+            return path
+
+        batches = stack.enter_context(contextlib.closing(task.batches(run)))
+        with Progress(total, "training", "images", done=run.seen, quiet=quiet) as bar:
+            while run.seen < total:
+                asked = time.perf_counter()
+                try:
+                    batch = next(batches)
+                except WorkerLost as error:
+                    raise ResourceError(f"{error}; saved {save()}: go on with --resume") from error
+                waited += time.perf_counter() - asked
+                # --- one step
+                size = len(batch)
+                rate = settings.learning_rate * learning_rate(
+                    run.seen + size, total, settings.warmup_images, settings.schedule
+                )
+                for group in parts.optimiser.param_groups:
+                    group["lr"] = rate
+                losses = (task.loss(batch, part, dtype) for part in slices(size, task.accumulate))
+                means, norm = gradients(parts.trained, losses, task.nominal(batch), settings.clip)
+                check_finite("loss", means["loss"], run.seen, batch, data, cure)
+                check_finite("gradient", norm, run.seen, batch, data, cure)
+                guard.check(run, means["loss"])
+                parts.update()
+                before, run.seen, run.steps = run.seen, run.seen + size, run.steps + 1
+                run.position = list(batch.after)
+                run.sums = {name: run.sums.get(name, 0.0) + value for name, value in means.items()}
+                run.steps_since += 1
+                last = run.seen >= total
+                # --- once in a while
+                if run.seen - run.since >= settings.log_images or last:
+                    now = time.monotonic()
+                    means = {name: value / run.steps_since for name, value in run.sums.items()}
+                    log.write(
+                        images=run.seen,
+                        **means,
+                        **task.tested(run, last=last),
+                        learning_rate=rate,
+                        gradient_norm=norm,
+                        images_per_second=(run.seen - max(run.since, began)) / max(1e-9, now - logged),
+                        loader_share=waited / max(1e-9, now - logged),
+                    )
+                    bar.note = ", ".join(f"{name} {means[name]:.3f}" for name in ("loss", "accuracy") if name in means)
+                    run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
+                    logged, waited = time.monotonic(), 0.0
+                    return_heap()
+                if not stop.requested:
+                    task.look(before, run, stop)
+                due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
+                if due and not stop.requested:
+                    save()
+                    task.curves(log)
+                if stop.requested and not last:
+                    path = save()
+                    raise Stopped(
+                        f"{stop.requested}: stopped after {run.seen} images, saved {path}; go on with --resume"
+                    )
+                bar.advance(size)
+        seconds = time.monotonic() - started
+        log.close()
+        task.finish(run, log)
+        task.curves(log)
+    return Outcome(task, run, seconds, (run.seen - began) / seconds if run.seen > began else 0.0)
+
+
+def gradients(
+    trained: Sequence[Tensor], losses: Iterable[Loss], nominal: float, clip: float
+) -> tuple[dict[str, float], float]:
+    """The clipped gradients of a loss that comes in parts; returns its mean, those of its terms, and their norm before.
+
+    Each part is a sum over its own count. It is divided by the nominal count before the pass backward, and the
+    gradients by what that was wrong by once all counts are known, so the result does not depend on the parts. The
+    device is waited for once for each part, and once for the norm.
+    """
+    sums: dict[str, float] = {}
+    for loss in losses:
+        (loss.sum / nominal).backward()
+        names = ("loss", "count", *loss.parts)
+        values = torch.stack([value.detach() for value in (loss.sum, loss.count, *loss.parts.values())]).tolist()
+        for name, value in zip(names, values, strict=True):
+            sums[name] = sums.get(name, 0.0) + value
+    count = sums.pop("count")
+    torch._foreach_mul_([parameter.grad for parameter in trained if parameter.grad is not None], nominal / count)
+    norm = torch.nn.utils.clip_grad_norm_(trained, clip).item()
+    return {name: value / count for name, value in sums.items()}, norm
+
+
+def restore(out: Path, parts: Trainables) -> RunState | None:
+    """The newest whole checkpoint into `parts`; says which, and which newer ones were damaged and are set aside."""
+    folder = out / "checkpoints"
+    checkpoints.sweep(folder)
+    for says in checkpoints.set_damaged_aside(folder):
+        say(f"stepping back: {says}")
+    path, _ = newest_whole(folder)
+    if path is None:
+        say(f"no whole checkpoint in {folder}: beginning anew")
+        return None
+    run = checkpoints.load(path, parts)
+    say(f"resuming after {run.seen:,} images from {path}")
+    return run
+
+
+def slices(size: int, parts: int) -> list[slice]:
+    """`size` images in at most `parts` equal parts, the last perhaps smaller."""
+    step = -(-size // parts)
+    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
+
+def crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]; never for 0."""
+    return bool(every) and now // every > before // every
+
+
+def check_finite(what: str, value: float, seen: int, batch: Batch, data: ImageData, cure: str) -> None:
+    """Raise NumericsError that names the images of a batch, unless the value is finite."""
+    if not math.isfinite(value):
+        names = batch.names[:8] or [data.name(int(i)) for i in batch.index[:8]]
+        named = ", ".join(names) + (", ..." if len(batch) > 8 else "")
+        raise NumericsError(
+            f"the {what} is not finite ({value}) after {seen} images, in the batch of images {named}; nothing was "
+            f"updated; {cure}"
+        )
