@@ -19,7 +19,7 @@ from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.cli.main import run
 from seriatim.core.errors import ConfigError, DataError, NumericsError, SeriatimError, Stopped, UsageError
 from seriatim.evaluation.classifier import ResNet, load_classifier
-from seriatim.training import classifier, labelled
+from seriatim.training import classifier, engine, labelled
 from seriatim.training.classifier import build, train_classifier
 from seriatim.training.config import ClassifierRecipe, dump, read_any, read_recipe
 from seriatim.training.labelled import augmented, build_labelled, draws_of, held_out_share
@@ -54,7 +54,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None]:
     """The process sends itself SIGTERM in the middle of step number `steps`."""
-    true, calls = classifier.check_finite, [0]
+    true, calls = engine.check_finite, [0]
 
     def counted(what: str, *arguments: Any) -> None:
         calls[0] += what == "gradient"
@@ -62,7 +62,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None
             os.kill(os.getpid(), signal.SIGTERM)
         true(what, *arguments)
 
-    monkeypatch.setattr(classifier, "check_finite", counted)
+    monkeypatch.setattr(engine, "check_finite", counted)
     return monkeypatch.undo
 
 

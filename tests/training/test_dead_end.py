@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.errors import ConfigError, NumericsError
-from seriatim.training import loop
+from seriatim.training import engine, loop
 from seriatim.training.blow_up import BlowUpGuard, growth
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
@@ -43,13 +43,13 @@ def rows(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A run in bfloat16 whose loss is not finite after 96 images; what was wrong is over afterwards."""
-    true, folder = loop.check_finite, tmp_path / "bad"
+    true, folder = engine.check_finite, tmp_path / "bad"
 
     def check(what: str, value: torch.Tensor, seen: int, *rest: Any) -> None:
         true(what, value * float("nan") if seen == 96 else value, seen, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "check_finite", check)
+        patched.setattr(engine, "check_finite", check)
         for resume in (False, True):  # the same batch and the same loss, again and again
             with pytest.raises(NumericsError) as caught:
                 train(tiny("training.dtype=bfloat16"), folder, resume=resume, quiet=True)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from seriatim.checkpoints.unfinished import all_checkpoints, newest_whole
 from seriatim.core.errors import ConfigError, DataError, ResourceError, Stopped, UsageError
-from seriatim.training import loader, loop, setup, state
+from seriatim.training import engine, loader, loop, setup, state
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged
@@ -56,7 +56,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None]:
     """The process sends itself SIGTERM in the middle of step number `steps`."""
-    true, calls = loop.check_finite, [0]
+    true, calls = engine.check_finite, [0]
 
     def counted(what: str, *arguments: Any) -> None:
         calls[0] += what == "gradient"
@@ -64,7 +64,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None
             signal.raise_signal(signal.SIGTERM)  # to this thread: `os.kill` may reach another one, and be late
         true(what, *arguments)
 
-    monkeypatch.setattr(loop, "check_finite", counted)
+    monkeypatch.setattr(engine, "check_finite", counted)
     return monkeypatch.undo
 
 
@@ -117,7 +117,7 @@ def test_the_comparison_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         true = module.derive_seed
         monkeypatch.setattr(module, "derive_seed", lambda *parts: true(*parts, "forgotten"))
     else:
-        true_load = loop.checkpoints.load
+        true_load = engine.checkpoints.load
 
         def forgetful(path: Path, parts: Any) -> Any:
             kept = {k: v.clone() for k, v in parts.average.module.state_dict().items()}
@@ -128,7 +128,7 @@ def test_the_comparison_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 parts.average.module.load_state_dict(kept)
             return state
 
-        monkeypatch.setattr(loop.checkpoints, "load", forgetful)
+        monkeypatch.setattr(engine.checkpoints, "load", forgetful)
     train(tiny(), tmp_path / "parts", resume=True, quiet=True)
     assert weights(tmp_path / "whole") != weights(tmp_path / "parts")
 

@@ -24,7 +24,7 @@ from seriatim.checkpoints.unfinished import newest_whole, why_not_whole
 from seriatim.cli.main import run as command_line
 from seriatim.core import files
 from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
-from seriatim.training import loop, setup, state
+from seriatim.training import engine, setup, state
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.run_folder import check_out
@@ -58,7 +58,7 @@ def damage(checkpoint: Path) -> bytes:
 
 def stop_in_step(monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.Signals = signal.SIGTERM) -> None:
     """The process sends itself a signal in the middle of step number `steps`."""
-    true, calls = loop.check_finite, [0]
+    true, calls = engine.check_finite, [0]
 
     def counted(what: str, *arguments: Any) -> None:
         calls[0] += what == "gradient"
@@ -66,7 +66,7 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.Sig
             os.kill(os.getpid(), number)
         true(what, *arguments)
 
-    monkeypatch.setattr(loop, "check_finite", counted)
+    monkeypatch.setattr(engine, "check_finite", counted)
 
 
 @pytest.fixture(scope="module")

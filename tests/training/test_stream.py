@@ -15,7 +15,7 @@ from training.test_hub import image_folder, parquet, picture, pixels, webdataset
 from training.test_resume import weights
 
 from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
-from seriatim.training import loop
+from seriatim.training import engine
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.data import Position
 from seriatim.training.hub import HuggingFaceStream
@@ -146,7 +146,7 @@ def recipe(root: Path, *settings: str) -> Recipe:
 def test_resuming_on_a_stream_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbered(tmp_path, 20, bad=(4,))
     train(recipe(tmp_path), tmp_path / "whole", device="cpu", quiet=True)
-    true, steps = loop.check_finite, [0]
+    true, steps = engine.check_finite, [0]
 
     def stop_at_7(what: str, *arguments: Any) -> None:
         steps[0] += what == "gradient"
@@ -154,7 +154,7 @@ def test_resuming_on_a_stream_is_bitwise(tmp_path: Path, monkeypatch: pytest.Mon
             os.kill(os.getpid(), signal.SIGTERM)
         true(what, *arguments)
 
-    monkeypatch.setattr(loop, "check_finite", stop_at_7)
+    monkeypatch.setattr(engine, "check_finite", stop_at_7)
     with pytest.raises(Stopped):
         train(recipe(tmp_path), tmp_path / "parts", device="cpu", quiet=True)
     train(recipe(tmp_path), tmp_path / "parts", device="cpu", quiet=True, resume=True)
