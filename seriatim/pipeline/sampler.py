@@ -33,7 +33,7 @@ def sampled(
     `start` holds tokens of all B images. Whatever touches the model runs inside `sampling()`; between steps the model
     is as its owner left it. `decode` makes previews.
     """
-    keys = Keys.of_seeds(request.image_seeds())
+    seeds = request.image_seeds()
     batches = [range(i, min(i + size, len(labels))) for i in range(0, len(labels), size)]
     for number, images in enumerate(batches):
         some = slice(images.start, images.stop)
@@ -42,7 +42,7 @@ def sampled(
             steps = model.steps(
                 condition,
                 model.null(len(images), condition),
-                keys.select(some),
+                Keys.of_seeds(seeds[some]),
                 request,
                 None if start is None else Start(start.tokens[some], start.known[some]),
                 positions(request, grid, some),

@@ -102,9 +102,10 @@ def parallel_steps(
             known = known | ask
             drawn_here = Drawn(head, z, drawn, rows, places)
         made = Step(step, steps, "tokens", tokens, known, drawn=drawn_here, last=step == steps - 1)
+        if made.last:  # before anybody decodes them
+            check_finite(tokens, sound & draw.sound)
         yield made
         tokens = made.tokens
-    check_finite(tokens, sound & draw.sound)
 
 
 def order_of(order: Tensor | Sequence[int] | None, settings: Settings, spec: TokenSpec) -> Tensor | None:

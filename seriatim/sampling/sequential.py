@@ -53,6 +53,9 @@ def sequential_steps(
     tokens, known = begin(backbone.spec, B, device, start)
     first = known.sum(dim=1).tolist()  # known tokens of each image at first
     total = L - min(first)  # steps
+    if not total:  # nothing is unknown: one step, which draws nothing, gives the tokens
+        yield Step(0, 1, "tokens", tokens, known, last=True)
+        return
     # Image b generates its token i at step i - first[b]. These are the scales of its steps, first to last.
     scales = [
         scales_at(settings, [w] * (L - k), list(range(L - k - 1, -1, -1)), L) for w, k in zip(full, first, strict=True)
@@ -80,11 +83,12 @@ def sequential_steps(
         known = known.index_put((rows, places), torch.tensor(True))
         drawn_here = Drawn(head, z, drawn, rows, places)
         made = Step(step, total, "tokens", tokens, known, drawn=drawn_here, last=step == total - 1)
+        if made.last:  # before anybody decodes them
+            check_finite(tokens, sound & draw.sound)
         yield made
         tokens = made.tokens
         if made.replaced:  # the caches are of the tokens before
             passes.restart()
-    check_finite(tokens, sound & draw.sound)
 
 
 class CachedPasses:

@@ -177,6 +177,17 @@ def test_codes_are_redrawn_too() -> None:
     assert torch.equal(redrawn.tokens[:, kept], result.tokens[:, kept])
 
 
+def test_an_image_of_which_nothing_is_redrawn_stays_in_its_place() -> None:
+    pipe = pipe_of(order="random")
+    result = pipe(class_labels=[0, 1, 0], seed=1)
+    redraw = torch.zeros(3, 16, dtype=torch.bool)
+    redraw[1, 3] = True
+    for batch_size in (1, 3):
+        again = pipe.regenerate(result, redraw, batch_size=batch_size, seed=2)
+        assert len(again.images) == 3 and torch.equal(again.tokens[~redraw], result.tokens[~redraw])
+        assert not torch.equal(again.tokens, result.tokens)
+
+
 # --- the command line ---------------------------------------------------------------------------------------------
 
 

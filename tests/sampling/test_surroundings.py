@@ -78,7 +78,7 @@ def test_torch_is_given_back_after_an_error() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"output_type": 5}, "output_type: 5 is not known; allowed: pil, np, pt, latent"),
+        ({"output_type": 5}, "output_type: 5 is not known; allowed: pil, np, pt, tokens"),
         ({"output_type": ["pil"]}, r"output_type: \['pil'\] is not known"),
         ({"callback_on_step_end": 5}, "callback_on_step_end: 5 is not allowed; give a function"),
         ({"generator": 5}, "generator: 5 is not allowed"),
@@ -113,7 +113,7 @@ def test_a_decoder_that_is_not_finite_gives_no_picture(bundle: Bundle, monkeypat
     for output_type in ("pil", "np", "pt"):
         with pytest.raises(NumericsError, match="the decoded images are not finite, though their tokens are"):
             pipe(class_labels=[0], output_type=output_type)
-    assert pipe(class_labels=[0], output_type="latent").images.isfinite().all()
+    assert pipe(class_labels=[0], output_type="tokens").images.isfinite().all()
     with pytest.raises(NumericsError):
         [step.preview() for step in pipe.stream(class_labels=[0])]
 
