@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +93,18 @@ class Plan:
     options: Any
 
 
+def check_numbers(options: type[Any], given: Mapping[str, Any]) -> None:
+    """Refuse true, false and text for an option that is a number, which pydantic would turn into one."""
+    try:
+        hints = typing.get_type_hints(options)
+    except (NameError, TypeError):  # annotations of a user's class that can't be imported; its own checks must do
+        return
+    for name, value in given.items():
+        kinds = set(typing.get_args(hints.get(name)) or (hints.get(name),)) - {type(None)}
+        if isinstance(value, (bool, str)) and kinds <= {int, float}:
+            raise UsageError(f"{name}: {shown(value)} is not allowed; it must be a number")
+
+
 def column(value: float | Tensor) -> float | Tensor:
     """A temperature as a factor of (N, D): one number for all rows, or (N,) -> (N, 1)."""
     return value[:, None] if isinstance(value, Tensor) else value
@@ -147,6 +161,7 @@ class Head(nn.Module):
                 )
             if isinstance(given[name], int) and not -(2**63) <= given[name] < 2**63:
                 raise UsageError(f"{name}: {shown(given[name])} is not allowed; it must be an integer of 64 bits")
+        check_numbers(self.Options, given)
         try:
             options = construct(self.Options, given, "head")
         except UsageError as error:

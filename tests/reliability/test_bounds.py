@@ -23,6 +23,7 @@ from seriatim.core.errors import CheckpointError, ConfigError, DataError, Resour
 from seriatim.core.files import write_manifest
 from seriatim.evaluation.reference import read_statistics
 from seriatim.evaluation.sweep import sweep
+from seriatim.models.build import build_model
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.training.arrays import ArrayData
 from seriatim.training.config import read_recipe
@@ -254,6 +255,39 @@ def test_points_of_a_sweep(tmp_path: Path) -> None:
     values = [float(i) for i in range(200)]
     with pytest.raises(UsageError, match="40,000 points"):
         sweep(pipe, None, tmp_path / "s", {"guidance_scale": values, "temperature": values}, num=4)  # type: ignore[arg-type]
+
+
+LARGE = [2**63, 2**64, 10**400]
+INNER = {"kind": "causal", "width": 8, "depth": 1, "heads": 1}
+NESTED = {"kind": "nested", "split": {"kind": "features"}, "backbone": INNER, "head": {"kind": "bins", "bins": 8}}
+OPTIONS: list[tuple[dict[str, Any], str, list[Any]]] = [  # a head, its option, and values that it refuses
+    ({"kind": "diffusion", "width": 16, "depth": 1}, "num_diffusion_steps", [0, -1, 10_001, *LARGE, True, "3", 2.5]),
+    ({"kind": "diffusion", "width": 16, "depth": 1}, "num_diffusion_steps_last", [0, 101, 10_001, *LARGE, True, "3"]),
+    ({"kind": "diffusion", "width": 16, "depth": 1}, "start_timestep", [-1, 1000, *LARGE, "x", 2.5]),
+    ({"kind": "diffusion", "width": 16, "depth": 1}, "timesteps", [[], [-1], [1000], [3, 2], [2**64], 5]),
+    ({"kind": "flow", "width": 16, "depth": 1}, "num_diffusion_steps", [0, -1, 10_001, *LARGE, True, "3", 2.5]),
+    ({"kind": "bins", "bins": 8}, "top_k", [0, -1, *LARGE, True, "3", 2.5]),
+    ({"kind": "bins", "bins": 8}, "top_p", [0, -0.5, 1.5, float("nan"), float("inf"), True, "0.5"]),
+    (NESTED, "top_k", [0, -1, *LARGE, True, "3", 2.5]),
+    (NESTED, "feature_schedule", ["lineer", 1, True]),
+    ({"kind": "mixture", "components": 2}, "top_p", [0, -0.5, 1.5, float("nan"), *LARGE, True, "0.5"]),
+    ({"kind": "mixture", "components": 2}, "guidance_mode", ["exactly", 3, True]),
+]
+
+
+@pytest.mark.parametrize(("head", "name", "values"), OPTIONS, ids=[f"{h['kind']} {name}" for h, name, _ in OPTIONS])
+@pytest.mark.parametrize("flat", [True, False])
+def test_numbers_of_a_heads_options(head: dict[str, Any], name: str, values: list[Any], flat: bool) -> None:
+    bundle = make_bundle()
+    config = {"kind": "masked", "tokens": 16, "dim": 4, "width": 16, "depth": 1, "heads": 2, "classes": 3}
+    bundle.model = build_model({**config, "head": head}).eval()
+    pipe = Pipeline(bundle, device="cpu")
+    for value in values:
+        given = {name: value} if flat or name.endswith("_last") else {"head_options": {name: value}}
+        with pytest.raises(UsageError) as caught:
+            pipe.request(**given)
+        told = str(caught.value)
+        assert name in told and "\n" not in told and len(told) < 500, value
 
 
 # --- what fails while it is built ----------------------------------------------------------------------------------
