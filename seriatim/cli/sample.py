@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -49,6 +49,7 @@ def sample(
     from seriatim.core.progress import Progress
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.pipeline.animation import save_animation
+    from seriatim.pipeline.labels import label_of
     from seriatim.pipeline.loading import load
     from seriatim.pipeline.metadata import versions
     from seriatim.pipeline.result import file_names, recorded, save_image
@@ -57,8 +58,10 @@ def sample(
 
     original = None if from_ is None else read_repeatable(from_)
     pipe = load(model, device=device, dtype=dtype)
-    settings = {**({} if label is None else {"class_labels": label}), **context.obj}
+    settings: dict[str, Any] = {**({} if label is None else {"class_labels": label}), **context.obj}
     if original is None:
+        if label is None and pipe.model.classes and "class_labels" not in pipe.defaults:
+            settings["class_labels"] = [label_of(i, pipe.class_names) for i in range(pipe.model.classes)]
         request = pipe.request(**settings)
     else:
         request = request_of(original[1], from_, pipe, list(settings))

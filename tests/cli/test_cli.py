@@ -44,7 +44,7 @@ def test_train_then_sample(seriatim: Run, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert [f["label"] for f in report["files"]] == ["3", "3", "7", "7"]
-    assert len(report["model_sha256"]) == 64 and report["request"]["num_diffusion_steps"] == 4
+    assert len(report["model_sha256"]) == 64 and report["request"]["head_options"]["num_diffusion_steps"] == 4
     files = sorted(p.name for p in (tmp_path / "s").iterdir())
     assert files == ["0000-3.png", "0001-3.png", "0002-7.png", "0003-7.png", "grid.png"]
     first = read_picture(tmp_path / "s" / "0000-3.png")

@@ -19,6 +19,7 @@ import seriatim
 from seriatim.checkpoints.kl16 import kl16_from_tokenizer
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.checkpoints.native import Bundle, save_bundle
+from seriatim.checkpoints.renames import FORMAT
 from seriatim.checkpoints.tokenizer import save_tokenizer
 from seriatim.cli.app import app
 from seriatim.cli.demo import is_demo
@@ -420,4 +421,4 @@ def test_a_model_over_other_json_files_is_refused(tmp_path: Path, bundle: Bundle
     save_bundle(bundle, tmp_path / "ours")
     (tmp_path / "ours" / "config.json").write_text("damaged")
     save_bundle(bundle, tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "config.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["format"] == FORMAT
