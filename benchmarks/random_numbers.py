@@ -12,14 +12,34 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from seriatim.core.keys import Keys
-from seriatim.core.random import Noise
+from seriatim.core.random import generator
 
 Call = Callable[[], object]
+
+
+class Generators:
+    """The same draws from a generator of torch's for each row."""
+
+    def __init__(self, seeds: Iterable[int]) -> None:
+        self.each = [generator(seed) for seed in seeds]
+
+    def uniform(self, *tail: int) -> Tensor:
+        return torch.cat([torch.rand((1, *tail), generator=g) for g in self.each])
+
+    def normal(self, *tail: int) -> Tensor:
+        return torch.cat([torch.randn((1, *tail), generator=g) for g in self.each])
+
+    def integers(self, high: int, *tail: int) -> Tensor:
+        return torch.cat([torch.randint(high, (1, *tail), generator=g) for g in self.each])
+
+    def permutation(self, n: int) -> Tensor:
+        return torch.stack([torch.randperm(n, generator=g) for g in self.each])
 
 
 def parts_of_keys(keys: Keys, parts: int) -> Call:
@@ -33,11 +53,11 @@ def parts_of_keys(keys: Keys, parts: int) -> Call:
     return draw
 
 
-def parts_of_noise(noise: Noise, parts: int) -> Call:
+def parts_of_generators(generators: Generators, parts: int) -> Call:
     def draw() -> None:
         for _ in range(parts):
-            noise.uniform()
-            noise.normal(1)
+            generators.uniform()
+            generators.normal(1)
 
     return draw
 
@@ -45,20 +65,23 @@ def parts_of_noise(noise: Noise, parts: int) -> Call:
 def contestants(images: int) -> dict[str, tuple[Call, Call]]:
     """What is drawn: with keys, and with generators."""
     some = min(64, images)
-    keys, noise = Keys.of_seeds(range(images)), Noise.per_image(range(images))
-    few, few_noise = keys.select(slice(0, some)), Noise.per_image(range(some))
-    one, one_noise = keys.select(slice(0, 1)), Noise.per_image([0])
+    keys, others = Keys.of_seeds(range(images)), Generators(range(images))
+    few, few_others = keys.select(slice(0, some)), Generators(range(some))
+    one, one_other = keys.select(slice(0, 1)), Generators([0])
     return {
-        f"uniform, {images} images": (keys.uniform, noise.uniform),
+        f"uniform, {images} images": (keys.uniform, others.uniform),
         f"uniform, {images} images, from their seeds": (
             lambda: Keys.of_seeds(range(images)).uniform(),
-            lambda: Noise.per_image(range(images)).uniform(),
+            lambda: Generators(range(images)).uniform(),
         ),
-        f"normal, {some} x 6144": (lambda: few.normal(6144), lambda: few_noise.normal(6144)),
-        f"integers, {some} x 64": (lambda: few.integers(1000, 64), lambda: few_noise.integers(1000, 64)),
-        f"permutation of 256, {some}": (lambda: few.permutation(256), lambda: few_noise.permutation(256)),
-        "two numbers for each of 16 parts, 1 row": (parts_of_keys(one, 16), parts_of_noise(one_noise, 16)),
-        f"two numbers for each of 16 parts, {some} rows": (parts_of_keys(few, 16), parts_of_noise(few_noise, 16)),
+        f"normal, {some} x 6144": (lambda: few.normal(6144), lambda: few_others.normal(6144)),
+        f"integers, {some} x 64": (lambda: few.integers(1000, 64), lambda: few_others.integers(1000, 64)),
+        f"permutation of 256, {some}": (lambda: few.permutation(256), lambda: few_others.permutation(256)),
+        "two numbers for each of 16 parts, 1 row": (parts_of_keys(one, 16), parts_of_generators(one_other, 16)),
+        f"two numbers for each of 16 parts, {some} rows": (
+            parts_of_keys(few, 16),
+            parts_of_generators(few_others, 16),
+        ),
     }
 
 
@@ -78,8 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
                 took[name, i].append(1000 * (time.perf_counter() - begin))
     lines = [f"{'':48}{'keys':>10}{'generators':>12}{'times':>8}"]
     for name in calls:
-        keys, noise = (statistics.median(took[name, i][1:]) for i in range(2))  # the first call warms up
-        lines.append(f"{name:48}{keys:10.3f}{noise:12.3f}{noise / keys:8.1f}")
+        keys, others = (statistics.median(took[name, i][1:]) for i in range(2))  # the first call warms up
+        lines.append(f"{name:48}{keys:10.3f}{others:12.3f}{others / keys:8.1f}")
     sys.stdout.write("\n".join(lines) + "\n")
 
 

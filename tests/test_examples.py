@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-LINES = {"own_head": "nats of each feature", "tokenbridge": "at full size: 482,802,752"}
+LINES = {
+    "own_head": "nats of each feature",
+    "own_backbone": "means of class 0 and 1",
+    "tokenbridge": "at full size: 482,802,752",
+}
+LONGEST = {"own_head": 60, "own_backbone": 120}
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_a_part_of_ones_own_is_short(name: str) -> None:
+    path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
+    assert len(path.read_text().splitlines()) <= LONGEST[name]
 
 
 @pytest.mark.parametrize("name", LINES)
