@@ -35,6 +35,8 @@ from seriatim.core.files import write_json
 from seriatim.core.keys import Keys
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
+from seriatim.data.folder import Folder
+from seriatim.data.loader import Batches, to_float
 from seriatim.evaluation.base import FeatureExtractor
 from seriatim.evaluation.blocks import Blocks, eight_bits, features_of
 from seriatim.evaluation.features import open_features
@@ -50,8 +52,6 @@ from seriatim.tokenizers.base import Tokenizer, to_uint8
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.training import state as checkpoints
-from seriatim.training.folder import Folder
-from seriatim.training.loader import Batches, to_float
 from seriatim.training.state import RunState, Trainables
 
 BATCH, RATE, WARMUP, CLIP, AVERAGE = 32, 1e-3, 50, 1.0, 8  # AVERAGE: the power of the average, about 10 % wide

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from seriatim.core.random import generator
+from seriatim.data.base import Digits, ImageData
+from seriatim.data.folder import Folder
+from seriatim.data.loader import to_float
 from seriatim.evaluation.grid import grid, save_png
 from seriatim.pipeline.loading import load
 from seriatim.pipeline.result import as_pil
 from seriatim.tokenizers.base import to_uint8
-from seriatim.training.data import Digits, ImageData
-from seriatim.training.folder import Folder
-from seriatim.training.loader import to_float
 
 
 def masks(H: int, W: int) -> list[Image.Image]:

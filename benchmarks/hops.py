@@ -61,9 +61,9 @@ def counts(found: dict[str, list[str]]) -> tuple[int, int]:
 def main() -> None:
     found = entered(pipeline())
     for name, functions in found.items():
-        print(f"{name}: {', '.join(functions)}")
-    functions, files = counts(found)
-    print(f"{functions} functions; {files} files outside nn and core, {len(found)} in all")
+        print(f"{name}: {', '.join(functions)}")  # noqa: T201
+    entries, files = counts(found)
+    print(f"{entries} functions; {files} files outside nn and core, {len(found)} in all")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ import torch
 
 from seriatim.checkpoints.native import Bundle
 from seriatim.core.keys import Keys
+from seriatim.data.base import Digits
 from seriatim.evaluation.grid import grid
 from seriatim.models.build import build_model, parameter_count, seeded
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.tokenizers.pixels import Pixels
-from seriatim.training.data import Digits
 
 # 6 blocks of 1024 in the head, over the 16 channels of MAR's latents
 LARGE: dict[str, Any] = {

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "seriatim"
 # A package imports only from its left. `testing` serves people who write parts of their own; nothing imports it.
 ORDER = (
     "core", "nn", "conditions", "backbones", "heads", "sampling", "models", "tokenizers", "zoo", "checkpoints",
-    "pipeline", "evaluation", "training", "bench", "serving", "testing", "cli", "__main__",
+    "pipeline", "data", "evaluation", "training", "bench", "serving", "testing", "cli", "__main__",
 )  # fmt: skip
 BANNED = {"models": {"tokenizers"}, "serving": {"training", "evaluation", "bench"}}
 LONGEST = 400

@@ -149,7 +149,7 @@ def test_readme_recipe_keys_are_all_there() -> None:
     from seriatim.backbones.causal_transformer import Causal
     from seriatim.backbones.masked_transformer import Masked
     from seriatim.core.construct import arguments
-    from seriatim.evaluation.classifier import ResNet
+    from seriatim.evaluation.residual_net import ResNet
     from seriatim.heads.categorical import Categorical
     from seriatim.heads.diffusion import Diffusion
     from seriatim.heads.flow import Flow

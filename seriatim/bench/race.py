@@ -28,6 +28,7 @@ from seriatim.core.construct import MOST_THREADS
 from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, nearest
 from seriatim.core.progress import Progress
+from seriatim.data.loader import MOST_AT_ONCE
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
 from seriatim.models.nested import Nested
@@ -36,7 +37,6 @@ from seriatim.sampling.draw import STEPS
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
-from seriatim.training.config import MOST_AT_ONCE
 from seriatim.training.precision import threads as with_threads
 from seriatim.zoo import PRESETS
 

@@ -31,7 +31,7 @@ def cache(
 
     chosen = read_recipe(recipe, overrides or ())
 
-    from seriatim.training.caching import write_cache
+    from seriatim.data.caching import write_cache
     from seriatim.training.setup import build_inputs
 
     data, tokenizer = build_inputs(chosen)

@@ -116,8 +116,8 @@ def tokens_of(folder: Path, tokenizer: Tokenizer, most: int = 64) -> Tensor:
     import torch
 
     from seriatim.core.errors import UsageError
-    from seriatim.training.folder import Folder
-    from seriatim.training.loader import to_float
+    from seriatim.data.folder import Folder
+    from seriatim.data.loader import to_float
 
     if not folder.is_dir():
         raise UsageError(f"images: {folder} is not a folder; name one that holds images")

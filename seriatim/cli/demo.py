@@ -134,8 +134,8 @@ def judge(pixels: Any, labels: Any) -> dict[str, Any]:
     import torch
     from sklearn.svm import SVC
 
+    from seriatim.data.base import Digits
     from seriatim.evaluation.metrics import frechet_distance, within_class_variance
-    from seriatim.training.data import Digits
 
     def arrays(data: Digits) -> tuple[Any, Any]:
         index = torch.arange(data.count)

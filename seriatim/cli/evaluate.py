@@ -284,9 +284,9 @@ def open_data(
     """
     from seriatim.core.errors import UsageError, shown
     from seriatim.core.reading import Unreadable, parse_yaml
+    from seriatim.data.base import StreamData
+    from seriatim.data.sources import DATASETS, build_data
     from seriatim.evaluation.reference import read_statistics
-    from seriatim.training.data import StreamData
-    from seriatim.training.sources import DATASETS, build_data
 
     if text.endswith(".npz"):
         return read_statistics(text)

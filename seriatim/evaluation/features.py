@@ -11,8 +11,8 @@ from torch import Tensor
 
 from seriatim.core.errors import UsageError, nearest
 from seriatim.evaluation.base import FeatureExtractor, Features
-from seriatim.evaluation.classifier import Classifier
 from seriatim.evaluation.inception import Inception, InceptionPytorchFid
+from seriatim.evaluation.residual_net import Classifier
 
 CLASSIFIER = "classifier"  # opens a folder given without a name
 WEIGHTS = "inception"  # opens a file given without a name

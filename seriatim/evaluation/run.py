@@ -36,11 +36,11 @@ from seriatim.evaluation.figures import (
     class_map,
     figures_of,
 )
+from seriatim.evaluation.identity import SETTINGS, check_folders, said, same_settings
 from seriatim.evaluation.memory import nearest_picture
 from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, described, halves, whole
 from seriatim.evaluation.rows import markdown
-from seriatim.evaluation.settings import SETTINGS, check_folders, said, same_settings
 from seriatim.pipeline.labels import label_of, name_of
 from seriatim.pipeline.metadata import versions
 from seriatim.pipeline.pipeline import BATCH_TOKENS, Pipeline

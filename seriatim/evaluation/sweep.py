@@ -13,10 +13,10 @@ from typing import Any
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.files import atomic_write, writable_folder, write_json, write_text
 from seriatim.core.ownership import owned
+from seriatim.evaluation.identity import holds_features, is_sweep
 from seriatim.evaluation.reference import Images, Statistics
 from seriatim.evaluation.rows import markdown, model_name, safe
 from seriatim.evaluation.run import Evaluation, evaluate
-from seriatim.evaluation.settings import holds_features, is_sweep
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.request import request_fields
 

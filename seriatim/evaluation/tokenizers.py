@@ -23,11 +23,11 @@ from seriatim.core.progress import Progress
 from seriatim.evaluation.base import FeatureExtractor, check_pictures
 from seriatim.evaluation.blocks import ALL, SIZE, Blocks, Share, Vectors, eight_bits, extract, features_of
 from seriatim.evaluation.figures import Reference, Set, check_count, figures_of, named
+from seriatim.evaluation.identity import SETTINGS, check_folders, same_settings
 from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_error
 from seriatim.evaluation.reference import Images, Part, as_many, described, halves, whole
 from seriatim.evaluation.rows import tokenizer_row
 from seriatim.evaluation.run import MOST_IMAGES, key, pictures
-from seriatim.evaluation.settings import SETTINGS, check_folders, same_settings
 from seriatim.pipeline.metadata import versions
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.quantise import Usage

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from seriatim.checkpoints.hub import located
+from seriatim.checkpoints.location import located
 from seriatim.checkpoints.native import load_bundle
 from seriatim.core.device import plain_torch
 from seriatim.pipeline.pipeline import Pipeline

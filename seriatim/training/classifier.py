@@ -21,17 +21,17 @@ from seriatim.core.device import DTYPES, plain_torch
 from seriatim.core.errors import ConfigError
 from seriatim.core.files import write_json
 from seriatim.core.random import derive_seed
-from seriatim.evaluation.classifier import PARTS, ResNet, TrainedClassifier, build_classifier, save_classifier
+from seriatim.core.stopping import StopRequest
+from seriatim.data.labelled import InMemory, augmented, build_labelled, draws_of
+from seriatim.data.loader import Batch, Batches, to_float
+from seriatim.evaluation.residual_net import PARTS, ResNet, TrainedClassifier, build_classifier, save_classifier
 from seriatim.models.base import Loss
 from seriatim.models.build import parameter_count, seeded
 from seriatim.training.config import ClassifierRecipe
 from seriatim.training.engine import Task, crossed, fit
-from seriatim.training.labelled import InMemory, augmented, build_labelled, draws_of
-from seriatim.training.loader import Batch, Batches, to_float
 from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve
 from seriatim.training.optim import averaged, sgd
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.stopping import StopRequest
 
 TEST_BATCH = 500
 LOOK_PIXELS = 2_000_000  # at which the stem's filters are measured

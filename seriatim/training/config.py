@@ -18,14 +18,13 @@ from seriatim.core.construct import MOST_THREADS
 from seriatim.core.errors import ConfigError, UsageError, nearest, shown
 from seriatim.core.reading import Unreadable, parse_yaml, read_or_raise, read_yaml
 from seriatim.core.validation import Strict, parse
+from seriatim.data.loader import MOST_AT_ONCE, MOST_WORKERS
 
 LONGEST_NAME = 100  # bytes of a recipe's name, which names a folder
 PathText = Annotated[Any, PlainValidator(lambda value: str_of(value))]  # pydantic's own refuses such bytes
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 MOST_IMAGES = 10**13  # seen in all: ten million passes over a million images
-MOST_AT_ONCE = 1 << 20  # images of a batch
-MOST_WORKERS = 256  # processes
 MOST_SIDE = 1 << 14  # pixels
 
 

@@ -28,20 +28,20 @@ from seriatim.core.errors import NumericsError, ResourceError, Stopped
 from seriatim.core.files import write_text
 from seriatim.core.progress import Progress
 from seriatim.core.schedules import learning_rate
+from seriatim.core.stopping import StopRequest, refuse_many_processes
 from seriatim.core.terminal import say
+from seriatim.data.base import ImageData
+from seriatim.data.loader import Batch, WorkerLost
 from seriatim.models.base import Loss
 from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import AnyRecipe, dump
-from seriatim.training.data import ImageData
 from seriatim.training.heap import bound_compiled_products, return_heap
-from seriatim.training.loader import Batch, WorkerLost
 from seriatim.training.log import MetricsLog, record_choice
 from seriatim.training.precision import fastest, threads
 from seriatim.training.run_folder import check_out, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.stopping import StopRequest, refuse_many_processes
 
 
 class Task(ABC):

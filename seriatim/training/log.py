@@ -20,8 +20,8 @@ from seriatim.core.files import atomic_write, write_json, write_text
 from seriatim.core.markdown import block, inline
 from seriatim.core.reading import Unreadable, parse_json
 from seriatim.core.terminal import say
+from seriatim.data.base import ImageData
 from seriatim.training.config import ClassifierRecipe, Recipe, dump
-from seriatim.training.data import ImageData
 from seriatim.training.precision import Choice
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from PIL import Image
 
 from seriatim.checkpoints.native import Bundle
+from seriatim.core.stopping import StopRequest
 from seriatim.evaluation.grid import grid, save_png
 from seriatim.pipeline.labels import label_of
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.result import save_array
-from seriatim.training.stopping import StopRequest
 
 IMAGES, COLUMNS = 32, 8
 SIDE = 32  # small images are enlarged to about this in a grid

@@ -18,19 +18,19 @@ from seriatim.core.device import plain_torch
 from seriatim.core.errors import NumericsError
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
+from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
+from seriatim.data.base import Position
+from seriatim.data.loader import Batch, Loader, batches_of, to_float
 from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import parameter_count
 from seriatim.training.config import Recipe
-from seriatim.training.data import Position
 from seriatim.training.engine import Task, crossed, fit
-from seriatim.training.loader import Batch, Loader, batches_of, to_float
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.setup import build, fit_tokenizer, initialise_from
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.stopping import StopRequest
 
 
 @dataclass(frozen=True)

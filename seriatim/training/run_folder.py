@@ -28,10 +28,10 @@ from seriatim.core.files import (
     writable_folder,
 )
 from seriatim.core.ownership import DROPPINGS, first_file, json_of, owned
+from seriatim.core.stopping import only_trainer
 from seriatim.core.terminal import say
 from seriatim.training.config import read_any
 from seriatim.training.state import CHECKPOINT
-from seriatim.training.stopping import only_trainer
 
 GRID = re.compile(r"samples/([0-9]+\.(png|npy)|timeline\.png)")
 DATA = "data.json"

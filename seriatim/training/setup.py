@@ -19,6 +19,10 @@ from seriatim.core.names import find_name
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
 from seriatim.core.reading import LISTING_BYTES, read_json, read_or_raise
+from seriatim.core.stopping import StopRequest
+from seriatim.data.base import TIMES, ImageData, StreamData
+from seriatim.data.loader import to_float
+from seriatim.data.sources import build_data
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
 from seriatim.models.registry import BACKBONES
@@ -28,12 +32,8 @@ from seriatim.tokenizers.kinds import TOKENIZERS, build_tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
 from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
-from seriatim.training.data import TIMES, ImageData, StreamData
-from seriatim.training.loader import to_float
 from seriatim.training.log import environment
 from seriatim.training.run_folder import DATA, RECIPE, check_out
-from seriatim.training.sources import build_data
-from seriatim.training.stopping import StopRequest
 
 # A resumed run may change these and nothing else: they don't affect a weight, or only how long it goes on.
 FREE = {

@@ -24,7 +24,7 @@ from seriatim.checkpoints.native import load_bundle
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.errors import NumericsError
 from seriatim.core.progress import Progress
-from seriatim.evaluation.classifier import ResNet, TrainedClassifier, save_classifier
+from seriatim.evaluation.residual_net import ResNet, TrainedClassifier, save_classifier
 from seriatim.models.build import seeded
 
 TINY = ["--images", "64", "--seconds", "0.01", "--samples", "16", "--guidance", "1.5", "--side", "8", "--codes", "8",

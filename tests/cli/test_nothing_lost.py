@@ -26,20 +26,20 @@ from seriatim.cli.demo import is_demo
 from seriatim.cli.main import run
 from seriatim.core.errors import SeriatimError, UsageError
 from seriatim.core.ownership import owned
-from seriatim.evaluation.classifier import ResNet, TrainedClassifier, save_classifier
+from seriatim.data.base import Digits
+from seriatim.data.caching import LOCK, is_cache, write_cache
 from seriatim.evaluation.features import PixelFeatures
+from seriatim.evaluation.identity import check_folders, is_sweep
+from seriatim.evaluation.residual_net import ResNet, TrainedClassifier, save_classifier
 from seriatim.evaluation.run import evaluate
-from seriatim.evaluation.settings import check_folders, is_sweep
 from seriatim.evaluation.sweep import sweep
 from seriatim.models.build import seeded
 from seriatim.pipeline.animation import save_animation
 from seriatim.pipeline.samples_folder import check_samples_folder
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.pixels import Pixels
-from seriatim.training.caching import LOCK, is_cache, write_cache
 from seriatim.training.classifier import train_classifier
 from seriatim.training.config import read_any, read_recipe
-from seriatim.training.data import Digits
 from seriatim.training.loop import train
 from seriatim.training.measure import measure_latents
 from seriatim.training.run_folder import check_out

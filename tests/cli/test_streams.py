@@ -15,8 +15,8 @@ import pytest
 from seriatim.cli import main
 from seriatim.core import progress
 from seriatim.core.progress import Progress
+from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import is_terminal, say
-from seriatim.training.stopping import StopRequest
 
 
 class Gone(io.StringIO):
@@ -62,7 +62,7 @@ os.close(2)
 sys.stderr = None
 with open({str(tmp_path / "mine")!r}, "wb") as file:
     assert file.fileno() == 2
-    from seriatim.training.stopping import StopRequest
+    from seriatim.core.stopping import StopRequest
     with StopRequest():
         os.kill(os.getpid(), signal.SIGTERM)
 """

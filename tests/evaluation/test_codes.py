@@ -12,10 +12,10 @@ from typing_extensions import override
 from seriatim.checkpoints.tokenizer import save_tokenizer
 from seriatim.cli.main import run
 from seriatim.core.errors import UsageError
+from seriatim.data.base import Digits, ImageData
 from seriatim.evaluation.features import open_features
 from seriatim.evaluation.tokenizers import evaluate_tokenizer
 from seriatim.tokenizers.kmeans import KMeans
-from seriatim.training.data import Digits, ImageData
 
 
 class Tiles(ImageData):

@@ -21,11 +21,11 @@ from seriatim.core import construct as building
 from seriatim.core.construct import MOST_THREADS, check_room, check_sizes, construct
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, ResourceError, SeriatimError, UsageError
 from seriatim.core.files import write_manifest
+from seriatim.data.array_file import ArrayData
 from seriatim.evaluation.reference import read_statistics
 from seriatim.evaluation.sweep import sweep
 from seriatim.models.build import build_model
 from seriatim.pipeline.pipeline import Pipeline
-from seriatim.training.arrays import ArrayData
 from seriatim.training.config import read_recipe
 from seriatim.training.setup import build
 

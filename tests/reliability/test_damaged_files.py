@@ -33,19 +33,19 @@ from seriatim.cli.convert import read_names
 from seriatim.cli.sample import read_repeatable
 from seriatim.core.errors import SeriatimError
 from seriatim.core.files import MANIFEST, write_json, write_manifest
-from seriatim.evaluation.classifier import TrainedClassifier, build_classifier, load_classifier, save_classifier
+from seriatim.data.array_file import ArrayData
+from seriatim.data.base import ImageData
+from seriatim.data.caching import whole, write_cache
+from seriatim.data.latents import CACHE, SOURCES, Latents, digest, read_info
+from seriatim.evaluation.identity import said, same_settings
 from seriatim.evaluation.reference import read_statistics
-from seriatim.evaluation.settings import said, same_settings
+from seriatim.evaluation.residual_net import TrainedClassifier, build_classifier, load_classifier, save_classifier
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.request import SampleRequest
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.pretrained import read as read_autoencoder
 from seriatim.training import state
-from seriatim.training.arrays import ArrayData
-from seriatim.training.caching import whole, write_cache
 from seriatim.training.config import find_recipe, read_any
-from seriatim.training.data import ImageData
-from seriatim.training.latents import CACHE, SOURCES, Latents, digest, read_info
 from seriatim.training.log import MetricsLog
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.setup import check_same_run

@@ -23,9 +23,9 @@ from seriatim.checkpoints.native import CONFIG, MODEL, TOKENIZER, load_bundle
 from seriatim.checkpoints.official import read_official
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, SeriatimError
 from seriatim.core.files import MANIFEST, write_manifest
+from seriatim.data.latents import Latents
 from seriatim.training import setup, state
 from seriatim.training.config import read_recipe
-from seriatim.training.latents import Latents
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.state import RunState, Trainables
 

@@ -13,11 +13,11 @@ import seriatim
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.cli.main import run
 from seriatim.core.errors import ConfigError, DataError, UsageError
+from seriatim.data.base import Digits
 from seriatim.nn.patch import patchify
 from seriatim.tokenizers import kmeans
 from seriatim.tokenizers.kinds import build_tokenizer
 from seriatim.tokenizers.kmeans import KMeans
-from seriatim.training.data import Digits
 
 
 def tiles(count: int = 40, kinds: int = 5) -> tuple[Tensor, Tensor]:

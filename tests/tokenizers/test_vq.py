@@ -15,14 +15,14 @@ from torch import Tensor
 
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.core.errors import ConfigError, DataError, UsageError
+from seriatim.data.caching import write_cache
+from seriatim.data.loader import Loader, batches_of, to_float
 from seriatim.tokenizers import quantise
 from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.quantise import Quantiser, Usage, entropy_loss, nearest_codes
 from seriatim.tokenizers.vq import VQ
-from seriatim.training.caching import write_cache
 from seriatim.training.config import read_recipe
-from seriatim.training.loader import Loader, batches_of, to_float
 from seriatim.training.setup import build_inputs
 
 TINY: dict[str, Any] = {"vocab": 50, "code_dim": 3, "latent_channels": 4, "block_out_channels": [32, 32]}

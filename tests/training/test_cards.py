@@ -15,9 +15,9 @@ from torch import Tensor
 from seriatim.cli.output import print_json, print_table
 from seriatim.core.markdown import block, inline
 from seriatim.core.terminal import say
+from seriatim.data.base import ImageData
 from seriatim.evaluation.rows import safe
 from seriatim.training.config import read_recipe
-from seriatim.training.data import ImageData
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 
 NASTY = [

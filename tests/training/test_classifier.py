@@ -18,11 +18,12 @@ from PIL import Image
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.cli.main import run
 from seriatim.core.errors import ConfigError, DataError, NumericsError, SeriatimError, Stopped, UsageError
-from seriatim.evaluation.classifier import ResNet, load_classifier
-from seriatim.training import classifier, engine, labelled
+from seriatim.data import labelled
+from seriatim.data.labelled import augmented, build_labelled, draws_of, held_out_share
+from seriatim.evaluation.residual_net import ResNet, load_classifier
+from seriatim.training import classifier, engine
 from seriatim.training.classifier import build, train_classifier
 from seriatim.training.config import ClassifierRecipe, dump, read_any, read_recipe
-from seriatim.training.labelled import augmented, build_labelled, draws_of, held_out_share
 from seriatim.training.loop import train
 from seriatim.training.precision import Choice
 
@@ -151,14 +152,14 @@ def test_the_comparison_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         true = classifier.draws_of
         monkeypatch.setattr(classifier, "draws_of", lambda seed, first, count: true(seed + 1, first, count))
     else:
-        true_restore = classifier.restore
+        true_restore = engine.restore
 
         def forgetful(out: Path, parts: Any) -> Any:
             state = true_restore(out, parts)
             parts.optimiser.state.clear()
             return state
 
-        monkeypatch.setattr(classifier, "restore", forgetful)
+        monkeypatch.setattr(engine, "restore", forgetful)
     train_classifier(tiny(), tmp_path / "parts", resume=True, quiet=True)
     assert weights(tmp_path / "whole") != weights(tmp_path / "parts")
 
@@ -174,18 +175,18 @@ def test_the_same_recipe_gives_the_same_weights(tmp_path: Path) -> None:
 def test_probing_for_speed_changes_nothing(tmp_path: Path) -> None:
     """What batch norm saw while dtypes and threads were tried is forgotten."""
     train_classifier(tiny("training.images=64"), tmp_path / "a", quiet=True)
-    true = classifier.fastest
+    true = engine.fastest
 
     def probed(*arguments: Any) -> Choice:
         loss_of = arguments[-1]
         loss_of(torch.float32).mean.backward()
         return Choice("float32", 1, {})
 
-    classifier.fastest = probed  # type: ignore[assignment]
+    engine.fastest = probed  # type: ignore[assignment]
     try:
         train_classifier(tiny("training.images=64", "training.dtype=auto"), tmp_path / "b", quiet=True)
     finally:
-        classifier.fastest = true
+        engine.fastest = true
     assert weights(tmp_path / "a")["final"] == weights(tmp_path / "b")["final"]
 
 

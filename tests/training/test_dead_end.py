@@ -45,7 +45,7 @@ def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A run in bfloat16 whose loss is not finite after 96 images; what was wrong is over afterwards."""
     true, folder = engine.check_finite, tmp_path / "bad"
 
-    def check(what: str, value: torch.Tensor, seen: int, *rest: Any) -> None:
+    def check(what: str, value: float, seen: int, *rest: Any) -> None:
         true(what, value * float("nan") if seen == 96 else value, seen, *rest)
 
     with monkeypatch.context() as patched:

@@ -14,10 +14,10 @@ from helpers import read_picture
 
 import seriatim
 from seriatim.core.errors import NumericsError, UsageError
+from seriatim.data.base import Digits, Order
 from seriatim.models.base import Loss
 from seriatim.models.masked_model import MaskedModel
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.data import Digits, Order
 from seriatim.training.log import accuracy_curve, loss_curve
 from seriatim.training.loop import train
 from seriatim.training.optim import averaged

@@ -14,10 +14,10 @@ from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance, save
 from seriatim.cli.main import run
 from seriatim.core.errors import ConfigError, UsageError
 from seriatim.core.files import sha256
+from seriatim.data.base import Digits
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.latent import Latent
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.data import Digits
 from seriatim.training.loop import train
 from seriatim.training.measure import look_over, measure_latents
 from seriatim.training.setup import build_inputs

@@ -13,8 +13,8 @@ from PIL import Image
 import seriatim
 from seriatim.cli.main import run
 from seriatim.core.reading import parse_yaml
+from seriatim.data.sources import build_data
 from seriatim.training.config import dump, read_any, read_recipe
-from seriatim.training.sources import build_data
 
 ODD = os.fsdecode(b"caf\xe9")
 TINY = [

@@ -23,7 +23,8 @@ from PIL import Image
 
 from seriatim.checkpoints.unfinished import all_checkpoints, newest_whole
 from seriatim.core.errors import ConfigError, DataError, ResourceError, Stopped, UsageError
-from seriatim.training import engine, loader, loop, setup, state
+from seriatim.data import loader
+from seriatim.training import engine, loop, setup, state
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged
@@ -205,7 +206,7 @@ def test_one_trainer_to_a_folder(tmp_path: Path) -> None:
     code = f"""
 import time
 from pathlib import Path
-from seriatim.training.stopping import only_trainer
+from seriatim.core.stopping import only_trainer
 with only_trainer(Path({str(tmp_path)!r})):
     print("held", flush=True)
     time.sleep(60)
@@ -361,7 +362,7 @@ def test_a_signal_saves_and_exits(tmp_path: Path, folder: Path, number: signal.S
 def test_a_second_signal_stops_at_once() -> None:
     code = """
 import os, signal, time
-from seriatim.training.stopping import StopRequest
+from seriatim.core.stopping import StopRequest
 with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     print(stop.requested, flush=True)

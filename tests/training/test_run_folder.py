@@ -24,12 +24,12 @@ from seriatim.checkpoints.unfinished import newest_whole, why_not_whole
 from seriatim.cli.main import run as command_line
 from seriatim.core import files
 from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
+from seriatim.core.stopping import StopRequest
 from seriatim.training import engine, setup, state
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.run_folder import check_out
 from seriatim.training.state import all_checkpoints, prune
-from seriatim.training.stopping import StopRequest
 
 RELEASE = Path(__file__).resolve().parent.parent / "fixtures" / "release-0.1"
 TINY = [

@@ -14,7 +14,8 @@ import torch
 
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.errors import ResourceError, UsageError
-from seriatim.training import loader, loop
+from seriatim.data import loader
+from seriatim.training import loop
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from seriatim.core.errors import DataError, UsageError
+from seriatim.data.base import Position
+from seriatim.data.hub_datasets import HuggingFaceStream
+from seriatim.data.sources import build_data
 from seriatim.training.config import read_recipe
-from seriatim.training.data import Position
-from seriatim.training.hub import HuggingFaceStream
 from seriatim.training.loop import train
-from seriatim.training.sources import build_data
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("default")  # the library's own warnings are not ours

@@ -22,8 +22,8 @@ from seriatim.core.errors import DataError, UsageError
 from seriatim.core.flatten import WHITE, as_colour
 from seriatim.core.images import MAX_PIXELS, BadImage, check_max_pixels, load_pixels, suffixes
 from seriatim.core.progress import track
-from seriatim.training.data import TIMES, ImageData
-from seriatim.training.listing import Entry, list_folder, refuse_empty, say_unused, summary
+from seriatim.data.base import TIMES, ImageData
+from seriatim.data.listing import Entry, list_folder, refuse_empty, say_unused, summary
 
 T = TypeVar("T")
 

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from data.test_hub_datasets import image_folder, parquet, picture, pixels, webdataset
 from torch import Tensor
-from training.test_hub import image_folder, parquet, picture, pixels, webdataset
 from training.test_resume import weights
 
 from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
+from seriatim.data.base import Position
+from seriatim.data.hub_datasets import HuggingFaceStream
+from seriatim.data.loader import Batch, Loader, StreamBatches, batches_of
+from seriatim.data.sources import build_data
 from seriatim.training import engine
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.data import Position
-from seriatim.training.hub import HuggingFaceStream
-from seriatim.training.loader import Batch, Loader, StreamBatches, batches_of
 from seriatim.training.loop import train
-from seriatim.training.sources import build_data
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("default")  # the library's own warnings are not ours

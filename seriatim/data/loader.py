@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from seriatim.core.errors import ConfigError, DataError, ResourceError, SeriatimError
 from seriatim.core.random import derive_seed
 from seriatim.core.terminal import say
-from seriatim.training.data import BEGINNING, ImageData, Order, Position, Row, StreamData, mirror
+from seriatim.data.base import BEGINNING, ImageData, Order, Position, Row, StreamData, mirror
 
+MOST_AT_ONCE = 1 << 20  # images of a batch
+MOST_WORKERS = 256  # processes
 ENOUGH = 100  # rows of a stream before the share of unusable ones is judged
 GRACE = 60.0  # seconds that a worker lives after SIGTERM, while the trainer finishes its step and saves
 

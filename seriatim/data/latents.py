@@ -28,9 +28,9 @@ from seriatim.core.flatten import WHITE, Colour
 from seriatim.core.progress import track
 from seriatim.core.reading import LISTING_BYTES, read_json, read_or_raise
 from seriatim.core.validation import Strict, parse
+from seriatim.data.base import ImageData
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import tokenizer_config
-from seriatim.training.data import ImageData
 
 CACHE, SOURCES = "cache.json", "sources.json"
 MEND = "mend it with the same `seriatim cache` as before"

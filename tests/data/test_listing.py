@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from seriatim.core.errors import DataError, UsageError
-from seriatim.training.folder import Folder
+from seriatim.data.folder import Folder
 
 
 def put(*paths: Path, level: int = 9, size: int = 8) -> None:

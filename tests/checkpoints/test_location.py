@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from seriatim.checkpoints.hub import located
+from seriatim.checkpoints.location import located
 from seriatim.checkpoints.native import CONFIG, MODEL, TOKENIZER, load_bundle
 from seriatim.core.errors import CheckpointError
 from seriatim.core.files import MANIFEST

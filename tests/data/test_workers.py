@@ -13,8 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from seriatim.core.errors import DataError
-from seriatim.training.data import ImageData
-from seriatim.training.loader import Batches, Loader
+from seriatim.data.base import ImageData
+from seriatim.data.loader import Batches, Loader
 
 
 class Grey(ImageData):
@@ -49,7 +49,7 @@ def test_stopping_early_ends_them() -> None:
 
 def test_leaving_the_program_amid_batches_ends_them() -> None:
     code = """
-from seriatim.training import loader
+from seriatim.data import loader
 from training.test_workers import Batches, Grey, Loader
 from typing_extensions import override
 loader.GRACE = 0.5

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from seriatim.core.errors import ConfigError, DataError, one_line
 from seriatim.core.files import sha256, utf8_path
+from seriatim.data.base import ImageData
 from seriatim.tokenizers.arrays import Arrays
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.training.data import ImageData
 
 TOKENS, LABELS = "tokens", "labels"  # in a safetensors file
 MOST_TOKENS = 1 << 20  # of a sequence, and features of a token

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from seriatim.core.construct import check_sizes, construct, pop_kind
-from seriatim.training.arrays import ArrayData
-from seriatim.training.data import Digits, ImageData
-from seriatim.training.folder import Folder
-from seriatim.training.hub import HuggingFace, HuggingFaceStream
-from seriatim.training.latents import Latents
+from seriatim.data.array_file import ArrayData
+from seriatim.data.base import Digits, ImageData
+from seriatim.data.folder import Folder
+from seriatim.data.hub_datasets import HuggingFace, HuggingFaceStream
+from seriatim.data.latents import Latents
 
 DATASETS: dict[str, type[ImageData]] = {
     "arrays": ArrayData,

@@ -21,19 +21,21 @@ from torch import Tensor
 from training.test_resume import die_at_call, flip, rows, stop_after, weights
 
 from seriatim.cli.main import run
+from seriatim.core import stopping
 from seriatim.core.errors import ConfigError, DataError, NumericsError, ResourceError, Stopped, UsageError
 from seriatim.core.keys import Keys
+from seriatim.core.stopping import claimed
+from seriatim.data import caching
+from seriatim.data.base import ImageData, StreamData
+from seriatim.data.caching import CacheResult, write_cache
+from seriatim.data.latents import Latents
+from seriatim.data.loader import to_float
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import TOKENIZERS
 from seriatim.tokenizers.pixels import Pixels
-from seriatim.training import caching, setup, stopping
-from seriatim.training.caching import CacheResult, write_cache
+from seriatim.training import setup
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.data import ImageData, StreamData
-from seriatim.training.latents import Latents
-from seriatim.training.loader import to_float
 from seriatim.training.loop import train
-from seriatim.training.stopping import claimed
 
 COUNT = 22  # two classes of 11; shards of 5: the last has 2
 SETTINGS = ["model.width=32", "model.depth=1", "model.heads=2", "training.batch_size=8", "training.images=56"]

@@ -13,7 +13,9 @@ from helpers import make_bundle
 
 from seriatim.checkpoints.native import load_bundle, save_bundle
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, SeriatimError, UsageError
-from seriatim.evaluation.classifier import (
+from seriatim.evaluation.features import open_features
+from seriatim.evaluation.reference import ArrayImages
+from seriatim.evaluation.residual_net import (
     CLASSIFIERS,
     ResNet,
     TrainedClassifier,
@@ -21,8 +23,6 @@ from seriatim.evaluation.classifier import (
     load_classifier,
     save_classifier,
 )
-from seriatim.evaluation.features import open_features
-from seriatim.evaluation.reference import ArrayImages
 from seriatim.evaluation.run import evaluate
 from seriatim.models.build import seeded
 from seriatim.pipeline.pipeline import Pipeline

@@ -35,12 +35,10 @@ from seriatim.core.files import (
 from seriatim.core.ownership import json_of, owned
 from seriatim.core.progress import Progress
 from seriatim.core.reading import Unreadable, read_json
+from seriatim.core.stopping import StopRequest, claimed
 from seriatim.core.terminal import say
-from seriatim.tokenizers.base import Tokenizer
-from seriatim.tokenizers.kinds import tokenizer_config
-from seriatim.training.config import MOST_AT_ONCE, MOST_WORKERS
-from seriatim.training.data import ImageData, StreamData
-from seriatim.training.latents import (
+from seriatim.data.base import ImageData, StreamData
+from seriatim.data.latents import (
     CACHE,
     CODES,
     DTYPES,
@@ -54,8 +52,9 @@ from seriatim.training.latents import (
     shard_name,
     write_sealed,
 )
-from seriatim.training.loader import InOrder, Loader, to_float
-from seriatim.training.stopping import StopRequest, claimed
+from seriatim.data.loader import MOST_AT_ONCE, MOST_WORKERS, InOrder, Loader, to_float
+from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.kinds import tokenizer_config
 
 WAIT_SECONDS = 0.2  # between looks at shards that other processes hold
 LOCK = ".cache.lock"

@@ -17,9 +17,9 @@ from seriatim.core.errors import ConfigError, DataError, UsageError, nearest, on
 from seriatim.core.flatten import WHITE, as_colour
 from seriatim.core.images import MAX_PIXELS, BadImage, Source, check_max_pixels, load_pixels
 from seriatim.core.random import derive_seed
-from seriatim.training.data import ImageData, Position, Row, StreamData
-from seriatim.training.folder import check_all, refuse_bad, square
-from seriatim.training.listing import say_unused
+from seriatim.data.base import ImageData, Position, Row, StreamData
+from seriatim.data.folder import check_all, refuse_bad, square
+from seriatim.data.listing import say_unused
 
 LABELS = ("label", "labels", "cls", "class", "fine_label")  # looked for where none is named
 

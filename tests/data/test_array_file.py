@@ -17,8 +17,8 @@ import seriatim
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.cli.main import run
 from seriatim.core.errors import ConfigError, DataError, UsageError
+from seriatim.data.array_file import ArrayData
 from seriatim.tokenizers.arrays import Arrays
-from seriatim.training.arrays import ArrayData
 from seriatim.training.config import read_recipe
 from seriatim.training.setup import build_inputs, fit_tokenizer
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from seriatim.core.errors import DataError
-from seriatim.training.folder import Folder
-from seriatim.training.loader import Batches, Loader
+from seriatim.data.folder import Folder
+from seriatim.data.loader import Batches, Loader
 
 
 def make(folder: Path, names: list[str], size: int = 8, seed: int = 0) -> None:

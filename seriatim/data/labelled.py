@@ -17,9 +17,9 @@ from seriatim.core.errors import ConfigError, DataError
 from seriatim.core.names import match_names
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed, generator
-from seriatim.training.data import ImageData, StreamData
-from seriatim.training.loader import to_float
-from seriatim.training.sources import build_data
+from seriatim.data.base import ImageData, StreamData
+from seriatim.data.loader import to_float
+from seriatim.data.sources import build_data
 
 MOST_BYTES = 4 << 30  # of images in memory
 AT_ONCE = 256  # images read by a thread
