@@ -19,22 +19,11 @@ import torch
 from torch import Tensor
 
 from seriatim import __version__
-from seriatim.checkpoints.native import write_tensors
 from seriatim.core.device import pick_device
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, Stopped, UsageError
-from seriatim.core.files import (
-    MANIFEST,
-    atomic_write,
-    read_manifest,
-    sha256,
-    sweep,
-    writable_folder,
-    write_json,
-    write_manifest,
-)
+from seriatim.core.files import MANIFEST, read_manifest, sweep, writable_folder, write_manifest
 from seriatim.core.ownership import json_of, owned
 from seriatim.core.progress import Progress
-from seriatim.core.reading import Unreadable, read_json
 from seriatim.core.stopping import StopRequest, claimed
 from seriatim.core.terminal import say
 from seriatim.data.base import ImageData, StreamData
@@ -50,9 +39,11 @@ from seriatim.data.latents import (
     read_info,
     read_sealed,
     shard_name,
+    shards_of,
     write_sealed,
 )
 from seriatim.data.loader import MOST_AT_ONCE, MOST_WORKERS, InOrder, Loader, to_float
+from seriatim.data.store import STATED
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import tokenizer_config
 
@@ -140,6 +131,7 @@ def write_cache(
         },
     )
     begin(out, info, data, tokenizer)
+    shards = shards_of(out, info)
     started, encoded, hashes = time.monotonic(), 0, dict[str, str]()
     with StopRequest() as stop, Progress(info.images, "encoding", "images", quiet=quiet) as bar:
         encoder = Encoder(data, tokenizer, info, where, batch_size, workers, stop, bar)
@@ -152,10 +144,10 @@ def write_cache(
                     if not mine:
                         busy.append(number)
                         continue
-                    sweep(out, {f"{shard_name(number)}{end}" for end in (".json", ".safetensors")}.__contains__)
-                    found = whole(out, number, info)
+                    shards.sweep(number)
+                    found = shards.whole(number)
                     if found is None:
-                        found = write_shard(out, number, encoder.shard(number), info)
+                        found = shards.write(number, encoder.shard(number))
                         encoded += info.count(number)
                     else:
                         bar.skip(info.count(number))
@@ -243,7 +235,7 @@ def is_cache(folder: Path) -> bool:
     with contextlib.suppress(CheckpointError, OSError):
         return CACHE in read_manifest(folder)
     sidecars = islice(folder.glob("shard-*.json"), LOOKED_AT)
-    return any(json_of(path).keys() == {"images", "bytes", "sha256", "key"} for path in sidecars)
+    return any(json_of(path).keys() == STATED for path in sidecars)
 
 
 def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> None:
@@ -291,29 +283,3 @@ def refuse_other(before: CacheInfo, now: CacheInfo, tokenizer: Tokenizer, out: P
 def clip(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def whole(out: Path, number: int, info: CacheInfo) -> str | None:
-    """The sha256 of a shard that is what the file beside it says; None where it has to be made, which is said."""
-    path, beside = (out / f"{shard_name(number)}{suffix}" for suffix in (".safetensors", ".json"))
-    if not beside.is_file():
-        return None
-    with contextlib.suppress(Unreadable, OSError):
-        stated = read_json(beside, dict)
-        if stated == sidecar(path, number, info):
-            return str(stated["sha256"])
-    say(f"mending: {path} is not what {beside.name} says; encoding its images again")
-    return None
-
-
-def sidecar(path: Path, number: int, info: CacheInfo) -> dict[str, Any]:
-    """What the file beside a shard says of it as it is on the disk."""
-    return {"images": info.count(number), "bytes": path.stat().st_size, "sha256": sha256(path), "key": info.key()}
-
-
-def write_shard(out: Path, number: int, tensors: dict[str, Tensor], info: CacheInfo) -> str:
-    """Write a shard and then the file beside it; return its sha256."""
-    path = atomic_write(out / f"{shard_name(number)}.safetensors", lambda file: write_tensors(file, tensors))
-    stated = sidecar(path, number, info)
-    write_json(out / f"{shard_name(number)}.json", stated)
-    return str(stated["sha256"])

@@ -29,6 +29,7 @@ from seriatim.core.progress import track
 from seriatim.core.reading import LISTING_BYTES, read_json, read_or_raise
 from seriatim.core.validation import Strict, parse
 from seriatim.data.base import ImageData
+from seriatim.data.store import Shards
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import tokenizer_config
 
@@ -82,6 +83,11 @@ class CacheInfo(Strict):
 
 def shard_name(number: int) -> str:
     return f"shard-{number:06d}"
+
+
+def shards_of(folder: Path, info: CacheInfo) -> Shards:
+    """The shards of a cache."""
+    return Shards(folder, shard_name, info.count, info.key())
 
 
 def digest(value: Any) -> str:

@@ -1,6 +1,7 @@
 """What is computed of many images, block by block on the disk: another process, or another day, goes on with it.
 
-A block is a file; it is there as a whole or not at all. Image i is in block i // SIZE whoever computes it.
+A block is a shard, whose sha256 is checked whenever it is read: a damaged one is computed again. Image i is in block
+i // SIZE whoever computes it.
 
 B images of a block, F features.
 """
@@ -10,19 +11,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from seriatim.checkpoints.native import write_tensors
 from seriatim.core.errors import NumericsError, UsageError
-from seriatim.core.files import atomic_write, utf8_path
 from seriatim.core.progress import Progress
+from seriatim.data.store import Shards
 from seriatim.evaluation.base import FeatureExtractor, Features
 from seriatim.evaluation.metrics import Array
 
@@ -63,19 +60,18 @@ class Vectors:
 
 
 class Blocks:
-    """What is known of `count` images, under `folder`."""
+    """What is known of `count` images, under `folder`, in shards of SIZE images."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
+        ranges = self.ranges()
+        self.shards = Shards(folder, lambda n: f"{ranges[n].start:08d}", lambda n: len(ranges[n]), folder.name)
 
     def ranges(self) -> list[range]:
         return [range(first, min(first + SIZE, self.count)) for first in range(0, self.count, SIZE)]
 
-    def path(self, block: range) -> Path:
-        return self.folder / f"{block.start:08d}.safetensors"
-
     def missing(self) -> list[range]:
-        return [block for block in self.ranges() if not self.path(block).exists()]
+        return [block for n, block in enumerate(self.ranges()) if not self.shards.there(n)]
 
     def fill(
         self,
@@ -85,31 +81,19 @@ class Blocks:
         share: Share = ALL,
         quiet: bool = False,
     ) -> None:
-        """Compute this process's blocks that are not there."""
-        mine = [block for n, block in enumerate(self.ranges()) if n % share.processes == share.process]
-        todo = [block for block in mine if not self.path(block).exists()]
-        total, left = (sum(len(block) for block in blocks) for blocks in (mine, todo))
+        """Compute this process's blocks that are not there, or not what was written."""
+        mine = {n: block for n, block in enumerate(self.ranges()) if n % share.processes == share.process}
+        todo = {n: block for n, block in mine.items() if self.shards.whole(n) is None}
+        total, left = (sum(map(len, blocks.values())) for blocks in (mine, todo))
         with Progress(total, what, "images", done=total - left, quiet=quiet) as bar:
-            for block in todo:
-                tensors = tensors_of(block, bar)
-                atomic_write(self.path(block), partial(write_tensors, tensors=tensors))
+            for n, block in todo.items():
+                self.shards.write(n, tensors_of(block, bar))
 
     def arrays(self) -> dict[str, Array]:
-        """The tensors of all blocks by name, in float64, one block's rows after another's.
-
-        A block that can't be read is removed, so that the next call computes it again.
-        """
+        """The tensors of all blocks by name, in float64, one block's rows after another's."""
         found: dict[str, list[Array]] = {}
-        for block in self.ranges():
-            try:
-                with utf8_path(self.path(block)) as readable:
-                    tensors = load_file(readable)
-            except (SafetensorError, OSError) as error:
-                self.path(block).unlink(missing_ok=True)
-                raise NumericsError(
-                    f"{self.path(block)} was damaged and is removed; the same command computes it"
-                ) from error
-            for name, value in tensors.items():
+        for n in range(len(self.ranges())):
+            for name, value in self.shards.read(n).items():
                 found.setdefault(name, []).append(value.numpy().astype(np.float64))
         return {name: np.concatenate(parts) for name, parts in found.items()}
 

@@ -35,8 +35,8 @@ from seriatim.core.errors import SeriatimError
 from seriatim.core.files import MANIFEST, write_json, write_manifest
 from seriatim.data.array_file import ArrayData
 from seriatim.data.base import ImageData
-from seriatim.data.caching import whole, write_cache
-from seriatim.data.latents import CACHE, SOURCES, Latents, digest, read_info
+from seriatim.data.caching import write_cache
+from seriatim.data.latents import CACHE, SOURCES, Latents, digest, read_info, shards_of
 from seriatim.evaluation.identity import said, same_settings
 from seriatim.evaluation.reference import read_statistics
 from seriatim.evaluation.residual_net import TrainedClassifier, build_classifier, load_classifier, save_classifier
@@ -133,7 +133,7 @@ def read_cache(folder: Path) -> Any:
 
 def whole_shard(folder: Path) -> Any:
     """None where the shard would be made anew."""
-    return whole(folder, 0, read_info(folder / CACHE))
+    return shards_of(folder, read_info(folder / CACHE)).whole(0)
 
 
 def settings(source: str = "runs/a") -> dict[str, Any]:
