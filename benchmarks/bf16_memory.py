@@ -48,13 +48,13 @@ def train_and_measure(
     if bound == "free":  # this is set before torch is imported, hence before the first product
         os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1024"
     from seriatim.nn import linear
-    from seriatim.training import loop
+    from seriatim.training import engine, loop
     from seriatim.training.config import read_recipe
 
     if dtype == "float32":
         linear.WORTHWHILE = 1
         setattr(linear, "mkl_is_slow", lambda: True)  # noqa: B010  (it has another type, that of a cached function)
-    returned, lines = loop.return_heap, 0
+    returned, lines = engine.return_heap, 0
 
     def at_a_line_of_metrics() -> None:
         nonlocal lines
@@ -63,7 +63,7 @@ def train_and_measure(
             returned()
         print(json.dumps({"step": min(steps, lines * every), "resident": resident()}), flush=True)  # noqa: T201
 
-    loop.return_heap = at_a_line_of_metrics
+    engine.return_heap = at_a_line_of_metrics
     fixed = [
         f"data.path={folder / 'pictures'}",
         f"training.dtype={dtype}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -58,7 +59,7 @@ def counts(found: dict[str, list[str]]) -> tuple[int, int]:
     return sum(map(len, found.values())), len(outside)
 
 
-def main() -> None:
+def main(_: Sequence[str] | None = None) -> None:
     found = entered(pipeline())
     for name, functions in found.items():
         print(f"{name}: {', '.join(functions)}")  # noqa: T201

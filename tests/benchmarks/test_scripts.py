@@ -19,15 +19,15 @@ import torch
 from helpers import make_bundle, randomise, read_picture
 from PIL import Image
 
-from seriatim.backbones.masked import Masked
-from seriatim.bench import mar as bench_mar
+from seriatim.backbones.masked_transformer import Masked
+from seriatim.bench import official_mar as bench_mar
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.cli.main import run
 from seriatim.heads.mixture import Mixture
 from seriatim.models.build import seeded
-from seriatim.models.masked import MaskedModel
+from seriatim.models.masked_model import MaskedModel
 from seriatim.tokenizers.pixels import Pixels
-from seriatim.training import loop
+from seriatim.training import engine
 from seriatim.zoo import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +91,7 @@ def bf16_memory(toy: Toy) -> None:
     script: Any = importlib.import_module("bf16_memory")
     script.pictures(toy.folder / "pictures", count=8)
     toy.monkeypatch.setattr(script, "BATCH", 4)
-    toy.monkeypatch.setattr(loop, "return_heap", loop.return_heap)  # the script replaces it; here it is put back
+    toy.monkeypatch.setattr(engine, "return_heap", engine.return_heap)  # the script replaces it; here it is put back
     toy.monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
     toy.monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     measured = {}
@@ -120,6 +120,11 @@ def entropy_pictures(toy: Toy) -> None:
     said = toy.main("entropy_pictures", path, toy.folder / "out.png", "--classes", "dog", "--per-class", 1)
     assert said.startswith("1 images; mean ") and "nan" not in said
     assert read_picture(toy.folder / "out.png").size[0] > 200
+
+
+def hops(toy: Toy) -> None:
+    said = toy.main("hops").splitlines()
+    assert "pipeline/pipeline.py: " in "\n".join(said) and said[-1].endswith(" in all")
 
 
 def known_mixture(toy: Toy) -> None:
@@ -175,6 +180,7 @@ TOYS: dict[str, Callable[[Toy], None]] = {
         bf16_memory,
         editing_pictures,
         entropy_pictures,
+        hops,
         known_mixture,
         mar_end_to_end,
         mar_training_step,

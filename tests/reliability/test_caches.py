@@ -15,10 +15,10 @@ from faults import CACHE, command, content, inside, pets
 from PIL import Image
 
 from seriatim.core.errors import SeriatimError
+from seriatim.data.caching import write_cache
+from seriatim.data.latents import Latents
 from seriatim.training import setup
-from seriatim.training.caching import write_cache
 from seriatim.training.config import read_recipe
-from seriatim.training.latents import Latents
 
 WORDS = ["cache", "mar-cifar10-tiny", "data.path=pets", *CACHE, "--shard-images", "2", "--out", "cache"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from faults import VERBS, begin, command, inside
 
-from seriatim.checkpoints import hub
+from seriatim.checkpoints import location as hub
 from seriatim.checkpoints.native import PARTS, load_bundle
 from seriatim.core.errors import CheckpointError
 

@@ -18,8 +18,8 @@ from PIL import GifImagePlugin, Image
 
 from seriatim.core.errors import DataError
 from seriatim.core.images import load_pixels
-from seriatim.training.arrays import ArrayData
-from seriatim.training.folder import Folder
+from seriatim.data.array_file import ArrayData
+from seriatim.data.folder import Folder
 
 
 def picture(kind: str, mode: str = "RGB", **options: Any) -> bytes:
