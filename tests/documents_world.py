@@ -18,8 +18,8 @@ from seriatim.checkpoints.llamagen_vq import official_tensors
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.checkpoints.tokenizer import save_tokenizer
-from seriatim.evaluation.classifier import ResNet, TrainedClassifier, save_classifier
-from seriatim.models.base import Model
+from seriatim.evaluation.residual_net import ResNet, TrainedClassifier, save_classifier
+from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.pixels import Pixels
@@ -31,9 +31,11 @@ DIFFUSION: dict[str, Any] = {"kind": "diffusion", "width": 32, "depth": 1}
 NESTED: dict[str, Any] = {
     "kind": "nested",
     "split": {"kind": "features"},
-    "backbone": {"kind": "causal", "width": 32, "depth": 1, "heads": 4, **BLOCK},
-    "head": {"kind": "mixture", "components": 2, "depth": 0},
-}
+    "model": {
+        "kind": "causal", "width": 32, "depth": 1, "heads": 4, **BLOCK,
+        "head": {"kind": "mixture", "components": 2, "depth": 0},
+    },
+}  # fmt: skip
 CODES: dict[str, Any] = {"kind": "causal", "tokens": 16, "vocab": 40, **SMALL, "width": 64, "rotate_prefix": False,
                          "classes": 1000, "head": {"kind": "categorical", "bias": False}}  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
@@ -60,7 +62,7 @@ sampling: {num_inference_steps: 2, num_diffusion_steps: 5}
 """
 
 
-def network(config: dict[str, Any]) -> Model:
+def network(config: dict[str, Any]) -> SequenceModel:
     with seeded(0):
         model = build_model(config)
     randomise(model, scale=0.05)

@@ -26,7 +26,7 @@ from seriatim.bench import run as bench_run
 from seriatim.cli.app import app
 from seriatim.cli.main import run
 from seriatim.evaluation.features import FEATURES
-from seriatim.heads.table import HEADS
+from seriatim.models.registry import HEADS
 from seriatim.training.config import packaged
 from seriatim.zoo import PRESETS
 

@@ -77,7 +77,7 @@ class Toy:
 def arinar_head(toy: Toy) -> None:
     """At the preset's form, but narrow."""
     preset = PRESETS["arinar-b"]
-    head = {**preset.model["head"], "backbone": {**preset.model["head"]["backbone"], "width": 32}}
+    head = {**preset.model["head"], "model": {**preset.model["head"]["model"], "width": 32}}
     small = replace(preset, model={**preset.model, "tokens": 16, "width": 32, "heads": 2, "head": head})
     toy.monkeypatch.setitem(PRESETS, "arinar-b", small)
     printed = toy.main("arinar_head", "--tokens", 1, "--repetitions", 1, "--official", toy.double("arinar"), "--json")

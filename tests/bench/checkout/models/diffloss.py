@@ -5,7 +5,7 @@ from diffusion import respace
 from diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from torch import nn
 
-from seriatim.core.random import Noise
+from seriatim.core.keys import Keys
 from seriatim.heads.ddpm import spread
 
 
@@ -23,7 +23,7 @@ class DiffLoss(nn.Module):
 
     def loss(self, z, target):
         """z (N, C), target (N, D) -> (N,), with torch's own random numbers."""
-        found = self.net.loss(z, target, Noise.shared(int(torch.randint(1 << 30, ())), len(z)))
+        found = self.net.loss(z, target, Keys.of(int(torch.randint(1 << 30, ()))).fold(torch.arange(len(z))))
         return found.sum / found.count
 
     def sample(self, z, temperature=1.0, cfg=1.0):
