@@ -22,7 +22,7 @@ import torch
 import typer
 from documents import DATA, PAGES, PROGRAMS, ROOT, SHELL, commands, fenced, first_word, python
 
-from seriatim.bench import run as bench_run
+from seriatim.bench import race as bench_run
 from seriatim.cli.app import app
 from seriatim.cli.main import run
 from seriatim.evaluation.features import FEATURES

@@ -121,8 +121,7 @@ class MAR(nn.Module):
         masked = math.ceil(self.seq_len * self.mask_ratio_generator.rvs(1)[0])
         orders = self.sample_orders(len(x))
         mask = torch.zeros(len(x), self.seq_len).scatter(1, orders[:, :masked], 1.0)
-        z = self.forward_mae_decoder(
-            self.forward_mae_encoder(x, mask, self.inner.condition(labels, len(x)).vectors[:, 0]), mask
-        )
+        condition = self.inner.condition(labels, len(x)).vectors[:, 0]
+        z = self.forward_mae_decoder(self.forward_mae_encoder(x, mask, condition), mask)
         loss = self.diffloss.loss(z.flatten(0, 1), x.flatten(0, 1))  # (B L,)
         return (loss * mask.flatten()).sum() / mask.sum()
