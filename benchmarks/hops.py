@@ -62,13 +62,8 @@ def main() -> None:
     found = entered(pipeline())
     for name, functions in found.items():
         print(f"{name}: {', '.join(functions)}")  # noqa: T201
-<<<<<<< HEAD
     entries, files = counts(found)
     print(f"{entries} functions; {files} files outside nn and core, {len(found)} in all")  # noqa: T201
-=======
-    count, files = counts(found)
-    print(f"{count} functions; {files} files outside nn and core, {len(found)} in all")  # noqa: T201
->>>>>>> 8641a96 (Tests of evaluations read the options of a head where they are now)
 
 
 if __name__ == "__main__":

@@ -194,9 +194,8 @@ def test_results_say_everything(pipe: Pipeline, tmp_path: Path) -> None:
     settings = report["settings"]
     assert settings["num"] == 40 and settings["classes"] == NAMES and settings["model"]["sha256"] == "0" * 64
     assert settings["features"]["sha256"] == Mean().fingerprint() and len(settings["reference"]["sha256"]) == 64
-    assert settings["request"]["guidance_scale"] == 1.5 and settings["request"]["head_options"] == {
-        "num_diffusion_steps": 6
-    }
+    assert settings["request"]["guidance_scale"] == 1.5
+    assert settings["request"]["head_options"] == {"num_diffusion_steps": 6}
     assert {"torch", "seriatim", "threads", "dtype"} <= report["versions"].keys()
     pixels = (Memory(90).images(torch.arange(90)).add(1) * 127.5).round().to(torch.uint8).numpy()
     digests = b"".join(hashlib.sha256(pixels[i : i + 16].tobytes()).digest() for i in range(0, 90, 16))
@@ -457,9 +456,8 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     assert code == 0, err
     report = json.loads(out)
     assert report == json.loads((tmp_path / "evaluation" / "results.json").read_text())
-    assert report["settings"]["request"]["head_options"]["solver"] == "ddim" and list(report["figures"]) == [
-        "FD[pixels]"
-    ]
+    assert report["settings"]["request"]["head_options"]["solver"] == "ddim"
+    assert list(report["figures"]) == ["FD[pixels]"]
     code, out, _ = command(capsys, *common)
     assert code == 0 and out.splitlines()[1].startswith("FD[pixels]") and "| FD[pixels] |" in out
     for arguments, exit_code, words in (
