@@ -187,7 +187,7 @@ def scores_of(figures: Mapping[str, Figure]) -> dict[str, dict[str, float]]:
 
 
 def save_strip(file: Path, images: Tensor) -> None:
-    """Images (n, 3, H, W) in a row."""
+    """Images (n, 3, H, W) in [-1, 1] in a row."""
     from PIL import Image
 
     drawn = [Image.fromarray(array) for array in to_uint8(images).numpy()]
@@ -311,7 +311,7 @@ def judge(work: CifarWork, name: str, budget: str, guidance: float) -> None:
     begin = time.process_time()
     images = pipe(request=request, output_type="pt").images
     took = (time.process_time() - begin) / len(images)
-    save_strip(task.out / "pictures" / f"{work.stem(name, budget, guidance)}.png", images)
+    save_strip(task.out / "pictures" / f"{work.stem(name, budget, guidance)}.png", images * 2 - 1)
     told = {k: v for k, v in pipe.bundle.provenance.items() if k != "training"}
     size = {"backbone": parameter_count(pipe.model.backbone), "head": parameter_count(pipe.model.head)}
     row = {"task": "cifar", "name": name, "seed": work.seed, "budget": budget, "guidance": guidance}

@@ -64,7 +64,7 @@ def test_llamagen_presets_rotate_their_prefix_and_the_authors_weights_do_not() -
         entry = preset(f"llamagen-{size}")
         assert "rotate_prefix" not in entry.model and entry.original() == {**entry.model, "rotate_prefix": False}
     with torch.device("meta"):
-        assert build_model(preset("llamagen-b").model).backbone.rotate_prefix is True
+        assert build_model(preset("llamagen-b").model).backbone.config["rotate_prefix"] is True
     assert preset("mar-b").original() == preset("mar-b").model
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seriatim.core.names import printable
+from seriatim.core.orders import RANDOM
 from seriatim.pipeline.request import SampleRequest
 
 NAMED = (
@@ -36,6 +37,8 @@ def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
         for name in NAMED:
             field = SampleRequest.model_fields.get(name)
             value, usual = (request | request.get("head_options", {})).get(name), field and field.default
+            if name == "order":
+                usual = RANDOM  # a request says which order it was, and this is what most models have
             if value not in (None, usual):
                 sampling += f", {name} {value if isinstance(value, (str, int, float)) else 'given'}"
         pixels = report["pixels_sha256"]["reference"]  # none where an earlier version computed the features

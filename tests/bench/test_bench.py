@@ -464,7 +464,7 @@ BAD = [
     (("nosuch",), 2, "model: 'nosuch' is no folder or preset"),
     (("mar-digit",), 2, "did you mean 'mar-digits'"),
     (("empty",), 4, "manifest.json is missing"),
-    (("model", "--batch", "0"), 2, "batch: 0 is not allowed; it must be from 1 to"),
+    (("model", "--batch", "0"), 2, "batch: 0 is not allowed; it must be from 1 to 1,048,576"),
     (("model", "--every", "0"), 2, "every: 0 is not allowed"),
     (("model", "--repetitions", "0"), 2, "repetitions: 0 is not allowed"),
     (("model", "--threads", "0"), 2, "threads: 0 is not allowed"),

@@ -86,7 +86,7 @@ def test_a_sampler_that_skips_work_is_found_out(fault: str | None) -> None:
             no_class, table = (model.conditioner.get_parameter(name) for name in ("no_class", "class_embedding"))
             no_class.copy_(table[0])
     elif fault == "rotation":
-        angles = model.backbone.get_buffer("table")
+        angles: torch.Tensor = model.backbone.table  # type: ignore[assignment]
         angles[1:] = angles[2:3]
     work = Workload((0, 1, 2, 3), 16, 2.5, "constant")
     found = compared(Ours(prepared(model), torch.float32, CPU), theirs, work, Progress(2, "", quiet=True))

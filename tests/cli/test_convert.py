@@ -64,7 +64,7 @@ def test_weights_in_images_out_weights_back(official: Path, capsys: pytest.Captu
     assert run(["convert", "kl16", str(official / "vae.safetensors"), str(official / "vae"), "--size", "16"]) == 0
     again = ["convert", "mar", str(out), str(official / "again"), "--vae", str(official / "vae"), "--heads", "2"]
     assert run(again) == 2, "this tokenizer has patches of 1, the model's tokens are of 2"
-    assert "makes 64 tokens of 2 features" in capsys.readouterr().err
+    assert "makes 64 tokens (2 features) from 16x16 pixels, the model takes 16 (8 features)" in capsys.readouterr().err
     again[5] = str(official / "converted")
     assert run(again) == 0
     same = seriatim.load(official / "again", device="cpu")(class_labels=[1, "none"], guidance_scale=1.5, **request)

@@ -100,7 +100,7 @@ def test_samples_are_those_of_the_request_whatever_batch_or_process(pipe: Pipeli
         assert second.figures[name].value == pytest.approx(figure.value, abs=1e-3), name
     labels = [i % 3 for i in range(40)]
     images = pipe(class_labels=labels, seeds=[derive_seed(5, i) for i in range(40)], output_type="pt").images
-    pixels = Mean()(eight_bits(images)).features
+    pixels = Mean()(eight_bits(images * 2 - 1)).features
     read = Blocks(tmp_path / "a" / "samples", 40).read().features
     assert np.abs(read - pixels.numpy()).max() < 0.01  # one level of 255 by rounding in another batch
 
@@ -158,11 +158,11 @@ def test_a_field_that_an_earlier_version_did_not_know_is_at_its_default(pipe: Pi
     first = run(pipe, tmp_path)
     path = tmp_path / "settings.json"
     stored = json.loads(path.read_text())
-    del stored["request"]["choice_temperature"], stored["request"]["guidance_power"]
+    del stored["request"]["temperature"], stored["request"]["guidance_power"]
     path.write_text(json.dumps(stored))
     assert run(pipe, tmp_path).figures == first.figures
-    with pytest.raises(UsageError, match=r"^request.choice_temperature: 4.5 in .*, 2.0 now"):
-        run(pipe, tmp_path, choice_temperature=2.0)
+    with pytest.raises(UsageError, match=r"^request.temperature: 1.0 in .*, 0.9 now"):
+        run(pipe, tmp_path, temperature=0.9)
     for damaged in ("[]", "{}", '{"request": 1}', "{"):
         path.write_text(damaged)
         with pytest.raises(UsageError, match=r"is not JSON|not a mapping|lacks the request"):
@@ -194,7 +194,8 @@ def test_results_say_everything(pipe: Pipeline, tmp_path: Path) -> None:
     settings = report["settings"]
     assert settings["num"] == 40 and settings["classes"] == NAMES and settings["model"]["sha256"] == "0" * 64
     assert settings["features"]["sha256"] == Mean().fingerprint() and len(settings["reference"]["sha256"]) == 64
-    assert settings["request"]["guidance_scale"] == 1.5 and settings["request"]["num_diffusion_steps"] == 6
+    assert settings["request"]["guidance_scale"] == 1.5
+    assert settings["request"]["head_options"] == {"num_diffusion_steps": 6}
     assert {"torch", "seriatim", "threads", "dtype"} <= report["versions"].keys()
     pixels = (Memory(90).images(torch.arange(90)).add(1) * 127.5).round().to(torch.uint8).numpy()
     digests = b"".join(hashlib.sha256(pixels[i : i + 16].tobytes()).digest() for i in range(0, 90, 16))
@@ -455,7 +456,8 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     assert code == 0, err
     report = json.loads(out)
     assert report == json.loads((tmp_path / "evaluation" / "results.json").read_text())
-    assert report["settings"]["request"]["solver"] == "ddim" and list(report["figures"]) == ["FD[pixels]"]
+    assert report["settings"]["request"]["head_options"]["solver"] == "ddim"
+    assert list(report["figures"]) == ["FD[pixels]"]
     code, out, _ = command(capsys, *common)
     assert code == 0 and out.splitlines()[1].startswith("FD[pixels]") and "| FD[pixels] |" in out
     for arguments, exit_code, words in (

@@ -70,7 +70,7 @@ def test_sweep(pipe: Pipeline, tmp_path: Path) -> None:
 def test_sweeps_that_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
     settings = {"num": 20, "features": PixelFeatures(SIZE, 1), "quiet": True}
     for fields, message in (
-        ({"guidance_scal": [1]}, "guidance_scal: is no field of a request; did you mean 'guidance_scale'"),
+        ({"guidance_scal": [1]}, "guidance_scal: is not a setting of a request; did you mean 'guidance_scale'"),
         ({"guidance_scale": [1, -1]}, "guidance_scale"),
         ({"guidance_scale": [1, 1]}, "given twice"),
         ({"num_inference_steps": [1], "seed": [1]}, "seed"),

@@ -125,7 +125,7 @@ def test_one_picture_many_ways(pipe: Pipeline) -> None:
     assert corners == [np.asarray(picture(i))[0, 0] for i in (0, 0, 1, 1)]
 
 
-@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "tokens"])
 def test_output_types(pipe: Pipeline, output_type: str) -> None:
     array = np.asarray(picture())[None, ..., None]
     settings: dict[str, Any] = {"mask": box(2, 2, 6, 6), "class_labels": 1, "seed": 3, **FEW}
@@ -134,9 +134,9 @@ def test_output_types(pipe: Pipeline, output_type: str) -> None:
     if output_type == "pil":
         assert (np.asarray(result.images[0]) == expected).all()
     elif output_type == "np":
-        assert (result.images[0, ..., 0] == expected).all()
+        assert ((result.images[0, ..., 0] * 255).round() == expected).all()
     elif output_type == "pt":
-        assert ((result.images[0, 0] * 127.5 + 127.5).round().numpy() == expected).all()
+        assert ((result.images[0, 0] * 255).round().numpy() == expected).all()
     else:
         assert torch.equal(result.images, result.tokens)
 
@@ -201,8 +201,9 @@ def test_regenerate_repeats_the_request_and_not_the_models_defaults() -> None:
     few: dict[str, Any] = {"num_inference_steps": 3, "num_diffusion_steps": 4}
     one = pipe(class_labels=[None], seed=1, guidance_scale=1.0, temperature=1.0, solver="dpm++", **few)
     again = pipe.regenerate(one, [3], seed=2)
-    kept = ("class_labels", "guidance_scale", "temperature", "solver", "num_images_per_label")
-    assert [getattr(again.request, k) for k in kept] == [(None,), 1.0, 1.0, "dpm++", 2]
+    kept = ("class_labels", "guidance_scale", "temperature", "head_options", "num_images_per_label")
+    options = {"solver": "dpm++", "num_diffusion_steps": 4}
+    assert [getattr(again.request, k) for k in kept] == [(None,), 1.0, 1.0, options, 2]
     assert again.edited and again.request.seed == 2
     edited = pipe.edit(picture(), mask=box(0, 0, 3, 8), **few)  # two pictures: the model's default
     assert len(edited.images) == 2
