@@ -51,7 +51,7 @@ def demo(
     middle = time.monotonic()
     pipe = load(out / "model", device="cpu")
     with threads(trained.threads):
-        result = pipe(num_images_per_label=PER_CLASS, seed=seed)
+        result = pipe(list(range(pipe.model.classes)), num_images_per_label=PER_CLASS, seed=seed)
     end = time.monotonic()
 
     save_png(grid(result.images, columns=PER_CLASS, side=56, smooth=True), out / "grid.png")
