@@ -5,15 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from seriatim.checkpoints.native import CLASSIFIER, CONFIG, MODEL, TOKENIZER
-from seriatim.core.errors import CheckpointError, nearest, shown
+from seriatim.core.errors import CheckpointError, UsageError, nearest, shown
 from seriatim.core.files import MANIFEST, present_or_previous
-from seriatim.core.hub import fetch, repository
+from seriatim.core.hub import SCHEME, USUAL, Access, fetch, repository
 from seriatim.zoo import PRESETS
 
 
-def located(name: str) -> Path:
-    """The folder of that name, or that of a hub repository, `hf://owner/name` or `owner/name`, once it is fetched."""
+def located(name: str, revision: str | None = None, access: Access = USUAL) -> Path:
+    """The folder of that name, or that of a hub repository, `hf://owner/name` or `owner/name`, once it is fetched.
+
+    `revision` is a commit, a tag or a branch of a repository, as `hf://owner/name@REVISION` names it.
+    """
     folder = present_or_previous(Path(name))
+    if folder.exists() and (revision is not None or access != USUAL):
+        given = "revision" if revision is not None else next(k for k, v in access._asdict().items() if v)
+        raise UsageError(f"{given}: only valid for a hub repository, and {folder} is here; leave it out")
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; name the model folder that holds {CONFIG}")
     if folder.is_dir():
@@ -28,4 +34,9 @@ def located(name: str) -> Path:
         hint = nearest(name[:100], PRESETS)
         raise CheckpointError(f"model: {shown(name)} is no folder, preset or hub repository{hint}")
     # Exactly these files: a pattern such as *.json would also match those of every folder of the repository.
-    return fetch(repository(name, "model"), (CONFIG, MODEL, TOKENIZER, CLASSIFIER, MANIFEST), "model")
+    wanted = repository(name, "model")
+    if revision is not None:
+        if wanted.revision not in (None, revision):
+            raise UsageError(f"revision: {shown(revision)} is given, and the name says {wanted.revision}; give one")
+        wanted = repository(f"{SCHEME}{wanted.name}@{revision}", "revision")
+    return fetch(wanted, (CONFIG, MODEL, TOKENIZER, CLASSIFIER, MANIFEST), "model", access=access)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +44,24 @@ def repository(text: str, argument: str) -> Repository:
     return Repository(found["repository"], found["revision"])
 
 
-def fetch(wanted: Repository, files: Sequence[str], argument: str, leave_out: Sequence[str] = ()) -> Path:
+class Access(NamedTuple):
+    """How the hub is asked; the defaults are those of its own client, which environment variables may set."""
+
+    token: str | bool | None = None  # for private repositories; None: the one that was saved at login
+    cache_dir: str | os.PathLike[str] | None = None  # where fetched files are kept
+    local_files_only: bool = False  # use what was fetched before, and ask nobody
+
+
+USUAL = Access()
+
+
+def fetch(
+    wanted: Repository,
+    files: Sequence[str],
+    argument: str,
+    leave_out: Sequence[str] = (),
+    access: Access = USUAL,
+) -> Path:
     """The folder, in the hub's own cache, with those files of a repository; patterns are fnmatch's.
 
     The commit is looked up first, and with it the size of each file: all files are of one commit, which is told, and
@@ -52,16 +71,30 @@ def fetch(wanted: Repository, files: Sequence[str], argument: str, leave_out: Se
     from huggingface_hub.utils import filter_repo_objects
 
     allowed, ignored = list(files), list(leave_out) or None
+    get = partial(
+        snapshot_download,
+        wanted.name,
+        allow_patterns=allowed,
+        ignore_patterns=ignored,
+        token=access.token,
+        cache_dir=access.cache_dir,
+    )
+
+    def kept() -> Path:
+        return Path(str(get(revision=wanted.revision, local_files_only=True)))
+
     try:
-        info = HfApi().model_info(wanted.name, revision=wanted.revision, files_metadata=True, timeout=10)
+        if access.local_files_only:
+            return kept()
+        info = HfApi().model_info(
+            wanted.name, revision=wanted.revision, files_metadata=True, timeout=10, token=access.token
+        )
         sizes = {file.rfilename: file.size for file in info.siblings or []}
         chosen = list(filter_repo_objects(sizes, allow_patterns=allowed, ignore_patterns=ignored))
         check_sizes(wanted.name, {name: sizes[name] for name in chosen}, argument)
-        found = snapshot_download(
-            wanted.name, revision=info.sha, etag_timeout=10, allow_patterns=allowed, ignore_patterns=ignored
-        )
+        found = Path(str(get(revision=info.sha, etag_timeout=10)))
         for name in chosen:
-            if (size := (Path(found) / name).stat().st_size) != sizes[name]:
+            if (size := (found / name).stat().st_size) != sizes[name]:
                 raise CheckpointError(
                     f"{argument}: {name} of {wanted.name} has {size:,} bytes, and the hub told {sizes[name]}"
                 )
@@ -70,21 +103,14 @@ def fetch(wanted: Repository, files: Sequence[str], argument: str, leave_out: Se
         raise
     except Exception as error:  # the hub's client raises a dozen kinds: offline, not found, no permission, ...
         with contextlib.suppress(Exception):
-            kept = snapshot_download(
-                wanted.name,
-                revision=wanted.revision,
-                local_files_only=True,
-                allow_patterns=allowed,
-                ignore_patterns=ignored,
-            )
-            return Path(kept)
+            return kept()
         reason = one_line(error)
         reason = reason if len(reason) <= 200 else f"{reason[:197]}..."
         raise CheckpointError(
             f"{argument}: there is no folder {wanted.name!r}, and it could not be fetched as a hub repository "
             f"({reason})"
         ) from error
-    return Path(found)
+    return found
 
 
 def check_sizes(name: str, sizes: Mapping[str, int | None], argument: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from seriatim.checkpoints.location import located
 from seriatim.checkpoints.native import load_bundle
 from seriatim.core.device import plain_torch
+from seriatim.core.hub import Access
 from seriatim.pipeline.pipeline import Pipeline
 
 
@@ -19,13 +20,26 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     prepare: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
 ) -> Pipeline:
     """A pipeline from a model folder (or a run that holds one), a packaged name, or a hub repository `owner/name`.
+
+    Four arguments are for repositories of the hub alone, and mean what they mean in diffusers: `revision`, a commit,
+    tag or branch; `token`, for private ones; `cache_dir`, where fetched files are kept; `local_files_only`, to use
+    what was fetched before and ask nobody.
 
     `dtype` is that of the backbone: "auto" is bfloat16 on an accelerator that has it, float32 elsewhere. Every file is
     checked against its sha256. Raises CheckpointError when there is nothing to load or it is damaged. With `prepare`
     weights are laid out for sampling alone (`Pipeline.prepare`); without, the model can be trained on.
     """
     text = os.fspath(name)
-    pipe = Pipeline(load_bundle(located(text)), device=device, dtype=dtype, source=text)
+    pipe = Pipeline(
+        load_bundle(located(text, revision, Access(token, cache_dir, local_files_only))),
+        device=device,
+        dtype=dtype,
+        source=text,
+    )
     return pipe.prepare() if prepare else pipe

@@ -13,12 +13,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from faults import VERBS, begin, command, inside
 
 from seriatim.checkpoints import location as hub
 from seriatim.checkpoints.native import PARTS, load_bundle
-from seriatim.core.errors import CheckpointError
+from seriatim.core.errors import CheckpointError, UsageError
+from seriatim.pipeline.loading import load
 
 ROOT = Path(__file__).resolve().parents[2]
 ASKING = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto")
@@ -181,6 +183,35 @@ def test_what_was_fetched_is_used_when_the_hub_is_away(server: Hub, monkeypatch:
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", away)
     assert hub.located(f"hf://some/model@{COMMITS['main']}") == first
     assert server.fetched
+
+
+def test_load_takes_the_hubs_own_arguments(server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit, a token, a folder for what is fetched, and asking nobody, as in diffusers."""
+    asked: list[dict[str, Any]] = []
+    true = huggingface_hub.HfApi.model_info
+
+    def seen(self: Any, *names: str, **how: Any) -> Any:
+        asked.append(how)
+        return true(self, *names, **how)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", seen)
+    elsewhere = tmp_path / "elsewhere"
+    pipe = load("some/model", revision="old", token="hf_secret", cache_dir=elsewhere)
+    assert len(pipe.class_names) == 10 and asked[0]["token"] == "hf_secret" and asked[0]["revision"] == "old"
+    assert list(elsewhere.glob(f"models--some--model/snapshots/{COMMITS['old']}/*.json"))
+    before = len(asked), len(server.fetched)
+    load("some/model", revision=COMMITS["old"], cache_dir=elsewhere, local_files_only=True)
+    assert (len(asked), len(server.fetched)) == before, "nobody is asked"
+    with pytest.raises(CheckpointError, match="could not be fetched"):
+        load("some/model", revision=COMMITS["main"], cache_dir=elsewhere, local_files_only=True)
+    with pytest.raises(UsageError, match=r"^revision: 'main' is given, and the name says old; give one$"):
+        load("hf://some/model@old", revision="main")
+
+
+@pytest.mark.parametrize("given", [{"revision": "main"}, {"token": "x"}, {"local_files_only": True}])
+def test_arguments_of_the_hub_mean_nothing_for_a_folder(model_folder: Path, given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"^{next(iter(given))}: only valid for a hub repository"):
+        load(model_folder, **given)
 
 
 @pytest.mark.parametrize(
