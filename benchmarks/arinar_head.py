@@ -27,7 +27,7 @@ from seriatim.bench.official_arinar import OfficialARINAR
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance
 from seriatim.models.build import build_model, seeded
-from seriatim.nn.packed import prepare
+from seriatim.nn.prepare import prepare
 from seriatim.zoo import PRESETS
 
 CPU = torch.device("cpu")

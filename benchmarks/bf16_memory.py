@@ -47,7 +47,7 @@ def train_and_measure(
     """Train, printing a line of JSON with the step and the resident memory at each line of metrics."""
     if bound == "free":  # this is set before torch is imported, hence before the first product
         os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1024"
-    from seriatim.nn import linear
+    from seriatim.nn import onednn_training as linear
     from seriatim.training import engine, loop
     from seriatim.training.config import read_recipe
 

@@ -15,7 +15,7 @@ from seriatim.core.settings import Settings
 from seriatim.heads.base import Guidance
 from seriatim.heads.denoiser import AdaLNHead
 from seriatim.models.base import SequenceModel
-from seriatim.nn.packed import prepare
+from seriatim.nn.prepare import prepare
 
 STAGES = (("encode", "encoder"), ("decode", "decoder"), ("step", "backbone"))  # of a backbone, and what they are called
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from seriatim.nn.packed import PackedLinear, packs
+from seriatim.nn.prepare import PackedLinear, packs
 
 
 def synchronise(device: torch.device) -> None:

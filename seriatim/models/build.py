@@ -31,7 +31,6 @@ from seriatim.models.base import SequenceModel
 from seriatim.models.nested import Nested
 from seriatim.models.registry import BACKBONES, HEADS, MODELS, SPLITS
 from seriatim.models.splits import Split
-from seriatim.nn.packed import PackedLinear
 
 
 def build_model(
@@ -205,5 +204,5 @@ def seeded(seed: int) -> Iterator[None]:
 
 def parameter_count(model: nn.Module) -> int:
     """The number of parameters, those packed for sampling included."""
-    packed = sum(layer.count for layer in model.modules() if isinstance(layer, PackedLinear))
+    packed = sum(getattr(layer, "held", 0) for layer in model.modules())
     return packed + sum(p.numel() for p in model.parameters())

@@ -7,12 +7,10 @@ one large product before its loop.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.nn.block import NORM_EPS
 from seriatim.nn.linear import Linear
-from seriatim.nn.packed import PackedLinear
 
 
 class AdaLNBlock(nn.Module):
@@ -21,7 +19,7 @@ class AdaLNBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.fc1: nn.Module = Linear(width, width)
+        self.fc1 = Linear(width, width)
         self.fc2 = Linear(width, width)
         self.modulation = Linear(width, 3 * width)  # of SiLU(condition): shift, scale, gate
 
@@ -33,7 +31,7 @@ class AdaLNBlock(nn.Module):
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """x (N, W) and what `modulate` gave."""
         h = torch.addcmul(shift, self.norm(x), scale)
-        h = self.fc1(h, then="swish") if isinstance(self.fc1, PackedLinear) else F.silu(self.fc1(h))
+        h = self.fc1(h, then="swish")
         return torch.addcmul(x, gate, self.fc2(h))
 
 

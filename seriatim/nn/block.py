@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from seriatim.nn.attention import Attention
 from seriatim.nn.linear import Linear
-from seriatim.nn.packed import PackedLinear
 
 NORM_EPS = 1e-6
 
@@ -18,11 +17,11 @@ class MLP(nn.Module):
     def __init__(self, width: int, ratio: float = 4.0, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.fc1: nn.Module = Linear(width, int(width * ratio))
+        self.fc1 = Linear(width, int(width * ratio))
         self.fc2 = Linear(int(width * ratio), width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x, then="gelu") if isinstance(self.fc1, PackedLinear) else F.gelu(self.fc1(x))
+        x = self.fc1(x, then="gelu")
         x = F.dropout(x, self.dropout, self.training)
         return F.dropout(self.fc2(x), self.dropout, self.training)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from seriatim.nn.attention import attend
 from seriatim.nn.kv_cache import KVCache, Window
 from seriatim.nn.linear import Linear
-from seriatim.nn.packed import PackedLinear
 from seriatim.nn.rotary import rotate
 
 RMS_EPS, LAYER_EPS = 1e-5, 1e-6
@@ -88,12 +87,12 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, hidden: int, *, bias: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.gate: nn.Module = Linear(width, hidden, bias=bias)
+        self.gate = Linear(width, hidden, bias=bias)
         self.up = Linear(width, hidden, bias=bias)
         self.down = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate(x, then="swish") if isinstance(self.gate, PackedLinear) else F.silu(self.gate(x))
+        gate = self.gate(x, then="swish")
         return F.dropout(self.down(gate * self.up(x)), self.dropout, self.training)
 
 
@@ -103,12 +102,11 @@ class TanhMLP(nn.Module):
     def __init__(self, width: int, hidden: int, output: int | None = None, *, bias: bool, dropout: float = 0.0) -> None:
         super().__init__()
         self.dropout = dropout
-        self.fc1: nn.Module = Linear(width, hidden, bias=bias)
+        self.fc1 = Linear(width, hidden, bias=bias)
         self.down = Linear(hidden, output or width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = isinstance(self.fc1, PackedLinear)
-        x = self.fc1(x, then="gelu-tanh") if packed else F.gelu(self.fc1(x), approximate="tanh")
+        x = self.fc1(x, then="gelu-tanh")
         return F.dropout(self.down(x), self.dropout, self.training)
 
 

@@ -1,77 +1,30 @@
-"""`nn.Linear`, trained in float32 at full speed on CPUs whose vector units MKL leaves half idle.
+"""The Linear layer that all networks here are made of: `nn.Linear`, and an activation in the same call.
 
-There the usual product takes about twice the time of oneDNN's (docs/log.md), forward and backward. Weights, names and
-results are those of `nn.Linear`, but for rounding.
-
-N rows, I and O features in and out.
+It is plain autograd, so jvp, vmap and double backward work. `nn/prepare.py` replaces it by one that is laid out for
+sampling, `nn/onednn_training.py` by one that trains faster on some CPUs; both are called in the same way.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from seriatim.nn.packed import packs
-
-WORTHWHILE = 1 << 27  # multiplications of a product below which packing costs more than it gains
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,  # the exact one
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+    "swish": F.silu,
+}
 
 
 class Linear(nn.Linear):
     """x (..., I) -> (..., O)."""
 
-    as_usual = True  # nothing is lost where it is packed
+    replaceable = True  # by a layer of other weights in memory and the same numbers
 
-    def forward(self, x: Tensor) -> Tensor:
-        if (
-            torch.is_grad_enabled()
-            and x.dtype == self.weight.dtype == torch.float32
-            and x.device.type == "cpu"
-            and x.numel() * self.out_features >= WORTHWHILE
-            and not torch.is_autocast_enabled("cpu")
-            and mkl_is_slow()
-        ):
-            return Product.apply(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
-
-
-class Product(torch.autograd.Function):
-    """x W^T + b, and its gradients, each by oneDNN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])  # (N, O)
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        return (
-            product(grad, weight.t()) if of_x else None,
-            product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if of_weight else None,  # (O, N) x (I, N)^T
-            rows.sum(dim=0) if of_bias else None,
-        )
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., I), weight (O, I) -> x W^T + b: (..., O)."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
-
-
-@lru_cache(maxsize=1)
-def mkl_is_slow() -> bool:
-    """Whether MKL keeps to half of this processor's vector units: AMD's with AVX-512, as Linux tells."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "AuthenticAMD" in info and "avx512f" in info and packs(torch.float32)
+    def forward(self, x: Tensor, then: str = "none") -> Tensor:
+        """The product, and then the activation of that name in ACTIVATIONS."""
+        y = F.linear(x, self.weight, self.bias)
+        return y if then == "none" else ACTIVATIONS[then](y)

@@ -20,7 +20,7 @@ from seriatim.core.errors import UsageError
 from seriatim.core.progress import Progress
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import plain
-from seriatim.nn.packed import prepare
+from seriatim.nn.prepare import prepare
 from seriatim.pipeline.arguments import SettingsArgs
 from seriatim.pipeline.editing import (
     as_images,

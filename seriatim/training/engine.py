@@ -33,6 +33,7 @@ from seriatim.core.terminal import say
 from seriatim.data.base import ImageData
 from seriatim.data.loader import Batch, WorkerLost
 from seriatim.models.base import Loss
+from seriatim.nn.onednn_training import prepare_training
 from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import AnyRecipe, dump
@@ -136,6 +137,7 @@ def fit(
     settings, data, parts, total = recipe.training, task.data, task.parts, task.total
     if where.type == "cpu":
         bound_compiled_products()
+        prepare_training(parts.model)
     hold = occupied(out, task.files, task.what, overwrite=overwrite)
     with hold, StopRequest() as stop, contextlib.ExitStack() as stack:
         begin_run(out, recipe, data, resume=resume)

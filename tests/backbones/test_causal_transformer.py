@@ -17,7 +17,7 @@ from seriatim.core.errors import UsageError
 from seriatim.models.build import seeded
 from seriatim.nn import scalar_qkv
 from seriatim.nn.kv_cache import Window
-from seriatim.nn.packed import prepare
+from seriatim.nn.prepare import prepare
 from seriatim.nn.rotary import grid_places, rotate, rotation
 
 L, D, C, V = 12, 4, 32, 20

@@ -45,9 +45,9 @@ from seriatim.heads.diffusion import Diffusion
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
-from seriatim.nn import packed
+from seriatim.nn import prepare as packed
 from seriatim.nn.attention import SHORT, attend
-from seriatim.nn.packed import PackedLinear, packs
+from seriatim.nn.prepare import PackedLinear, packs
 from seriatim.tokenizers.pixels import Pixels
 
 CPU = torch.device("cpu")

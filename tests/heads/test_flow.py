@@ -19,7 +19,7 @@ from seriatim.heads import denoiser, flow
 from seriatim.heads.flow import Flow
 from seriatim.models.build import seeded
 from seriatim.models.registry import HEADS
-from seriatim.nn.packed import packs, prepare
+from seriatim.nn.prepare import packs, prepare
 from seriatim.testing import check_head
 
 MEAN, STD = 0.4, 0.3  # of the Gaussian

@@ -19,7 +19,7 @@ from seriatim.models.build import build_head, build_model, model_config, seeded
 from seriatim.models.masked_model import MaskedModel
 from seriatim.models.nested import FEATURE_SCHEDULES, Nested, scheduled
 from seriatim.models.registry import HEADS
-from seriatim.nn.packed import packs, prepare
+from seriatim.nn.prepare import packs, prepare
 from seriatim.testing import check_head
 
 PLAIN = {"kind": "causal", "width": 32, "depth": 1, "heads": 4}

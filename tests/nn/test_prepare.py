@@ -19,10 +19,10 @@ from seriatim.core.keys import Keys
 from seriatim.core.settings import Settings
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import parameter_count
-from seriatim.nn import packed
+from seriatim.nn import prepare as packed
 from seriatim.nn.block import MLP
 from seriatim.nn.linear import Linear
-from seriatim.nn.packed import PackedLinear, packs, prepare
+from seriatim.nn.prepare import PackedLinear, packs, prepare
 
 pytestmark = pytest.mark.skipif(not packs(torch.float32), reason="this build of torch has no oneDNN products")
 

@@ -1,7 +1,7 @@
-"""Weights laid out once for the CPU's matrix kernels (oneDNN), for sampling: the same numbers, no gradients.
+"""Weights laid out once for sampling: packed for the CPU's matrix kernels (oneDNN), or cast; there are no gradients.
 
-The usual product goes through MKL, which packs the weights again at each call and leaves half of the vector units of
-some processors idle. With few rows, as in a head, that is most of the time (docs/log.md has the figures).
+On a CPU the usual product goes through MKL, which packs the weights again at each call and leaves half of the vector
+units of some processors idle. With few rows, as in a head, that is most of the time (docs/log.md has the figures).
 
 N rows, I and O features in and out.
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from seriatim.core.errors import UsageError
+from seriatim.nn.linear import Linear
 
 UNPACKED = "take seriatim.load(..., prepare=False).model"
 SMALLEST = 1 << 12  # weights from which packing pays: below, the call itself is most of the time
@@ -43,8 +44,8 @@ class PackedLinear(nn.Module):
         return self.offset
 
     @property
-    def count(self) -> int:
-        """How many numbers it holds: they are no parameters any more."""
+    def held(self) -> int:
+        """How many numbers it holds, which are no parameters any more."""
         return self.in_features * self.out_features + (0 if self.offset is None else self.out_features)
 
     def forward(self, x: Tensor, then: str = "none") -> Tensor:
@@ -58,10 +59,7 @@ class PackedLinear(nn.Module):
     @override
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if not self.exact:
-            raise UsageError(
-                f"{prefix}weight: was rounded to {str(self.dtype).removeprefix('torch.')} for sampling; "
-                "load the model with dtype=float32 to save it"
-            )
+            raise UsageError(rounded(prefix, self.dtype))
         destination[prefix + "weight"] = self.weight
         if self.offset is not None:
             destination[prefix + "bias"] = self.offset
@@ -82,6 +80,34 @@ class PackedLinear(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return repacked, (self.weight, self.offset, self.exact)
+
+
+class CastLinear(Linear):
+    """What `Linear` gives under autocast, whose weights were cast once and not at every call."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+        bias = layer.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+
+    def forward(self, x: Tensor, then: str = "none") -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise UsageError(f"model: its weights are cast for sampling and have no gradients; {UNPACKED}")
+        return super().forward(x.to(self.weight.dtype), then)
+
+    @override
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        raise UsageError(rounded(prefix, self.weight.dtype))
+
+
+def rounded(prefix: str, dtype: torch.dtype) -> str:
+    """Why weights that were rounded are not saved."""
+    return (
+        f"{prefix}weight: was rounded to {str(dtype).removeprefix('torch.')} for sampling; "
+        "load the model with dtype=float32 to save it"
+    )
 
 
 def repacked(weight: Tensor, bias: Tensor | None, exact: bool) -> PackedLinear:
@@ -120,18 +146,21 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 def prepare(module: nn.Module, dtype: torch.dtype = torch.float32, keep: tuple[str, ...] = ()) -> None:
-    """Every large Linear inside `module`: packed on a CPU, and in `dtype`; those named in `keep` in float32.
+    """Lay out every large Linear inside `module` for sampling in `dtype`; those named in `keep` stay in float32.
 
-    In place, layer by layer, so that weights are never held twice: for a module of one's own, for sampling only. A
-    layer that does more than `nn.Linear` (a subclass, hooks, a parametrisation) stays as it is.
+    On a CPU their weights are packed, elsewhere they are cast. That happens in place, layer by layer, so that weights
+    are never held twice. A layer that does more than `nn.Linear` (a subclass, hooks, a parametrisation) stays as it is.
     """
     found = False
     for name, child in module.named_modules():
         for key, layer in list(child.named_children()):
-            if not usual(layer) or layer.weight.numel() < SMALLEST:
+            if not usual(layer) or layer.weight.numel() < SMALLEST or layer.weight.dtype != torch.float32:
                 continue
             wanted = torch.float32 if f"{name}.{key}".lstrip(".") in keep else dtype
-            if layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32 and packs(wanted):
+            if layer.weight.device.type != "cpu":
+                if wanted != torch.float32:
+                    setattr(child, key, CastLinear(layer, wanted))
+            elif packs(wanted):
                 setattr(child, key, PackedLinear(layer, wanted))
                 found = True
     if found:  # what is left may be pages of a file that holds all weights: copied, so that these can go
@@ -142,5 +171,5 @@ def prepare(module: nn.Module, dtype: torch.dtype = torch.float32, keep: tuple[s
 def usual(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is an `nn.Linear` and nothing more."""
     kind = type(layer)
-    plain = kind is nn.Linear or "as_usual" in vars(kind)
+    plain = kind is nn.Linear or "replaceable" in vars(kind)
     return plain and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
