@@ -1,4 +1,4 @@
-"""Models: condition + order + backbone + head -> a loss, and a naive sampler that is the specification."""
+"""Models join a condition, an order, a backbone and a head; each has a loss, and a naive sampler as specification."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What sequence models of every kind share: the condition, the checks, and a loss that is a sum and a count.
+"""What all sequence models share: the condition, the checks, and a loss that is a sum and a count.
 
-B images, L tokens, D features of a token or V codes, C width of z.
+Shapes: B images, L tokens, D features of a token or V codes, C width of z.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from seriatim.sampling.step import Start, Step
 
 
 class Loss(NamedTuple):
-    """The loss of a batch as a sum and a count, so that parts of a batch add up exactly."""
+    """The loss of a batch as a sum and a count, so that the losses of parts of a batch add up exactly."""
 
-    sum: Tensor  # () over all tokens asked for and all draws made for them
-    count: Tensor  # type: ignore[assignment]  # () how many these are; tuple.count is not needed here
+    sum: Tensor  # () the loss summed over all tokens asked for and all of the head's draws for each
+    count: Tensor  # type: ignore[assignment]  # () the number of these terms; it hides tuple.count, which nobody uses
     parts: dict[str, Tensor]  # name -> () sums of the terms of the loss, for logs
 
     @property
@@ -38,10 +38,10 @@ class Loss(NamedTuple):
 
 
 class SequenceModel(nn.Module):
-    """Condition + order + backbone + head. `forward` is the loss of a batch, `sample` the naive sampler."""
+    """A condition, an order, a backbone and a head. `forward` is the loss of a batch, `sample` the naive sampler."""
 
-    one_by_one = False  # generates one token a step: as many steps as there are tokens
-    order = RANDOM  # which token comes when, unless a request says
+    one_by_one = False  # whether the model generates one token a step, and so takes as many steps as tokens
+    order = RANDOM  # the order of generation when a request gives none
     backbone: Any
     head: Head
 
@@ -71,7 +71,7 @@ class SequenceModel(nn.Module):
 
     @property
     def classes(self) -> int:
-        """How many classes there are; 0 without classes."""
+        """The number of classes; 0 if the model has none."""
         return self.conditioner.classes
 
     @property
@@ -80,32 +80,32 @@ class SequenceModel(nn.Module):
 
     @property
     def config(self) -> dict[str, object]:
-        """The constructor's arguments but for backbone and head, as plain data."""
+        """The constructor's arguments without backbone and head, as plain data."""
         return {**self.conditioner.config, "label_dropout": self.label_dropout}
 
     @staticmethod
     def of_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
-        """A flat config as the backbone takes it, where an argument of the model also tells the backbone something."""
+        """A flat config translated for the backbone, where an argument of the model also sets one of the backbone."""
         return dict(config)
 
     # --- the condition --------------------------------------------------------------------------------------------
 
     def condition(self, inputs: Any, images: int) -> Condition:
-        """The condition of so many images from labels (B,), captions or vectors; None is no condition."""
+        """The condition of `images` images from labels (B,), captions or vectors; inputs None means no condition."""
         self.conditioner.check(inputs, images)
         return self.conditioner(inputs, images)
 
     def null(self, images: int, like: Condition | None = None) -> Condition:
-        """The condition of images without one, for guidance."""
+        """The unconditional counterpart of `like` for `images` images, which guidance needs."""
         return self.conditioner.null(images, like)
 
     # --- training -------------------------------------------------------------------------------------------------
 
     def forward(self, tokens: Tensor, inputs: Any = None, keys: Keys | None = None, step: Keys | None = None) -> Loss:
-        """The loss of a batch: tokens (B, L, D) or codes (B, L), inputs (labels (B,) or captions).
+        """The loss of a batch of tokens (B, L, D) or codes (B, L) with inputs (labels (B,) or captions).
 
-        keys: B rows, one for each image, on the host. step: one row, common to the whole optimiser step. Without keys,
-        both are drawn from torch's own generator.
+        `keys` has B rows on the host, one for each image. `step` has one row, shared by all batches of an optimiser
+        step. Without keys, both are drawn from torch's generator.
         """
         self.spec.check(tokens)
         B = len(tokens)
@@ -121,7 +121,7 @@ class SequenceModel(nn.Module):
         return Loss(loss.sum.sum(), loss.count.sum(), parts)
 
     def losses(self, tokens: Tensor, condition: Condition, keys: Keys, step: Keys | None = None) -> HeadLoss:
-        """The loss of each image (B,): what `forward` sums. Where `step` is None, nothing is common to the images."""
+        """The loss of each image (B,), which `forward` sums. If `step` is None, the images share no random numbers."""
         raise NotImplementedError(f"{type(self).__name__} lacks losses()")
 
     # --- sampling -------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class SequenceModel(nn.Module):
         start: Start | None = None,
         order: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """Tokens (B, L, D), or codes (B, L): the naive sampler, which is the specification."""
+        """Tokens (B, L, D), or codes (B, L), from the naive sampler, which is the specification of `steps`."""
         raise NotImplementedError(f"{type(self).__name__} lacks sample()")
 
     def steps(
@@ -150,21 +150,20 @@ class SequenceModel(nn.Module):
         temperature: float | Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Iterator[Step]:
-        """The same tokens by the fast loop, step by step.
+        """Yield a `Step` after each step of the fast loop, which generates the same tokens as `sample`.
 
-        `scale` and `temperature`, one number for each image, override those of the settings. `dtype` is that of the
-        backbone.
+        `scale` and `temperature` override the settings with one number for each image. The backbone runs in `dtype`.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks steps()")
 
     def check_settings(self, settings: Settings) -> Settings:
-        """The settings as this model follows them; raises UsageError for those that it can't follow."""
+        """The settings unchanged. Raises UsageError if this model can't follow them."""
         self.head.check_options(self.head.options(**settings.head_options), settings.temperature)
         return settings
 
 
 def make_conditioner(width: int, classes: int, caption_dim: int | None, caption_tokens: int | None) -> Conditioner:
-    """The conditioner that a model's arguments describe: classes, or captions of so many features and positions."""
+    """The conditioner for classes, or for captions of `caption_tokens` positions with `caption_dim` features each."""
     if caption_dim is None:
         if caption_tokens is not None:
             raise UsageError(f"caption_tokens: {caption_tokens} given without caption_dim, the features of each")
@@ -175,7 +174,7 @@ def make_conditioner(width: int, classes: int, caption_dim: int | None, caption_
 
 
 def summed(loss: HeadLoss, images: int, rows: Tensor) -> HeadLoss:
-    """Losses of tokens (N,) as losses of images (B,); rows (N,) is the image of each."""
+    """The losses of tokens (N,) summed to losses of images (B,); rows (N,) is the image of each token."""
 
     def of(value: Tensor) -> Tensor:
         return value.new_zeros(images).index_add(0, rows, value)

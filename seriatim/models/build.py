@@ -1,14 +1,15 @@
-"""From plain data to a model, and back.
+"""Build a model from plain data, and describe a model as plain data.
 
 A model's config is one flat mapping, the same in a recipe, a preset and a model folder:
 
-    kind: masked            # MODELS: masked or causal
-    backbone: masked        # BACKBONES; optional: each model kind has a default
+    kind: masked            # a name in MODELS: masked or causal
+    backbone: masked        # a name in BACKBONES; optional, since each kind of model has a default
     tokens, dim, width, ... # arguments of the backbone
     classes, ...            # arguments of the model
-    head: {kind: diffusion, width: ..., ...}   # HEADS
+    head: {kind: diffusion, width: ..., ...}   # a name in HEADS, and arguments of the head
 
-The head of kind `nested` has a split, and the config of a model of the token's parts, without the sizes that follow:
+A head of kind `nested` has a split and the config of the model of the token's parts. That config leaves out all sizes
+that follow from the split:
 
     head: {kind: nested, split: {kind: features}, model: {kind: causal, width: ..., head: {kind: mixture}}}
 """
@@ -36,9 +37,10 @@ from seriatim.models.splits import Split
 def build_model(
     config: Mapping[str, Any], where: str = "model", z_dim: int | None = None, conditions: int = 1, **known: Any
 ) -> SequenceModel:
-    """A model with fresh weights; `known` are sizes that the config may leave out (tokens, dim or vocab, classes).
+    """A model with fresh weights. `known` are sizes that the config may leave out (tokens, dim or vocab, classes).
 
-    With `z_dim` it is the model of a token's parts: its condition is `conditions` vectors of that width.
+    With `z_dim` the model is one inside a nested head: its condition is `conditions` vectors of that width. Raises
+    ConfigError, which names the key as a path that begins with `where`.
     """
     check_sizes({**known, **config}, where)
     kind, rest = pop_kind(config, MODELS, where)
@@ -88,9 +90,10 @@ def build_head(
     z_dim: int | None = None,
     where: str = "model.head",
 ) -> Head:
-    """`{"kind": "diffusion", "width": 256}` -> a head with fresh weights for tokens of D features, or of V codes.
+    """A head with fresh weights from a config such as `{"kind": "diffusion", "width": 256}`.
 
-    z_dim is the width of z, which a nested head must know when it is built.
+    Its tokens have `dim` features, or are codes of a vocabulary of `vocab`. A nested head also needs `z_dim`, the width
+    of z, when it is built.
     """
     kind, rest = pop_kind(config, HEADS, where)
     if HEADS[kind].discrete != (vocab is not None):
@@ -112,7 +115,10 @@ def build_head(
 
 
 def build_nested(cls: Any, config: dict[str, Any], dim: int, z_dim: int, where: str) -> Nested:
-    """A nested head: split, model and perhaps a guide; `backbone` and `head` stand for a causal model of these."""
+    """A nested head from its split, its model and perhaps a guide.
+
+    The keys `backbone` and `head` in the place of `model` are short for a causal model of these two.
+    """
     rest = {k: v for k, v in config.items() if k not in ("dim", "z_dim")}
     split = build_split(mapping(rest, "split", where), dim, f"{where}.split")
     if "backbone" in rest or ("head" in rest and "model" not in rest):
@@ -141,7 +147,7 @@ def build_nested(cls: Any, config: dict[str, Any], dim: int, z_dim: int, where: 
 
 
 def mapping(config: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    """The mapping under a key that is required."""
+    """The mapping under a required key. Raises ConfigError if it is missing or not a mapping."""
     value = config.get(name)
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}.{name}: is required, a mapping such as {{kind: ...}}")
@@ -149,13 +155,13 @@ def mapping(config: Mapping[str, Any], name: str, where: str) -> Mapping[str, An
 
 
 def build_split(config: Mapping[str, Any], dim: int, where: str = "split") -> Split:
-    """`{"kind": "features", "group": 2}` -> the split of a token of D features."""
+    """The split of a token of `dim` features from a config such as `{"kind": "features", "group": 2}`."""
     kind, rest = pop_kind(config, SPLITS, where)
     return construct(SPLITS[kind], rest, where, dim=dim)
 
 
 def model_config(model: SequenceModel) -> dict[str, Any]:
-    """The config that `build_model` takes back, complete."""
+    """The complete config from which `build_model` makes a model like this one."""
     return {
         "kind": name_of(model, MODELS, "MODELS"),
         "backbone": name_of(model.backbone, BACKBONES, "BACKBONES"),
@@ -166,7 +172,7 @@ def model_config(model: SequenceModel) -> dict[str, Any]:
 
 
 def head_config(head: Head) -> dict[str, Any]:
-    """The config that `build_head` takes back, complete."""
+    """The complete config from which `build_head` makes a head like this one."""
     kind = name_of(head, HEADS, "HEADS")
     if not isinstance(head, Nested):
         return {"kind": kind, **head.config}
@@ -183,7 +189,7 @@ def head_config(head: Head) -> dict[str, Any]:
 
 
 def name_of(part: object, table: Mapping[str, type[Any]], label: str) -> str:
-    """Under which name the class of `part` is registered."""
+    """The name under which the class of `part` is registered. Raises ConfigError if it is not."""
     for name, cls in table.items():
         if type(part) is cls:
             return name
@@ -192,8 +198,10 @@ def name_of(part: object, table: Mapping[str, type[Any]], label: str) -> str:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Weights drawn inside depend on `seed` alone; torch's generator of the CPU is left as it was, and no other is
-    touched."""
+    """A context in which fresh weights depend on `seed` alone.
+
+    Afterwards torch's CPU generator is in the state it had before; no other generator is touched.
+    """
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -203,6 +211,6 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """The number of parameters, those packed for sampling included."""
+    """The number of parameters, including those that are packed for sampling."""
     packed = sum(getattr(layer, "held", 0) for layer in model.modules())
     return packed + sum(p.numel() for p in model.parameters())

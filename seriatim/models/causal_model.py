@@ -1,9 +1,10 @@
-"""The causal autoregressive model: one token after another, each from those before it.
+"""The causal autoregressive model generates one token after another, each conditioned on those before it.
 
-Sun et al. 2024 (LlamaGen), with any head: codes as published, features as in Li et al. 2024 (MAR), table 1. Unusual:
-- unconditional is a vector of its own (LlamaGen: one more row of its class table);
-- the order may be "random": every image in an order of its own, and the backbone is told which token comes next (as in
-  RAR, Yu et al. 2024). Such a model samples in any order, and begins from known tokens: they come first.
+It follows Sun et al. 2024 (LlamaGen) and takes any head: codes as published there, or features as in Li et al. 2024
+(MAR), table 1. Unusual:
+- the unconditional input is a vector of its own, where LlamaGen has one more row in its class table;
+- the order may be "random": every image has its own order, and the backbone is told which token comes next (as in RAR,
+  Yu et al. 2024). Such a model can sample in any order, and can begin from known tokens, which come first in the order.
 
 Shapes: B images, L tokens, D features (codes have no such axis), C width of z, P prefix.
 """
@@ -44,12 +45,12 @@ class CausalModel(SequenceModel):
         backbone: Sequential,
         head: Head,
         *,
-        classes: int = 0,  # 0: unconditional
-        label_dropout: float = 0.1,  # share of training images that see no label, for guidance
-        order: Literal["raster", "random"] | None = None,  # None: as the backbone
-        caption_dim: int | None = None,  # features of a text encoder; None: no text
-        caption_tokens: int | None = None,  # positions of a caption; None: the backbone's prefix
-        conditioner: Conditioner | None = None,  # in the place of classes and captions
+        classes: int = 0,  # 0 makes the model unconditional
+        label_dropout: float = 0.1,  # the share of training images whose label is dropped, which guidance needs
+        order: Literal["raster", "random"] | None = None,  # None takes the order of the backbone
+        caption_dim: int | None = None,  # the number of features of the text encoder; None means no captions
+        caption_tokens: int | None = None,  # the number of positions of a caption; None takes the backbone's prefix
+        conditioner: Conditioner | None = None,  # replaces classes and captions
     ) -> None:
         if not isinstance(backbone, Sequential):
             raise UsageError(
@@ -79,7 +80,7 @@ class CausalModel(SequenceModel):
 
     @staticmethod
     def of_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
-        order = {RASTER: "raster", RANDOM: "any"}.get(str(config.get("order")))  # another one is refused by the model
+        order = {RASTER: "raster", RANDOM: "any"}.get(str(config.get("order")))  # the model refuses other values
         told = {k: v for k, v in config.items() if k != "order"} | ({"order": order} if order else {})
         if config.get("caption_tokens") is not None:
             told.setdefault("prefix", config["caption_tokens"])
@@ -89,7 +90,7 @@ class CausalModel(SequenceModel):
 
     @override
     def losses(self, tokens: Tensor, condition: Condition, keys: Keys, step: Keys | None = None) -> HeadLoss:
-        """tokens (B, L, D) or codes (B, L) -> the head's loss over all tokens of each image, in one pass."""
+        """The head's loss over all tokens of each image, for tokens (B, L, D) or codes (B, L), in one pass."""
         B, L = tokens.shape[:2]
         device = tokens.device
         order = keys.fold("order").permutation(L).to(device) if self.order == RANDOM else None  # (B, L)
@@ -114,7 +115,10 @@ class CausalModel(SequenceModel):
         start: Start | None = None,
         order: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """One token at a time in each image's order. Known tokens stay as they are, and come first."""
+        """Tokens (B, L, D), or codes (B, L), generated one at a time in each image's order.
+
+        Known tokens come first and stay as they are.
+        """
         B, L, device = len(condition), self.tokens, condition.vectors.device
         self.check_settings(settings)
         tokens, known = begin(self.spec, B, device, start)
@@ -123,7 +127,7 @@ class CausalModel(SequenceModel):
         draw = Drawing(self.head, settings, device)
         for i in range(L):
             places = vectors[:, i]
-            rows = (~known[torch.arange(B), places]).nonzero()[:, 0]  # (N,): images that don't know this token
+            rows = (~known[torch.arange(B), places]).nonzero()[:, 0]  # (N,): images in which this token is unknown
             if not len(rows):
                 continue
             there, places = rows.to(device), places[rows]
@@ -165,7 +169,7 @@ class CausalModel(SequenceModel):
         return super().check_settings(settings)
 
     def sampling_order(self, order: Tensor | None, keys: Keys, known: Tensor) -> Tensor:
-        """Positions of each image, the first to be generated first and known ones before all: (B, L), on the host."""
+        """The positions of each image in the order of generation, known ones first: (B, L), on the host."""
         B, L = known.shape
         if self.order == RANDOM:
             return order_vectors(order, keys.fold("order"), known).flip(-1)
@@ -179,7 +183,7 @@ class CausalModel(SequenceModel):
         return torch.arange(L).expand(B, L)
 
     def _check_raster(self, order: Tensor | None) -> None:
-        """Refuse positions, (L,) or (B, L), in another order than that of a raster; None is a random order."""
+        """Raise UsageError if positions (L,) or (B, L) are not in raster order; None stands for a random order."""
         if order is None or bool((order != torch.arange(self.tokens)).any()):
             raise UsageError(
                 "order: a causal model of raster order draws in no other; leave it out, or train one with order=random"

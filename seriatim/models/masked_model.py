@@ -1,11 +1,11 @@
-"""The masked autoregressive model of Li et al. 2024 (MAR): any order, several tokens a step.
+"""The masked autoregressive model of Li et al. 2024 (MAR) generates several tokens a step, in any order.
 
-Section 3.4: in training, a random share of the tokens is masked and the head models each of them given z; in sampling,
-tokens become known set by set in a random order. Unusual:
-- one mask ratio for the whole batch, at least 0.7, so that the encoder is short (or one for each image);
-- unconditional is a vector of its own, not a row of the class embedding;
-- codes may come in the order "confidence", as in MaskGIT (Chang et al. 2022): all unknown tokens are drawn at each
-  step, and those that are likeliest stay.
+Section 3.4 of the paper: in training, a random share of the tokens is masked and the head models each of them given z;
+in sampling, the tokens are generated set by set in a random order. Unusual:
+- the whole batch shares one mask ratio of at least 0.7, which keeps the encoder short (or each image has its own);
+- the unconditional input is a vector of its own, not a row of the class embedding;
+- codes may be generated in the order "confidence", as in MaskGIT (Chang et al. 2022): each step draws all unknown
+  tokens and keeps the likeliest.
 
 Shapes: B images, L tokens, D features (codes have no such axis), N tokens asked for, C width of z.
 """
@@ -44,14 +44,14 @@ class MaskedModel(SequenceModel):
         backbone: Parallel,
         head: Head,
         *,
-        classes: int = 0,  # 0: unconditional
-        label_dropout: float = 0.1,  # share of training images that see no label, for guidance
+        classes: int = 0,  # 0 makes the model unconditional
+        label_dropout: float = 0.1,  # the share of training images whose label is dropped, which guidance needs
         min_mask_ratio: float = 0.7,
-        mask_ratio_std: float = 0.25,  # of the normal around 1 that is truncated to [min_mask_ratio, 1]
-        mask_ratio_per: Literal["step", "image"] = "step",  # "image" as in FractalMAR
-        caption_dim: int | None = None,  # features of a text encoder; None: no text
-        caption_tokens: int | None = None,  # positions of a caption; None: 1
-        conditioner: Conditioner | None = None,  # in the place of classes and captions
+        mask_ratio_std: float = 0.25,  # of a normal distribution around 1, truncated to [min_mask_ratio, 1]
+        mask_ratio_per: Literal["step", "image"] = "step",  # FractalMAR draws a ratio for each "image"
+        caption_dim: int | None = None,  # the number of features of the text encoder; None means no captions
+        caption_tokens: int | None = None,  # the number of positions of a caption; None means 1
+        conditioner: Conditioner | None = None,  # replaces classes and captions
     ) -> None:
         if not isinstance(backbone, Parallel):
             raise UsageError(
@@ -74,11 +74,14 @@ class MaskedModel(SequenceModel):
     # --- training -------------------------------------------------------------------------------------------------
 
     def losses(self, tokens: Tensor, condition: Condition, keys: Keys, step: Keys | None = None) -> HeadLoss:
-        """tokens (B, L, D) -> the head's loss of each image's masked tokens (Li et al. 2024, eq. 1, section 3.4)."""
+        """The head's loss over the masked tokens of each image (Li et al. 2024, eq. 1, section 3.4).
+
+        `tokens` is (B, L, D), or codes (B, L).
+        """
         B, L = tokens.shape[:2]
         device, order_keys = tokens.device, keys.fold("order")
-        order = order_keys.permutation(L).to("cpu")  # (B, L); its first entries are masked
-        masked = torch.tensor(self._masked(keys, step)).expand(B)  # how many of each image
+        order = order_keys.permutation(L).to("cpu")  # (B, L); the first entries are the masked positions
+        masked = torch.tensor(self._masked(keys, step)).expand(B)  # the number of masked tokens of each image
         ask = torch.zeros(B, L, dtype=torch.bool).scatter(1, order, torch.arange(L) < masked[:, None])  # on the host
         rows, places = ask.nonzero().unbind(1)  # (N,): the image of each masked token, and its position
         z = self.backbone.z(condition, tokens, ~ask, ask, self.head.neighbours)  # (N, C)
@@ -87,7 +90,7 @@ class MaskedModel(SequenceModel):
         return summed(self.head.loss(z, target, own), B, rows.to(device))
 
     def _masked(self, keys: Keys, step: Keys | None) -> list[int]:
-        """How many tokens are masked: one number for all images, or one for each."""
+        """The number of masked tokens: one number for all images, or one for each image."""
         common = self.mask_ratio_per == "step" and step is not None
         drawn = (step if common and step is not None else keys).fold("ratio").uniform().tolist()
         ratios = [mask_ratio(u, std=self.mask_ratio_std, low=self.min_mask_ratio) for u in drawn]
@@ -105,10 +108,10 @@ class MaskedModel(SequenceModel):
         start: Start | None = None,
         order: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """Tokens become known set by set: a step takes them from the end of each image's order vector.
+        """Tokens (B, L, D), or codes (B, L): each step generates a set from the end of each image's order vector.
 
-        Known tokens stay as they are, and both schedules run from each image's own known share. With the order
-        "confidence" a step draws all unknown tokens and keeps the likeliest.
+        Known tokens stay as they are, and the token and guidance schedules begin at the share of tokens that each image
+        knows. With the order "confidence" a step draws all unknown tokens and keeps the likeliest.
         """
         B, L, device = len(condition), self.tokens, condition.vectors.device
         steps, w = settings.num_inference_steps or STEPS, settings.guidance_scale
@@ -118,7 +121,7 @@ class MaskedModel(SequenceModel):
             None if confident else order_vectors(order_of(order, settings, self.spec), keys.fold("order"), known)
         )  # (B, L)
         draw = Drawing(self.head, settings, device)
-        begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
+        begun = left = (~known).sum(dim=1).tolist()  # the number of unknown tokens of each image, at first and now
         for step in range(steps):
             shares = [1 - now / L for now in left]
             left = [
@@ -129,7 +132,7 @@ class MaskedModel(SequenceModel):
             if vectors is not None:
                 ask &= ~torch.zeros_like(known).scatter(1, vectors, torch.arange(L) < torch.tensor(left)[:, None])
             if not ask.any():
-                break  # with fewer unknown tokens than steps, all is known early
+                break  # images with fewer unknown tokens than steps are finished early
             rows, places = ask.nonzero().unbind(1)  # (N,): the image of each token asked for, and its position
             scale = torch.tensor(scales_at(settings, [w] * B, left, L))[rows]
             guidance = Guidance.of(scale, len(rows), device)

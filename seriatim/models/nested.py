@@ -1,14 +1,14 @@
-"""A head that nests: it cuts its token into parts and models them with a sequence model whose condition is z.
+"""The nested head cuts a token into parts and models them with an inner sequence model whose condition is z.
 
-Zhao et al. 2025 (ARINAR): p(x | z) = prod_i p(x_i | z, x_1 .. x_{i-1}) over the features of a token, each factor a
-one-dimensional mixture of Gaussians. Li et al. 2025 (FractalGen): the parts are sub-patches, then the colours of a
-pixel. Here the parts may be any (`splits.py`), the inner model any sequence model, parallel or sequential, and its head
-any head, one that nests included. Unusual:
-- the loss sums over parts and counts the token as one part, so log-probabilities are those of tokens;
+Zhao et al. 2025 (ARINAR): p(x | z) = prod_i p(x_i | z, x_1 .. x_{i-1}) over the features of a token, where each factor
+is a one-dimensional mixture of Gaussians. Li et al. 2025 (FractalGen): the parts are sub-patches, then the colours of a
+pixel. Here any split makes the parts (`splits.py`), any sequence model, parallel or sequential, is the inner model, and
+any head, even a nested one, is its head. Unusual:
+- the loss sums over the parts but counts a token once, so that log-probabilities are those of whole tokens;
 - under guidance z and z_null both continue from the same generated part;
-- temperature and guidance may change from part to part (`feature_schedule`), as ARINAR's "bilevel" schedules;
-- a guide, a head over a summary of the token, may come first; what it generates is one more condition (FractalGen's
-  guiding pixel).
+- temperature and guidance may change from part to part (`feature_schedule`), like ARINAR's "bilevel" schedules;
+- a guide, which is a head for a summary of the token, may come first; its sample becomes one more condition
+  (FractalGen's guiding pixel).
 
 Shapes: N tokens, D features of a token, T parts, g features of a part, C width of z, P vectors of z.
 """
@@ -39,7 +39,7 @@ FEATURE_SCHEDULES = ("constant", "linear", "cosine")
 
 @dataclasses.dataclass(frozen=True)
 class NestedOptions:
-    """What a nested head adds to the options of the head inside it."""
+    """The options that a nested head adds to those of its inner head."""
 
     feature_schedule: Annotated[
         str, "How guidance and temperature change over the parts of a token: constant, linear or cosine."
@@ -48,15 +48,15 @@ class NestedOptions:
 
 @dataclasses.dataclass(frozen=True)
 class NestedPlan:
-    """The options of the nested head, and the plans of the heads inside it."""
+    """The options of the nested head, and the plans of its inner head and its guide."""
 
     options: Any
-    inner: Any  # of the model's head
-    guide: Any  # of the guide; None without one
+    inner: Any  # the plan of the inner model's head
+    guide: Any  # the plan of the guide; None without a guide
 
 
 class Nested(Head):
-    """`Nested(Features(16), model)`, where `model` is a sequence model of the parts whose conditioner is `Vectors`."""
+    """`Nested(Features(16), model)`, where `model` is a sequence model of the parts with a `Vectors` conditioner."""
 
     Options: type = NestedOptions
 
@@ -78,7 +78,7 @@ class Nested(Head):
         self.sequential = isinstance(model, CausalModel)
         leaf = model.head
         self.guides, self.tempers = leaf.guides, leaf.tempers
-        # With a guide, the summary would be counted twice: no likelihood. A parallel model has a bound at best.
+        # A guide leaves no exact likelihood because the summary would count twice; a parallel model has only a bound.
         self.has_density = leaf.has_density and guide is None and self.sequential
         fields = [(f.name, f.type, f) for f in dataclasses.fields(leaf.Options) if f.name != "feature_schedule"]
         self.Options = dataclasses.make_dataclass("Options", fields, bases=(NestedOptions,), frozen=True)
@@ -89,13 +89,13 @@ class Nested(Head):
 
     @property
     def neighbours(self) -> bool:  # type: ignore[override]
-        """A model whose condition has five vectors takes z of the four neighbours too."""
+        """Whether the condition also holds z of the four neighbouring tokens; it then has five vectors."""
         return self.model.conditioner.count - (self.guide is not None) == 5
 
     # --- conditions -----------------------------------------------------------------------------------------------
 
     def condition(self, z: Tensor, summary: Tensor | None) -> Condition:
-        """z (N, C) or (N, P, C), and with a guide the summary of the token (N, g) -> the condition of the parts."""
+        """The condition of the parts from z, (N, C) or (N, P, C), and with a guide from the token's summary (N, g)."""
         vectors = z[:, None] if z.ndim == 2 else z
         if summary is not None:
             vectors = torch.cat([vectors, self.guide_embed(summary)[:, None].to(vectors.dtype)], dim=1)
@@ -112,7 +112,10 @@ class Nested(Head):
         return self.split.cut(target.to(z.dtype) if z.dtype == torch.float64 else target.float())
 
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
-        """The inner model's loss summed over parts, z (N, C) or (N, P, C), target (N, D); a token counts as 1."""
+        """The inner model's loss summed over the parts of each token; z (N, C) or (N, P, C), target (N, D).
+
+        A token counts as 1, however many parts it has.
+        """
         summary, own = None, HeadLoss(z.new_zeros(len(z)), z.new_zeros(len(z)))
         if self.guide is not None:
             summary = self.split.summary(target.float())
@@ -121,16 +124,16 @@ class Nested(Head):
         count = inner.count / self.parts
         if self.guide is None:
             return HeadLoss(inner.sum, count, inner.parts)
-        # The guide's loss is one more term of the token: its mean per draw, at the weight of the token.
+        # The guide's loss is one more term of the token. Its mean over draws gets the weight of the token.
         guided = own.sum / own.count * count
         return HeadLoss(inner.sum + guided, count, {**inner.parts, "guide": guided})
 
     def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
-        """The normalised log density of tokens, the sum of that of each part given those before it: (N,), in nats."""
+        """The normalised log density of tokens (N,) in nats, summed over the parts, each given the parts before it."""
         return self.log_prob_of_parts(z, target).sum(dim=1)
 
     def log_prob_of_parts(self, z: Tensor, target: Tensor) -> Tensor:
-        """log p(x_i | z, x_1 .. x_{i-1}) of each part in the order of generation: (N, T), in nats."""
+        """log p(x_i | z, x_1 .. x_{i-1}) of each part in the order of generation, in nats: (N, T)."""
         if not self.has_density:
             return super().log_prob(z, target)
         parts = self._cut(z, target)
@@ -139,7 +142,7 @@ class Nested(Head):
 
     @torch.no_grad()
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
-        """The entropy of each feature given z and the parts of `tokens` that are generated before its own: (N, D)."""
+        """The entropy of each feature in nats, given z and the parts of `tokens` before the feature's part: (N, D)."""
         if not self.sequential:
             return super().entropy(z, tokens)
         z = z.float()
@@ -161,7 +164,7 @@ class Nested(Head):
         leaf.check_options(leaf.options(**self._leaf(options)), temperature)
 
     def _leaf(self, options: Any) -> dict[str, Any]:
-        """The options of the inner head."""
+        """The subset of `options` that belongs to the inner head."""
         return {f.name: getattr(options, f.name) for f in dataclasses.fields(self.model.head.Options)}
 
     @torch.no_grad()
@@ -181,9 +184,10 @@ class Nested(Head):
         guidance: Guidance | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """Tokens (N, D), part by part; for each part the inner head draws for all rows.
+        """Tokens (N, D), generated part by part; the inner head samples one part of all rows at a time.
 
-        The schedule over parts belongs to this head alone: heads inside the inner head keep what a part was given.
+        `feature_schedule` applies to the parts of this head only. If the inner head is nested too, it uses the guidance
+        and temperature of its part for all of its own parts.
         """
         plan = self.plan(device=z.device) if plan is None else plan
         self.check_sampling(z_null, guidance, temperature)
@@ -230,7 +234,7 @@ class Nested(Head):
         guidance: Guidance | None,
         temperature: float | Tensor,
     ) -> Tensor:
-        """Tokens (N, D) whose parts become known set by set: every token is an image of the parallel loop."""
+        """Tokens (N, D) whose parts are generated set by set, since the parallel loop takes each token as an image."""
         settings = Settings(
             num_inference_steps=self.parts, guidance_schedule="constant", head_options=self._leaf(plan.options)
         )
@@ -258,7 +262,7 @@ class Nested(Head):
         guidance: Guidance | None = None,
         temperature: float = 1.0,
     ) -> Tensor:
-        """The specification of `sample` for parts that come one by one: every part anew from all before it."""
+        """Tokens (N, D) without a cache: the specification of `sample` for parts that are generated one by one."""
         plan = self.plan(device=z.device) if plan is None else plan
         schedule, T, keys = plan.options.feature_schedule, self.parts, keys.fold("part")
         condition = self.condition(z.float(), None)
@@ -277,9 +281,10 @@ class Nested(Head):
 
 
 def scheduled(kind: str, i: int, count: int) -> float:
-    """How far from 1 a temperature or guidance scale v is at part i of 1..count: 1 + factor (v - 1).
+    """The factor f at part i of 1..count; a temperature or guidance scale v becomes 1 + f (v - 1) there.
 
-    Zhao et al. 2025's code, "bilevel" schedules. linear: half as far again at the last part; cosine: down to 1 there.
+    These are the "bilevel" schedules in the code of Zhao et al. 2025. "linear" raises f to 1.5 at the last part, and
+    "cosine" lowers it to 0.
     """
     if kind == "linear":
         return 1 + 0.5 * i / count

@@ -1,6 +1,6 @@
-"""The tables name -> class of heads, backbones, splits and models. All of them are public and may be added to.
+"""The public tables that map names to the classes of heads, backbones, splits and models.
 
-Register a class of your own with one line: `HEADS["mine"] = Mine`.
+One line registers a class of your own: `HEADS["mine"] = Mine`.
 """
 
 from __future__ import annotations

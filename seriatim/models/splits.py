@@ -1,6 +1,6 @@
-"""How a nested head cuts its token into parts: which features make each part, and which part comes first.
+"""Splits say how a nested head cuts a token: which features form each part, and in which order the parts come.
 
-N tokens, D features of a token, T parts, g features of a part: T g = D.
+Shapes: N tokens, D features of a token, T parts, g features of a part, with T g = D.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from seriatim.core.spec import TokenSpec
 
 
 class Split:
-    """The contract of a split, and every split that only selects features.
+    """The contract of a split, and the implementation for splits that only select features.
 
     `spec` describes the parts as a sequence of T tokens of g features. A split whose parts are not features (codes, for
     example) overrides `cut`, `join` and `spec`.
     """
 
     spec: TokenSpec  # T parts, each g features or one of V codes
-    config: dict[str, Any]  # the constructor's arguments but for dim, as plain data
+    config: dict[str, Any]  # the constructor's arguments without dim, as plain data
 
     def __init__(self, dim: int, parts: Sequence[Sequence[int]], grid: tuple[int, int] | None = None) -> None:
         """`parts` lists the features of each part, in the order in which the parts are generated."""
@@ -33,11 +33,11 @@ class Split:
             raise UsageError(f"split: {type(self).__name__} does not cut {dim} features into parts of one size")
         self.dim = dim
         self.spec = TokenSpec(len(parts), dim=len(parts[0]), grid=grid)
-        self._order = None if flat == sorted(flat) else torch.tensor(flat, device="cpu")  # features as they come
+        self._order = None if flat == sorted(flat) else torch.tensor(flat, device="cpu")  # None if already in order
         self._back = torch.tensor(sorted(range(dim), key=flat.__getitem__), device="cpu")
 
     def cut(self, tokens: Tensor) -> Tensor:
-        """Tokens (N, D) -> their parts in the order of generation: (N, T, g)."""
+        """The parts (N, T, g) of tokens (N, D), in the order of generation."""
         if tokens.ndim != 2 or tokens.shape[1] != self.dim:
             raise UsageError(
                 f"tokens: shape {tuple(tokens.shape)} does not fit a head of {self.spec.count} parts of "
@@ -47,17 +47,17 @@ class Split:
         return x.reshape(len(x), *self.spec.shape)
 
     def join(self, parts: Tensor) -> Tensor:
-        """The inverse of `cut`: (N, T, g) -> (N, D)."""
+        """The tokens (N, D) of parts (N, T, g); the inverse of `cut`."""
         x = parts.flatten(1)
         return x if self._order is None else x.index_select(1, self._back.to(x.device))
 
     def summary(self, tokens: Tensor) -> Tensor:
-        """What a guide models before the parts come, such as the mean of the parts: (N, g)."""
+        """The summary (N, g) that a guide generates before the parts; here the mean of the parts."""
         return self.cut(tokens).mean(dim=1)
 
 
 class Features(Split):
-    """Groups of `group` neighbouring features; `order` is the order of the groups."""
+    """Parts of `group` neighbouring features each; `order` is the order in which the groups are generated."""
 
     def __init__(
         self, dim: int, *, group: int = 1, order: Literal["natural", "reversed"] | Sequence[int] = "natural"
@@ -76,7 +76,7 @@ class Features(Split):
 
 
 class RGB(Split):
-    """A patch of pixels, colour after colour: the red plane, the green one, the blue one (as `pixels` lays patches)."""
+    """Splits a patch of pixels into its red, green and blue planes (in the layout of the `pixels` tokenizer)."""
 
     def __init__(self, dim: int) -> None:
         if dim % 3:
@@ -86,7 +86,7 @@ class RGB(Split):
 
 
 class Patches(Split):
-    """A patch of `channels` x p x p pixels as patches of s x s, row by row: parts lie on a grid of (p/s, p/s)."""
+    """Splits a patch of `channels` x p x p pixels into patches of s x s, row by row on a grid of (p/s, p/s)."""
 
     def __init__(self, dim: int, *, size: int, channels: int = 3) -> None:
         side = round((dim / channels) ** 0.5) if channels >= 1 else 0

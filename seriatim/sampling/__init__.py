@@ -1,4 +1,4 @@
-"""Sampling: the fast loops that give images step by step, over any backbone and head."""
+"""Sampling: the fast loops that generate images step by step, for any backbone and head."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Drawing the tokens of a step from a head, with fewer steps inside it the more of an image is known.
+"""Sample the tokens of a step from a head.
 
-N tokens, C width of z, D features of a token (codes have no such axis).
+With `num_diffusion_steps_last` the head takes fewer diffusion steps the more tokens of an image are known already.
+
+Shapes: N tokens, C width of z, D features of a token (codes have no such axis).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ STEPS = "num_diffusion_steps"  # the option of a head that `num_diffusion_steps_
 
 
 class Drawing:
-    """A head with the plans of a batch: one, or with annealing one for each number of steps inside the head."""
+    """Samples tokens from a head, and keeps one plan of the head for each number of diffusion steps that it needs."""
 
     def __init__(self, head: Head, settings: Settings, device: torch.device) -> None:
         self.head, self.device, self.last = head, device, settings.num_diffusion_steps_last
@@ -30,10 +32,10 @@ class Drawing:
         if self.last is not None and not hasattr(options, STEPS):
             raise UsageError(f"num_diffusion_steps_last: the {type(head).__name__} head has no steps to anneal")
         self.plans: dict[int, Any] = {self.first: head.plan(options, device)}
-        self.sound = torch.ones((), dtype=torch.bool, device=device)  # False once a code was drawn that is none
+        self.sound = torch.ones((), dtype=torch.bool, device=device)  # False once a sampled code was out of range
 
     def plan(self, count: int) -> Any:
-        """The plan with `count` steps inside the head."""
+        """The head's plan for `count` diffusion steps, made at the first use."""
         if count not in self.plans:
             self.plans[count] = self.head.plan(self.head.options(**{**self.given, STEPS: count}), self.device)
         return self.plans[count]
@@ -47,9 +49,12 @@ class Drawing:
         temperature: float | Tensor,
         shares: list[float],
     ) -> Tensor:
-        """Tokens (N, D) of z (N, C); shares[n] is the known share of the n-th token's image before the step."""
+        """Sampled tokens (N, D) for z (N, C).
+
+        shares[n] is the share of tokens that were known before this step in the image of the n-th token.
+        """
         drawn = self._drawn(z, keys, z_null, guidance, temperature, shares)
-        if self.head.discrete:  # of logits that are not finite; `check_finite` says so at the end
+        if self.head.discrete:  # logits that are not finite give a code out of range; `check_finite` reports it later
             self.sound = self.sound & (drawn < self.head.output).all()
             drawn = drawn.clamp(max=self.head.output - 1)
         return drawn
@@ -67,7 +72,7 @@ class Drawing:
             return self.head.sample(z, keys, self.plan(self.first), z_null, guidance, temperature)
         counts = torch.tensor([annealed_steps(self.first, self.last, share) for share in shares])  # (N,)
         some_counts = counts.unique().tolist()
-        if len(some_counts) == 1:  # as always, unless images of the batch know different shares
+        if len(some_counts) == 1:  # the usual case: all images of the batch know the same share of their tokens
             return self.head.sample(z, keys, self.plan(some_counts[0]), z_null, guidance, temperature)
         drawn: Tensor | None = None
         for count in some_counts:

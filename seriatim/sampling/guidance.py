@@ -1,6 +1,6 @@
-"""Guidance over the image: the scale of each image at each step, and both passes of the backbone in one.
+"""Classifier-free guidance: the scale of each image at each step, and both passes of the backbone in one batch.
 
-B images, L tokens, N tokens asked for, C width of z.
+Shapes: B images, L tokens, N tokens asked for, C width of z.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from seriatim.conditions.base import Condition
 from seriatim.core.schedules import guidance_at
 from seriatim.core.settings import Settings
 
-FEW_CONDITIONS = 8  # of a batch: with more, one pass of all images costs less than one for each condition
+FEW_CONDITIONS = 8  # above this number, one pass over all images costs less than one pass for each condition
 
 
 def scales_at(settings: Settings, full: list[float], left: list[int], tokens: int) -> list[float]:
-    """The guidance scale of each image at a step after which left[b] of its tokens are unknown; full[b] is its w."""
+    """The guidance scale of each image at one step.
+
+    full[b] is the scale w that was asked for image b; left[b] counts its unknown tokens after the step.
+    """
     return [
         guidance_at(settings.guidance_schedule, w, m, tokens, settings.guidance_interval, settings.guidance_power)
         for w, m in zip(full, left, strict=True)
@@ -25,10 +28,10 @@ def scales_at(settings: Settings, full: list[float], left: list[int], tokens: in
 
 
 class GuidedPasses:
-    """Conditional and unconditional rows in one pass of a parallel backbone, of the images that need them.
+    """Runs a parallel backbone once for the conditional and the unconditional rows of those images that need them.
 
-    A finished image needs none, and one whose scale is 1 no unconditional row. While nothing is known, z depends on the
-    condition alone: it is computed once for each condition that the batch names.
+    A finished image needs no row, and an image whose guidance scale is 1 needs no unconditional row. While no token is
+    known, z depends on the condition alone, so it is computed once for each distinct condition of the batch.
     """
 
     def __init__(self, backbone: Parallel, condition: Condition, null: Condition, neighbours: bool) -> None:
@@ -41,9 +44,10 @@ class GuidedPasses:
     def z(
         self, tokens: Tensor, known: Tensor, ask: Tensor, rows: Tensor, places: Tensor, scale: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """z and z_null (N, C) of rows and places (N,); scale (B,). All on the host but the tokens.
+        """z and z_null (N, C) for the tokens at rows and places (N,), with guidance scales (B,).
 
-        z_null is None where no row is guided; where only some are, it equals z for the others.
+        All arguments but the tokens are on the host. z_null is None if no row is guided; if only some rows are, z_null
+        equals z in the others.
         """
         asking = torch.zeros(self.images, dtype=torch.bool).scatter(0, rows, True)  # (B,)
         guided = asking & (scale != 1.0)
@@ -63,15 +67,18 @@ class GuidedPasses:
             return z, None
         if bool(guided[rows].all()):
             return z, z_guided
-        # Where the scale is 1, z itself stands for z_null: z + 1 (z - z).
+        # Rows of scale 1 take z as their z_null, because guidance then leaves z as it is.
         return z, z.index_copy(0, guided[rows].nonzero()[:, 0].to(z.device), z_guided)
 
     def _of_nothing(self, rows: Tensor, places: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
-        """The same while nothing is known: one condition at a time, so that z depends on nothing else."""
+        """z and z_null (N, C) while no token is known.
+
+        Each distinct condition is computed alone, so that z does not depend on what else is in the batch.
+        """
         spec, B, device = self.backbone.spec, self.images, self.both.vectors.device
         names = list(self.both.names or ())
         nothing = torch.zeros(1, spec.count, dtype=torch.bool)
-        first = {name: row for row, name in reversed(list(enumerate(names)))}  # a row of each condition
+        first = {name: row for row, name in reversed(list(enumerate(names)))}  # the first row of each condition
         wanted = {name: first[name] for name in names[: 2 * B if guided else B]}
         every = [
             self.backbone.z(

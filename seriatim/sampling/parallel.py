@@ -1,10 +1,11 @@
-"""The fast loop of parallel models: the same draws and the same tokens as `MaskedModel.sample`, step by step.
+"""The fast sampling loop of parallel models. It generates the same tokens as `MaskedModel.sample`.
 
-Differences from the naive sampler:
-- one pass of the backbone for conditional and unconditional rows, and none for rows that need none (`guidance.py`);
-- the first step, where nothing is known, is computed once for each condition;
-- masks and rows stay on the host, so that an accelerator is not waited for;
-- the backbone runs in half precision if asked; the head is always float32;
+It differs from the naive sampler in these ways:
+- one pass of the backbone computes conditional and unconditional rows and skips rows that are not needed
+  (`guidance.py`);
+- the first step, where no token is known, is computed once for each condition;
+- masks and row indices stay on the host, so that no step waits for an accelerator;
+- the backbone runs in half precision if `dtype` asks for it, while the head is always float32;
 - it yields a `Step` after each step.
 
 Shapes: B images, L tokens, D features, N tokens asked for, C width of z.
@@ -30,7 +31,7 @@ from seriatim.sampling.draw import Drawing
 from seriatim.sampling.guidance import GuidedPasses, scales_at
 from seriatim.sampling.step import Drawn, Start, Step, begin, check_finite
 
-STEPS = 64  # over the image, unless the settings say
+STEPS = 64  # sampling steps of an image when the settings give no number
 
 
 @torch.no_grad()
@@ -47,11 +48,11 @@ def parallel_steps(
     temperature: float | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Step]:
-    """Yield a `Step` after each step over the images; the last one holds all tokens.
+    """Yield a `Step` after each sampling step; the last one holds all tokens.
 
-    condition, null: B images each; keys: B rows, on the host. `order` (L,) or (B, L) lists positions and overrides
-    settings.order; `scale` (B) and `temperature` (B,) override those of the settings for each image. `dtype` is that of
-    the backbone.
+    `condition` and `null` hold B images each, and `keys` has B rows on the host. `order`, (L,) or (B, L), lists
+    positions and overrides settings.order; `scale` (B) and `temperature` (B,) override the settings for each image. The
+    backbone runs in `dtype`.
     """
     B, L, device = len(condition), backbone.tokens, condition.vectors.device
     steps = settings.num_inference_steps or STEPS
@@ -62,13 +63,13 @@ def parallel_steps(
     vectors = (
         None if confident else order_vectors(order_of(order, settings, backbone.spec), keys.fold("order"), known)
     )  # (B, L)
-    begun = left = (~known).sum(dim=1).tolist()  # unknown tokens of each image: at first, and now
+    begun = left = (~known).sum(dim=1).tolist()  # the number of unknown tokens of each image, at first and now
     passes = GuidedPasses(backbone, condition, null, head.neighbours)
     draw = Drawing(head, settings, device)
     token_keys = keys.fold("token")
     sound = torch.ones((), dtype=torch.bool, device=device)
     for step in range(steps):
-        shares = [1 - now / L for now in left]  # known when the step begins
+        shares = [1 - now / L for now in left]  # the share of each image's tokens that is known before this step
         left = [
             unknown_after(step, steps, L, now, first, settings.token_schedule, settings.min_tokens)
             for now, first in zip(left, begun, strict=True)
@@ -78,7 +79,7 @@ def parallel_steps(
             ask &= ~torch.zeros_like(known).scatter(1, vectors, torch.arange(L) < torch.tensor(left)[:, None])
         rows, places = ask.nonzero().unbind(1)  # (N,): the image of each token asked for, and its position
         drawn_here: Drawn | None = None
-        if len(rows):  # with fewer unknown tokens than steps, all is known early
+        if len(rows):  # an image with fewer unknown tokens than steps is finished early
             scales = torch.tensor(scales_at(settings, full, left, L))  # (B,)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 z, z_null = passes.z(tokens, known, ask, rows, places, scales)  # (N, C)
@@ -102,14 +103,14 @@ def parallel_steps(
             known = known | ask
             drawn_here = Drawn(head, z, drawn, rows, places)
         made = Step(step, steps, "tokens", tokens, known, drawn=drawn_here, last=step == steps - 1)
-        if made.last:  # before anybody decodes them
+        if made.last:  # the check must come before the caller decodes the tokens
             check_finite(tokens, sound & draw.sound)
         yield made
         tokens = made.tokens
 
 
 def order_of(order: Tensor | Sequence[int] | None, settings: Settings, spec: TokenSpec) -> Tensor | None:
-    """The positions of an order, (L,) or (B, L), the first generated first; None for a random one of each image."""
+    """The positions in the order of generation, (L,) or (B, L); None if each image has a random order."""
     if order is not None:
         return torch.as_tensor(order)
     if settings.order is None or settings.order == RANDOM:
@@ -120,7 +121,7 @@ def order_of(order: Tensor | Sequence[int] | None, settings: Settings, spec: Tok
 
 
 def is_confidence(order: object, head: Head) -> bool:
-    """Whether the order is "confidence", which needs a head of codes that tells how sure it is."""
+    """Whether the order is "confidence". Raises UsageError if the head's tokens are not codes."""
     if order != CONFIDENCE:
         return False
     if not head.discrete:
@@ -129,10 +130,11 @@ def is_confidence(order: object, head: Head) -> bool:
 
 
 def surest(sure: Tensor, rows: Tensor, u: Tensor, left: list[int], temperature: float) -> Tensor:
-    """Which of the tokens just drawn stay (N,) bool: of each image all but left[b], the likeliest (MaskGIT, sec. 3.2).
+    """A mask (N,) bool of the sampled tokens that are kept (MaskGIT, section 3.2).
 
-    sure (N,) is log p, rows (N,) the image of each, u (N,) uniform; all on the host. Gumbel noise, at a temperature
-    that falls to 0, lets less likely tokens through at first.
+    Image b keeps its likeliest tokens and masks left[b] of them again. `sure` (N,) is log p of each token, `rows` (N,)
+    is its image, `u` (N,) is uniform noise; all are on the host. Gumbel noise lets less likely tokens through in early
+    steps; its temperature falls to 0.
     """
     score = sure.float() - temperature * torch.log(-torch.log(u.clamp(min=1e-20)))
     keep = torch.zeros(len(score), dtype=torch.bool)
