@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -167,11 +167,11 @@ def _step(data: int | str) -> int:
 class Keys:
     """N keys, one for each row, from which random numbers are drawn."""
 
-    def __init__(self, words: Tensor) -> None:
+    def __init__(self, words: Tensor, host: Callable[[], Keys] | None = None) -> None:
         assert words.ndim == 2 and words.shape[1] == 2 and words.dtype == torch.long, (
             f"words of keys are int64 (N, 2), not {words.dtype} {tuple(words.shape)}"
         )
-        self._words = words
+        self._words, self._host = words, host  # `host` makes the same keys on the host, without a copy from a device
 
     @classmethod
     def of(cls, seed: int | str, *path: int | str) -> Keys:
@@ -201,34 +201,41 @@ class Keys:
     def device(self) -> torch.device:
         return self.words.device
 
+    @property
+    def host(self) -> Keys:
+        """The same keys on the host. Keys that came from there are made there once more, so no device is waited for."""
+        elsewhere = self._host or (lambda: self.to("cpu"))
+        return self if self.device.type == "cpu" else elsewhere()
+
     def __len__(self) -> int:
         return len(self.words)
 
     def to(self, device: torch.device | str) -> Keys:
-        return Keys(self.words.to(device, non_blocking=True))
+        return Keys(self.words.to(device, non_blocking=True), lambda: self.host)
 
     def fold(self, data: int | str | Tensor) -> Keys:
         """Other keys, of these and of a name, a number, or a number for each row (N,) int64; the order of folds counts.
 
         A single row may be folded with (M,) numbers, which gives M rows. A number gives the same key as a tensor of it.
         """
-        words = self.words
-        step: Any = data
+        words, on_host = self.words, self.device.type == "cpu"
+        step: Any = 0 if isinstance(data, Tensor) else _step(data)
         if isinstance(data, Tensor):
             assert data.ndim == 1 and (len(data) == len(self) or len(self) == 1), (
                 f"{len(self)} keys are folded with one number each, not with {tuple(data.shape)}"
             )
             step = data.to(words.device, torch.long, non_blocking=True)
-        if words.device.type != "cpu":
-            return Keys(_folded(torch, words, step * G + FOLD0 if isinstance(data, Tensor) else _step(data)))
-        step = step.numpy() * G + FOLD0 if isinstance(data, Tensor) else _step(data)
-        return Keys(torch.from_numpy(_folded(np, words.numpy(), step)))
+            step = (step.numpy() if on_host else step) * G + FOLD0
+        if on_host:
+            return Keys(torch.from_numpy(_folded(np, words.numpy(), step)))
+        return Keys(_folded(torch, words, step), lambda: self.host.fold(data))
 
     def select(self, rows: Tensor | slice) -> Keys:
         """The keys of these rows, which may repeat: (M,) int64, or a slice."""
         if isinstance(rows, slice):
-            return Keys(self.words[rows])
-        return Keys(self.words.index_select(0, rows.to(self.device, non_blocking=True)))
+            return Keys(self.words[rows], lambda: self.host.select(rows))
+        chosen = self.words.index_select(0, rows.to(self.device, non_blocking=True))
+        return Keys(chosen, lambda: self.host.select(rows))
 
     def split(self, count: int) -> tuple[Keys, ...]:
         """`count` keys, of which key i equals `fold(i)` and gives the same numbers.
@@ -237,7 +244,7 @@ class Keys:
         name or number: a loop over parts pays the operations once.
         """
         parts = _Parts(self, count)
-        return tuple(_Part(parts, i, ()) for i in range(count))
+        return tuple(_Part(parts, i, (), lambda i=i: self.host.fold(i)) for i in range(count))  # type: ignore[misc]
 
     def _draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
         return _make(self.words, kind, shape, high)
@@ -306,8 +313,8 @@ class _Parts:
 class _Part(Keys):
     """Key `index` of a `split`, folded along `path`."""
 
-    def __init__(self, parts: _Parts, index: int, path: tuple[int | str, ...]) -> None:
-        self._parts, self._index, self._path = parts, index, path
+    def __init__(self, parts: _Parts, index: int, path: tuple[int | str, ...], host: Callable[[], Keys]) -> None:
+        self._parts, self._index, self._path, self._host = parts, index, path, host
 
     @property
     def words(self) -> Tensor:
@@ -322,8 +329,8 @@ class _Part(Keys):
 
     def fold(self, data: int | str | Tensor) -> Keys:
         if isinstance(data, Tensor):
-            return Keys(self.words).fold(data)
-        return _Part(self._parts, self._index, (*self._path, data))
+            return Keys(self.words, lambda: self.host).fold(data)
+        return _Part(self._parts, self._index, (*self._path, data), lambda: self.host.fold(data))
 
     def _draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
         return self._parts.draw(self._index, self._path, kind, shape, high)
@@ -338,7 +345,7 @@ class ReplayKeys(Keys):
 
     def __init__(self, draws: Mapping[str, Tensor], roots: int | Sequence[str], device: torch.device | str = "cpu"):
         self._paths = [str(i) for i in range(roots)] if isinstance(roots, int) else list(roots)
-        self._draws, self._device, self._asked = draws, torch.device(device), set[str]()
+        self._draws, self._device, self._asked, self._host = draws, torch.device(device), set[str](), None
 
     def _at(self, paths: list[str], device: torch.device | str | None = None) -> ReplayKeys:
         keys = ReplayKeys(self._draws, paths, device or self._device)
