@@ -42,7 +42,7 @@ def sequential_steps(
     temperature: float | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Step]:
-    """Yield a `Step` after each token of the images; the last one holds all tokens. `checked` refuses tokens not finite.
+    """Yield a `Step` after each token of the images; the last one holds all tokens. `checked` looks at their numbers.
 
     `vectors` (B, L), on the host, lists the positions of each image in the order of generation, known positions first.
     The other arguments are those of `parallel_steps`.
