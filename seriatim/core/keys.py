@@ -171,9 +171,7 @@ class Keys:
     """N keys, one a row, from which random numbers are drawn."""
 
     def __init__(self, words: Tensor, host: Callable[[], Keys] | None = None) -> None:
-        assert words.ndim == 2 and words.shape[1] == 2 and words.dtype == torch.long, (
-            f"words of keys are int64 (N, 2), not {words.dtype} {tuple(words.shape)}"
-        )
+        assert words.shape[1:] == (2,) and words.dtype == torch.long, f"words: {words.dtype} {tuple(words.shape)}"
         self._words, self._host = words, host  # `host` makes the same keys on the host, without a copy from a device
 
     @classmethod
@@ -228,17 +226,15 @@ class Keys:
             assert data.ndim == 1 and (len(data) == len(self) or len(self) == 1), (
                 f"{len(self)} keys are folded with one number each, not with {tuple(data.shape)}"
             )
-            step = data.to(words.device, torch.long, non_blocking=True)
-            step = (step.numpy() if on_host else step) * G + FOLD0
+            step = data.to(words.device, torch.long, non_blocking=True) * G + FOLD0
         if on_host:
-            return Keys(torch.from_numpy(_folded(np, words.numpy(), step)))
+            return Keys(torch.from_numpy(_folded(np, words.numpy(), np.asarray(step))))
         return Keys(_folded(torch, words, step), lambda: self.host.fold(data))
 
     def select(self, rows: Tensor | slice) -> Keys:
         """The keys of the given rows: a slice, or indices (M,) int64, which may repeat."""
-        if isinstance(rows, slice):
-            return Keys(self.words[rows], lambda: self.host.select(rows))
-        chosen = self.words.index_select(0, rows.to(self.device, non_blocking=True))
+        words, there = self.words, rows if isinstance(rows, slice) else rows.to(self.device, non_blocking=True)
+        chosen = words[there] if isinstance(there, slice) else words.index_select(0, there)
         return Keys(chosen, lambda: self.host.select(rows))
 
     def split(self, count: int) -> tuple[Keys, ...]:
