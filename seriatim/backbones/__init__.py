@@ -1,4 +1,4 @@
-"""Backbones: from what is known to a vector z for every token asked for."""
+"""Backbones compute a vector z for each requested token from the known tokens and the condition."""
 
 from __future__ import annotations
 

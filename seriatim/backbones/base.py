@@ -1,11 +1,11 @@
-"""The two contracts of backbones: from what is known to a vector z for every token asked for.
+"""The two interfaces of backbones, which compute a vector z for each requested token.
 
-`Parallel` gives z of any set of tokens from any known set, as MAR does. `Sequential` gives z of the next tokens of an
-order from those before them, with a state that keeps what it has seen, as GPT does. A backbone of your own subclasses
-one of the two, defines the methods below, and is proven with `seriatim.testing.check_backbone`.
+A `Parallel` backbone computes z of any set of tokens from any set of known tokens, as MAR does. A `Sequential` backbone
+computes z of the next tokens of an order from the tokens before them, and keeps a state, as GPT does. Your own backbone
+is a subclass of one of the two that defines the methods below; `seriatim.testing.check_backbone` tests it.
 
-B images, L tokens, D features of a token or V codes, N tokens asked for (flattened over images), C width of z,
-P vectors of a condition, A width of each, m tokens of content, n tokens asked for of each image.
+B images, L tokens, D features of a token or V codes, N requested tokens (flattened over images), C width of z,
+P vectors of a condition, A width of each, m tokens of content, n requested tokens of each image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from seriatim.nn.linear import Linear
 
 
 class Backbone(nn.Module):
-    """What backbones of both kinds have.
+    """The base class of both kinds of backbones.
 
     A subclass sets, in its constructor,
       spec         the tokens of an image
@@ -43,7 +43,7 @@ class Backbone(nn.Module):
 
     @property
     def dim(self) -> int | None:
-        """D, the features of a token; None where tokens are codes."""
+        """D, the number of features of a token; None where tokens are codes."""
         return self.spec.dim
 
     @property
@@ -53,42 +53,45 @@ class Backbone(nn.Module):
 
     @staticmethod
     def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:  # noqa: ARG004
-        """Weights learned on a grid (h, w) of tokens, for another grid; by default they don't depend on it."""
+        """The weights `state`, learned on the token grid `grid` (h, w), converted to the grid `other`.
+
+        By default weights do not depend on the grid and are returned unchanged.
+        """
         return state
 
 
 class Parallel(Backbone):
-    """z of any set of tokens from any known set."""
+    """A backbone that computes z of any set of tokens from any set of known tokens."""
 
     def z(self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool = False) -> Tensor:
-        """z of every token asked for: (N, C), image by image, in raster order inside an image.
+        """z of every requested token: (N, C), image by image, and in raster order inside an image.
 
-        tokens (B, L, D), or codes (B, L), on the backbone's device; those that are not known are ignored. known, ask
-        (B, L) bool, on the same device or on the host, where samplers keep them. Images of a batch may have different
-        numbers of known and of asked tokens. With `neighbours` the result is (N, 5, C): z of the token and of those
-        above, below, left and right of it on the grid, zeros outside.
+        tokens (B, L, D), or codes (B, L), are on the backbone's device; tokens that are not known are ignored. known
+        and ask, (B, L) bool, are on the same device or on the host, where samplers keep them. Images of a batch may
+        have different numbers of known and of requested tokens. With `neighbours` the result is (N, 5, C): z of the
+        token and of its neighbours above, below, left and right on the grid, with zeros outside the grid.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks z()")
 
 
 class SequentialState(Protocol):
-    """What a sequential backbone keeps of a batch between steps. Rows are images."""
+    """The state that a sequential backbone keeps of a batch between steps; a row is an image."""
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """The number of rows."""
 
     def select(self, rows: Tensor | slice) -> Self:
-        """The state of these rows; `rows` is a slice (leading rows share memory) or an index tensor on the host."""
+        """The state of the given rows: a slice (leading rows share memory) or an index tensor on the host."""
 
     def join(self, other: Self) -> Self:
-        """The rows of this state, then those of the other one, which may have seen another number of tokens."""
+        """The state of these rows followed by the rows of `other`, which may have seen another number of tokens."""
 
 
 class Sequential(Backbone):
-    """z of the next tokens of an order, each from the condition and the tokens before it.
+    """A backbone that computes z of the next tokens of an order from the condition and the tokens before them.
 
     A subclass also sets
-      any_order    whether it takes an order for each image; if not, tokens come in raster order
+      any_order    True if it accepts an order for each image; otherwise tokens come in raster order
     """
 
     any_order: bool = False
@@ -96,13 +99,14 @@ class Sequential(Backbone):
     def sequence(self, condition: Condition, tokens: Tensor, order: Tensor | None = None) -> Tensor:
         """z of every token in one pass, each from the condition and the tokens before it: (B, L, C).
 
-        tokens (B, L, D), or codes (B, L), by position. order (B, L) lists the positions of each image, the first to be
-        generated first, and the i-th z belongs to the token at order[:, i]; None stands for raster order.
+        tokens (B, L, D), or codes (B, L), are indexed by position. order (B, L) lists the positions of each image in
+        the order in which they are generated, and the i-th z belongs to the token at order[:, i]; None means raster
+        order.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks sequence()")
 
     def start(self, condition: Condition, order: Tensor | None = None) -> Any:
-        """The state of images that have no token yet; arguments as in `sequence`."""
+        """The state of images that have no token yet; the arguments are those of `sequence`."""
         raise NotImplementedError(f"{type(self).__name__} lacks start()")
 
     def step(
@@ -115,21 +119,22 @@ class Sequential(Backbone):
     ) -> Tensor:
         """z of the next n tokens of each image, after m more tokens became known: (B, n, C).
 
-        content (B, m, D), or codes (B, m): the tokens that follow, in each image's order, those that the state has
-        seen; None where there are none. content_valid (B, m) bool, on the host: False at the end of rows that have
-        fewer; None where all rows have m. ask (B, n): the positions whose z is wanted, the next ones of the order;
-        None stands for the next one. ask_valid (B, n) bool, on the host, likewise; z at False entries is arbitrary.
+        content (B, m, D), or codes (B, m), holds the tokens that come next in each image's order after the tokens that
+        the state has seen; None means that there are none. content_valid (B, m) bool, on the host, is False at the end
+        of rows with fewer than m tokens; None means that all rows have m. ask (B, n) holds the requested positions,
+        which are the next ones of the order; None means the next one. ask_valid (B, n) bool, on the host, is False at
+        the end of rows with fewer than n requests; z at these entries is arbitrary.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks step()")
 
 
 def token_embedding(spec: TokenSpec, width: int) -> nn.Module:
-    """From tokens to vectors (..., width): features (..., D) through a Linear, codes (...) through a table."""
+    """A layer that maps tokens to vectors (..., width): a Linear for features (..., D), a table for codes (...)."""
     return Linear(spec.dim, width) if spec.dim is not None else nn.Embedding(spec.vocab or 0, width)
 
 
 def check_condition(condition: Condition, images: int, width: int) -> None:
-    """Raise UsageError where a condition is not that of so many images, or not of this width."""
+    """Raise UsageError unless a condition has vectors (images, P, width) and matching padding."""
     B, P, A = condition.vectors.shape
     if (B, A) != (images, width):
         raise UsageError(f"condition: shape {(B, P, A)} is not ({images}, P, {width})")

@@ -1,4 +1,4 @@
-"""What the causal backbone keeps of a batch between steps.
+"""The state that the causal backbone keeps of a batch between steps.
 
 Shapes: B images, L tokens, P prefix, S = P + L - 1 places, C width.
 """
@@ -16,16 +16,16 @@ from seriatim.nn.scalar_qkv import ScalarQKV
 
 @dataclass
 class CausalState:
-    """What the backbone keeps of a batch between steps: caches, and how far each image has come."""
+    """The caches of a batch, and the progress of each of its images."""
 
-    caches: list[KVCache]  # one for each block
-    modulations: list[tuple[Tensor, ...]]  # of each block and of the last norm; empty without adaLN
-    order: Tensor | None  # (B, L): positions, the first generated first; None: raster
-    valid: Tensor | None  # (B, P) bool: which prefix positions count; None: all
+    caches: list[KVCache]  # one cache for each block
+    modulations: list[tuple[Tensor, ...]]  # one entry for each block and one for the last norm; empty without adaLN
+    order: Tensor | None  # (B, L): the positions in the order of generation; None means raster order
+    valid: Tensor | None  # (B, P) bool, False at padding of the prefix; None means that there is no padding
     places: Tensor = field(repr=False)  # 0 .. S-1, on the device
     z: Tensor  # (B, C), z of the next token of each image
-    seen: list[int]  # places of each image that are in the caches: the prefix, and tokens
-    scalar_qkv: ScalarQKV | None = None  # of the first block, where tokens are scalars
+    seen: list[int]  # the number of places of each image in the caches: its prefix and its known tokens
+    scalar_qkv: ScalarQKV | None = None  # precomputed products of the first block, where tokens are scalars
 
     def __len__(self) -> int:
         return len(self.seen)
@@ -46,9 +46,9 @@ class CausalState:
 
     def join(self, other: CausalState) -> CausalState:
         assert (self.order is None) == (other.order is None), (
-            "states of the same backbone have an order, or neither has"
+            "two states of the same backbone both have an order, or neither has one"
         )
-        assert (self.valid is None) == (other.valid is None), "states of the same conditioner have padding, or neither"
+        assert (self.valid is None) == (other.valid is None), "two states both have padding, or neither has it"
         scalar = None
         if self.scalar_qkv is not None and other.scalar_qkv is not None:
             scalar = self.scalar_qkv.join(other.scalar_qkv)

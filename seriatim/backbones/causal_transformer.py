@@ -1,14 +1,14 @@
-"""The causal backbone: each token from the condition and the tokens before it.
+"""The causal backbone, which computes z of each token from the condition and the tokens before it.
 
-Sun et al. 2024, "Autoregressive Model Beats Diffusion" (LlamaGen): a Llama over the tokens of an image in raster order.
+It is the Llama over the tokens of an image of Sun et al. 2024, "Autoregressive Model Beats Diffusion" (LlamaGen).
 Unusual:
-- the condition stands in front as `prefix` positions, or modulates every block (adaLN, as in VAR), or both;
-- rotary positions tell row and column; LlamaGen's own, with `rotate_prefix=False`, make queries and keys of the prefix
-  zero, so that it is looked at without being asked for, and averages what it may see;
-- with order "any" a position also says which token is asked of it next (as in RAR, Yu et al. 2024): an embedding of
-  that token's position is added, and tokens may come in any order.
+- the condition is put in front as `prefix` positions, or modulates every block (adaLN, as in VAR), or both;
+- rotary positions encode row and column; with `rotate_prefix=False`, as in LlamaGen, the queries and keys of the prefix
+  are zero, so that its score is 0 for every query, and a prefix position averages the positions that it may attend to;
+- with order "any", the position of the token to be predicted is embedded and added to each input (as in RAR, Yu et al.
+  2024), so that tokens may come in any order.
 
-The sequence is [prefix][first token drawn] ... [last but one]; z of the i-th token comes out at its place P-1+i.
+The sequence is [prefix][first token] ... [last token but one]; z of the i-th token is the output at place P-1+i.
 
 Shapes: B images, L tokens, D features of a token (codes have no such axis), P prefix, S = P + L - 1 places, C width,
 A width of the condition, h heads, d = C/h.
@@ -47,31 +47,31 @@ CHOICES = {
 
 
 class Causal(Sequential):
-    """A decoder-only transformer; one token at a time, with a cache, or all of them in one pass."""
+    """A decoder-only transformer that computes z one token at a time, with a cache, or for all tokens in one pass."""
 
     def __init__(
         self,
         tokens: int,  # L
-        dim: int | None = None,  # D; or vocab
+        dim: int | None = None,  # D; give either dim or vocab
         *,
-        vocab: int | None = None,  # V, of codes
+        vocab: int | None = None,  # V, the number of codes
         width: int = 768,  # C
         depth: int = 12,
-        heads: int | None = None,  # None: `usual_heads`
-        condition_width: int | None = None,  # A; None: C, and no projection
+        heads: int | None = None,  # None means `usual_heads`
+        condition_width: int | None = None,  # A; None means C, without a projection
         prefix: int = 1,  # P
         conditioning: Literal["prefix", "adaln", "both"] = "prefix",
         norm: Literal["rms", "layer"] = "rms",
         mlp: Literal["swiglu", "gelu-tanh"] = "swiglu",
-        hidden: int | None = None,  # of the MLP; None: `usual_hidden`
+        hidden: int | None = None,  # the hidden width of the MLPs; None means `usual_hidden`
         positions: Literal["rope", "learned"] = "rope",
-        grid: Sequence[int] | None = None,  # (h, w) of the tokens, for rope; None: a square, or else a row
+        grid: Sequence[int] | None = None,  # (h, w) of the tokens, for rope; None means a square or else a single row
         order: Literal["raster", "any"] = "raster",
-        rotate_prefix: bool = True,  # False: LlamaGen's rope, which makes queries and keys of the prefix zero
-        start_token: bool | None = None,  # a learned vector added to the prefix; None: where the condition is not there
-        bias: bool = False,  # of the products inside blocks
-        attention_scale: float = 1.0,  # factor on 1 / sqrt(d)
-        dropout: float = 0.0,  # of embedded tokens and of what each block adds, in training
+        rotate_prefix: bool = True,  # False means LlamaGen's rope, in which queries and keys of the prefix are zero
+        start_token: bool | None = None,  # add a learned vector to the prefix; None means only with pure "adaln"
+        bias: bool = False,  # whether the linear layers inside the blocks have a bias
+        attention_scale: float = 1.0,  # a factor on 1 / sqrt(d)
+        dropout: float = 0.0,  # of the embedded tokens and of the output of attention and MLP, in training
     ) -> None:
         super().__init__()
         given = {"conditioning": conditioning, "norm": norm, "mlp": mlp, "positions": positions, "order": order}
@@ -99,16 +99,17 @@ class Causal(Sequential):
         adaptive, in_front = conditioning != "prefix", conditioning != "adaln"
         start_token = not in_front if start_token is None else start_token
         if not in_front and not start_token:
-            raise UsageError("start_token: False is not allowed with conditioning 'adaln'; a sequence begins somewhere")
+            raise UsageError("start_token: False is not allowed with conditioning 'adaln'; leave it out or use True")
         A, C, P, S = condition_width or width, width, prefix, prefix + tokens - 1
         self.spec = TokenSpec(tokens, dim, vocab, grid=shape)
         self.width, self.z_dim = A, C
         self.prefix, self.positions_kind, self.any_order = P, positions, order == "any"
-        # Scalar tokens: the input of the first layer norm is affine in the token, see ScalarQKV.
+        # With scalar tokens, the input of the first layer norm is affine in the token, which ScalarQKV uses.
         plain = norm == "layer" and positions == "learned" and order == "raster"
         self.scalar = dim == 1 and P == 1 and adaptive and plain
         self.conditioning, self.length, self.head_dim, self.dropout = conditioning, S, C // heads, dropout
-        # True: every step looks at the whole cache behind a mask, so that all have the shapes that torch.compile wants.
+        # If True, every step attends to the whole cache with a mask, so that all steps have the same shapes, which
+        # torch.compile needs.
         self.whole_cache = False
         self.config = {
             "tokens": tokens, **({"dim": dim} if vocab is None else {"vocab": vocab}),
@@ -121,10 +122,10 @@ class Causal(Sequential):
         self.token_embed = token_embedding(self.spec, C)
         self.condition_embed = Linear(A, C) if in_front and condition_width is not None else None
         self.start_token = nn.Parameter(torch.randn(P, C) * 0.02) if start_token else None
-        if positions == "learned":  # prefix first; in raster order the last token is no input
+        if positions == "learned":  # the prefix comes first; in raster order the last token is never an input
             self.positions = learned_positions(S if order == "raster" else P + tokens, C)
         if order == "any":
-            self.ask_positions = learned_positions(tokens, C)  # of the token asked for
+            self.ask_positions = learned_positions(tokens, C)  # positions of the tokens to be predicted
         self.blocks = nn.ModuleList(
             CausalBlock(
                 C, heads, hidden, norm=norm, mlp=mlp, bias=bias, attention_scale=attention_scale, dropout=dropout,
@@ -135,7 +136,7 @@ class Causal(Sequential):
         self.norm = ModulatedNorm(C, norm, A) if adaptive else make_norm(norm, C, affine=True)
         self._initialise(depth)
         self.table: Tensor | None = None
-        if positions == "rope":  # no buffer: its dtype stays, and a model built without memory has it
+        if positions == "rope":  # not a buffer, so that casts leave it in float32 and a meta-device model has it too
             places = grid_places(shape, P, device="cpu")
             self.table = rotation(places, self.head_dim)  # (P+L, d/2, 2)
             if not rotate_prefix:
@@ -143,7 +144,7 @@ class Causal(Sequential):
 
     @torch.no_grad()
     def _initialise(self, depth: int) -> None:
-        """N(0, 0.02), no bias (LlamaGen); a modulated block begins as the identity, nearly (VAR)."""
+        """Initialise with N(0, 0.02) and zero biases (LlamaGen); a modulated block starts near the identity (VAR)."""
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Linear):
                 nn.init.normal_(layer.weight, std=0.02)
@@ -162,14 +163,14 @@ class Causal(Sequential):
 
     @staticmethod
     def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:
-        """Weights of this backbone, learned on a grid (h, w) of tokens, for another: positions are interpolated."""
+        """The weights `state`, learned on the token grid `grid` (h, w), with positions interpolated to `other`."""
         result = dict(state)
         whole = any(name.endswith("ask_positions") for name in state)
         for name, tensor in state.items():
             last = name.rpartition(".")[2]
             if last == "ask_positions" or (last == "positions" and whole):
                 result[name] = resized_positions(tensor, grid, other)
-            elif last == "positions":  # the last token's is not there: the one before stands for it
+            elif last == "positions":  # the last token has no position, so the one before it is repeated
                 result[name] = resized_positions(torch.cat([tensor, tensor[-1:]]), grid, other)[:-1]
         return result
 
@@ -198,11 +199,11 @@ class Causal(Sequential):
             x = block(x, window, modulation=modulations[i] if modulations else ())
         return self._last(x[:, P - 1 :], modulations)
 
-    # --- one after another ----------------------------------------------------------------------------------------
+    # --- one step at a time ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def start(self, condition: Condition, order: Tensor | None = None) -> CausalState:
-        """The state after the prefix, which gives z of the first token."""
+        """The state after the prefix; it holds z of the first token."""
         prefix, modulations = self._condition(condition)
         B, P = prefix.shape[:2]
         order = self._order(order, B)
@@ -226,7 +227,7 @@ class Causal(Sequential):
         ask: Tensor | None = None,
         ask_valid: Tensor | None = None,
     ) -> Tensor:
-        """z of the next token of each image, after `content` (B, m, D) or (B, m): (B, 1, C). See `Sequential.step`."""
+        """z of the next token of each image after `content` (B, m, D) or (B, m): (B, 1, C); see `Sequential.step`."""
         if (ask is not None and ask.shape[1] != 1) or ask_valid is not None:
             raise UsageError("ask: this backbone gives z of one token a step; ask for the next one of each image")
         if content is None or not content.shape[1]:
@@ -235,7 +236,7 @@ class Causal(Sequential):
         counts = [m] * len(state.seen) if content_valid is None else content_valid.sum(dim=1).tolist()
         if max(seen + count for seen, count in zip(state.seen, counts, strict=True)) > self.length:
             raise UsageError(
-                f"content: all {self.tokens} tokens are known, so that none is left to ask for; begin anew with start()"
+                f"content: all {self.tokens} tokens are known, so there is no next token; begin again with start()"
             )
         if len(set(state.seen)) == 1 and min(counts) == m:
             begin = state.seen[0]
@@ -255,13 +256,13 @@ class Causal(Sequential):
         return state.z[:, None]
 
     def _uneven(self, state: CausalState, content: Tensor, counts: list[int]) -> Tensor:
-        """z (B, C) after content of which row b has counts[b], where rows have seen different numbers of tokens."""
+        """z (B, C) after `content`, of which row b has counts[b] tokens; rows may have seen different numbers."""
         P, S, m, device = self.prefix, self.length, content.shape[1], content.device
         seen, count = torch.tensor(state.seen), torch.tensor(counts)
         at = seen[:, None] + torch.arange(m)  # (B, m), places in the sequence
         real = torch.arange(m) < count[:, None]
         live = int((seen + count).max())
-        index = at.masked_fill(~real, S).to(device)  # padding goes to a place that nobody looks at
+        index = at.masked_fill(~real, S).to(device)  # padding is written to place S, which no query attends to
         at = at.clamp(max=S - 1).to(device)
         keys = state.places[:live]
         mask = (keys <= at[..., None])[:, None]  # (B, 1, m, live)
@@ -280,7 +281,7 @@ class Causal(Sequential):
         return torch.where((count > 0).to(device)[:, None], last, state.z.to(last.dtype))
 
     def _window(self, state: CausalState, begin: int, end: int) -> Window:
-        """What the places begin .. end-1 of all rows alike may look at."""
+        """The window of the new places begin .. end-1, which are the same for all rows."""
         live = self.length if self.whole_cache else end
         rotation = self._rotation(state.order, begin, end, state.places.device)
         index = state.places[begin:end] if self.whole_cache else None
@@ -293,9 +294,9 @@ class Causal(Sequential):
         return Window(rotation, mask, live=live, index=index)
 
     def _advance(self, state: CausalState, x: Tensor, window: Window, qkv: Tensor | None = None) -> Tensor:
-        """New positions, embedded (B, n, C) -> their z (B, n, C). Nothing here waits for a device.
+        """The embedded new positions (B, n, C) -> their z (B, n, C), without waiting for a device.
 
-        `qkv` is what the attention of the first block projects, where it is known already.
+        `qkv` holds the queries, keys and values of the first block if they are known already.
         """
         modulations = state.modulations
         for i, block in enumerate(self.blocks):
@@ -305,7 +306,7 @@ class Causal(Sequential):
     # --- parts ----------------------------------------------------------------------------------------------------
 
     def _condition(self, condition: Condition) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
-        """The prefix (B, P, C), and the modulations of all blocks and of the last norm; none of these without adaLN."""
+        """The prefix (B, P, C), and the modulations of all blocks and of the last norm (empty without adaLN)."""
         vectors, P = condition.vectors, self.prefix
         B = len(vectors)
         if vectors.shape not in ((B, 1, self.width), (B, P, self.width)):
@@ -333,30 +334,30 @@ class Causal(Sequential):
         return prefix, modulations
 
     def _order(self, order: Tensor | None, images: int) -> Tensor | None:
-        """The order as this backbone takes it, checked."""
+        """The order (B, L) of a backbone of order "any", or None in raster order; raises UsageError."""
         if not self.any_order:
             if order is not None:
                 raise UsageError("order: a backbone of order 'raster' has its own; build it with order='any'")
             return None
         if order is None or order.shape != (images, self.tokens):
             shape = None if order is None else tuple(order.shape)
-            raise UsageError(f"order: {shape} is not ({images}, {self.tokens}), the positions of each image as drawn")
+            raise UsageError(f"order: {shape} is not ({images}, {self.tokens}), all positions for each image")
         return order
 
     def _embed(self, tokens: Tensor, at: Tensor) -> Tensor:
-        """Tokens (B, n, D) or (B, n) and their positions at (n,) or (B, n) -> (B, n, C)."""
+        """The embeddings (B, n, C) of tokens (B, n, D) or (B, n) at the positions `at` (n,) or (B, n)."""
         x: Tensor = self.token_embed(tokens)
         return x if self.positions_kind == "rope" else x + F.embedding(at + self.prefix, self.positions)
 
     def _table(self, device: torch.device) -> Tensor:
-        """The rotary table of all places, on a device: (P+L, d/2, 2)."""
+        """The rotary table of all places, on `device`: (P+L, d/2, 2)."""
         assert self.table is not None, "this backbone has learned positions"
         if self.table.device != device:
             self.table = self.table.to(device)
         return self.table
 
     def _rotation(self, order: Tensor | None, begin: int, end: int, device: torch.device) -> Tensor | None:
-        """Cosines and sines of the places begin .. end-1: (n, d/2, 2), or (B, 1, n, d/2, 2) with an order."""
+        """The rotary table of the places begin .. end-1: (n, d/2, 2), or (B, 1, n, d/2, 2) with an order."""
         if self.table is None:
             return None
         table = self._table(device)
@@ -368,7 +369,7 @@ class Causal(Sequential):
         return torch.cat([front, own], dim=1)[:, None]
 
     def _visible(self, valid: Tensor) -> Tensor:
-        """valid (B, P) -> which places may be looked at: (B, S)."""
+        """A mask (B, S) of the places that may be attended to, from the mask `valid` (B, P) of the prefix."""
         return torch.cat([valid, valid.new_ones(len(valid), self.tokens - 1)], dim=1)
 
     def _last(self, x: Tensor, modulations: list[tuple[Tensor, ...]]) -> Tensor:
@@ -376,7 +377,10 @@ class Causal(Sequential):
 
 
 def usual_hidden(width: int, mlp: str) -> int:
-    """4 C; for SwiGLU, which has three products, 8/3 C rounded up to a multiple of 256 (of 32 in small models)."""
+    """The default hidden width of an MLP: 4 C, or for SwiGLU, which has three products, 8/3 C.
+
+    8/3 C is rounded up to a multiple of 256 (of 32 in models of a width below 256).
+    """
     if mlp != "swiglu":
         return 4 * width
     multiple = 256 if width >= 256 else 32

@@ -1,15 +1,15 @@
-"""The masked backbone of MAR: a bidirectional encoder over what is known, a decoder over all positions.
+"""The masked backbone of MAR: a bidirectional encoder over the known tokens, and a decoder over all positions.
 
 Li et al. 2024, "Autoregressive Image Generation without Vector Quantization", section 3.4; He et al. 2022 (MAE).
 Unusual:
-- the condition enters as `buffer` extra tokens in front, its vectors repeated to fill them, told apart by position;
-- unknown tokens are dropped in the encoder and are a mask token in the decoder;
+- the condition enters as `buffer` extra tokens in front; its vectors are repeated to fill them and differ by position;
+- unknown tokens are dropped in the encoder and replaced by a mask token in the decoder;
 - a LayerNorm follows the encoder's positions, before its first block;
-- a third set of positions is added after the decoder's last norm: it tells the head which token it draws.
+- a third set of positions is added after the decoder's last norm and tells the head which token it generates.
 
 Shapes: B images, L tokens, D features of a token (codes have no such axis), P vectors of the condition, A buffer
-tokens, K known tokens (the most of the batch), K' asked for (likewise), N asked for in all, E and C encoder and decoder
-width.
+tokens, K and K' the largest numbers of known and of requested tokens of an image, N requested tokens of the batch,
+E and C width of the encoder and of the decoder.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from seriatim.nn.block import NORM_EPS, Block, gather, xavier
 from seriatim.nn.linear import Linear
 from seriatim.nn.position import learned_positions, resized_positions, sincos_positions
 
-ROW_CAP = 1 << 16  # rows (images x positions) in one pass without gradients: bounds memory
+ROW_CAP = 1 << 16  # rows (images x positions) in one pass without gradients; bounds memory
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    """One number for encoder and decoder alike, or one for each."""
+    """The values for (encoder, decoder), from one number for both or one for each; raises UsageError."""
     values = (value, value) if isinstance(value, int) else tuple(value)
     if len(values) != 2 or any(not isinstance(v, int) or v < 1 for v in values):
         raise UsageError(f"{name}: {value!r} is not allowed; give a positive integer or two (encoder, decoder)")
@@ -41,27 +41,27 @@ def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def usual_heads(width: int) -> int:
-    """One head for each 64 of width, or the next smaller number that divides it."""
+    """The default number of attention heads: one for every 64 features, or the next smaller divisor of `width`."""
     return next(count for count in range(max(1, width // 64), 0, -1) if width % count == 0)
 
 
 class Masked(Parallel):
-    """Encoder-decoder over a set of known tokens; several tokens a step, in any order."""
+    """An encoder-decoder over a set of known tokens, which computes z of several tokens a step, in any order."""
 
     def __init__(
         self,
         tokens: int,  # L
-        dim: int | None = None,  # D; or vocab
+        dim: int | None = None,  # D; give either dim or vocab
         *,
-        vocab: int | None = None,  # V, of codes
+        vocab: int | None = None,  # V, the number of codes
         width: int | Sequence[int] = 768,  # E and C, or one number for both
-        depth: int | Sequence[int] = 12,  # blocks of encoder and of decoder, or one number for each of them
-        heads: int | Sequence[int] | None = None,  # attention heads; None: `usual_heads`
+        depth: int | Sequence[int] = 12,  # blocks of the encoder and of the decoder, or one number for each of them
+        heads: int | Sequence[int] | None = None,  # attention heads; None means `usual_heads`
         buffer: int = 64,  # A
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,  # of attention and of both MLP layers, in training
-        positions: Literal["random", "sincos"] = "random",  # what the learned positions begin with
-        grid: Sequence[int] | None = None,  # (h, w) of the tokens, for sincos; None: a square
+        positions: Literal["random", "sincos"] = "random",  # the initial values of the learned positions
+        grid: Sequence[int] | None = None,  # (h, w) of the tokens, for sincos; None means a square
     ) -> None:
         super().__init__()
         E, C = pair("width", width)
@@ -88,14 +88,14 @@ class Masked(Parallel):
             raise UsageError(f"positions: {positions!r} is not known{nearest(positions, ('random', 'sincos'))}")
         if positions == "sincos":
             if grid is None and shape[0] != shape[1]:
-                raise UsageError(f"grid: {tokens} tokens are no square; give their rows and columns, for sincos")
+                raise UsageError(f"grid: {tokens} tokens do not form a square; for sincos, give their rows and columns")
             self.config["positions"] = positions
         if grid is not None and (positions == "sincos" or shape != grid_of(None, tokens)):
             self.config["grid"] = list(grid)
 
         # Encoder
         self.token_embed = token_embedding(self.spec, E)
-        self.encoder_positions = learned_positions(buffer + tokens, E)  # buffer first
+        self.encoder_positions = learned_positions(buffer + tokens, E)  # the buffer comes first
         self.embed_norm = nn.LayerNorm(E, eps=NORM_EPS)
         self.encoder = nn.ModuleList(Block(E, both_heads[0], mlp_ratio, dropout) for _ in range(depths[0]))
         self.encoder_norm = nn.LayerNorm(E, eps=NORM_EPS)
@@ -114,13 +114,13 @@ class Masked(Parallel):
 
     @torch.no_grad()
     def _begin_with_sincos(self, grid: tuple[int, int]) -> None:
-        """Positions begin as sines and cosines: neighbours are alike, and vectors are as long as those of tokens."""
+        """Initialise positions with sines and cosines: neighbours are similar, and vectors are as long as tokens."""
         for learned in (self.encoder_positions, self.decoder_positions, self.output_positions):
             learned[-self.tokens :].copy_(sincos_positions(grid, learned.shape[1]))
 
     @staticmethod
     def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:
-        """Weights of this backbone, learned on a grid (h, w) of tokens, for another: positions are interpolated."""
+        """The weights `state`, learned on the token grid `grid` (h, w), with positions interpolated to `other`."""
         learned = ("encoder_positions", "decoder_positions", "output_positions")
         return {k: resized_positions(t, grid, other) if k.endswith(learned) else t for k, t in state.items()}
 
@@ -135,7 +135,7 @@ class Masked(Parallel):
         return torch.cat([self._z(condition.select(s), tokens[s], known[s], ask[s], neighbours) for s in parts])
 
     def _z(self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool) -> Tensor:
-        # Counting and sorting happens where the masks are: with masks on the host, no accelerator is waited for.
+        # Counting and sorting run on the device of the masks, so masks on the host never wait for an accelerator.
         index, valid = (None if t is None else t.to(tokens.device, non_blocking=True) for t in positions_in(known))
         at, wanted = positions_in(ask)  # (B, K'), (B, K') or None
         assert index is not None
@@ -148,13 +148,16 @@ class Masked(Parallel):
         x = x.flatten(0, 1)
         if wanted is None:
             return x  # (N, C) or (N, 5, C)
-        # index_select and embedding, not x[...]: the backward of the latter adds in an order that threads decide.
+        # index_select and embedding are used because the backward pass of x[...] adds in an order that threads decide.
         return x.index_select(0, wanted.flatten().nonzero()[:, 0].to(x.device, non_blocking=True))
 
     def encode(
         self, condition: Condition, tokens: Tensor, index: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Known tokens, at positions index (B, K), behind the buffer -> (B, A+K, E), and which of the buffer counts."""
+        """The encoded buffer and known tokens (B, A+K, E), and the mask (B, A) of the buffer, None without padding.
+
+        index (B, K) holds the positions of the known tokens, and valid (B, K) is False at its padding.
+        """
         A, P = self.buffer, condition.vectors.shape[1]
         if A % P:
             raise UsageError(f"buffer: {A} tokens can't hold a condition of {P} vectors; choose a multiple of {P}")
@@ -168,7 +171,7 @@ class Masked(Parallel):
         x = torch.cat([buffer.to(x.dtype), x], dim=1)  # (B, A+K, E)
         x = self.embed_norm(x)
         mask = None
-        if valid is not None or seen is not None:  # nobody looks at the padding of captions or of known tokens
+        if valid is not None or seen is not None:  # hides the padding of captions and of known tokens
             front = seen if seen is not None else x.new_ones(len(x), A, dtype=torch.bool)
             back = valid if valid is not None else x.new_ones(index.shape, dtype=torch.bool)
             mask = torch.cat([front, back], dim=1)[:, None, None]  # (B, 1, 1, A+K)
@@ -177,11 +180,11 @@ class Masked(Parallel):
         return self.encoder_norm(x), seen
 
     def decode(self, x: Tensor, seen: Tensor | None, index: Tensor, valid: Tensor | None, at: Tensor | None) -> Tensor:
-        """Encoded buffer and known tokens (B, A+K, E) -> z of the positions at (B, K'): (B, K', C). None: of all."""
+        """z (B, K', C) at the positions `at` (B, K'), or of all positions, from the encoded sequence x (B, A+K, E)."""
         A, L = self.buffer, self.tokens
         x = self.decoder_embed(x)  # (B, A+K, C)
         B, _, C = x.shape
-        # One slot more than there are tokens: padding is written there, and the slot is dropped.
+        # There is one slot more than tokens; padding is written to it, and then the slot is dropped.
         slots = index if valid is None else index.masked_fill(~valid, L)
         full = self.mask_token.to(x.dtype).expand(B, L + 1, C)
         full = full.scatter(1, slots[..., None].expand(-1, -1, C), x[:, A:])[:, :L]  # (B, L, C)
@@ -194,22 +197,22 @@ class Masked(Parallel):
         if at is None:
             x = self.decoder[-1](x, mask)[:, A:]  # (B, L, C)
             return self.decoder_norm(x) + self.output_positions
-        x = self.decoder[-1](x, mask, at=at + A)  # (B, K', C): nothing looks at the others any more
+        x = self.decoder[-1](x, mask, at=at + A)  # (B, K', C); the other outputs of the last block are not needed
         return self.decoder_norm(x) + F.embedding(at, self.output_positions)
 
     def around(self, z: Tensor, at: Tensor) -> Tensor:
-        """z of all positions (B, L, C), positions at (B, K') -> those and their four neighbours: (B, K', 5, C)."""
+        """z (B, K', 5, C) of the positions `at` (B, K') and of their four neighbours, from z of all (B, L, C)."""
         B, L, C = z.shape
-        table = neighbour_table(self.spec.grid or (1, L)).to(z.device)  # (L, 5), L where there is none
+        table = neighbour_table(self.spec.grid or (1, L)).to(z.device)  # (L, 5); L where there is no neighbour
         padded = torch.cat([z, z.new_zeros(B, 1, C)], dim=1)  # (B, L+1, C)
         index = F.embedding(at, table).flatten(1)  # (B, K' 5)
         return gather(padded, index).unflatten(1, (-1, 5))
 
 
 def positions_in(chosen: Tensor) -> tuple[Tensor, Tensor | None]:
-    """chosen (B, L) bool -> the chosen positions in raster order (B, K), and which of them are not padding (B, K).
+    """The chosen positions in raster order (B, K), and a mask (B, K) that is False at padding; chosen is (B, L) bool.
 
-    The second is None where as many are chosen in every image: nothing is padding then.
+    The mask is None if the same number is chosen in every image, so that there is no padding.
     """
     counts = chosen.sum(dim=1)  # (B,)
     least, most = (int(count) for count in counts.aminmax())
@@ -220,7 +223,7 @@ def positions_in(chosen: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def neighbour_table(grid: tuple[int, int]) -> Tensor:
-    """Positions of each token and of those above, below, left and right of it: (L, 5), L where there is none."""
+    """The positions (L, 5) of each token and of its neighbours above, below, left and right; L if there is none."""
     h, w = grid
     index = torch.full((h + 2, w + 2), h * w, dtype=torch.long, device="cpu")
     index[1:-1, 1:-1] = torch.arange(h * w, device="cpu").view(h, w)

@@ -1,4 +1,4 @@
-"""Conditions: what an image, or a part of a token, is generated for."""
+"""Conditions, such as classes and captions, on which an image or a part of a token is generated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The condition of a batch, one type for every backbone, and the contract of the modules that make it.
+"""The condition of a batch, which is one type for all backbones, and the interface of the modules that compute it.
 
 Shapes: B images, P vectors of each image, A width of a vector.
 """
@@ -17,18 +17,18 @@ from seriatim.core.keys import Keys
 
 @dataclass(frozen=True)
 class Condition:
-    """What each image of a batch is generated for: P vectors, some of which may be padding."""
+    """The condition of each image of a batch: P vectors, some of which may be padding."""
 
     vectors: Tensor  # (B, P, A)
-    valid: Tensor | None = None  # (B, P) bool, False at padding; None: every vector counts
-    # Images with equal names have equal vectors. Names live on the host, so that a sampler can compare them there.
+    valid: Tensor | None = None  # (B, P) bool, False at padding; None means that there is no padding
+    # Images with equal names have equal vectors. Names are kept on the host, where a sampler can compare them cheaply.
     names: Sequence[Hashable] | None = None
 
     def __len__(self) -> int:
         return len(self.vectors)
 
     def select(self, rows: Tensor | slice) -> Condition:
-        """The condition of these images; rows may repeat. A slice shares memory."""
+        """The condition of the images `rows`, which may repeat; a slice shares memory."""
         valid = None if self.valid is None else self.valid[rows]
         if self.names is None:
             return Condition(self.vectors[rows], valid)
@@ -36,7 +36,7 @@ class Condition:
         return Condition(self.vectors[rows], valid, [self.names[i] for i in chosen])
 
     def join(self, other: Condition) -> Condition:
-        """The images of this condition, then those of the other one."""
+        """The condition of the images of this condition followed by those of `other`."""
         names = None if self.names is None or other.names is None else [*self.names, *other.names]
         valid = None
         if self.valid is not None or other.valid is not None:
@@ -49,12 +49,12 @@ def _all_valid(vectors: Tensor) -> Tensor:
 
 
 class Conditioner(nn.Module):
-    """Makes the condition of a batch from what the caller has: labels, captions, or vectors.
+    """Computes the condition of a batch from its inputs: labels, captions, or vectors.
 
     A subclass sets, in its constructor,
       width      A, the width of a vector
-      count      P, how many vectors an image has
-      classes    how many classes there are; 0 where the inputs are not classes
+      count      P, the number of vectors of an image
+      classes    the number of classes; 0 where the inputs are not classes
     and defines `forward`, `null`, `check` and `drop`.
     """
 
@@ -64,26 +64,26 @@ class Conditioner(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's arguments that make this conditioner, as plain data."""
+        """The arguments of the model that build this conditioner, as plain data."""
         return {}
 
     @property
     def device(self) -> torch.device:
-        """The device on which conditions are made."""
+        """The device on which conditions are computed."""
         return next(iter([*self.parameters(), *self.buffers()])).device
 
     def forward(self, inputs: Any, images: int) -> Condition:
-        """The condition of `images` images. `inputs` None means that no image has a condition."""
+        """The condition of `images` images; `inputs` is None if no image has a condition."""
         raise NotImplementedError(f"{type(self).__name__} lacks forward()")
 
     def null(self, images: int, like: Condition | None = None) -> Condition:
-        """The condition of images that have none. With `like`, the padding is that of a given condition."""
+        """The null condition for `images` images, as guidance needs it; with `like`, it has the padding of `like`."""
         raise NotImplementedError(f"{type(self).__name__} lacks null()")
 
     def check(self, inputs: Any, images: int) -> None:
-        """Raise UsageError where `inputs` are not those of so many images."""
+        """Raise UsageError unless `inputs` are valid inputs for `images` images."""
         raise NotImplementedError(f"{type(self).__name__} lacks check()")
 
     def drop(self, inputs: Any, share: float, keys: Keys) -> Any:
-        """The same inputs, with a share of the images left without a condition; keys (B rows)."""
+        """The inputs after dropping the condition of a random share (0 to 1) of the images; `keys` has B rows."""
         raise NotImplementedError(f"{type(self).__name__} lacks drop()")

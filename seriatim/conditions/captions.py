@@ -1,6 +1,6 @@
 """Captions as conditions: the features of a text encoder, one vector for each position of the caption.
 
-Sun et al. 2024 (LlamaGen). What stands for "no caption" is a buffer that is never trained, as published.
+This follows LlamaGen (Sun et al. 2024), in which the features of "no caption" are a buffer that is never trained.
 
 Shapes: B images, T caption positions (P of the condition), F features of each, A width of a vector.
 """
@@ -21,21 +21,21 @@ from seriatim.nn.causal_block import TanhMLP
 
 @dataclass(frozen=True)
 class Captions:
-    """The captions of a batch: features of a text encoder, padded on the left."""
+    """The captions of a batch as features of a text encoder, padded on the left."""
 
     features: Tensor  # (B, T, F)
-    valid: Tensor  # (B, T) bool; False at padding
+    valid: Tensor  # (B, T) bool, False at padding
 
     def __len__(self) -> int:
         return len(self.features)
 
     def select(self, rows: Tensor | slice) -> Captions:
-        """The captions of these images."""
+        """The captions of the images `rows`."""
         return Captions(self.features[rows], self.valid[rows])
 
 
 class CaptionEmbedder(Conditioner):
-    """Linear, tanh-GELU, Linear, without biases: Captions -> a condition of T vectors."""
+    """Maps Captions to a condition of T vectors by Linear, tanh-GELU, Linear, without biases."""
 
     no_caption: Tensor  # (T, F)
 
@@ -58,7 +58,7 @@ class CaptionEmbedder(Conditioner):
         return Condition(self.mlp(features), inputs.valid.to(self.no_caption.device))
 
     def null(self, images: int, like: Condition | None = None) -> Condition:
-        """No caption for each image; with the padding of `like`, as LlamaGen is guided."""
+        """The condition "no caption" for each image; with `like`, it has the padding of `like`, as in LlamaGen."""
         valid = torch.ones(images, self.count, dtype=torch.bool, device=self.no_caption.device)
         embedded = self.mlp(self.no_caption[None]).expand(images, -1, -1)
         return Condition(embedded, valid if like is None or like.valid is None else like.valid)

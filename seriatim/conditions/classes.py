@@ -1,6 +1,6 @@
 """Classes as conditions: one learned vector for each class, and one for "no class".
 
-The vector of "no class" is a parameter of its own, as in MAR (Li et al. 2024), not one more row of the class table.
+The vector of "no class" is a separate parameter, as in MAR (Li et al. 2024), and not a row of the class table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from seriatim.core.keys import Keys
 
 
 class Classes(Conditioner):
-    """Labels (B,) int64, -1 for no class -> a condition of one vector for each image."""
+    """Maps labels (B,) int64, where -1 means no class, to a condition of one vector for each image."""
 
     def __init__(self, classes: int, width: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Classes(Conditioner):
             return self.null(images)
         labels = inputs.to(self.no_class.device)
         table = self.no_class if not self.classes else torch.cat([self.class_embedding, self.no_class])
-        # -1 becomes the last row, which is "no class". Labels of a request are on the host: reading them costs nothing.
+        # Label -1 selects the last row, "no class". Labels are read as names only on the host, where that is cheap.
         names = inputs.tolist() if inputs.device.type == "cpu" else None
         return Condition(F.embedding(labels % len(table), table)[:, None], names=names)
 
@@ -51,7 +51,7 @@ class Classes(Conditioner):
             shape = tuple(getattr(inputs, "shape", ()))
             raise UsageError(f"labels: shape {shape} is not ({images},), one integer for each image")
         if inputs.device.type != "cpu":
-            return  # reading labels from an accelerator would wait for it; the embedding checks its range there
+            return  # reading labels from an accelerator would block, and the embedding checks their range there
         wrong = inputs[(inputs >= self.classes) | (inputs < -1)].tolist()
         if wrong:
             if not self.classes:

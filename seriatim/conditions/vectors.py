@@ -1,4 +1,4 @@
-"""Vectors as conditions: the z of the level above, for a sequence model that generates the parts of a token.
+"""Vectors as conditions: the z of the outer backbone, for a sequence model that generates the parts of a token.
 
 Shapes: B rows, P vectors of each, A width of a vector, Z width of the given vectors.
 """
@@ -16,9 +16,9 @@ from seriatim.nn.linear import Linear
 
 
 class Vectors(Conditioner):
-    """Vectors (B, Z) or (B, P, Z) -> a condition of P vectors, projected to width A where that differs from Z.
+    """Maps vectors (B, Z) or (B, P, Z) to a condition of P vectors, projected to width A where A differs from Z.
 
-    It has no null of its own: a sampler is given the null condition.
+    There is no null condition here, so the caller of the sampler must provide it.
     """
 
     def __init__(self, inputs: int, count: int = 1, width: int | None = None) -> None:
@@ -37,7 +37,7 @@ class Vectors(Conditioner):
 
     @override
     def null(self, images: int, like: Condition | None = None) -> Condition:
-        raise UsageError("condition: vectors have no null of their own; give the null condition to sample()")
+        raise UsageError("condition: vectors have no null condition; give one to sample()")
 
     def check(self, inputs: Tensor, images: int) -> None:
         shape = (images, self.count, self.inputs)
@@ -47,4 +47,4 @@ class Vectors(Conditioner):
 
     @override
     def drop(self, inputs: Tensor, share: float, keys: Keys) -> Tensor:
-        return inputs  # the level above drops its own condition
+        return inputs  # the outer model drops its own condition instead

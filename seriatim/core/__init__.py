@@ -1,1 +1,1 @@
-"""What every other package stands on: errors, files, randomness, schedules, progress."""
+"""The base that every other package uses: errors, files, randomness, schedules, progress."""

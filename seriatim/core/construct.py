@@ -1,4 +1,4 @@
-"""From plain data to an object: a table of classes, and constructor arguments checked by name."""
+"""Builds an object from plain data: looks its class up in a table, and checks the constructor arguments by name."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_THREADS = 1024  # of the CPU: far more end the process without a word
-# The largest number that an argument of each name may have, wherever it stands in a config.
+MOST_THREADS = 1024  # CPU threads; far more can end the process without an error message
+# The largest value of each named argument, at any level of a config.
 LARGEST = {
     "tokens": 1 << 20, "dim": 1 << 20, "vocab": 1 << 24, "classes": 1 << 22, "grid": 1 << 20, "group": 1 << 20,
     "width": 1 << 17, "widths": 1 << 17, "hidden": 1 << 17, "condition_width": 1 << 17, "z_dim": 1 << 17,
@@ -38,16 +38,19 @@ LARGEST = {
     "draws": 1 << 12, "train_steps": 100_000, "components": 1 << 16, "bins": 1 << 16, "mlp_ratio": 1 << 10,
     "size": 1 << 14, "patch": 1 << 12, "channels": 1 << 20, "levels": 1 << 24, "code_dim": 1 << 14,
 }  # fmt: skip
-LARGEST_LAYERS = 1 << 9  # of all of a config together: each is built, even without memory
-ENDINGS = {"_channels": 1 << 14, "layers_per_block": 1 << 5}  # of the arguments of an autoencoder, by how they end
-MOST_DIGITS = 5000  # longer texts are no numbers to Python
-MOST_LEVELS = 16  # of an autoencoder, each at half the size of the one before
-SMALL = 1 << 28  # the square of a config's largest size, times the second
-LAYERS = re.compile(r"depth|.*layers.*|num_\w*blocks")  # arguments that count layers, diffusers' own included
+LARGEST_LAYERS = 1 << 9  # layers of a whole config; the limit also bounds the time to build them on the meta device
+ENDINGS = {"_channels": 1 << 14, "layers_per_block": 1 << 5}  # the same limits for autoencoders, by ending of the name
+MOST_DIGITS = 5000  # Python does not convert longer texts to numbers
+MOST_LEVELS = 16  # levels of an autoencoder; each one halves the height and width
+SMALL = 1 << 28  # (largest number in a config)^2 times the second largest; below this, memory needs no check
+LAYERS = re.compile(r"depth|.*layers.*|num_\w*blocks")  # names of arguments that count layers, including diffusers'
 
 
 def check_sizes(config: Mapping[str, Any], where: str) -> None:
-    """Refuse numbers that would decide how much is done: before anything is built, and wherever they stand."""
+    """Raise ConfigError for a number that would make the model too large, at any level of `config`.
+
+    This runs before anything is built, because building is what takes the memory and the time.
+    """
     layers = 0.0
     for path, name, value in numbers(config, where):
         most = next((most for end, most in ENDINGS.items() if name.endswith(end)), LARGEST.get(name, math.inf))
@@ -60,7 +63,7 @@ def check_sizes(config: Mapping[str, Any], where: str) -> None:
 
 
 def numbers(value: Any, path: str, name: str = "") -> Iterator[tuple[str, str, float]]:
-    """Every number of plain data: where it stands, the key that it stands under, and the number."""
+    """Iterate over all numbers in nested plain data, as (path of the number, its key, the number)."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from numbers(inner, f"{path}.{key}", str(key))
@@ -71,15 +74,16 @@ def numbers(value: Any, path: str, name: str = "") -> Iterator[tuple[str, str, f
             yield from numbers(inner, path, name)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield path, name, value
-    elif isinstance(value, str) and len(value) < MOST_DIGITS:  # "1e9" becomes a number where one is wanted
+    elif isinstance(value, str) and len(value) < MOST_DIGITS:  # pydantic would convert the text "1e9" to a number
         with contextlib.suppress(ValueError):
             yield path, name, float(value)
 
 
 def check_room(build: Callable[[], nn.Module], config: Mapping[str, Any], where: str) -> None:
-    """Refuse a module whose weights alone this machine can't hold, before memory is taken for them.
+    """Raise ResourceError for a module whose weights alone do not fit into this machine's memory.
 
-    It is built without memory first, which takes a second: only where the sizes in its config make that worth while.
+    The module is built on the meta device, which allocates no memory but takes about a second. Configs whose numbers
+    are small (below SMALL) skip this check.
     """
     first, second = sorted((1, 1, *(value for _, name, value in numbers(config, where) if name != "seed")))[:-3:-1]
     if first * first * second < SMALL:
@@ -100,7 +104,7 @@ def check_room(build: Callable[[], nn.Module], config: Mapping[str, Any], where:
 
 
 def machine_memory() -> float:
-    """Bytes that this process may use at most; infinite where the system does not tell."""
+    """The largest number of bytes that this process may use; infinite where the system does not tell."""
     try:
         import resource
 
@@ -112,13 +116,13 @@ def machine_memory() -> float:
 
 
 def arguments(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The named arguments that a constructor takes."""
+    """The arguments that a constructor accepts by name: name -> inspect.Parameter."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {n: p for n, p in inspect.signature(build).parameters.items() if p.kind in kinds}
 
 
 def pop_kind(config: Mapping[str, Any], table: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
-    """Split `{"kind": name, ...}` into the name, which must be in `table`, and the rest."""
+    """Split `{"kind": name, ...}` into the name and the rest; raises ConfigError unless the name is in `table`."""
     rest = dict(config)
     kind = rest.pop("kind", None)
     if kind is None:
@@ -129,7 +133,11 @@ def pop_kind(config: Mapping[str, Any], table: Mapping[str, Any], where: str) ->
 
 
 def construct(build: Callable[..., T], config: Mapping[str, Any], where: str, **extra: Any) -> T:
-    """Call `build(**config, **extra)`; an unknown, missing or unfit argument is one line that names its key."""
+    """Return `build(**config, **extra)`.
+
+    An unknown, missing or wrong argument raises ConfigError, and a lack of memory raises ResourceError; the message is
+    one line that names the key.
+    """
     allowed = arguments(build)
     given = {**config, **extra}
     for name in config:
@@ -164,16 +172,16 @@ def is_ours(build: Callable[..., Any]) -> bool:
 
 
 def checked_types(build: Callable[..., Any], config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values of `config`, each of the type that the constructor's annotation names."""
+    """The values of `config`, each converted to the annotated type of the constructor's argument, or a ConfigError."""
     from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
     try:
         hints = typing.get_type_hints(getattr(build, "__init__") if isinstance(build, type) else build)  # noqa: B009
-    except (NameError, TypeError):  # annotations that are not importable: a user's class; its own checks must do
+    except (NameError, TypeError):  # a user's class may have annotations that can't be resolved; it checks itself
         return dict(config)
     values = dict(config)
     for name, value in config.items():
-        as_is = isinstance(value, str) and SURROGATE.search(value)  # a path of any bytes, which pydantic refuses
+        as_is = isinstance(value, str) and SURROGATE.search(value)  # pydantic refuses paths that are not valid UTF-8
         if name in hints and not as_is:
             try:
                 values[name] = TypeAdapter(hints[name]).validate_python(value)
@@ -181,6 +189,6 @@ def checked_types(build: Callable[..., Any], config: Mapping[str, Any], where: s
                 reason = error.errors()[0]["msg"]
                 message = f"{where}.{name}: {reason[:1].lower()}{reason[1:]} (got {shown(value)})"
                 raise ConfigError(message) from None
-            except PydanticUserError:  # a type that only its class can check
+            except PydanticUserError:  # pydantic has no check for this type, so the class must check the value itself
                 continue
     return values

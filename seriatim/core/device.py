@@ -1,4 +1,4 @@
-"""Which device and which dtype: what "auto" stands for, what is there, and float32 that is not rounded to less."""
+"""Chooses the device and the dtype, and runs code in plain torch settings or in full float32 precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the accelerator, if there is one, else the CPU."""
+    """The torch device; "auto" means the accelerator if there is one, else the CPU. Raises UsageError."""
     if isinstance(device, str) and device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return accelerator or torch.device("cpu")
@@ -28,9 +28,9 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """The backbone's dtype: "auto" is bfloat16 on a CUDA device that multiplies in it, and float32 elsewhere.
+    """The backbone's dtype; "auto" means bfloat16 on a CUDA device that supports it, and float32 elsewhere.
 
-    A device from before Ampere only emulates bfloat16, which is slower than float32.
+    CUDA devices older than Ampere only emulate bfloat16, which is slower than float32. Raises UsageError.
     """
     if dtype == "auto":
         capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -46,10 +46,10 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def plain_torch(*, grad: bool = False) -> Iterator[None]:
-    """Inside, torch is as this package's code expects it, whatever the caller has set for work of its own.
+    """Run code under the torch settings that this package expects, whatever the caller has set.
 
-    That is: float32 and the CPU are what new tensors get by default, autocast and inference mode are off, and gradients
-    are recorded if `grad` says so. All of it is put back at the end. It decorates functions too.
+    Inside, new tensors are float32 on the CPU by default, autocast and inference mode are off, and gradients are
+    recorded only if `grad` is True. The caller's settings are restored at the end. This is also a decorator.
     """
     dtype = torch.get_default_dtype()
     accelerator = torch.accelerator.current_accelerator()
@@ -68,9 +68,10 @@ def plain_torch(*, grad: bool = False) -> Iterator[None]:
 
 
 class _Precision:
-    """PyTorch's settings of products and convolutions of float32, which belong to the whole process.
+    """Raises and restores PyTorch's precision of float32 matrix products and convolutions for the whole process.
 
-    Several threads may ask for full precision at a time: the first one saves the settings, the last one restores them.
+    Several threads may ask for full precision at the same time. The first one saves the settings, and the last one
+    restores them.
     """
 
     def __init__(self) -> None:
@@ -88,7 +89,7 @@ class _Precision:
             self._before = [(setting, setting.fp32_precision) for setting in (*products, *convolutions)]
             lowered = any(setting.fp32_precision in ("tf32", "bf16") for setting in products)
             self._products = torch.get_float32_matmul_precision() if lowered else None
-            if lowered:  # by this function, because PyTorch refuses to multiply where it and the settings disagree
+            if lowered:  # this function is needed, because PyTorch fails where it disagrees with `fp32_precision`
                 torch.set_float32_matmul_precision("highest")
             for setting in convolutions:
                 setting.fp32_precision = "ieee"
@@ -109,10 +110,10 @@ _precision = _Precision()
 
 @contextlib.contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Inside, what is float32 is computed in float32: without autocast, and without TF32 or bfloat16 in its products.
+    """Run code in which float32 tensors are computed in full float32: without autocast, TF32 or bfloat16 products.
 
-    PyTorch lets convolutions on CUDA use TF32 unless told otherwise, and products where
-    `torch.set_float32_matmul_precision` says so.
+    By default PyTorch uses TF32 for convolutions on CUDA, and `torch.set_float32_matmul_precision` may enable it for
+    matrix products.
     """
     _precision.raise_()
     try:

@@ -22,7 +22,7 @@ from typing import Any
 
 from seriatim.core.names import printable
 
-LONGEST = 2000  # characters of a message: what comes from a file may be of any length
+LONGEST = 2000  # characters of a message; a text that was read from a file may be much longer
 
 
 class SeriatimError(Exception):
@@ -60,19 +60,19 @@ class NumericsError(SeriatimError, ArithmeticError):
 
 
 class ResourceError(SeriatimError):
-    """The machine refuses: disk full, no permission, out of memory."""
+    """The machine cannot do this: the disk is full, a permission is missing, or memory has run out."""
 
     exit_code = 6
 
 
 class Stopped(SeriatimError):
-    """Stopped on request, after the state was saved."""
+    """The work was stopped on request, after its state was saved."""
 
     exit_code = 143
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest allowed name, else the list of what is allowed."""
+    """The end of an error message: `"; did you mean 'x'?"` if an allowed name is close, else the allowed names."""
     names = [str(a) for a in allowed]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
@@ -82,8 +82,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
 
 
 def caller_level() -> int:
-    """The `stacklevel` that makes a warning of this function's caller point to the first line outside the package."""
-    ours = (__name__.split(".")[0], "contextlib")  # whose frames lie between a decorated function and its caller
+    """The `stacklevel` with which a warning points to the first line of code outside this package."""
+    # The frames of contextlib lie between a decorated function and its caller, so they are skipped as well.
+    ours = (__name__.split(".")[0], "contextlib")
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ours:
         frame, level = frame.f_back, level + 1
@@ -91,20 +92,20 @@ def caller_level() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of Python's, torch's or the system's says that there is no more memory."""
+    """True if an exception of Python, torch or the operating system means that memory has run out."""
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    words = ("allocate memory", "can't start new thread", "os error 12")  # the last is how safetensors says it
+    words = ("allocate memory", "can't start new thread", "os error 12")  # safetensors reports "os error 12"
     return out_of_memory or any(each in str(error) for each in words)
 
 
 def one_line(error: BaseException) -> str:
-    """The message of any exception, on one line that a terminal prints as it stands."""
+    """The message of any exception on one line, at most LONGEST characters, safe to print on a terminal."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def shown(value: Any, most: int = 100) -> str:
-    """`repr(value)` in at most `most` characters, without ever making the whole of it."""
+    """`repr(value)` shortened to at most `most` characters; the full text, which may be huge, is never built."""
     if isinstance(value, int) and abs(value) >> 256:
         return f"a whole number of {value.bit_length():,} bits"
     brief = reprlib.Repr()
@@ -112,6 +113,6 @@ def shown(value: Any, most: int = 100) -> str:
     brief.maxlevel = 3
     try:
         text = brief.repr(value)
-    except ValueError:  # a whole number too long to be written out, inside of something
+    except ValueError:  # the value contains an integer that is too long for Python to print
         text = type(value).__name__
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written aside, synced, renamed; read against their sha256.
+"""Writes files and folders so that they are either complete or absent, and checks them against their sha256.
 
-A power cut or a `kill -9` at any moment leaves either the old file or the new one. Folders are written the
-same way: complete under a temporary name first, then renamed into place.
+A file is written under a temporary name, synced and renamed, so that a power cut or a `kill -9` at any moment leaves
+either the old file or the new one. Folders are written in the same way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PREVIOUS = "previous"
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut (a no-op where folders can't be opened)."""
+    """Make a rename inside `folder` survive a power cut (does nothing on systems that can't open folders)."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -46,7 +46,7 @@ def sync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def explained(path: Path, argument: str = "") -> Iterator[None]:
-    """Turn an OSError about `path` into one line that says what to do."""
+    """Turn an OSError raised inside into a ResourceError about `path`, with one line that says what to do."""
     try:
         yield
     except OSError as error:
@@ -64,15 +64,15 @@ def explained(path: Path, argument: str = "") -> Iterator[None]:
 def atomic_write(path: Path | str, write: Callable[[Path], object]) -> Path:
     """Call `write(temporary)`; then sync the temporary file and rename it to `path`.
 
-    `write` fills a file beside `path` (same file system, same suffix). When it fails, `path` keeps what it had
-    and nothing is left behind.
+    `write` fills a file beside `path` (on the same file system, with the same suffix). When it fails, `path` is
+    unchanged and the temporary file is deleted.
     """
     path = Path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.stem}.~{secrets.token_hex(4)}{path.suffix}")
         try:
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the system applies the umask
+            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask reduces this mode
             write(temporary)
             sync_file(temporary)
             os.replace(temporary, path)
@@ -92,8 +92,10 @@ def write_json(path: Path | str, value: Any) -> Path:
 
 
 def json_text(value: Any) -> str:
-    """JSON that can be encoded and shown: bytes of a name that are not UTF-8, and what would steer a terminal, become
-    escapes, which are read back as they were.
+    """The value as indented JSON that is valid UTF-8 and safe to print.
+
+    Bytes of names that are not UTF-8, and characters that would control a terminal, become JSON escapes, so reading the
+    JSON gives the original value.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return BREAKS_A_LINE.sub(lambda found: "\n" if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
@@ -101,7 +103,7 @@ def json_text(value: Any) -> str:
 
 @contextlib.contextmanager
 def utf8_path(path: Path | str) -> Iterator[str]:
-    """A name of the file that is valid UTF-8, which some libraries need: its own, or that of a link to it."""
+    """Yield a path of the file that is valid UTF-8, which some libraries need: its own path, or a link to the file."""
     if not SURROGATE.search(str(path)):
         yield str(path)
         return
@@ -115,8 +117,8 @@ def utf8_path(path: Path | str) -> Iterator[str]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success sync it and rename it to `path`.
 
-    A folder that was at `path` is replaced: it is moved aside first and deleted last, so that a crash in
-    between leaves it on the disk, under the name `.<name>.previous`, where `put_back` finds it.
+    A folder that was at `path` is renamed first and deleted last, so that a crash in between leaves it on the disk
+    under the name `.<name>.previous`, from which `put_back` restores it.
     """
     path = Path(path)
     with explained(path):
@@ -147,20 +149,20 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 
 def asides(path: Path) -> dict[int, Path]:
-    """The folders that were moved aside while `path` was being replaced, by number: the newest has the highest."""
+    """The folders that were renamed while `path` was being replaced: number -> folder; the newest has the highest."""
     pattern = re.compile(re.escape(f".{path.name}.{PREVIOUS}") + r"(-([0-9]{1,6}))?")
     found = {entry: pattern.fullmatch(entry.name) for entry in (path.parent.iterdir() if path.parent.is_dir() else ())}
     return {int(match[2] or 1): entry for entry, match in found.items() if match is not None and entry.is_dir()}
 
 
 def present_or_previous(path: Path) -> Path:
-    """`path`, or where it is missing the folder that a crash between two renames left under another name."""
+    """`path` if it exists, else the folder that a crash between two renames left under another name, else `path`."""
     found = {} if path.exists() else asides(path)
     return found[max(found)] if found else path
 
 
 def put_back(path: Path) -> None:
-    """Undo a replacement that a crash interrupted between its two renames; only who may write to `path` calls it."""
+    """Restore `path` after a crash between the two renames of `atomic_folder`; call it only with the right to write."""
     found = present_or_previous(path)
     if found != path:
         with explained(path), contextlib.suppress(FileNotFoundError):  # another process was quicker
@@ -168,7 +170,7 @@ def put_back(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename the folder `path`, make an empty one in its place, and return the new name of what it held."""
+    """Rename the folder `path`, create an empty folder in its place, and return the new path of the old folder."""
     path = path.resolve()
     number = 1 + max(asides(path), default=0)
     aside = path.with_name(f".{path.name}.{PREVIOUS}" + (f"-{number}" if number > 1 else ""))
@@ -180,10 +182,10 @@ def set_aside(path: Path) -> Path:
 
 
 def target_of(path: Path) -> str | None:
-    """The name that a temporary file or folder of ours was to get; None where `path` is no such thing.
+    """The final name that a temporary file or folder of Seriatim would have had; None for any other path.
 
-    Release 0.1 let `tempfile` choose the names: eight characters. A word of eight letters is somebody's, unless the
-    file is private, as `tempfile` makes them.
+    Release 0.1 used names from `tempfile`, which have eight random characters and are private files. A name that ends
+    in eight letters may be a word that a user chose, so it counts as temporary only if the file is private.
     """
     if not path.name.startswith(".") or path.is_symlink():
         return None
@@ -196,9 +198,10 @@ def target_of(path: Path) -> str | None:
 
 
 def sweep(folder: Path, ours: Callable[[str], bool]) -> None:
-    """Delete the temporary files of `folder` that a killed process left; `ours` says which names are written there.
+    """Delete the temporary files in `folder` that a killed process left there.
 
-    Nobody else may be writing to the folder meanwhile.
+    `ours` returns True for each final name that Seriatim writes in this folder. No other process may write to the
+    folder meanwhile.
     """
     if folder.is_dir():
         for path in list(folder.iterdir()):
@@ -214,7 +217,11 @@ def sweep(folder: Path, ours: Callable[[str], bool]) -> None:
 
 
 def writable_folder(path: Path | str, argument: str = "out") -> Path:
-    """Create `path` if it isn't there and prove that it can be written to, before hours of work rely on it."""
+    """Create the folder `path` if needed, check that files can be written there, and return it.
+
+    Called before long work, so that a folder that can't be written to is noticed at once. Raises UsageError for a file
+    and ResourceError where writing fails.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{argument}: {path} is a file; name a folder")
@@ -228,13 +235,13 @@ def writable_folder(path: Path | str, argument: str = "out") -> Path:
 
 @contextlib.contextmanager
 def no_empty_folder(path: Path, new: bool) -> Iterator[None]:
-    """Take a folder away again that is `new`, where what fails inside has left it empty."""
+    """Delete the folder `path` if it is `new` and the code inside fails and leaves it empty."""
     try:
         yield
     except BaseException:
         if new:
             with contextlib.suppress(OSError):
-                path.rmdir()  # which refuses one that holds anything
+                path.rmdir()  # raises OSError unless the folder is empty
         raise
 
 
@@ -244,20 +251,23 @@ def sha256(path: Path | str) -> str:
 
 
 def _render(files: dict[str, dict[str, Any]]) -> str:
-    # The digest covers the listing, so that a damaged manifest is named as such and not as a damaged file.
+    # The digest covers the listing, so that a damaged manifest is reported as such and not as a damaged file.
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return json.dumps({"format": 1, "files": files, "sha256": digest}, indent=2, sort_keys=True) + "\n"
 
 
 def write_manifest(folder: Path, names: Iterable[str], known: Mapping[str, str] | None = None) -> Path:
-    """Write `manifest.json`: bytes and sha256 of each named file of `folder`; those in `known` are not read again."""
+    """Write `manifest.json` with the size and sha256 of each named file of `folder`, and return its path.
+
+    `known` maps names to sha256 digests that need not be computed again.
+    """
     hashes = {name: (known or {}).get(name) or sha256(folder / name) for name in names}
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": hashes[name]} for name in sorted(hashes)}
     return write_text(folder / MANIFEST, _render(files))
 
 
 def read_manifest(folder: Path, remedy: str = "copy it again") -> dict[str, tuple[int, str]]:
-    """Name -> (bytes, sha256) as the manifest of `folder` lists them; raises CheckpointError where it is damaged."""
+    """The listing in the manifest of `folder`: name -> (bytes, sha256); raises CheckpointError if it is damaged."""
     manifest = folder / MANIFEST
     try:
         text = read_text(manifest)
@@ -271,13 +281,13 @@ def read_manifest(folder: Path, remedy: str = "copy it again") -> dict[str, tupl
         why = error if isinstance(error, Unreadable) else "lists a file without its bytes and sha256"
         raise CheckpointError(f"{manifest} is damaged: it {why}; {remedy}") from error
     for name in listing:
-        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:  # a listed name is never a path
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:  # a path could point outside the folder
             raise CheckpointError(f"{manifest} lists {name!r}, which is not a plain file name")
     return listing
 
 
 def verify_file(path: Path, size: int, digest: str | None, remedy: str = "copy it again") -> None:
-    """Raise CheckpointError unless `path` has this many bytes and this sha256; None looks at the bytes alone."""
+    """Raise CheckpointError unless `path` has `size` bytes and the sha256 `digest`; None checks only the size."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing though {MANIFEST} lists it; {remedy}")
     actual = path.stat().st_size
@@ -288,7 +298,10 @@ def verify_file(path: Path, size: int, digest: str | None, remedy: str = "copy i
 
 
 def refuse_outside(folder: Path, name: str) -> None:
-    """Refuse a file that is a link to somewhere outside of its folder; the hub's cache keeps all its files so."""
+    """Raise CheckpointError for a file that links outside of its folder.
+
+    Links inside the hub's cache are allowed, because the cache stores all files as links to its `blobs` folder.
+    """
     target, folder = (folder / name).resolve(), folder.resolve()
     in_cache = folder.parent.name == "snapshots" and target.parent == folder.parent.parent / "blobs"
     if not (target.is_relative_to(folder) or in_cache):
@@ -296,10 +309,10 @@ def refuse_outside(folder: Path, name: str) -> None:
 
 
 def verify_manifest(folder: Path, needed: Iterable[str] = ()) -> dict[str, str]:
-    """Check every file that the manifest of `folder` lists; return name -> sha256.
+    """Check every file that the manifest of `folder` lists, and return name -> sha256.
 
-    Raises CheckpointError naming the first file that is missing, truncated or changed, and where `needed` names
-    a file that the manifest does not list.
+    Raises CheckpointError that names the first file that is missing, truncated or changed, or the first name of
+    `needed` that the manifest does not list.
     """
     manifest = folder / MANIFEST
     if not folder.is_dir():

@@ -1,6 +1,6 @@
-"""A decoded picture as a person sees it: 8 bits of sRGB or grey, upright, transparent parts over a background.
+"""Converts a decoded image to what a person sees: 8-bit sRGB or grey, upright, with transparency over a background.
 
-Pictures are converted strip by strip, so that beside the picture and the result only a few megabytes are needed.
+Images are converted strip by strip, so that only a few megabytes are needed beside the image and the result.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Colour = tuple[int, int, int]
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 STRIP = 1 << 18  # pixels that are converted at a time
-SAME = 3  # levels: a profile that changes no colour by more is taken for sRGB
+SAME = 3  # a profile that changes no colour by more than this many 8-bit levels counts as sRGB
 PALETTES, NUMBERS = ("P", "PA"), ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 GREYS = ("1", "L", "LA", "La", *NUMBERS)
-SCALED = {"L;2": 85, "L;4": 17}  # Pillow's name for grey PNGs of 2 and 4 bits -> by what it multiplies their levels
-ORIENTATION = 0x0112  # the tag of EXIF
-TURNS = {  # its value -> what makes the picture upright
+SCALED = {"L;2": 85, "L;4": 17}  # Pillow's name for grey PNGs of 2 and 4 bits -> its factor on their levels
+ORIENTATION = 0x0112  # the EXIF tag of the orientation
+TURNS = {  # EXIF orientation -> the operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
@@ -33,7 +33,7 @@ TURNS = {  # its value -> what makes the picture upright
 
 
 def as_colour(value: str | Sequence[int], argument: str = "background") -> Colour:
-    """A colour by name ("white"), as "#rrggbb", or as [red, green, blue] from 0 to 255."""
+    """The (red, green, blue) levels, 0 to 255, of a name ("white"), "#rrggbb" or three numbers; raises UsageError."""
     try:
         levels = ImageColor.getrgb(value) if isinstance(value, str) else tuple(value)
     except (ValueError, TypeError):
@@ -50,16 +50,16 @@ def as_colour(value: str | Sequence[int], argument: str = "background") -> Colou
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What makes a loaded picture upright, as far as its EXIF block can be read."""
+    """The operation that makes a loaded image upright; None if it is upright or its EXIF block can't be read."""
     try:
         value = image.getexif().get(ORIENTATION)
-    except Exception:  # damage in a remark is no damage to the picture
+    except Exception:  # damaged metadata does not damage the pixels
         return None
     return TURNS.get(value) if isinstance(value, int) else None
 
 
 def upright(flat: Image.Image, turn: Image.Transpose | None) -> Image.Image:
-    """The picture turned; it says no more of its file, all of which has been applied."""
+    """The image after `turn`, without its metadata, which has been applied to the pixels."""
     result = flat if turn is None else flat.transpose(turn)
     result.info = {}
     return result
@@ -69,12 +69,13 @@ def upright(flat: Image.Image, turn: Image.Transpose | None) -> Image.Image:
 
 
 def flatten(image: Image.Image, mode: str, background: Colour) -> Image.Image:
-    """A picture of any mode as "RGB" or "L".
+    """An image of any mode, converted to `mode` "RGB" or "L" over the background.
 
-    16-bit levels are scaled to 8 bits. Floating-point levels reach from 0 to 1, or to 255 where one is above 1.
+    16-bit levels are scaled to 8 bits. Floating-point levels are taken to range from 0 to 1, or from 0 to 255 if any of
+    them is above 1.
     """
     tile = (getattr(image, "tile", None) or [None])[0]
-    packed = str(tile.args) if tile else ""  # how the file holds a pixel, which loading forgets
+    packed = str(tile.args) if tile else ""  # the pixel format in the file, which is lost when the image is loaded
     image.load()
     key = clear_colour(image, packed)
     profile = image.info.get("icc_profile")
@@ -103,25 +104,25 @@ def highest(image: Image.Image) -> float:
 
 
 def clear_colour(image: Image.Image, packed: str) -> Any:
-    """The one colour that a picture without an alpha channel says is transparent, in the levels of its pixels."""
+    """The colour that an image without an alpha channel declares transparent, in the levels of its pixels, or None."""
     key = image.info.get("transparency")
     if key is None or image.mode not in ("1", "L", "RGB", *NUMBERS):
         return None
     if image.mode == "RGB":
         if not isinstance(key, tuple) or len(key) != 3:
             return None
-        return tuple(level >> 8 for level in key) if "16" in packed else key  # Pillow keeps the upper 8 bits
+        return tuple(level >> 8 for level in key) if "16" in packed else key  # Pillow keeps the upper 8 of 16 bits
     if not isinstance(key, int):
         return None
     return (255 if key else 0) if image.mode == "1" else key * SCALED.get(packed, 1)
 
 
 def separated(strip: Image.Image, key: Any, scale: int) -> tuple[Image.Image, Image.Image | None]:
-    """Colours as "RGB", "L" or "CMYK" of 8 bits, and alpha as "L" where there is any."""
+    """The 8-bit colours of a strip, in mode "RGB", "L" or "CMYK", and its alpha channel, in mode "L", or None."""
     if strip.mode in PALETTES:
         strip = strip.convert("RGBA" if strip.has_transparency_data else "RGB")
     strip.info = {}
-    if strip.mode in ("RGBa", "La"):  # colours are multiplied by alpha
+    if strip.mode in ("RGBa", "La"):  # in these modes the colours are multiplied by alpha
         strip = strip.convert({"RGBa": "RGBA", "La": "LA"}[strip.mode])
     if strip.mode in ("RGBA", "LA"):
         return strip.convert(strip.mode[:-1]), strip.getchannel("A")
@@ -137,7 +138,7 @@ def separated(strip: Image.Image, key: Any, scale: int) -> tuple[Image.Image, Im
 
 
 def eight_bits(levels: Any, scale: int) -> Any:
-    """16-bit levels in any integer type, or floats to be multiplied by `scale`, as uint8."""
+    """The levels as uint8, from 16-bit levels in any integer type or from floats, which are multiplied by `scale`."""
     if levels.dtype.kind == "f":
         return (np.nan_to_num(levels, nan=0.0) * np.float32(scale) + np.float32(0.5)).clip(0, 255).astype(np.uint8)
     return ((levels.clip(0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
@@ -147,17 +148,17 @@ def eight_bits(levels: Any, scale: int) -> Any:
 
 
 def profile_mode(mode: str) -> str:
-    """The mode of the colours that `separated` gives for a picture of this mode."""
+    """The mode of the colours that `separated` returns for an image of this mode."""
     return "L" if mode in GREYS else "CMYK" if mode == "CMYK" else "RGB"
 
 
 @functools.lru_cache(maxsize=16)
 def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From the colours of a profile to sRGB; None where they are sRGB already, or the profile can't be used."""
+    """The transform from a colour profile to sRGB; None if the colours are sRGB already or the profile is unusable."""
     try:
         theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(theirs, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except Exception:  # damage in a remark is no damage to the picture; or this Pillow has no colour management
+    except Exception:  # a damaged profile, or a Pillow without colour management, must not make the image unreadable
         return None
     if mode == "CMYK":
         return transform

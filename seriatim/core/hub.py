@@ -1,4 +1,7 @@
-"""Names of repositories on the Hugging Face hub, and fetching a few files of one; nothing goes there by accident."""
+"""Recognises names of repositories on the Hugging Face hub and downloads some of their files.
+
+A name counts as a repository only if it can't be a local path, so that a mistyped path downloads nothing.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from seriatim.core.terminal import say
 
 SCHEME = "hf://"
 NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@(?P<revision>[\w.-]{1,255}))?")
-LARGEST = 32 * 10**9  # bytes that are fetched of one repository: far more than any preset takes
+LARGEST = 32 * 10**9  # bytes that are downloaded from one repository at most; all presets are far smaller
 
 
 class Repository(NamedTuple):
@@ -24,17 +27,20 @@ class Repository(NamedTuple):
 
 
 def repository(text: str, argument: str) -> Repository:
-    """The repository that a name which is no local folder stands for.
+    """The hub repository that `text` names, for a `text` that is not a local folder.
 
-    `hf://owner/name` always is one, `hf://owner/name@REVISION` a fixed state of it. A plain `owner/name` is one where
-    there is no folder `owner` here: a mistyped path must not fetch a stranger's weights. CheckpointError otherwise.
+    `hf://owner/name` always names a repository, and `hf://owner/name@REVISION` a fixed state of it. A plain
+    `owner/name` names one only if there is no local folder `owner`, because a mistyped path must not download a
+    stranger's weights. Anything else raises CheckpointError.
     """
     explicit = text.startswith(SCHEME)
     found = NAME.fullmatch(text.removeprefix(SCHEME))
     if explicit and found is None:
-        raise CheckpointError(f"{argument}: {shown(text)} is no hub repository; write {SCHEME}owner/name")
+        raise CheckpointError(f"{argument}: {shown(text)} is not a hub repository; write {SCHEME}owner/name")
     if found is None or (not explicit and found["revision"]):
-        raise CheckpointError(f"{argument}: there is no folder {shown(text)}, nor is it a hub repository, owner/name")
+        raise CheckpointError(
+            f"{argument}: there is no folder {shown(text)}, and it is not the name of a hub repository (owner/name)"
+        )
     if not explicit and (parent := Path(text).parent).exists():
         inside = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
         hint = nearest(Path(text).name, inside) or "; it holds no folders"
@@ -45,11 +51,11 @@ def repository(text: str, argument: str) -> Repository:
 
 
 class Access(NamedTuple):
-    """How the hub is asked; the defaults are those of its own client, which environment variables may set."""
+    """How the hub is accessed; by default the hub's own client decides, which environment variables may configure."""
 
-    token: str | bool | None = None  # for private repositories; None: the one that was saved at login
-    cache_dir: str | os.PathLike[str] | None = None  # where fetched files are kept
-    local_files_only: bool = False  # use what was fetched before, and ask nobody
+    token: str | bool | None = None  # for private repositories; None means the token that was saved at login
+    cache_dir: str | os.PathLike[str] | None = None  # the folder for downloaded files
+    local_files_only: bool = False  # use only files from earlier downloads
 
 
 USUAL = Access()
@@ -62,10 +68,11 @@ def fetch(
     leave_out: Sequence[str] = (),
     access: Access = USUAL,
 ) -> Path:
-    """The folder, in the hub's own cache, with those files of a repository; patterns are fnmatch's.
+    """Download files of a repository and return their folder in the hub's cache; `files` and `leave_out` are patterns.
 
-    The commit is looked up first, and with it the size of each file: all files are of one commit, which is told, and
-    nothing is fetched that is larger than LARGEST. What was fetched before is used where the hub can't be asked.
+    The patterns are those of `fnmatch`. The commit and the size of each file are looked up first, so that all files
+    come from one commit, which is printed, and nothing larger than LARGEST bytes is downloaded. Where the hub can't be
+    reached, files from an earlier download are used. Raises CheckpointError.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import filter_repo_objects
@@ -96,12 +103,12 @@ def fetch(
         for name in chosen:
             if (size := (found / name).stat().st_size) != sizes[name]:
                 raise CheckpointError(
-                    f"{argument}: {name} of {wanted.name} has {size:,} bytes, and the hub told {sizes[name]}"
+                    f"{argument}: {name} of {wanted.name} has {size:,} bytes, but the hub announced {sizes[name]}"
                 )
-        say(f"{SCHEME}{wanted.name}@{info.sha} is what was fetched: this name gets the same files again")
+        say(f"downloaded {SCHEME}{wanted.name}@{info.sha} (this name gets the same files again)")
     except CheckpointError:
         raise
-    except Exception as error:  # the hub's client raises a dozen kinds: offline, not found, no permission, ...
+    except Exception as error:  # the hub's client has many error types: offline, not found, no permission, ...
         with contextlib.suppress(Exception):
             return kept()
         reason = one_line(error)
@@ -114,7 +121,7 @@ def fetch(
 
 
 def check_sizes(name: str, sizes: Mapping[str, int | None], argument: str) -> None:
-    """Refuse files whose sizes the hub doesn't tell, or that are too many bytes, before one of them is fetched."""
+    """Raise CheckpointError, before anything is downloaded, for files of unknown size or of too many bytes together."""
     unknown = sorted(file for file, size in sizes.items() if size is None)
     if unknown:
         raise CheckpointError(

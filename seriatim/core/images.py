@@ -1,12 +1,12 @@
-"""The one decoder of pictures: training data, rows of the hub, caches, evaluation, edits and their masks.
+"""The only image decoder of this package, used for training data, hub datasets, caches, evaluation, edits and masks.
 
-A picture is read as a person sees it: the first frame, upright, in 8 bits of sRGB, its transparent parts over a
-background. Files come from anywhere: truncated, renamed, huge, 390 bytes that claim 80,000 rows. Whatever is wrong
-becomes a `BadImage` with a reason of one line. Nothing here needs torch.
+An image is read as a person sees it: the first frame, upright, in 8-bit sRGB, with transparent parts over a background
+colour. Files come from anywhere and may be truncated, renamed or huge, or may claim 80,000 rows in 390 bytes. Every
+fault raises `BadImage` with a reason of one line. This module does not import torch.
 
-A header is checked before a pixel is decoded, and only the first frame ever is. Decoding takes at most about 16 bytes a
-pixel (a WebP of the largest size; 8 for most files): 0.8 GB at `MAX_PIXELS`. In each process one picture of more than
-`LARGE` pixels is decoded at a time.
+The header is checked before any pixel is decoded, and only the first frame is decoded. Decoding takes at most about
+16 bytes a pixel (for the largest WebP files; 8 for most files), which is 0.8 GB at `MAX_PIXELS`. Each process decodes
+only one image of more than `LARGE` pixels at a time.
 """
 
 from __future__ import annotations
@@ -34,31 +34,31 @@ from seriatim.core.names import printable
 
 Source = Path | str | bytes
 
-MAX_PIXELS = 3 << 24  # 50.3 megapixels, 8192 x 6144: photographs of 48 and 50 megapixels are read
-MOST_PIXELS = 178_000_000  # where Pillow itself refuses
-LARGE = 1 << 24  # pixels; a picture of more is decoded while no other one is
-MAX_ASPECT = 8.0  # a crop scales the short side up: 1 x 80000 would become 256 x 20,480,000
+MAX_PIXELS = 3 << 24  # 50.3 megapixels (8192 x 6144), so that photographs of 48 and 50 megapixels are read
+MOST_PIXELS = 178_000_000  # Pillow itself refuses larger images
+LARGE = 1 << 24  # pixels; a larger image is decoded alone
+MAX_ASPECT = 8.0  # a crop scales the short side up, so 1 x 80000 pixels would become 256 x 20,480,000
 
-FORMAT_OF = {  # suffix -> Pillow's name of the format; none whose decoder runs programs
+FORMAT_OF = {  # suffix -> Pillow's name of the format; formats whose decoder runs other programs are left out
     ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".mpo": "JPEG", ".png": "PNG", ".apng": "PNG",
     ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP", ".dib": "DIB", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF",
     ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM", ".heic": "HEIF", ".heif": "HEIF",
 }  # fmt: skip
-UNREAD = set(  # suffixes of pictures that may not be read: a folder of them was meant as a folder of pictures
+UNREAD = set(  # image suffixes that may be unreadable here; they show that a folder was meant as a folder of images
     ".avif .heic .heif .hif .avifs .jp2 .j2k .jpf .jpx .jxl .jxr .qoi .tga .psd .psb .xcf .svg .svgz .eps .ai .ico "
     ".icns .pcx .sgi .dds .exr .hdr .pfm .fits .raw .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .pef .srw".split()
 )
 PNG = b"\x89PNG\r\n\x1a\n"
-PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # of a PNG: all that its look depends on
-TILE_SIDES = (322, 323)  # tags of a TIFF
+PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # the PNG chunks that change how it looks
+TILE_SIDES = (322, 323)  # the TIFF tags TileWidth and TileLength
 
 
-# The lock of each process: one that a fork copied could be held by a thread that is not there.
+# Each process id has its own lock, because a lock copied by a fork may be held by a thread of the parent process only.
 LARGE_ONES: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
 
 
 class BadImage(Exception):
-    """This file is not an image that can be used; the message says why, on one line."""
+    """A file is not a usable image; the message gives the reason on one line."""
 
 
 # --- settings -----------------------------------------------------------------------------------------------------
@@ -66,18 +66,18 @@ class BadImage(Exception):
 
 @functools.cache
 def formats() -> tuple[str, ...]:
-    """The formats of `FORMAT_OF` that this Pillow reads (HEIF only where a plugin was registered)."""
+    """The formats of `FORMAT_OF` that the installed Pillow reads (HEIF needs a registered plugin)."""
     from PIL import features
 
     Image.init()
-    logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Pillow's own log goes to the screen
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # keeps Pillow's own log messages off the screen
     lacks = {"AVIF", "WEBP"} - {name.upper() for name in ("avif", "webp") if features.check(name)}
     return tuple(name for name in dict.fromkeys(FORMAT_OF.values()) if name in Image.OPEN and name not in lacks)
 
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """The suffixes, in lower case, of files that are read."""
+    """The lower-case suffixes of the files that can be read here."""
     return frozenset(suffix for suffix, name in FORMAT_OF.items() if name in formats())
 
 
@@ -94,9 +94,10 @@ def check_max_pixels(value: int, argument: str = "max_pixels") -> int:
 
 
 def read_image(source: Source, channels: int, background: Colour = WHITE, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A file, or the bytes of one, as a person sees it: "RGB" for 3 channels, "L" for 1; raises BadImage.
+    """The image in a file or in the bytes of a file, as a person sees it, in mode "RGB" (3 channels) or "L" (1).
 
-    Transparent parts show `background`. A picture of more than `max_pixels` is refused from its header.
+    Transparent parts show `background`. Raises BadImage for a file that can't be decoded, and for more than
+    `max_pixels` pixels, which the header tells before anything is decoded.
     """
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise BadImage("not a regular file" if Path(source).exists() else "no such file")
@@ -135,13 +136,13 @@ def load_pixels(
     background: Colour = WHITE,
     max_pixels: int = MAX_PIXELS,
 ) -> npt.NDArray[np.uint8]:
-    """One file, or the bytes of one, cropped to `size`: (c, H, W) uint8; raises BadImage."""
+    """The pixels of a file, or of the bytes of one, cropped to `size`: (c, H, W) uint8; raises BadImage."""
     array = np.asarray(centre_crop(read_image(source, channels, background, max_pixels), size))
     return np.ascontiguousarray(array[None] if channels == 1 else array.transpose(2, 0, 1))
 
 
 def as_seen(image: Image.Image, channels: int, background: Colour = WHITE) -> Image.Image:
-    """A picture in memory as `read_image` gives a file: upright, 8 bits, flat; raises BadImage."""
+    """An image that is already in memory, upright and in 8 bits as `read_image` returns it; raises BadImage."""
     try:
         with SILENCE:
             flat = flatten(image, mode_of(channels), background)
@@ -155,7 +156,7 @@ def mode_of(channels: int) -> str:
 
 
 def decoded(file: Path | str | BinaryIO, mode: str, background: Colour, max_pixels: int) -> Image.Image:
-    """The first frame, flat and upright."""
+    """The first frame of an image file, upright, in `mode` "RGB" or "L", without transparency."""
     with contextlib.ExitStack() as alone:
         with Image.open(file, formats=formats()) as image:
             check_header(image, max_pixels)
@@ -163,12 +164,12 @@ def decoded(file: Path | str | BinaryIO, mode: str, background: Colour, max_pixe
                 alone.enter_context(LARGE_ONES[os.getpid()])
             flat = flatten(image, mode, background)
             turn = turn_of(image)
-        del image  # its memory is free before a second copy is made
+        del image  # frees its memory before `upright` makes another copy
         return upright(flat, turn)
 
 
 def check_header(image: Image.Image, max_pixels: int) -> None:
-    """Refuse what would take too much memory, before a pixel is decoded."""
+    """Raise BadImage for an image that would take too much memory; called before any pixel is decoded."""
     width, height = image.size
     if min(width, height) < 1:
         raise BadImage(f"{width}x{height} pixels")
@@ -183,9 +184,9 @@ def check_header(image: Image.Image, max_pixels: int) -> None:
 
 
 class Silence:
-    """Silences Pillow's warnings about odd metadata while any thread is inside.
+    """A context manager that hides Pillow's warnings about odd metadata while any thread is inside.
 
-    `warnings.catch_warnings` alone is not safe: threads that overlap would restore each other's filters.
+    `warnings.catch_warnings` alone is not thread-safe: overlapping threads would restore each other's filters.
     """
 
     def __init__(self) -> None:
@@ -211,10 +212,10 @@ SILENCE = Silence()
 
 
 def pared(source: Source) -> io.BytesIO | None:
-    """A PNG or AVIF without what its look does not depend on; None where `source` is neither.
+    """A PNG or AVIF file without the parts that do not change how it looks; None for other formats.
 
-    Pillow refuses a PNG for a long text, a large profile or a damaged remark beside sound pixels, and an AVIF for a
-    damaged EXIF block (what makes that upright stands elsewhere).
+    Pillow refuses a PNG whose pixels are sound if it has a long text, a large profile or damaged metadata, and an AVIF
+    with a damaged EXIF block (an AVIF stores its orientation elsewhere).
     """
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         begin = file.read(12)
@@ -238,10 +239,10 @@ def pared(source: Source) -> io.BytesIO | None:
 
 
 def centre_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:
-    """The largest centred part of the shape of `size` (H, W), scaled to it.
+    """The largest centred crop with the aspect ratio of `size` (H, W), scaled to `size`.
 
-    ADM's preprocessing (Dhariwal & Nichol 2021): halve by boxes while both sides stay at least twice the target's,
-    then one bicubic resize, then the crop.
+    This is ADM's preprocessing (Dhariwal & Nichol 2021): box downsampling by 2 while both sides are at least twice the
+    target's, then one bicubic resize, then the crop.
     """
     H, W = size
     while image.width >= 2 * W and image.height >= 2 * H:

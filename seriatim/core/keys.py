@@ -1,28 +1,28 @@
 """Counter-based random numbers: the same key gives the same numbers, on every device, in any batch.
 
-Shapes: N rows, each with a key of 128 bits: two words (k0, k1), as int64.
+Shapes: N rows, each with a key of 128 bits, stored as two int64 words (k0, k1).
 
 Word j of a row is mix(mix(j G + k0) ^ k1), where `mix` is the finaliser of SplitMix64 and G its odd constant (Steele,
-Lea and Flood, "Fast splittable pseudorandom number generators", 2014). That a counter replaces the state of a
-generator is the idea of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Normal numbers are those
-of Box and Muller, 1958.
+Lea and Flood, "Fast splittable pseudorandom number generators", 2014). Replacing the state of a generator by a counter
+is the idea of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Normal numbers use the method of Box
+and Muller, 1958.
 
-Nothing here has a state. Element j of row n depends on (key of row n, j) alone, so that an image gets the same numbers
-whatever else is in its batch. Whoever draws twice from one key gets the same numbers twice: fold first.
+Keys have no state. Element j of row n depends only on the key of row n and on j, so that an image gets the same numbers
+whatever else is in its batch. Drawing twice from one key gives the same numbers twice, so fold the key before each use.
 
     image = Keys.of_seeds([1, 2, 3])                      # 3 rows, one for each image
-    noise = image.fold("token").fold(7).fold("noise")     # another key for everything that is drawn
+    noise = image.fold("token").fold(7).fold("noise")     # a separate key for each purpose
     x = noise.normal(100, 16)                             # (3, 100, 16)
 
-Integer operations are the same on every device, so `bits`, `uniform`, `integers` and `permutation` are too;
-`normal` may differ in the last bits. On a CPU numpy computes: its operations cost less to start than torch's.
+Integer operations give the same result on every device, so `bits`, `uniform`, `integers` and `permutation` do too;
+`normal` may differ in the last bits. On the CPU the numbers are computed by numpy, whose calls have less overhead.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -33,8 +33,8 @@ from torch import Tensor
 
 from seriatim.core.errors import UsageError
 
-PIECE = 1 << 14  # words that a CPU makes at a time: 128 KiB, which stay in its cache
-BLOCK = 1 << 20  # numbers that the parts of `split` make together: this bounds the memory of many large parts
+PIECE = 1 << 14  # words that are computed at a time on the CPU: 128 KiB, which fit into its cache
+BLOCK = 1 << 20  # numbers that the parts of a `split` compute together; bounds the memory of many large parts
 
 
 def _signed(word: int) -> int:
@@ -44,14 +44,14 @@ def _signed(word: int) -> int:
 
 G = _signed(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 M1, M2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)  # SplitMix64's multipliers
-ROOT = (_signed(0x243F6A8885A308D3), _signed(0x13198A2E03707344))  # the first digits of pi: the key of nothing
-FOLD0, FOLD1 = _signed(0xA4093822299F31D0), _signed(0x082EFA98EC4E6C89)  # the next ones: what folding adds
+ROOT = (_signed(0x243F6A8885A308D3), _signed(0x13198A2E03707344))  # first digits of pi: the key before any fold
+FOLD0, FOLD1 = _signed(0xA4093822299F31D0), _signed(0x082EFA98EC4E6C89)  # next digits of pi: added by each fold
 
 
 def mix(x: Any) -> Any:
-    """SplitMix64's finaliser, in place: a bijection of 64 bits; x is an int64 tensor or array.
+    """SplitMix64's finaliser, a bijection of 64 bits, applied in place to the int64 tensor or array x.
 
-    A right shift of int64 repeats the sign, so the bits that came in are masked.
+    A right shift of int64 copies the sign bit, so the copied bits are masked out.
     """
     t = x >> 30
     t &= (1 << 34) - 1
@@ -68,7 +68,7 @@ def mix(x: Any) -> Any:
 
 
 def _words(keys: Any, counter: Any) -> Any:
-    """The words of the keys (N, 2) at the places of `counter` (m,): (N, m)."""
+    """The random words (N, m) of the keys (N, 2) for the counters (m,)."""
     x = mix(counter * G + keys[:, :1])
     x ^= keys[:, 1:]
     return mix(x)
@@ -77,7 +77,7 @@ def _words(keys: Any, counter: Any) -> Any:
 def _uniform(xp: ModuleType, words: Any) -> Any:
     words >>= 40
     words &= (1 << 24) - 1
-    x = xp.asarray(words, dtype=xp.float32)  # exact: a float32 holds 24 bits
+    x = xp.asarray(words, dtype=xp.float32)  # exact, because a float32 holds 24 bits
     x *= 2.0**-24
     return x
 
@@ -91,9 +91,9 @@ def _integers(words: Any, high: int) -> Any:
 
 
 def _normal(xp: ModuleType, words: Any) -> Any:
-    """Two numbers of each word, r cos a and r sin a: the low half of the word gives the angle a, the high half r.
+    """Two normal numbers from each word, r cos a and r sin a: its low half gives the angle a, its high half r.
 
-    With v the half as an int32, |v + 1/2| / 2^31 is uniform in (0, 1]; r^2 = -2 ln u = -ln u^2, so r is at most 6.7.
+    If v is a half as an int32, u = |v + 1/2| / 2^31 is uniform in (0, 1]. r^2 = -2 ln u = -ln u^2, so r is at most 6.7.
     """
     halves = xp.asarray(words.view(xp.int32), dtype=xp.float32)  # (N, 2m): low, high, low, high, ...
     r = halves[:, 1::2] + 0.5
@@ -109,7 +109,7 @@ def _normal(xp: ModuleType, words: Any) -> Any:
 
 
 def _numbers(xp: ModuleType, kind: str, words: Any, high: int) -> Any:
-    """Words (N, m), which are used up -> the numbers that are made of them: (N, m), or (N, 2m) normal ones."""
+    """The random numbers (N, m), or (N, 2m) for normal ones, made from the words (N, m), which are overwritten."""
     match kind:
         case "bits":
             return words
@@ -120,13 +120,13 @@ def _numbers(xp: ModuleType, kind: str, words: Any, high: int) -> Any:
         case "normal":
             return _normal(xp, words)
         case "permutation":
-            return xp.argsort(words, -1)  # of whole words: two equal ones, whose order might differ, do not occur
+            return xp.argsort(words, -1)  # 64-bit words are practically never equal, so the order is unambiguous
     raise AssertionError(f"there are no random numbers of kind {kind!r}")
 
 
 def _make(keys: Tensor, kind: str, shape: tuple[int, ...], high: int) -> Tensor:
-    """Numbers (N, *shape) for the keys (N, 2), on the device of the keys."""
-    each = 2 if kind == "normal" else 1  # numbers of a word
+    """The random numbers (N, *shape) for the keys (N, 2), on the device of the keys."""
+    each = 2 if kind == "normal" else 1  # numbers from one word
     count = math.prod(shape)
     m = -(-count // each)
     if keys.device.type != "cpu":
@@ -145,7 +145,10 @@ def _make(keys: Tensor, kind: str, shape: tuple[int, ...], high: int) -> Tensor:
 
 
 def _folded(xp: ModuleType, keys: Any, step: Any) -> Any:
-    """Two rounds of a Feistel network: no two keys become one, and no two data make one key of the same key."""
+    """The folded keys (N, 2), from two rounds of a Feistel network.
+
+    Different keys stay different, and different data folded into the same key give different keys.
+    """
     k0, k1 = keys[:, 0], keys[:, 1]
     a = mix(k0 + step)
     a ^= k1
@@ -156,7 +159,7 @@ def _folded(xp: ModuleType, keys: Any, step: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def _step(data: int | str) -> int:
-    """What a name or a number adds when it is folded in."""
+    """The int64 that folding a name or a number adds to a key; raises UsageError for more than 64 bits."""
     if isinstance(data, str):
         data = int.from_bytes(hashlib.sha256(data.encode()).digest()[:8], "big", signed=True)
     if not -(2**63) <= data < 2**63:
@@ -165,17 +168,15 @@ def _step(data: int | str) -> int:
 
 
 class Keys:
-    """N keys, one for each row, from which random numbers are drawn."""
+    """N keys, one a row, from which random numbers are drawn."""
 
-    def __init__(self, words: Tensor) -> None:
-        assert words.ndim == 2 and words.shape[1] == 2 and words.dtype == torch.long, (
-            f"words of keys are int64 (N, 2), not {words.dtype} {tuple(words.shape)}"
-        )
-        self._words = words
+    def __init__(self, words: Tensor, host: Callable[[], Keys] | None = None) -> None:
+        assert words.shape[1:] == (2,) and words.dtype == torch.long, f"words: {words.dtype} {tuple(words.shape)}"
+        self._words, self._host = words, host  # `host` makes the same keys on the host, without a copy from a device
 
     @classmethod
     def of(cls, seed: int | str, *path: int | str) -> Keys:
-        """One row: the key of a seed, into which each of `path` is folded in turn."""
+        """The single key of a seed, into which each element of `path` is folded in turn."""
         keys = Keys(torch.tensor([ROOT]))
         for data in (seed, *path):
             keys = keys.fold(data)
@@ -183,71 +184,77 @@ class Keys:
 
     @classmethod
     def of_seeds(cls, seeds: Sequence[int], device: torch.device | str = "cpu") -> Keys:
-        """One row for each seed; that of seed s equals `of(s)`."""
+        """One key for each seed; the key of seed s equals `of(s)`."""
         try:
             data = torch.tensor(seeds, dtype=torch.long)
-        except (RuntimeError, OverflowError, ValueError):  # which of them it is depends on torch's version
+        except (RuntimeError, OverflowError, ValueError):  # the type of the error depends on torch's version
             for seed in seeds:
-                _step(seed)  # which says what is wrong
+                _step(seed)  # raises a UsageError that names the wrong seed
             raise
         return Keys(torch.tensor([ROOT])).fold(data).to(device)
 
     @property
     def words(self) -> Tensor:
-        """(N, 2) int64."""
+        """The keys as int64 words (N, 2)."""
         return self._words
 
     @property
     def device(self) -> torch.device:
         return self.words.device
 
+    @property
+    def host(self) -> Keys:
+        """The same keys on the host. Keys that came from there are made there once more, so no device is waited for."""
+        elsewhere = self._host or (lambda: self.to("cpu"))
+        return self if self.device.type == "cpu" else elsewhere()
+
     def __len__(self) -> int:
         return len(self.words)
 
     def to(self, device: torch.device | str) -> Keys:
-        return Keys(self.words.to(device, non_blocking=True))
+        return Keys(self.words.to(device, non_blocking=True), lambda: self.host)
 
     def fold(self, data: int | str | Tensor) -> Keys:
-        """Other keys, of these and of a name, a number, or a number for each row (N,) int64; the order of folds counts.
+        """New keys derived from these keys and `data`: a name, a number, or a number for each row (N,) int64.
 
-        A single row may be folded with (M,) numbers, which gives M rows. A number gives the same key as a tensor of it.
+        The order of several folds matters. A single key may be folded with (M,) numbers, which gives M keys. A number
+        gives the same key as a tensor that holds it.
         """
-        words = self.words
-        step: Any = data
+        words, on_host = self.words, self.device.type == "cpu"
+        step: Any = 0 if isinstance(data, Tensor) else _step(data)
         if isinstance(data, Tensor):
             assert data.ndim == 1 and (len(data) == len(self) or len(self) == 1), (
                 f"{len(self)} keys are folded with one number each, not with {tuple(data.shape)}"
             )
-            step = data.to(words.device, torch.long, non_blocking=True)
-        if words.device.type != "cpu":
-            return Keys(_folded(torch, words, step * G + FOLD0 if isinstance(data, Tensor) else _step(data)))
-        step = step.numpy() * G + FOLD0 if isinstance(data, Tensor) else _step(data)
-        return Keys(torch.from_numpy(_folded(np, words.numpy(), step)))
+            step = data.to(words.device, torch.long, non_blocking=True) * G + FOLD0
+        if on_host:
+            return Keys(torch.from_numpy(_folded(np, words.numpy(), np.asarray(step))))
+        return Keys(_folded(torch, words, step), lambda: self.host.fold(data))
 
     def select(self, rows: Tensor | slice) -> Keys:
-        """The keys of these rows, which may repeat: (M,) int64, or a slice."""
-        if isinstance(rows, slice):
-            return Keys(self.words[rows])
-        return Keys(self.words.index_select(0, rows.to(self.device, non_blocking=True)))
+        """The keys of the given rows: a slice, or indices (M,) int64, which may repeat."""
+        words, there = self.words, rows if isinstance(rows, slice) else rows.to(self.device, non_blocking=True)
+        chosen = words[there] if isinstance(there, slice) else words.index_select(0, there)
+        return Keys(chosen, lambda: self.host.select(rows))
 
     def split(self, count: int) -> tuple[Keys, ...]:
         """`count` keys, of which key i equals `fold(i)` and gives the same numbers.
 
-        What one of them draws is made for all of them at once, when the first one asks, also through further folds by
-        name or number: a loop over parts pays the operations once.
+        When one of them draws, the numbers of all of them are computed at once, also after further folds by name or
+        number, so that a loop over the parts pays for the operations only once.
         """
         parts = _Parts(self, count)
-        return tuple(_Part(parts, i, ()) for i in range(count))
+        return tuple(_Part(parts, i, (), lambda i=i: self.host.fold(i)) for i in range(count))  # type: ignore[misc]
 
     def _draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
         return _make(self.words, kind, shape, high)
 
     def bits(self, *shape: int) -> Tensor:
-        """Words of 64 random bits, int64 (N, *shape)."""
+        """Random 64-bit words: int64 (N, *shape)."""
         return self._draw("bits", shape)
 
     def uniform(self, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1), multiples of 2^-24: float32 (N, *shape)."""
+        """Uniform numbers in [0, 1), which are multiples of 2^-24: float32 (N, *shape)."""
         return self._draw("uniform", shape)
 
     def normal(self, *shape: int) -> Tensor:
@@ -265,12 +272,12 @@ class Keys:
 
 
 class _Parts:
-    """What the keys of one `split` share: the keys and the draws of all parts, made when the first part asks."""
+    """The state that all keys of one `split` share: the keys and draws of all parts, computed on first use."""
 
     def __init__(self, parent: Keys, count: int) -> None:
         self.parent, self.count, self.rows, self.device = parent, count, len(parent), parent.device
-        self.keys: dict[tuple[int | str, ...], Keys] = {}  # by path of folds: count x N rows, part by part
-        # By path, kind and shape: the first part of those drawn together, and the draw of each, until it is handed out.
+        self.keys: dict[tuple[int | str, ...], Keys] = {}  # path of folds -> count x N keys, part by part
+        # (path, kind, shape, high) -> the first part of the block drawn last, and its draws until they are handed out
         self.draws: dict[tuple[Any, ...], tuple[int, list[Tensor | None]]] = {}
 
     def folded(self, path: tuple[int | str, ...]) -> Keys:
@@ -284,7 +291,7 @@ class _Parts:
         return self.keys[path]
 
     def words(self, path: tuple[int | str, ...], first: int, last: int) -> Tensor:
-        """The words of parts first..last-1, part by part."""
+        """The key words of parts first..last-1, part by part: ((last - first) N, 2)."""
         return self.folded(path).words[first * self.rows : last * self.rows]
 
     def draw(self, index: int, path: tuple[int | str, ...], kind: str, shape: tuple[int, ...], high: int) -> Tensor:
@@ -298,16 +305,16 @@ class _Parts:
             block = list(made.view(last - first, self.rows, *shape).unbind())
             self.draws[asked] = (first, block)
         drawn, block[index - first] = block[index - first], None
-        if drawn is None:  # it was handed out, and whoever has it may have written into it
+        if drawn is None:  # this draw was handed out before, and its receiver may have written into it
             return _make(self.words(path, index, index + 1), kind, shape, high)
         return drawn
 
 
 class _Part(Keys):
-    """Key `index` of a `split`, folded along `path`."""
+    """Part `index` of a `split`, folded along `path`."""
 
-    def __init__(self, parts: _Parts, index: int, path: tuple[int | str, ...]) -> None:
-        self._parts, self._index, self._path = parts, index, path
+    def __init__(self, parts: _Parts, index: int, path: tuple[int | str, ...], host: Callable[[], Keys]) -> None:
+        self._parts, self._index, self._path, self._host = parts, index, path, host
 
     @property
     def words(self) -> Tensor:
@@ -322,27 +329,27 @@ class _Part(Keys):
 
     def fold(self, data: int | str | Tensor) -> Keys:
         if isinstance(data, Tensor):
-            return Keys(self.words).fold(data)
-        return _Part(self._parts, self._index, (*self._path, data))
+            return Keys(self.words, lambda: self.host).fold(data)
+        return _Part(self._parts, self._index, (*self._path, data), lambda: self.host.fold(data))
 
     def _draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
         return self._parts.draw(self._index, self._path, kind, shape, high)
 
 
 class ReplayKeys(Keys):
-    """Plays recorded draws: a draw is looked up by the path of its row and its kind, as in "0/token/5/noise/normal".
+    """Keys that return recorded draws, found by the path of the row and the kind, as in "0/token/5/noise/normal".
 
-    `draws` holds the draw of one row under each name, without the dimension of rows. `roots` names the rows, or says
-    how many there are, which are then "0", "1", ...
+    `draws` maps such names to the draw of one row, without the row dimension. `roots` gives the names of the rows, or
+    their number, in which case they are named "0", "1", ...
     """
 
     def __init__(self, draws: Mapping[str, Tensor], roots: int | Sequence[str], device: torch.device | str = "cpu"):
         self._paths = [str(i) for i in range(roots)] if isinstance(roots, int) else list(roots)
-        self._draws, self._device, self._asked = draws, torch.device(device), set[str]()
+        self._draws, self._device, self._asked, self._host = draws, torch.device(device), set[str](), None
 
     def _at(self, paths: list[str], device: torch.device | str | None = None) -> ReplayKeys:
         keys = ReplayKeys(self._draws, paths, device or self._device)
-        keys._asked = self._asked  # shared, so that `unused` of any of them knows what all of them were asked
+        keys._asked = self._asked  # shared, so that `unused` counts the draws of all derived keys
         return keys
 
     @property
@@ -389,5 +396,5 @@ class ReplayKeys(Keys):
         return torch.stack(rows) if rows else torch.empty(0, *shape, dtype=dtype, device=self._device)
 
     def unused(self) -> list[str]:
-        """The names of recorded draws that nobody asked for."""
+        """The names of the recorded draws that were never used."""
         return sorted(set(self._draws) - self._asked)

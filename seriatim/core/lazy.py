@@ -8,7 +8,7 @@ from typing import Any
 
 
 def exporter(package: str, where: Mapping[str, str]) -> Callable[[str], Any]:
-    """A module `__getattr__` that finds each name of `where` in the module given for it."""
+    """A `__getattr__` for the module `package` that imports each name from the module that `where` gives for it."""
 
     def find(name: str) -> Any:
         if name in where:

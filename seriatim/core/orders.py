@@ -1,12 +1,12 @@
-"""Orders: which token of an image is drawn when. Functions of the grid alone, and what the samplers make of them.
+"""Orders say which token of an image is generated when. Each order is a pure function of the grid (h, w).
 
 Symbols: B images, L = h w tokens on a grid of h rows and w columns; position p is row p // w, column p % w.
 
-There are two conventions, and `order_vectors` is where one becomes the other. For people, an order lists positions as
-they are drawn, the first drawn first. The samplers take tokens from the end of an order vector, as the official code
-of MAR does: its first m entries are those that stay unknown.
+There are two conventions, and `order_vectors` converts between them. Users list the positions in the order in which
+they are generated, the first one first. The samplers take tokens from the end of an order vector, as the official code
+of MAR does, so that the first m entries of the vector are the tokens that stay unknown.
 
-An order of your own is a function of (h, w): `seriatim.ORDERS["mine"] = lambda h, w: [...]`.
+You can add your own order as a function of (h, w): `seriatim.ORDERS["mine"] = lambda h, w: [...]`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from torch import Tensor
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.keys import Keys
 
-RANDOM = "random"  # no function of the grid: another permutation for each image, from its own key
+RANDOM = "random"  # not a function of the grid: each image gets its own permutation from its key
 RASTER = "raster"
-CONFIDENCE = "confidence"  # nor this: tokens are drawn all at once, and the likeliest stay; of codes alone
+CONFIDENCE = "confidence"  # not a function of the grid: all codes are sampled at once and the likeliest are kept
 
 
 def raster(h: int, w: int) -> list[int]:
-    """Row by row, each from left to right."""
+    """The positions row by row, each row from left to right."""
     return list(range(h * w))
 
 
 def halton(h: int, w: int) -> list[int]:
-    """Far from what is drawn already: the cells that the Halton sequence (1960) visits, each the first time.
+    """The positions in the order in which the Halton sequence (1960) visits them, far from those generated before.
 
-    Point i = 1, 2, ... is (column, row) = (phi_2(i) w, phi_3(i) h) rounded down, phi_b(i) the digits of i in base b
-    mirrored at the point; in whole numbers, so that no rounding decides. It ends: of any 2^a 3^b points in a row, one
-    is in each box of size 2^-a x 3^-b (Halton 1960), and every cell holds such a box.
+    Point i = 1, 2, ... is (column, row) = (phi_2(i) w, phi_3(i) h), rounded down, where phi_b(i) is the radical inverse
+    of i in base b. The computation uses integers, so that rounding errors cannot change the order. The loop ends,
+    because every 2^a 3^b consecutive points put one point into each box of size 2^-a x 3^-b (Halton 1960), and every
+    cell contains such a box.
     """
-    seen: dict[int, None] = {}  # in the order of insertion
+    seen: dict[int, None] = {}  # a dict keeps the order of insertion
     for i in count(1):
         if len(seen) == h * w:
             break
@@ -47,7 +48,7 @@ def halton(h: int, w: int) -> list[int]:
 
 
 def radical_inverse(i: int, base: int) -> tuple[int, int]:
-    """phi_base(i) as a fraction: numerator, denominator."""
+    """The radical inverse phi_base(i) as a fraction (numerator, denominator)."""
     numerator, denominator = 0, 1
     while i:
         i, digit = divmod(i, base)
@@ -56,16 +57,17 @@ def radical_inverse(i: int, base: int) -> tuple[int, int]:
 
 
 def spiral(h: int, w: int) -> list[int]:
-    """From the centre outwards: right, down, left, up, in rings; what is outside a grid that is no square is left out.
+    """The positions along a square spiral from the centre outwards: right, down, left, up.
 
-    With an even number of rows or columns the centre is the upper or left one of the two in the middle.
+    The parts of the spiral outside a grid that is not square are skipped. With an even number of rows or columns, the
+    spiral starts at the upper or left one of the two middle cells.
     """
     cells = ((row, column) for row, column in walk((h - 1) // 2, (w - 1) // 2) if 0 <= row < h and 0 <= column < w)
     return [row * w + column for row, column in islice(cells, h * w)]
 
 
 def walk(row: int, column: int) -> Iterator[tuple[int, int]]:
-    """An endless square spiral from here: 1 right, 1 down, 2 left, 2 up, 3 right, ..."""
+    """Iterate over the (row, column) cells of an endless square spiral: 1 right, 1 down, 2 left, 2 up, 3 right, ..."""
     yield row, column
     for turn in count():
         down, right = ((0, 1), (1, 0), (0, -1), (-1, 0))[turn % 4]
@@ -87,7 +89,7 @@ def check_order_name(name: str) -> None:
 
 
 def check_permutation(positions: Sequence[int], tokens: int, name: str = "order", of: str = "tokens") -> None:
-    """Refuse what does not name each of 0..tokens-1 once."""
+    """Raise UsageError unless `positions` names each of 0..tokens-1 exactly once."""
     what_to_do = f"name each position from 0 to {tokens - 1} once"
     if len(positions) != tokens:
         raise UsageError(f"{name}: {len(positions)} positions given for {tokens} {of}; {what_to_do}")
@@ -104,24 +106,25 @@ def check_permutation(positions: Sequence[int], tokens: int, name: str = "order"
 
 
 def order_vectors(order: Tensor | Sequence[int] | str | None, keys: Keys, known: Tensor) -> Tensor:
-    """The order vector of each image: (B, L), on the device of `known` (B, L). Tokens are taken from its end.
+    """The order vector of each image, (B, L), on the device of `known` (B, L); samplers take tokens from its end.
 
-    `order` lists positions, the first drawn first: (L,) for all images or (B, L); None draws a permutation for each.
-    Known tokens, which nobody draws, come last: of m unknown tokens the first m entries are those.
+    `order` lists positions, the first one generated first: (L,) for all images, or (B, L); None draws a random
+    permutation for each image from its key. Known tokens are moved to the end of the vector, so that its first m
+    entries are the m unknown tokens.
     """
     B, L = known.shape
     if order is None:
         vectors = keys.permutation(L).to(known.device)  # (B, L)
     else:
         vectors = positions_of(order, B, L).to(known.device).flip(-1).expand(B, L)
-    last = known.gather(1, vectors).to(torch.uint8).argsort(dim=1, stable=True)  # the unknown ones, then the known
+    last = known.gather(1, vectors).to(torch.uint8).argsort(dim=1, stable=True)  # unknown tokens before known tokens
     return vectors.gather(1, last)
 
 
 def positions_of(order: Tensor | Sequence[int] | str, images: int, tokens: int) -> Tensor:
-    """A given order as a tensor (L,) or (B, L), checked."""
+    """The given order as a tensor (L,) or (B, L) int64; raises UsageError unless it is a permutation."""
     if isinstance(order, str):
-        if order not in ORDERS:  # "random" and "confidence" are no functions of a grid
+        if order not in ORDERS:  # "random" and "confidence" are not functions of the grid
             raise UsageError(f"order: {order!r} is not allowed here; give the positions, or leave it out")
         raise UsageError(f"order: {order!r} needs a grid here; give seriatim.ORDERS[{order!r}](h, w)")
     given = torch.as_tensor(order)

@@ -1,7 +1,7 @@
-"""Whose folder is it? What is written goes into a new or empty folder, or into one that proves to be ours.
+"""Checks that Seriatim writes only into new or empty folders, or into folders that it wrote before.
 
-The proof is what a folder of that kind holds anyway (a manifest with a digest, the settings of an evaluation, a recipe
-beside a fingerprint of its images), so that folders of earlier releases prove themselves too. Looking changes nothing.
+A folder is recognised by files that its kind holds anyway (a manifest with a digest, the settings of an evaluation, a
+recipe beside a fingerprint of its images), so folders of earlier releases are recognised too. The checks only read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from seriatim.core.errors import UsageError
 from seriatim.core.files import explained, target_of
 from seriatim.core.reading import LISTING_BYTES, Unreadable, read_json
 
-DROPPINGS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # files that file managers leave everywhere
+DROPPINGS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # files that file managers create in any folder
 
 
 def owned(
@@ -26,9 +26,10 @@ def owned(
     begun: Container[str] = (),
     argument: str = "out",
 ) -> bool:
-    """Whether `folder` is a `what` of ours by `proof`; False where it is new or empty. Any other is refused.
+    """True if `proof` recognises `folder` as a `what` that Seriatim wrote; False if it is new or empty.
 
-    `begun` names the files that may lie in a folder of this kind before there is anything that proves it.
+    Any other folder raises UsageError. `begun` holds the names of files that a folder of this kind may hold before it
+    can be recognised.
     """
     if not os.path.lexists(folder):
         return False
@@ -47,7 +48,7 @@ def owned(
 
 
 def first_file(folder: Path, begun: Container[str] = ()) -> Path | None:
-    """A file that somebody keeps in `folder` or below; None where it is as good as empty."""
+    """The first file in `folder` or below it that matters to the user; None where there is no such file."""
     for path in sorted(folder.iterdir()):
         if path.name in begun or path.name in DROPPINGS or target_of(path) is not None:
             continue
@@ -60,7 +61,7 @@ def first_file(folder: Path, begun: Container[str] = ()) -> Path | None:
 
 
 def json_of(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; an empty one where the file is missing or anything else."""
+    """The mapping in a JSON file; an empty mapping if the file is missing or is not a JSON mapping."""
     try:
         return read_json(path, dict, LISTING_BYTES)
     except Unreadable:

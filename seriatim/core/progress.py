@@ -1,4 +1,4 @@
-"""Progress with an ETA: a bar on a terminal, plain lines elsewhere, nothing for what takes under two seconds."""
+"""Progress with an ETA: a bar on a terminal, plain lines elsewhere, and nothing for work of under two seconds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from seriatim.core.terminal import is_terminal, say
 
 T = TypeVar("T")
 
-QUIET_SECONDS = 2.0  # what is faster needs no bar
-LINE_SECONDS = 15.0  # without a terminal: one line this often
+QUIET_SECONDS = 2.0  # shorter work shows no bar
+LINE_SECONDS = 15.0  # seconds between two lines where there is no terminal
 
 
 def duration(seconds: float) -> str:
-    """`95` -> `1:35`; hours where there are any."""
+    """Seconds as text: `95` becomes `1:35`, and an hour or more becomes `h:mm:ss`."""
     whole = max(0, round(seconds))
     hours, rest = divmod(whole, 3600)
     minutes, rest = divmod(rest, 60)
@@ -26,7 +26,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress(AbstractContextManager["Progress"]):
-    """`with Progress(total, "training", "images") as bar: bar.advance(32, "loss 0.31")`. Writes to stderr."""
+    """Progress on stderr: `with Progress(total, "training", "images") as bar: bar.advance(32, "loss 0.31")`."""
 
     def __init__(self, total: int, what: str, unit: str = "steps", *, done: int = 0, quiet: bool = False) -> None:
         self.total, self.what, self.unit, self.quiet = total, what, unit, quiet
@@ -46,7 +46,7 @@ class Progress(AbstractContextManager["Progress"]):
 
     @property
     def eta(self) -> float:
-        """Seconds left at the mean rate so far; infinite before anything is done."""
+        """The seconds left at the mean rate so far; infinite before the first unit is done."""
         return (self.total - self.done) / self.rate if self.done > self.first else float("inf")
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -62,12 +62,12 @@ class Progress(AbstractContextManager["Progress"]):
             say(self.line())
 
     def skip(self, count: int) -> None:
-        """What was there already: it is done, and says nothing about the rate."""
+        """Count units that were done in an earlier run, which must not count towards the rate."""
         self.first += count
         self.advance(count)
 
     def line(self) -> str:
-        """`training: 1,024 of 4,096 images, 310 images/s, 0:10 left, loss 0.31`."""
+        """One line of text such as `training: 1,024 of 4,096 images, 310 images/s, 0:10 left, loss 0.31`."""
         left = f", {duration(self.eta)} left" if self.done < self.total and self.done > self.first else ""
         note = f", {self.note}" if self.note else ""
         return f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {self.rate:.3g} {self.unit}/s{left}{note}"
@@ -89,7 +89,7 @@ class Progress(AbstractContextManager["Progress"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar is not None:
-            with contextlib.suppress(OSError, ValueError):  # its terminal may have gone away
+            with contextlib.suppress(OSError, ValueError):  # the terminal may have been closed meanwhile
                 self._bar.stop()
         took = time.monotonic() - self.started
         if not self.quiet and kind is None and took >= QUIET_SECONDS:
@@ -98,7 +98,7 @@ class Progress(AbstractContextManager["Progress"]):
 
 
 def track(items: Iterable[T], total: int, what: str, unit: str = "steps", quiet: bool = False) -> Iterator[T]:
-    """Iterate with a progress bar."""
+    """Iterate over `items` and show a progress bar."""
     with Progress(total, what, unit, quiet=quiet) as bar:
         for item in items:
             yield item

@@ -1,7 +1,7 @@
-"""Plain data that is read back: JSON, YAML and text of bounded size, depth and numbers.
+"""Reads JSON, YAML and text files, with limits on size, depth and numbers.
 
-Whoever wrote a file decides what it holds, not how much work it makes. Every reader raises `Unreadable`, whose text
-completes the sentence "this file ..."; the caller names the file and says what to do.
+The limits protect against files that would take very long or very much memory to read. Every reader raises
+`Unreadable`, whose text completes the sentence "this file ..."; the caller names the file and says what to do.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from seriatim.core.names import SURROGATE
 
 T = TypeVar("T")
 
-SETTINGS_BYTES = 1 << 24  # of a file of settings
-YAML_BYTES = 1 << 18  # PyYAML takes seconds for a megabyte, and recipes have a few thousand bytes
-LISTING_BYTES = 1 << 30  # of a file that lists every image of a data set
-PRIVATE = 0xF0000  # a plane of Unicode for private use, where bytes that are not UTF-8 stand while YAML is read
+SETTINGS_BYTES = 1 << 24  # largest size of a settings file
+YAML_BYTES = 1 << 18  # largest size of a YAML file; PyYAML takes seconds a megabyte, and recipes have a few kilobytes
+LISTING_BYTES = 1 << 30  # largest size of a file that lists every image of a data set
+PRIVATE = 0xF0000  # a private-use plane of Unicode that stands in for bytes that are not UTF-8 while YAML is parsed
 DEEPEST = 64  # levels of nesting
-MOST_VALUES = 100_000  # that the aliases of a YAML text may expand to
-LARGEST = 1 << 64  # of whole numbers, either sign
+MOST_VALUES = 100_000  # values that the aliases of a YAML text may expand to
+LARGEST = 1 << 64  # largest absolute value of an integer
 KINDS = {dict: "a mapping", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value",
          type(None): "nothing"}  # fmt: skip
 
@@ -39,7 +39,7 @@ class Unreadable(ValueError):
 
 
 def read_text(path: Path, most: int = SETTINGS_BYTES) -> str:
-    """A file as text, if it is a plain file of at most `most` bytes in UTF-8."""
+    """The text of a file; raises Unreadable unless it is a plain UTF-8 file of at most `most` bytes."""
     if not path.exists():
         raise Unreadable("is missing")
     if not path.is_file():
@@ -58,17 +58,17 @@ def read_text(path: Path, most: int = SETTINGS_BYTES) -> str:
 
 
 def read_json(path: Path, kind: type[T], most: int = SETTINGS_BYTES) -> T:
-    """What a JSON file holds, which must be of type `kind`: dict or list."""
+    """The content of a JSON file, which must be of type `kind` (dict or list); raises Unreadable."""
     return parse_json(read_text(path, most), kind)
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds."""
+    """The content of a YAML file as plain data; raises Unreadable."""
     return parse_yaml(read_text(path, YAML_BYTES))
 
 
 def read_or_raise(read: Callable[[], T], path: Path, error: type[Exception], remedy: str) -> T:
-    """What `read` gives; where it is `Unreadable`, an `error` of one line that names the file."""
+    """The result of `read()`; if that raises `Unreadable`, raises `error` with one line that names the file."""
     try:
         return read()
     except Unreadable as why:
@@ -79,7 +79,10 @@ def read_or_raise(read: Callable[[], T], path: Path, error: type[Exception], rem
 
 
 def parse_json(text: str, kind: type[T]) -> T:
-    """What a JSON text holds, which must be of type `kind`. NaN, infinity and absurdly long numbers are refused."""
+    """The content of a JSON text, which must be of type `kind`.
+
+    Raises Unreadable, also for NaN, infinity and integers of more than 64 bits.
+    """
     try:
         value = json.loads(text, parse_int=whole_number, parse_float=finite_number, parse_constant=refuse_constant)
     except Unreadable:
@@ -108,18 +111,18 @@ def finite_number(digits: str) -> float:
 
 
 def refuse_constant(name: str) -> float:
-    raise Unreadable(f"has {name}, which is no number of JSON")
+    raise Unreadable(f"has {name}, which is not a JSON number")
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text holds: plain data only, its aliases expanded to at most MOST_VALUES values.
+    """The content of a YAML text, which must be plain data and expand to at most MOST_VALUES values.
 
-    Bytes of names that are not UTF-8, which YAML refuses, stay as they are.
+    Bytes of names that are not UTF-8, which YAML does not allow, are preserved. Raises Unreadable.
     """
     if SURROGATE.search(text):
         return with_bytes(parse_yaml(SURROGATE.sub(lambda found: chr(ord(found[0]) + PRIVATE), text)))
     level = 0
-    for bracket in re.findall(r"[\[\]{}]", text):  # PyYAML takes seconds to find out
+    for bracket in re.findall(r"[\[\]{}]", text):  # checked here because PyYAML takes seconds to fail on deep nesting
         level += 1 if bracket in "[{" else -1
         if level > 10 * DEEPEST:
             raise Unreadable(f"is nested deeper than {DEEPEST} levels")
@@ -135,13 +138,13 @@ def parse_yaml(text: str) -> Any:
     except RecursionError as error:
         raise Unreadable(f"is nested deeper than {DEEPEST} levels") from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
-        raise Unreadable(f"is not YAML ({one_line(error)[:160]})") from error  # what its readers of numbers may raise
+        raise Unreadable(f"is not YAML ({one_line(error)[:160]})") from error  # PyYAML's number parsers raise the rest
     check_plain(value)
     return value
 
 
 def with_bytes(value: Any) -> Any:
-    """The same data, with bytes that are not UTF-8 put back in place of what stood for them."""
+    """The same data, with the private-use characters replaced by the bytes that they stand for."""
     if isinstance(value, str):
         return "".join(chr(ord(c) - PRIVATE) if 0 <= ord(c) - PRIVATE - 0xD800 < 0x800 else c for c in value)
     if isinstance(value, list):
@@ -150,7 +153,7 @@ def with_bytes(value: Any) -> Any:
 
 
 def expanded(root: yaml.Node) -> int:
-    """How many values a YAML node stands for once its aliases are written out; refuses too many and endless ones."""
+    """The number of values of a YAML node after its aliases are expanded; raises Unreadable if too many or endless."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, level: int) -> int:
@@ -162,7 +165,7 @@ def expanded(root: yaml.Node) -> int:
         if known == 0:
             raise Unreadable("has an alias that holds itself")
         if known is None:
-            sizes[id(node)] = 0  # being counted
+            sizes[id(node)] = 0  # 0 marks a node that is being counted
             children = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
             known = sizes[id(node)] = 1 + sum(size(child, level + 1) for child in children)
         if known > MOST_VALUES:
@@ -176,7 +179,7 @@ def expanded(root: yaml.Node) -> int:
 
 
 def check_depth(value: Any) -> None:
-    """Refuse what is nested deeper than DEEPEST levels."""
+    """Raise Unreadable for data that is nested deeper than DEEPEST levels."""
     level = [value]
     for _ in range(DEEPEST + 1):
         parts = [item.values() if isinstance(item, dict) else item for item in level]
@@ -187,13 +190,13 @@ def check_depth(value: Any) -> None:
 
 
 def check_plain(value: Any, level: int = 0) -> None:
-    """Refuse whatever no recipe needs: keys that are no text, and numbers that are not finite or absurdly long."""
+    """Raise Unreadable for data that no recipe needs: keys that are not text, numbers not finite or beyond 64 bits."""
     if level > DEEPEST:
         raise Unreadable(f"is nested deeper than {DEEPEST} levels")
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):
-                raise Unreadable(f"has the key {str(key)[:40]!r}, which is no text: put it in quotes")
+                raise Unreadable(f"has the key {str(key)[:40]!r}, which is not text: put it in quotes")
             check_plain(inner, level + 1)
     elif isinstance(value, (list, tuple, set)):
         for inner in value:

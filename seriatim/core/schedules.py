@@ -1,4 +1,4 @@
-"""Schedules as pure functions of progress. Nothing here knows a model or draws a number.
+"""Schedules as pure functions of progress. They depend on no model and draw no random numbers.
 
 Symbols: L tokens of an image, I steps over the image, u in [0, 1] progress.
 """
@@ -15,12 +15,12 @@ from seriatim.core.errors import UsageError, nearest
 
 
 def cosine(u: float) -> float:
-    """Share of tokens still unknown at progress u (MaskGIT; MAR section 3.4)."""
+    """The share of tokens that are still unknown at progress u (MaskGIT; MAR section 3.4)."""
     return math.cos(math.pi / 2 * u)
 
 
 def linear(u: float) -> float:
-    """Share of tokens still unknown at progress u: equally many tokens every step."""
+    """The share of tokens that are still unknown at progress u if every step generates equally many tokens."""
     return 1.0 - u
 
 
@@ -39,28 +39,30 @@ def unknown_after(
     schedule: str = "cosine",
     min_tokens: int = 1,
 ) -> int:
-    """Tokens of an image that are still unknown after step `step` (0-based) of `steps`.
+    """The number of tokens of an image that are still unknown after step `step` (0-based) of `steps`.
 
-    `unknown` are unknown now, `start` were so before the first step (default: all). An image that starts with
-    known tokens enters the schedule where the schedule has that share. With all tokens unknown this is
-    floor(L cos(pi/2 (s+1)/I)) in double precision, clamped so that each step takes a token and leaves one for each
-    step to come (MAR section 3.4 and the official rounding). `min_tokens` in the place of that one makes the first
-    steps, of which the cosine takes a token each, fewer. An image with too few unknown tokens for that takes
-    `min_tokens` a step, in the end what is left, and is done early.
+    `unknown` tokens are unknown now, and `start` tokens were unknown before the first step (default: all). An image
+    that starts with known tokens enters the schedule at the progress at which the schedule has that share.
+
+    With all tokens unknown, the result is floor(L cos(pi/2 (s+1)/I)) in double precision, clamped so that every step
+    generates at least one token and leaves at least one for each later step (MAR section 3.4, with the official
+    rounding). A larger `min_tokens` replaces this minimum of one token and so speeds up the first steps, in which the
+    cosine generates one token each. An image with too few unknown tokens for all steps generates `min_tokens` a step
+    and is finished early.
     """
     if unknown <= min_tokens or step >= steps - 1:
         return 0
     share, inverse = TOKEN_SCHEDULES[schedule]
     begin = 0.0 if start is None or start == tokens else inverse(start / tokens)
     u = begin + (1.0 - begin) * (step + 1) / steps
-    later = (steps - 1 - step) * min_tokens  # each later step needs tokens of its own
+    later = (steps - 1 - step) * min_tokens  # tokens that must remain for the later steps
     return min(unknown - min_tokens, max(later, math.floor(tokens * share(u))))
 
 
 def tokens_per_step(
     steps: int, tokens: int, unknown: int | None = None, schedule: str = "cosine", min_tokens: int = 1
 ) -> list[int]:
-    """How many tokens each step generates; the sum is `unknown` (default: all)."""
+    """The number of tokens that each step generates; they sum to `unknown` (default: all tokens)."""
     check_token_schedule(schedule, min_tokens)
     start = tokens if unknown is None else unknown
     left, counts = start, []
@@ -79,24 +81,30 @@ def check_token_schedule(name: str, min_tokens: int = 1) -> None:
 
 
 def check_one_a_step(steps: int | None, tokens: int, schedule: str = "cosine", min_tokens: int = 1) -> None:
-    """Refuse what makes no sense for a model that draws one token a step; None is as many steps as tokens."""
+    """Raise UsageError for settings that do not fit a causal model, which generates one token a step.
+
+    `steps` may be None, which means one step a token.
+    """
     if steps is not None and steps != tokens:
         raise UsageError(
-            f"num_inference_steps: {steps} steps asked of a causal model of {tokens} tokens, which draws one a step; "
-            "leave it out"
+            f"num_inference_steps: {steps} steps asked of a causal model of {tokens} tokens, which generates one token "
+            "a step; leave it out"
         )
     for name, value, default in (("token_schedule", schedule, "cosine"), ("min_tokens", min_tokens, 1)):
         if value != default:
-            raise UsageError(f"{name}: {value!r} asked of a causal model, which draws one token a step; leave it out")
+            raise UsageError(
+                f"{name}: {value!r} asked of a causal model, which generates one token a step; leave it out"
+            )
 
 
 # --- guidance over the image ------------------------------------------------------------------------------------
 #
-# Each is a scale at the known share u = (L - m) / L, with m of L tokens unknown after the step; w is the full scale.
+# Each function returns the guidance scale at the share u = (L - m) / L of known tokens, where m of L tokens are unknown
+# after the step. The full scale is w.
 
 
 def guidance_linear(scale: float, unknown: int, tokens: int) -> float:
-    """1 + (w - 1) u (MAR section 3.4; Muse)."""
+    """The scale 1 + (w - 1) u, which grows linearly from 1 to w (MAR section 3.4; Muse)."""
     return 1.0 + (scale - 1.0) * (tokens - unknown) / tokens
 
 
@@ -105,13 +113,13 @@ def guidance_constant(scale: float, _unknown: int, _tokens: int) -> float:
 
 
 def guidance_interval(scale: float, unknown: int, tokens: int, interval: tuple[float, float] = (0.0, 1.0)) -> float:
-    """w where low <= u <= high, else 1, which costs no unconditional pass (Kynkaanniemi et al. 2024; eMIGM)."""
+    """w where low <= u <= high, else 1, which needs no unconditional pass (Kynkaanniemi et al. 2024; eMIGM)."""
     low, high = interval
     return scale if low <= (tokens - unknown) / tokens <= high else 1.0
 
 
 def guidance_power_cosine(scale: float, unknown: int, tokens: int, power: float = 1.0) -> float:
-    """1 + (w - 1) (1 - cos(pi u^s)) / 2: the larger the power s, the later (Gao et al. 2023, MDT)."""
+    """The scale 1 + (w - 1) (1 - cos(pi u^s)) / 2; a larger power s starts later (Gao et al. 2023, MDT)."""
     u = (tokens - unknown) / tokens
     return 1.0 + (scale - 1.0) * (1.0 - math.cos(math.pi * u**power)) / 2
 
@@ -122,7 +130,7 @@ GUIDANCE_SCHEDULES: dict[str, Callable[..., float]] = {
     "interval": guidance_interval,
     "power-cosine": guidance_power_cosine,
 }
-GUIDANCE_OPTIONS = {"interval": "guidance_interval", "power-cosine": "guidance_power"}  # schedule -> its own setting
+GUIDANCE_OPTIONS = {"interval": "guidance_interval", "power-cosine": "guidance_power"}  # schedule -> its only setting
 
 
 def guidance_at(
@@ -135,7 +143,7 @@ def guidance_at(
 ) -> float:
     """The guidance scale of a step after which `unknown_after` tokens are unknown.
 
-    The published schedule never lets that count fall below 1, not even after the last step.
+    As in the published schedule, this count is taken to be at least 1, even after the last step.
     """
     check_guidance_schedule(schedule)
     options = {"interval": interval, "power": power}
@@ -149,17 +157,18 @@ def check_guidance_schedule(name: str) -> None:
 
 
 def check_guidance(schedule: str, interval: Sequence[float] | None = None, power: float | None = None) -> None:
-    """Refuse a schedule that isn't known, and a setting that is not allowed or not of this schedule."""
+    """Raise UsageError for an unknown schedule, a wrong setting, or a setting of another schedule."""
     check_guidance_schedule(schedule)
     given = {"guidance_interval": interval, "guidance_power": power}
     for owner, name in GUIDANCE_OPTIONS.items():
         if given[name] is not None and schedule != owner:
             raise UsageError(
-                f"{name}: the schedule {schedule!r} has none; leave it out, or set guidance_schedule to {owner!r}"
+                f"{name}: only valid with guidance_schedule={owner!r} (got {schedule!r}); leave it out or change that"
             )
     if schedule == "interval" and interval is None:
         raise UsageError(
-            "guidance_interval: is missing; give the known shares it begins and ends at, such as 0.2 and 1"
+            "guidance_interval: is missing; give the shares of known tokens between which guidance is on, such as "
+            "0.2 and 1"
         )
     if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
         raise UsageError(f"guidance_interval: {tuple(interval)} is not allowed; it must be 0 <= low <= high <= 1")
@@ -171,10 +180,10 @@ def check_guidance(schedule: str, interval: Sequence[float] | None = None, power
 
 
 def annealed_steps(first: int, last: int | None, progress: float) -> int:
-    """Steps inside a head when a share `progress` in [0, 1] of the image is known: linear from `first` to `last`.
+    """The number of steps inside a head when a share `progress` in [0, 1] of the image is known.
 
-    The more is known, the less is left to decide, and the fewer steps it takes (DiSA, arXiv 2505.20297). None: always
-    `first`.
+    It falls linearly from `first` to `last`, because a token is easier to predict when more of the image is known
+    (DiSA, arXiv 2505.20297). If `last` is None, it is always `first`.
     """
     return first if last is None else max(1, round(first + (last - first) * min(max(progress, 0.0), 1.0)))
 
@@ -183,9 +192,10 @@ def annealed_steps(first: int, last: int | None, progress: float) -> int:
 
 
 def mask_ratio(u: float, mean: float = 1.0, std: float = 0.25, low: float = 0.7, high: float = 1.0) -> float:
-    """The share of tokens to mask: a normal(mean, std) truncated to [low, high], by inverse CDF of u in [0, 1).
+    """The share of tokens to mask in training, from a uniform u in [0, 1).
 
-    MAR section 3.4: mean 1, std 0.25, on [0.7, 1].
+    The share follows a normal(mean, std) truncated to [low, high], by its inverse CDF. MAR section 3.4 uses mean 1 and
+    std 0.25 on [0.7, 1].
     """
     normal = NormalDist(mean, std)
     a, b = normal.cdf(low), normal.cdf(high)
@@ -196,7 +206,10 @@ def mask_ratio(u: float, mean: float = 1.0, std: float = 0.25, low: float = 0.7,
 
 
 def learning_rate(seen: int, total: int, warmup: int, schedule: str = "constant") -> float:
-    """Factor on the learning rate after `seen` of `total` images: linear warm-up, then constant or half a cosine."""
+    """The factor on the learning rate after `seen` of `total` images.
+
+    It rises linearly over `warmup` images and then stays constant or follows half a cosine down to 0.
+    """
     if warmup > 0 and seen < warmup:
         return seen / warmup
     if schedule == "constant":
@@ -208,8 +221,8 @@ def learning_rate(seen: int, total: int, warmup: int, schedule: str = "constant"
 
 
 def ema_decay(step: int, decay: float) -> float:
-    """The decay of the weight average at its n-th update: min(decay, (1 + n) / (10 + n)).
+    """The decay of the weight average at update n = `step`: min(decay, (1 + n) / (10 + n)).
 
-    A fixed 0.9999 holds on to the random start for tens of thousands of steps; this warms up.
+    The decay starts low, because a fixed 0.9999 would keep the random initial weights for tens of thousands of steps.
     """
     return min(decay, (1.0 + step) / (10.0 + step))

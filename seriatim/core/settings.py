@@ -1,7 +1,8 @@
-"""The settings that all samplers share, written out once.
+"""The settings that all samplers share, defined once.
 
-Python's keyword arguments, the options of the command line, the settings of evaluations and the fields of requests all
-come from the fields of `Settings`. What one head alone understands is in `head_options`, which the head checks.
+The keyword arguments in Python, the options of the command line, the settings of evaluations and the fields of requests
+all come from the fields of `Settings`. Options that only one kind of head has go into `head_options`, which the head
+checks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from seriatim.core.validation import Strict
 
 
 def order_value(value: Any) -> Any:
-    """The name of an order as it is; positions, or a list of them for each image, as tuples."""
+    """An order with its lists turned into tuples, which can be hashed; names and None are returned unchanged."""
     if value is None or isinstance(value, str):
         return value
     rows = value if isinstance(value, (list, tuple)) else ()
@@ -30,54 +31,60 @@ def order_value(value: Any) -> Any:
 Order = Annotated[str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None, BeforeValidator(order_value)]
 
 
-Steps = Annotated[StrictInt, Field(ge=1, le=1 << 20)]  # over an image: one for each token of the largest
-InnerSteps = Annotated[StrictInt, Field(ge=1, le=10_000)]  # inside a head
-Strength = Annotated[float, Field(ge=0, le=1e6)]  # of guidance or temperature
+Steps = Annotated[StrictInt, Field(ge=1, le=1 << 20)]  # steps over an image; no image has more tokens than this
+InnerSteps = Annotated[StrictInt, Field(ge=1, le=10_000)]  # denoising steps inside a head
+Strength = Annotated[float, Field(ge=0, le=1e6)]  # a guidance scale or a temperature
 
 
 def setting(default: Any, panel: str, description: str) -> Any:
-    """A field of `Settings`; the command line lists it in `panel` with its description."""
+    """A field of `Settings`; the help text of the command line lists it in `panel` with its description."""
     return Field(default, description=description, json_schema_extra={"panel": panel})
 
 
 class Settings(Strict):
-    """How images are sampled. A setting that is not given has the model's default, or else the one written here."""
+    """How images are sampled. A setting that is not given takes the model's default, or else the default below."""
 
     num_inference_steps: Steps | None = setting(
-        None, "Steps", "Steps over the image. None: 64, or one for each token of a causal model."
+        None, "Steps", "Steps over the image. None means 64, or one step a token for a causal model."
     )
     token_schedule: str = setting("cosine", "Steps", "How many tokens each step generates: cosine or linear.")
-    min_tokens: Steps = setting(1, "Steps", "Tokens of a step at least, while so many are unknown.")
+    min_tokens: Steps = setting(1, "Steps", "The fewest tokens that a step generates, while so many are unknown.")
     num_diffusion_steps_last: InnerSteps | None = setting(
         None,
         "Steps",
-        "Denoising steps when all but the last tokens are known; they fall linearly from num_diffusion_steps. "
-        "None: no annealing.",
+        "Denoising steps at the end of the image; the number falls linearly from num_diffusion_steps to this. "
+        "None means that it stays the same.",
     )
     order: Order = setting(
         None,
         "Order and temperature",
-        "Which token comes when: random, raster, halton, spiral, confidence (codes only), or positions such as "
-        "3,1,0,2, the first generated first, for all images or for each. None: the model's own.",
+        "The order in which tokens are generated: random, raster, halton, spiral, confidence (codes only), or "
+        "positions such as 3,1,0,2 (one list for all images, or one for each). None means the model's own order.",
     )
     choice_temperature: Strength = setting(
-        4.5, "Order and temperature", "Noise on the confidence of codes, falling to 0; only with order=confidence."
+        4.5, "Order and temperature", "Noise on the confidence of codes, which falls to 0; only with order=confidence."
     )
-    temperature: Strength = setting(1.0, "Order and temperature", "Below 1 is sharper; 1 is the model's distribution.")
+    temperature: Strength = setting(
+        1.0, "Order and temperature", "Values below 1 make samples sharper; 1 is the model's distribution."
+    )
     guidance_scale: Strength = setting(1.0, "Guidance", "Classifier-free guidance scale w; 1 is no guidance.")
     guidance_schedule: str = setting(
         "linear", "Guidance", "Guidance over the image: linear, constant, interval or power-cosine."
     )
     guidance_interval: tuple[float, float] | None = setting(
-        None, "Guidance", "Known shares between which there is guidance; only with guidance_schedule=interval."
+        None,
+        "Guidance",
+        "The shares of known tokens, low and high, between which guidance is on; only with guidance_schedule=interval.",
     )
     guidance_power: float | None = setting(
-        None, "Guidance", "The larger, the later guidance sets in; only with guidance_schedule=power-cosine. None: 1."
+        None,
+        "Guidance",
+        "A larger power makes guidance start later; only with guidance_schedule=power-cosine. None means 1.",
     )
-    head_options: dict[str, Any] = Field(default_factory=dict, description="Settings that the head declares.")
+    head_options: dict[str, Any] = Field(default_factory=dict, description="Options that only this kind of head has.")
 
     def __hash__(self) -> int:
-        """Equal settings have equal hashes; of head options, which may be lists, the names alone count."""
+        """A hash; only the names of the head options enter it, because their values may be lists."""
         return hash((*(value for name, value in self if name != "head_options"), frozenset(self.head_options)))
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""What the tokens of an image are: how many, features or codes, and on what grid.
+"""Describes the tokens of an image: how many there are, whether they are features or codes, and their grid.
 
-The tokenizer, the backbone, the head and the split of a nested head each carry a `TokenSpec`; whoever puts two of them
-together checks that they meet.
+The tokenizer, the backbone, the head and the split of a nested head each carry a `TokenSpec`. The code that combines
+two of them checks that their specs agree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from seriatim.core.errors import UsageError
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """L tokens of an image, each D features or one of V codes."""
+    """The L tokens of an image; each token is D features, or one of V codes."""
 
     count: int  # L
     dim: int | None = None  # D, the features of a token; None where tokens are codes
@@ -46,16 +46,16 @@ class TokenSpec:
 
     @property
     def what(self) -> str:
-        """The tokens in words, for messages."""
+        """A description of a token for error messages, such as "16 features"."""
         return f"{self.dim} features" if self.vocab is None else f"codes of a vocabulary of {self.vocab}"
 
     def blank(self, images: int, device: torch.device | str = "cpu") -> Tensor:
-        """What stands for tokens that nobody knows: zeros (B, L, D), or codes (B, L) int64."""
+        """Placeholder tokens, all zero: features (B, L, D) float32, or codes (B, L) int64."""
         dtype = torch.float32 if self.vocab is None else torch.long
         return torch.zeros(images, *self.shape, dtype=dtype, device=device)
 
     def check(self, tokens: Tensor, images: int | None = None) -> None:
-        """Raise UsageError where `tokens` are not (B, L, D), or codes (B, L) of the vocabulary."""
+        """Raise UsageError unless `tokens` are features (B, L, D), or codes (B, L) within the vocabulary."""
         fits = tokens.ndim and tuple(tokens.shape[1:]) == self.shape
         if not fits or (images is not None and len(tokens) != images):
             wanted = ", ".join(("B" if images is None else str(images), *map(str, self.shape)))
@@ -67,14 +67,14 @@ class TokenSpec:
             wanted = "features in floating point" if self.vocab is None else "codes, int64"
             raise UsageError(f"tokens: {tokens.dtype} is not allowed; this model's tokens are {wanted}")
         if self.vocab is None or not tokens.numel() or tokens.device.type != "cpu":
-            return  # reading codes from an accelerator would wait for it: their range is checked where they come from
+            return  # reading codes from an accelerator would block, so their range is checked where they are made
         low, high = (int(value) for value in tokens.aminmax())
         if not 0 <= low <= high < self.vocab:
             raise UsageError(f"tokens: codes from {low} to {high} are not all in the vocabulary, 0 to {self.vocab - 1}")
 
 
 def grid_of(grid: Sequence[int] | None, tokens: int) -> tuple[int, int]:
-    """Rows and columns of so many tokens: as given, or a square, or one row."""
+    """The (rows, columns) of the token grid: `grid` if given, else a square if `tokens` allows it, else one row."""
     if grid is None:
         side = math.isqrt(tokens)
         return (side, side) if side * side == tokens else (1, tokens)

@@ -1,4 +1,4 @@
-"""Stopping on request: finish the step, save, leave. And one process to a folder, or to a part of its work."""
+"""Stops work on request after the current step, and lets only one process at a time work on a folder or part of it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP"
 class StopRequest:
     """`with StopRequest() as stop:` and, after each step, `if stop.requested:`.
 
-    The first SIGTERM, SIGINT, SIGHUP or SIGUSR1 is noted; a second stops the process at once, which loses nothing that
-    was saved, since files are renamed when they are whole. Where SIGHUP is ignored (`nohup`) it stays ignored.
+    The first SIGTERM, SIGINT, SIGHUP or SIGUSR1 is noted in `requested`; a second one ends the process at once. That
+    loses nothing that was saved, because files are renamed only when they are complete. If the process ignores SIGHUP
+    (under `nohup`), it keeps ignoring it.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+        if threading.current_thread() is threading.main_thread():  # Python lets only the main thread set handlers
             for number in SIGNALS:
                 if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._note)
@@ -44,7 +45,8 @@ class StopRequest:
         self.requested = signal.Signals(number).name
         text = f"{self.requested}: finishing this step and saving; send it again to stop at once\n"
         if sys.stderr is not None:
-            with contextlib.suppress(OSError, ValueError):  # no `say`: the handler may have interrupted a print
+            # `say` can't be used here, because this handler may have interrupted a print to the same stream.
+            with contextlib.suppress(OSError, ValueError):
                 os.write(sys.stderr.fileno(), text.encode())
 
     def __exit__(
@@ -55,7 +57,10 @@ class StopRequest:
 
 
 def refuse_many_processes() -> None:
-    """Training is one process on one device; one of several would train everything again, or wait for the others."""
+    """Raise UsageError if torchrun started several processes.
+
+    Training runs as one process on one device, so each of several processes would repeat the whole training.
+    """
     for name, most in (("WORLD_SIZE", 1), ("RANK", 0)):
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > most:
@@ -67,7 +72,10 @@ def refuse_many_processes() -> None:
 
 @contextlib.contextmanager
 def only_trainer(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; the system lets go when the process ends, however it ends."""
+    """Lock `folder` for this process; raises UsageError if another process trains into it.
+
+    The operating system releases the lock when the process ends, even after a crash.
+    """
     with open(folder / ".lock", "a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -85,13 +93,15 @@ def only_trainer(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock file `path`, made for this and deleted when let go; False where another process holds it.
+    """Lock the file `path` and yield True; yield False where another process holds the lock.
 
-    With `wait`, until it lets go. The system lets go for a process that dies; its file stays until the next holder.
+    With `wait`, this waits until the other process releases the lock. The file is created for the lock and deleted when
+    the lock is released. The operating system releases the lock of a process that dies; its file stays until the next
+    process takes the lock.
 
-    `filelock` can't do this. It leaves the file behind, or, where we delete it, lets two processes hold files of the
-    same name (version 3.12 does not look whether the file that it has locked is still there), and that version empties
-    a file that another process holds, and with it the name of the holder that `only_trainer` reports.
+    `filelock` can't do this. It leaves the file behind, and if we delete the file, it lets two processes lock files of
+    the same name (version 3.12 does not check that the file it has locked still exists). That version also empties a
+    file that another process holds, and `only_trainer` reads the name of the holder from that file.
     """
     while True:
         with explained(path):
@@ -104,17 +114,17 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
             return
         if is_at(lock, path):
             break
-        lock.close()  # deleted by the last holder between our opening and locking it: another may hold a new one
+        lock.close()  # the last holder deleted the file after we opened it, so another process may hold a new file
     try:
         yield True
     finally:
-        path.unlink(missing_ok=True)  # while it is held, so that nobody else's goes
-        fcntl.flock(lock, fcntl.LOCK_UN)  # said, not left to closing: a worker process may have the file open too
+        path.unlink(missing_ok=True)  # deleted while the lock is held, so that no other process's file is deleted
+        fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not release it if a worker process has the file open too
         lock.close()
 
 
 def is_at(file: TextIO, path: Path) -> bool:
-    """Whether the open file is still the one at `path`."""
+    """True if the open file is still the file at `path`."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

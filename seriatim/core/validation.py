@@ -1,4 +1,4 @@
-"""Validated settings: pydantic models whose errors are one line and name the nearest valid key."""
+"""Validates settings with pydantic; an error is one line and suggests the nearest valid key."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seriatim.core.errors import ConfigError, SeriatimError, nearest, shown
 
 
 class Strict(BaseModel):
-    """Frozen settings; an unknown key is an error."""
+    """Base class of immutable settings, in which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -20,7 +20,7 @@ S = TypeVar("S", bound=Strict)
 
 
 def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """The names of the fields allowed where `path` points to."""
+    """The names of the fields that are allowed at `path`."""
     for part in path[:-1]:
         field = cls.model_fields.get(str(part))
         inner = field.annotation if field else None
@@ -31,7 +31,10 @@ def _fields_at(cls: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
 
 
 def parse(cls: type[S], data: Mapping[str, Any], where: str = "", error: type[SeriatimError] = ConfigError) -> S:
-    """Validate `data` as `cls`; the first thing wrong becomes one line (prefixed by `where`, a file or verb)."""
+    """Validate `data` as `cls` and return it.
+
+    The first fault raises `error` with one line, which starts with `where` (the name of a file or command).
+    """
     try:
         return cls.model_validate(dict(data))
     except ValidationError as failure:
@@ -54,7 +57,7 @@ def parse(cls: type[S], data: Mapping[str, Any], where: str = "", error: type[Se
 
 
 def plain(value: Any) -> Any:
-    """NumPy's and torch's scalars and arrays as Python's own."""
+    """Scalars and arrays of NumPy and torch as Python numbers and (nested) tuples; other values are unchanged."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, (list, tuple)):

@@ -31,7 +31,7 @@ from seriatim.sampling.draw import Drawing
 from seriatim.sampling.guidance import scales_at
 from seriatim.sampling.parallel import order_of
 from seriatim.sampling.sequential import sequential_steps
-from seriatim.sampling.step import Start, Step, begin, check_finite
+from seriatim.sampling.step import Start, Step, begin, check_finite, checked
 
 
 class CausalModel(SequenceModel):
@@ -93,15 +93,15 @@ class CausalModel(SequenceModel):
         """The head's loss over all tokens of each image, for tokens (B, L, D) or codes (B, L), in one pass."""
         B, L = tokens.shape[:2]
         device = tokens.device
-        order = keys.fold("order").permutation(L).to(device) if self.order == RANDOM else None  # (B, L)
-        z = self.backbone.sequence(condition, tokens, order).flatten(0, 1)  # (B L, C)
-        rows = torch.arange(B, device=device).repeat_interleave(L)  # (B L,): the image of each token
-        places = torch.arange(L, device=device).repeat(B) if order is None else order.flatten()  # (B L,)
+        order = keys.host.fold("order").permutation(L) if self.order == RANDOM else None  # (B, L), on the host
+        z = self.backbone.sequence(condition, tokens, None if order is None else order.to(device))
+        rows = torch.arange(B).repeat_interleave(L)  # (B L,): the image of each token
+        places = torch.arange(L).repeat(B) if order is None else order.flatten()  # (B L,)
         target = tokens.flatten(0, 1)  # (B L, D)
         if order is not None:
-            target = target.index_select(0, rows * L + places)
+            target = target.index_select(0, (rows * L + places).to(device))
         own = keys.fold("token").to(device).select(rows).fold(places)
-        return summed(self.head.loss(z, target, own), B, rows)
+        return summed(self.head.loss(z.flatten(0, 1), target, own), B, rows.to(device))
 
     # --- sampling: the specification; `seriatim.sampling.sequential` is the fast loop -------------------------------
 
@@ -155,9 +155,10 @@ class CausalModel(SequenceModel):
         self.check_settings(settings)
         known = torch.zeros(len(condition), self.tokens, dtype=torch.bool) if start is None else start.known.cpu()
         vectors = self.sampling_order(order_of(order, settings, self.spec), keys, known)
-        return sequential_steps(
+        steps = sequential_steps(
             self.backbone, self.head, condition, null, keys, settings, vectors, start, scale, temperature, dtype
         )
+        return checked(steps)
 
     def check_settings(self, settings: Settings) -> Settings:
         check_one_a_step(settings.num_inference_steps, self.tokens, settings.token_schedule, settings.min_tokens)

@@ -31,7 +31,7 @@ from seriatim.models.base import SequenceModel, make_conditioner, summed
 from seriatim.sampling.draw import Drawing
 from seriatim.sampling.guidance import scales_at
 from seriatim.sampling.parallel import STEPS, is_confidence, order_of, parallel_steps, surest
-from seriatim.sampling.step import Start, Step, begin, check_finite
+from seriatim.sampling.step import Start, Step, begin, check_finite, checked
 
 
 class MaskedModel(SequenceModel):
@@ -79,14 +79,14 @@ class MaskedModel(SequenceModel):
         `tokens` is (B, L, D), or codes (B, L).
         """
         B, L = tokens.shape[:2]
-        device, order_keys = tokens.device, keys.fold("order")
-        order = order_keys.permutation(L).to("cpu")  # (B, L); the first entries are the masked positions
+        device, keys = tokens.device, keys.host  # which tokens are masked is decided on the host
+        order = keys.fold("order").permutation(L)  # (B, L); the first entries are the masked positions
         masked = torch.tensor(self._masked(keys, step)).expand(B)  # the number of masked tokens of each image
         ask = torch.zeros(B, L, dtype=torch.bool).scatter(1, order, torch.arange(L) < masked[:, None])  # on the host
         rows, places = ask.nonzero().unbind(1)  # (N,): the image of each masked token, and its position
         z = self.backbone.z(condition, tokens, ~ask, ask, self.head.neighbours)  # (N, C)
         target = tokens.flatten(0, 1).index_select(0, (rows * L + places).to(device))
-        own = keys.fold("token").select(rows.to(keys.device)).fold(places.to(keys.device)).to(device)
+        own = keys.fold("token").select(rows).fold(places).to(device)
         return summed(self.head.loss(z, target, own), B, rows.to(device))
 
     def _masked(self, keys: Keys, step: Keys | None) -> list[int]:
@@ -164,9 +164,10 @@ class MaskedModel(SequenceModel):
         temperature: float | Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Iterator[Step]:
-        return parallel_steps(
+        steps = parallel_steps(
             self.backbone, self.head, condition, null, keys, settings, start, order, scale, temperature, dtype
         )
+        return checked(steps)
 
     def check_settings(self, settings: Settings) -> Settings:
         is_confidence(settings.order, self.head)

@@ -32,6 +32,7 @@ from seriatim.models.base import SequenceModel
 from seriatim.models.causal_model import CausalModel
 from seriatim.models.splits import Split
 from seriatim.nn.linear import Linear
+from seriatim.sampling.parallel import parallel_steps
 from seriatim.sampling.sequential import dense
 
 FEATURE_SCHEDULES = ("constant", "linear", "cosine")
@@ -213,7 +214,7 @@ class Nested(Head):
                 warm = 1.0 + factor * (temperature - 1.0)
                 return warm.clamp(min=0.0) if isinstance(warm, Tensor) else max(0.0, warm)
 
-            parts = dense(
+            parts, sound = dense(
                 self.model.backbone,
                 self.model.head,
                 condition,
@@ -223,7 +224,15 @@ class Nested(Head):
                 lambda i: None if guidance is None else guidance.scheduled(scheduled(schedule, i + 1, T)),
                 warmth,
             )
-            return self.split.join(parts)
+            return self._joined(parts, sound)
+
+    def _joined(self, parts: Tensor, sound: Tensor | None) -> Tensor:
+        """Parts (N, T, g) as tokens (N, D), NaN where something on the way was not finite (`sound`, a bool).
+
+        Nothing is asked of the device here: the sampler over the image looks once at the tokens of a batch.
+        """
+        tokens = self.split.join(parts)
+        return tokens if sound is None else torch.where(sound, tokens, math.nan)
 
     def _parallel(
         self,
@@ -239,18 +248,17 @@ class Nested(Head):
             num_inference_steps=self.parts, guidance_schedule="constant", head_options=self._leaf(plan.options)
         )
         scale = [1.0] * len(condition) if guidance is None else guidance.host.tolist()
-        tokens: Tensor | None = None
-        for step in self.model.steps(
+        *_, last = parallel_steps(
+            self.model.backbone,
+            self.model.head,
             condition,
             condition if null is None else null,
-            keys.to("cpu"),
+            keys.host,
             settings,
             scale=scale,
             temperature=temperature,
-        ):
-            tokens = step.tokens
-        assert tokens is not None, "a token has at least one part"
-        return self.split.join(tokens)
+        )
+        return self._joined(last.tokens, last.sound)
 
     @torch.no_grad()
     def sample_naive(

@@ -1,1 +1,1 @@
-"""The layers that backbones and heads are made of."""
+"""The layers from which backbones and heads are built."""

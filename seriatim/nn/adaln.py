@@ -1,6 +1,6 @@
 """Adaptive layer norm: a residual MLP block whose norm is shifted, scaled and gated by a condition.
 
-N rows, W width. A modulation depends on the condition only, so that a sampler can compute those of many steps in
+N rows, W width. A modulation depends only on the condition, so a sampler can compute the modulations of many steps in
 one large product before its loop.
 """
 
@@ -21,7 +21,7 @@ class AdaLNBlock(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.fc1 = Linear(width, width)
         self.fc2 = Linear(width, width)
-        self.modulation = Linear(width, 3 * width)  # of SiLU(condition): shift, scale, gate
+        self.modulation = Linear(width, 3 * width)  # SiLU(condition) -> shift, scale, gate
 
     def modulate(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """SiLU(condition) (..., W) -> shift, 1 + scale, gate: each (..., W)."""
@@ -29,19 +29,19 @@ class AdaLNBlock(nn.Module):
         return shift, 1 + scale, gate
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """x (N, W) and what `modulate` gave."""
+        """x (N, W) -> (N, W); shift, scale and gate are the result of `modulate`."""
         h = torch.addcmul(shift, self.norm(x), scale)
         h = self.fc1(h, then="swish")
         return torch.addcmul(x, gate, self.fc2(h))
 
 
 class AdaLNOutput(nn.Module):
-    """Linear(LN(x) * (1 + scale) + shift); the norm has no weights of its own."""
+    """Linear(LN(x) * (1 + scale) + shift), where the norm has no learned weights."""
 
     def __init__(self, width: int, output: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
-        self.modulation = Linear(width, 2 * width)  # of SiLU(condition): shift, scale
+        self.modulation = Linear(width, 2 * width)  # SiLU(condition) -> shift, scale
         self.linear = Linear(width, output)
 
     def modulate(self, condition: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,5 +50,5 @@ class AdaLNOutput(nn.Module):
         return shift, 1 + scale
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """x (N, W) and what `modulate` gave -> (N, output)."""
+        """x (N, W) -> (N, output); shift and scale are the result of `modulate`."""
         return self.linear(torch.addcmul(shift, self.norm(x), scale))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from seriatim.nn.kv_cache import causal_mask
 from seriatim.nn.linear import Linear
 
-SHORT = 128  # positions up to which explicit products beat the fused kernel on a CPU in float32
+SHORT = 128  # up to this many positions, explicit products are faster than the fused kernel on a CPU in float32
 
 
 class Attention(nn.Module):
@@ -21,14 +21,14 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
-        self.dropout = dropout  # on the attention probabilities and on the output
+        self.dropout = dropout  # applies to the attention probabilities and to the output
         self.qkv = Linear(width, 3 * width)
         self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-        """x (B, S, C); mask (B, 1, 1 or S, S), True where a key may be attended to -> (B, S, C).
+        """x (B, S, C) -> (B, S, C); mask (B, 1, 1 or S, S) is True where a query may attend to a key.
 
-        With `at` (B, K), only what these positions see: (B, K, C).
+        With `at` (B, K), only the outputs at these positions are computed: (B, K, C).
         """
         B, S, C = x.shape
         qkv = self.qkv(x).view(B, S, 3, self.heads, C // self.heads)  # (B, S, 3, h, d)
@@ -48,13 +48,14 @@ def attend(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     *,
-    scale: float | None = None,  # None: 1 / sqrt(d)
-    causal: bool = False,  # a position looks at itself and at those before; as many queries as keys, and no mask
+    scale: float | None = None,  # None means 1 / sqrt(d)
+    causal: bool = False,  # a position attends only to itself and earlier ones; needs as many queries as keys, no mask
 ) -> Tensor:
-    """softmax(scale q k^T) v; all (B, h, S, d). The fused kernel, except where a CPU is faster without.
+    """softmax(scale q k^T) v; all tensors are (B, h, S, d).
 
-    On a CPU the fused backward costs up to 7 times the explicit one in bfloat16, at every length measured, and
-    the explicit one wins in float32 up to `SHORT` positions (docs/log.md), and for one query over a cache.
+    The fused kernel is used, except where explicit products are faster on a CPU: in bfloat16, whose fused backward pass
+    takes up to 7 times as long at every length measured, in float32 up to `SHORT` positions (docs/log.md), and for a
+    single query over a cache.
     """
     short = k.shape[-2] <= SHORT or q.shape[-2] == 1
     explicit = q.device.type == "cpu" and (q.dtype == torch.bfloat16 or short)

@@ -1,4 +1,4 @@
-"""The transformer block, and the initialisation that backbones share."""
+"""The bidirectional transformer block, and the weight initialisation that backbones share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NORM_EPS = 1e-6
 
 
 class MLP(nn.Module):
-    """Linear, exact GELU, Linear; hidden width 4 C by default."""
+    """The MLP of a block: Linear, exact GELU, Linear; the hidden width is 4 C by default."""
 
     def __init__(self, width: int, ratio: float = 4.0, dropout: float = 0.0) -> None:
         super().__init__()
@@ -37,19 +37,19 @@ class Block(nn.Module):
         self.mlp = MLP(width, mlp_ratio, dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, at: Tensor | None = None) -> Tensor:
-        """x (B, S, C) -> (B, S, C), or with `at` (B, K) what comes out at these positions: (B, K, C)."""
+        """x (B, S, C) -> (B, S, C); with `at` (B, K), only the outputs at these positions: (B, K, C)."""
         seen = self.attention(self.norm1(x), mask, at)
         x = seen + (x if at is None else gather(x, at))
         return x + self.mlp(self.norm2(x))
 
 
 def gather(x: Tensor, at: Tensor) -> Tensor:
-    """x (B, S, C), at (B, K) -> (B, K, C)."""
+    """The rows of x (B, S, C) at the positions `at` (B, K): (B, K, C)."""
     return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def xavier(module: nn.Module) -> None:
-    """Every Linear inside `module`: Xavier-uniform weights, zero biases."""
+    """Initialise every Linear inside `module` with Xavier-uniform weights and zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)

@@ -1,4 +1,4 @@
-"""The block of a causal transformer: LlamaGen's (Sun et al. 2024), and with adaptive norms VAR's (Tian et al. 2024).
+"""The block of a causal transformer, as in LlamaGen (Sun et al. 2024) or, with adaptive norms, VAR (Tian et al. 2024).
 
 B sequences, n positions, C width, A width of the condition, h heads, d = C/h.
 """
@@ -22,7 +22,7 @@ NORMS, MLPS = ("rms", "layer"), ("swiglu", "gelu-tanh")
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019), in float32, cast back before the weight."""
+    """x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019), computed in float32 and cast back before the weight."""
 
     def __init__(self, width: int, *, affine: bool = True) -> None:
         super().__init__()
@@ -34,18 +34,18 @@ class RMSNorm(nn.Module):
 
 
 def make_norm(kind: str, width: int, affine: bool) -> nn.Module:
-    """A norm; without weights of its own where a condition gives them."""
+    """A norm of the given kind; `affine` is False where a condition provides its weights."""
     if kind == "rms":
         return RMSNorm(width, affine=affine)
     return nn.LayerNorm(width, eps=LAYER_EPS, elementwise_affine=affine)
 
 
 class CausalAttention(nn.Module):
-    """softmax(s q k^T / sqrt(d)) v; keys have no bias, which would cancel in the softmax."""
+    """softmax(s q k^T / sqrt(d)) v; keys have no bias, because it would cancel in the softmax."""
 
     def __init__(self, width: int, heads: int, *, bias: bool = False, scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout  # on the output, not on the probabilities
+        self.heads, self.dropout = heads, dropout  # dropout applies to the output, not to the probabilities
         self.scale = scale * (width // heads) ** -0.5
         self.qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width)) if bias else None
@@ -53,23 +53,23 @@ class CausalAttention(nn.Module):
         self.proj = Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, window: Window, cache: KVCache | None = None) -> Tensor:
-        """x (B, n, C), new positions -> (B, n, C); without a cache they look at each other alone."""
+        """x (B, n, C), the new positions -> (B, n, C); without a cache they attend only to each other."""
         return self.attended(self.projected(x), window, cache)
 
     def bias(self) -> Tensor | None:
-        """The bias of queries, keys and values together: (3 C,)."""
+        """The concatenated bias of queries, keys (zero) and values, (3 C,), or None."""
         if self.q_bias is None or self.v_bias is None:
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def projected(self, x: Tensor) -> Tensor:
-        """x (B, n, C) -> queries, keys, values (B, n, 3 C)."""
+        """x (B, n, C) -> concatenated queries, keys and values (B, n, 3 C)."""
         qkv: Tensor = self.qkv(x)
         bias = self.bias()
         return qkv if bias is None else qkv + bias
 
     def attended(self, qkv: Tensor, window: Window, cache: KVCache | None) -> Tensor:
-        """Queries, keys and values as `projected` gives them (B, n, 3 C) -> (B, n, C)."""
+        """Queries, keys and values (B, n, 3 C), as `projected` returns them -> the attention's output (B, n, C)."""
         B, n, C = len(qkv), qkv.shape[1], qkv.shape[2] // 3
         heads = qkv.view(B, n, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # (3, B, h, n, d)
         q, k, v = heads
@@ -82,7 +82,7 @@ class CausalAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """W2 (SiLU(W1 x) * W3 x) (Shazeer 2020)."""
+    """The MLP W2 (SiLU(W1 x) * W3 x) (Shazeer 2020)."""
 
     def __init__(self, width: int, hidden: int, *, bias: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class SwiGLU(nn.Module):
 
 
 class TanhMLP(nn.Module):
-    """Linear, GELU by its tanh approximation, Linear."""
+    """The MLP Linear, GELU (in its tanh approximation), Linear."""
 
     def __init__(self, width: int, hidden: int, output: int | None = None, *, bias: bool, dropout: float = 0.0) -> None:
         super().__init__()
@@ -111,9 +111,10 @@ class TanhMLP(nn.Module):
 
 
 class CausalBlock(nn.Module):
-    """Pre-norm: x + Attn(N(x)), then x + MLP(N(x)); with `condition`, both norms and both results are modulated.
+    """A pre-norm block: x + Attn(N(x)), then x + MLP(N(x)).
 
-    Then, as in VAR: x + gamma1 * Attn(N(x) (1 + scale1) + shift1), x + gamma2 * MLP(N(x) (1 + scale2) + shift2).
+    With `condition`, the block is modulated as in VAR: x + gamma1 * Attn(N(x) (1 + scale1) + shift1), then
+    x + gamma2 * MLP(N(x) (1 + scale2) + shift2).
     """
 
     def __init__(
@@ -127,7 +128,7 @@ class CausalBlock(nn.Module):
         bias: bool = False,
         attention_scale: float = 1.0,
         dropout: float = 0.0,
-        condition: int | None = None,  # its width; None: no modulation
+        condition: int | None = None,  # the width of the condition; None means no modulation
     ) -> None:
         super().__init__()
         self.norm1 = make_norm(norm, width, affine=condition is None)
@@ -138,7 +139,7 @@ class CausalBlock(nn.Module):
         self.modulation = None if condition is None else Linear(condition, MODULATIONS * width)
 
     def modulate(self, activated: Tensor) -> tuple[Tensor, ...]:
-        """SiLU(condition) (B, A) -> gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2: (B, 1, C) each."""
+        """SiLU(condition) (B, A) -> gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2, each (B, 1, C)."""
         assert self.modulation is not None, "this block is built without a condition"
         g1, g2, s1, s2, b1, b2 = self.modulation(activated)[:, None].chunk(MODULATIONS, dim=-1)
         return g1, g2, 1 + s1, 1 + s2, b1, b2
@@ -151,9 +152,10 @@ class CausalBlock(nn.Module):
         modulation: Sequence[Tensor] = (),
         qkv: Tensor | None = None,
     ) -> Tensor:
-        """x (B, n, C), new positions -> (B, n, C). `modulation` is what `modulate` gave, empty without a condition.
+        """x (B, n, C), the new positions -> (B, n, C).
 
-        `qkv` is what the attention of a modulated block projects, where the caller has computed it already.
+        `modulation` is the result of `modulate`, or empty without a condition. For a modulated block, `qkv` may hold
+        the projected queries, keys and values (B, n, 3 C) if the caller has computed them already.
         """
         if not modulation:
             x = x + self.attention(self.norm1(x), window, cache)
@@ -166,7 +168,7 @@ class CausalBlock(nn.Module):
 
 
 class ModulatedNorm(nn.Module):
-    """N(x) (1 + scale) + shift, of a condition."""
+    """N(x) (1 + scale) + shift, where scale and shift depend on a condition."""
 
     def __init__(self, width: int, kind: str, condition: int) -> None:
         super().__init__()
@@ -174,7 +176,7 @@ class ModulatedNorm(nn.Module):
         self.modulation = Linear(condition, 2 * width)  # scale, shift
 
     def modulate(self, activated: Tensor) -> tuple[Tensor, Tensor]:
-        """SiLU(condition) (B, A) -> 1 + scale, shift: (B, 1, C) each."""
+        """SiLU(condition) (B, A) -> 1 + scale, shift, each (B, 1, C)."""
         scale, shift = self.modulation(activated)[:, None].chunk(2, dim=-1)
         return 1 + scale, shift
 

@@ -1,9 +1,9 @@
-"""Float32 training at full speed on CPUs whose vector units MKL leaves half idle: the product of oneDNN.
+"""Trains in float32 with the products of oneDNN, on CPUs of which MKL uses only half of the vector units.
 
-There the usual product takes about twice the time of oneDNN's (docs/log.md), forward and backward. Weights, names and
-results are those of `Linear`, but for rounding. There is no forward-mode derivative: `Linear` has one.
+On such CPUs the usual product takes about twice as long as oneDNN's (docs/log.md), forward and backward. Weights, names
+and results are those of `Linear`, except for rounding. Unlike `Linear`, it has no forward-mode derivative.
 
-N rows, I and O features in and out.
+N rows, I features in, O features out.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 from seriatim.nn.linear import ACTIVATIONS, Linear
 from seriatim.nn.prepare import packs
 
-WORTHWHILE = 1 << 27  # multiplications of a product below which packing costs more than it gains
+WORTHWHILE = 1 << 27  # for products of fewer multiplications, packing costs more time than it saves
 
 
 class OneDNNLinear(Linear):
-    """A `Linear` that holds the parameters of another one."""
+    """A `Linear` that computes large products by oneDNN; it shares the parameters of `layer`."""
 
     replaceable = True
 
@@ -46,9 +46,10 @@ class OneDNNLinear(Linear):
 
 
 def prepare_training(model: nn.Module) -> None:
-    """Replace each Linear of a model by one that trains faster, where this machine has one; parameters stay the same.
+    """Replace each Linear of a model by one that trains faster, if this machine's CPU benefits from it.
 
-    Call it on a model on the CPU, before or after the optimiser was made.
+    The parameters stay the same tensors, so this may be called before or after the optimiser is built. The model must
+    be on the CPU.
     """
     if not mkl_is_slow():
         return
@@ -59,7 +60,7 @@ def prepare_training(model: nn.Module) -> None:
 
 
 class Product(torch.autograd.Function):
-    """x W^T + b, and its gradients, each by oneDNN."""
+    """x W^T + b and its gradients, computed by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -80,14 +81,14 @@ class Product(torch.autograd.Function):
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., I), weight (O, I) -> x W^T + b: (..., O)."""
+    """x W^T + b, (..., O), from x (..., I) and the weight (O, I), computed by oneDNN."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
 
 
 @lru_cache(maxsize=1)
 def mkl_is_slow() -> bool:
-    """Whether MKL keeps to half of this processor's vector units: AMD's with AVX-512, as Linux tells."""
+    """True if MKL uses only half of this processor's vector units: on AMD processors with AVX-512, under Linux."""
     try:
         info = Path("/proc/cpuinfo").read_text()
     except OSError:

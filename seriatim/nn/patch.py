@@ -1,4 +1,4 @@
-"""Images to tokens and back.
+"""Converts images to tokens and back.
 
 B images, c channels, H x W pixels, p patch side, h = H/p rows and w = W/p columns of tokens.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def patchify(images: Tensor, p: int) -> Tensor:
-    """(B, c, H, W) -> (B, h*w, c*p*p): tokens in raster order, features channel-major (c, row, column)."""
+    """Images (B, c, H, W) -> tokens (B, h*w, c*p*p) in raster order; features are ordered (c, row, column)."""
     B, c, H, W = images.shape
     h, w = H // p, W // p
     x = images.reshape(B, c, h, p, w, p)
@@ -18,7 +18,7 @@ def patchify(images: Tensor, p: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, p: int, h: int, w: int) -> Tensor:
-    """(B, h*w, c*p*p) -> (B, c, h*p, w*p): the exact inverse of `patchify`."""
+    """Tokens (B, h*w, c*p*p) -> images (B, c, h*p, w*p); the exact inverse of `patchify`."""
     B, _, D = tokens.shape
     c = D // (p * p)
     x = tokens.reshape(B, h, w, c, p, p)

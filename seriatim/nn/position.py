@@ -1,4 +1,4 @@
-"""Where a token stands, and when a diffusion step is."""
+"""Embeddings of the positions of tokens and of the timesteps of diffusion."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 
 def learned_positions(count: int, width: int) -> nn.Parameter:
-    """A learned vector for each of `count` positions: (count, width), drawn from N(0, 0.02)."""
+    """Learned vectors for `count` positions, (count, width), initialised from a normal of standard deviation 0.02."""
     return nn.Parameter(torch.randn(count, width) * 0.02)
 
 
 def sincos_positions(grid: tuple[int, int], width: int, longest: float = 100.0) -> Tensor:
-    """Sines and cosines of row and column: (h w, width), values in [-1, 1].
+    """Sines and cosines of the row and column of each cell: (h w, width), values in [-1, 1].
 
-    Half of the features tell the row, half the column, at frequencies from 1 down to 1/longest. (MAE's longest is
-    10000: over a grid of a few cells nearly all of those are constant.)
+    Half of the features encode the row and half the column, at frequencies from 1 down to 1/longest. MAE uses a
+    `longest` of 10000, but on a grid of a few cells nearly all of those frequencies are constant.
     """
     h, w = grid
     quarter = -(-width // 4)
@@ -30,9 +30,9 @@ def sincos_positions(grid: tuple[int, int], width: int, longest: float = 100.0) 
 
 
 def resized_positions(positions: Tensor, grid: tuple[int, int], other: tuple[int, int]) -> Tensor:
-    """Vectors (P, width) learned for a grid (h, w), bicubic for another: (P - h w + h' w', width).
+    """Position vectors (P, width) of a grid (h, w), resized bicubically to `other`: (P - h w + h' w', width).
 
-    What comes before the grid's (a buffer) stays as it is.
+    The first P - h w vectors, which belong to a buffer in front of the grid, are not changed.
     """
     if grid == other:
         return positions
@@ -43,9 +43,9 @@ def resized_positions(positions: Tensor, grid: tuple[int, int], other: tuple[int
 
 
 def sinusoid(t: Tensor, width: int = 256, longest: float = 10000.0) -> Tensor:
-    """(T,) -> (T, width): cosines first, then sines, of t * longest^(-i / (width/2)).
+    """Timesteps (T,) -> (T, width): first the cosines, then the sines, of t * longest^(-i / (width/2)).
 
-    The argument is the raw timestep (Ho et al. 2020; frequencies as in DiT and MAR's head).
+    t is the raw timestep (Ho et al. 2020); the frequencies are those of DiT and MAR's head.
     """
     half = width // 2
     frequencies = torch.exp(-math.log(longest) / half * torch.arange(half, device=t.device, dtype=torch.float32))

@@ -1,9 +1,10 @@
-"""Weights laid out once for sampling: packed for the CPU's matrix kernels (oneDNN), or cast; there are no gradients.
+"""Linear layers for sampling, whose weights are packed once for the CPU's kernels (oneDNN), or cast once elsewhere.
 
-On a CPU the usual product goes through MKL, which packs the weights again at each call and leaves half of the vector
-units of some processors idle. With few rows, as in a head, that is most of the time (docs/log.md has the figures).
+These layers have no gradients. On a CPU the usual product uses MKL, which packs the weights again at each call and
+leaves half of the vector units of some processors idle. With few rows, as in a head, that takes most of the time
+(docs/log.md has the figures).
 
-N rows, I and O features in and out.
+N rows, I features in, O features out.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing_extensions import override
 from seriatim.core.errors import UsageError
 from seriatim.nn.linear import Linear
 
-UNPACKED = "take seriatim.load(..., prepare=False).model"
-SMALLEST = 1 << 12  # weights from which packing pays: below, the call itself is most of the time
+UNPACKED = "use seriatim.load(..., prepare=False).model"
+SMALLEST = 1 << 12  # layers with fewer weights are left as they are, because the call itself takes most of their time
 
 
 class PackedLinear(nn.Module):
-    """What the `nn.Linear` gives, in the dtype of the packed weights: x (..., I) -> (..., O)."""
+    """An `nn.Linear` with packed weights, which computes in their dtype: x (..., I) -> (..., O)."""
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(O, I), unpacked: a copy."""
+        """An unpacked copy of the weights: (O, I)."""
         return self.packed.to_dense()
 
     @property
@@ -45,15 +46,18 @@ class PackedLinear(nn.Module):
 
     @property
     def held(self) -> int:
-        """How many numbers it holds, which are no parameters any more."""
+        """The number of weights and biases, which are not torch parameters any more."""
         return self.in_features * self.out_features + (0 if self.offset is None else self.out_features)
 
     def forward(self, x: Tensor, then: str = "none") -> Tensor:
-        """`then` is "none", "gelu" (the exact one), "gelu-tanh" or "swish" (SiLU), in the same pass over the memory."""
+        """x (..., I) -> (..., O), followed by the activation `then`, which is fused into the same kernel.
+
+        `then` is "none", "gelu" (exact), "gelu-tanh" or "swish" (SiLU).
+        """
         if torch.is_grad_enabled() and x.requires_grad:
             raise UsageError(f"model: its weights are packed for sampling and have no gradients; {UNPACKED}")
         then, _, form = then.partition("-")
-        form = form or "none" if then == "gelu" else ""  # of the GELU
+        form = form or "none" if then == "gelu" else ""  # the approximation of the GELU
         return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self.packed, self.offset, then, [], form)
 
     @override
@@ -72,18 +76,18 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         probe = fn(torch.empty(0, dtype=torch.float32, device="cpu"))
         if probe.device.type != "cpu" or probe.dtype != torch.float32:
-            raise UsageError("device: weights packed for this CPU can't be moved or cast; load the model anew for that")
+            raise UsageError("device: weights packed for this CPU can't be moved or cast; load the model again instead")
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedLinear:
-        return self  # nothing changes it
+        return self  # a packed layer is immutable, so a copy may share it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return repacked, (self.weight, self.offset, self.exact)
 
 
 class CastLinear(Linear):
-    """What `Linear` gives under autocast, whose weights were cast once and not at every call."""
+    """A `Linear` that computes as under autocast, but whose weights were cast only once."""
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
@@ -103,7 +107,7 @@ class CastLinear(Linear):
 
 
 def rounded(prefix: str, dtype: torch.dtype) -> str:
-    """Why weights that were rounded are not saved."""
+    """The error message for saving weights that were rounded to `dtype`."""
     return (
         f"{prefix}weight: was rounded to {str(dtype).removeprefix('torch.')} for sampling; "
         "load the model with dtype=float32 to save it"
@@ -111,7 +115,7 @@ def rounded(prefix: str, dtype: torch.dtype) -> str:
 
 
 def repacked(weight: Tensor, bias: Tensor | None, exact: bool) -> PackedLinear:
-    """From what a process or a file was given."""
+    """The packed layer of unpickled weights (O, I) and bias (O,)."""
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
@@ -123,33 +127,34 @@ def repacked(weight: Tensor, bias: Tensor | None, exact: bool) -> PackedLinear:
 
 @torch.no_grad()
 def agrees(dtype: torch.dtype) -> bool:
-    """A product of packed weights against the usual one."""
+    """True if a product with packed weights in `dtype` agrees with the usual product."""
     cpu: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
     layer = nn.Linear(64, 64, **cpu)
     layer.weight.copy_(torch.linspace(-1, 1, 64 * 64, **cpu).reshape(64, 64))
     layer.bias.copy_(torch.linspace(-1, 1, 64, **cpu))
     x = torch.linspace(-1, 1, 3 * 64, **cpu).reshape(3, 64)
-    tolerance = 0.3 if dtype == torch.bfloat16 else 1e-4  # of values up to 20
+    tolerance = 0.3 if dtype == torch.bfloat16 else 1e-4  # for values up to 20
     with torch.autocast("cpu", enabled=False):
         return bool(torch.allclose(PackedLinear(layer, dtype)(x).float(), layer(x), rtol=0, atol=tolerance))
 
 
 @lru_cache(maxsize=2)
 def packs(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has the kernels, and they agree with the usual product."""
+    """True if this build of torch has the oneDNN kernels, and they agree with the usual product."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     try:
         return agrees(dtype)
-    except (RuntimeError, AttributeError):  # not built in, or of another form in this version
+    except (RuntimeError, AttributeError):  # this version of torch lacks the kernels or has other signatures
         return False
 
 
 def prepare(module: nn.Module, dtype: torch.dtype = torch.float32, keep: tuple[str, ...] = ()) -> None:
-    """Lay out every large Linear inside `module` for sampling in `dtype`; those named in `keep` stay in float32.
+    """Prepare every large Linear inside `module` for sampling in `dtype`; layers named in `keep` stay in float32.
 
-    On a CPU their weights are packed, elsewhere they are cast. That happens in place, layer by layer, so that weights
-    are never held twice. A layer that does more than `nn.Linear` (a subclass, hooks, a parametrisation) stays as it is.
+    On a CPU the weights are packed, elsewhere they are cast. The module is changed in place, layer by layer, so that
+    the weights are never in memory twice. A layer that does more than `nn.Linear` (a subclass, hooks, a
+    parametrisation) is not changed.
     """
     found = False
     for name, child in module.named_modules():
@@ -163,13 +168,13 @@ def prepare(module: nn.Module, dtype: torch.dtype = torch.float32, keep: tuple[s
             elif packs(wanted):
                 setattr(child, key, PackedLinear(layer, wanted))
                 found = True
-    if found:  # what is left may be pages of a file that holds all weights: copied, so that these can go
+    if found:  # the remaining tensors may be mapped from a file of all weights; copying them lets that memory go
         for tensor in module.parameters():
             tensor.data = tensor.data.clone()
 
 
 def usual(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is an `nn.Linear` and nothing more."""
+    """True if a layer is a plain `nn.Linear`, or a subclass marked as replaceable, without hooks."""
     kind = type(layer)
     plain = kind is nn.Linear or "replaceable" in vars(kind)
     return plain and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)

@@ -1,7 +1,7 @@
-"""Rotary positions on a grid: queries and keys are turned by angles that tell row and column.
+"""Rotary positions on a grid: queries and keys are rotated by angles that encode the row and the column.
 
-Su et al. 2021 (RoFormer), eq. 34, in two dimensions: of the d/2 pairs of a head, the first half turns by the row, the
-second by the column. Pairs are neighbours (2i, 2i+1).
+This is eq. 34 of Su et al. 2021 (RoFormer) in two dimensions: of the d/2 pairs of features of a head, the first half is
+rotated by the row and the second half by the column. A pair consists of the neighbours (2i, 2i+1).
 
 B sequences, S positions, h heads, d features of a head.
 """
@@ -15,9 +15,9 @@ BASE = 10000.0
 
 
 def rotation(places: Tensor, d: int, base: float = BASE) -> Tensor:
-    """Places (S, 2), row and column, any real numbers -> cosine and sine of each pair: (S, d/2, 2), float32.
+    """Places (S, 2), the row and column as real numbers -> cosine and sine of each pair: (S, d/2, 2), float32.
 
-    Pair i of a half turns by place * base^(-2i / (d/2)), i = 0 .. d/4 - 1.
+    Pair i of a half is rotated by place * base^(-2i / (d/2)), i = 0 .. d/4 - 1.
     """
     assert d % 4 == 0, f"rotary positions in two dimensions need heads of 4n features, not {d}"
     half = d // 2
@@ -27,9 +27,10 @@ def rotation(places: Tensor, d: int, base: float = BASE) -> Tensor:
 
 
 def grid_places(grid: tuple[int, int], prefix: int, device: torch.device | str = "cpu") -> Tensor:
-    """Row and column of `prefix` positions in front and of the cells of a grid: (prefix + h w, 2).
+    """The row and column of `prefix` positions in front of a grid and of its cells: (prefix + h w, 2).
 
-    Those in front stand on the diagonal that leads to the first cell, ..., (-2, -2), (-1, -1): each where no other is.
+    The positions in front get the places ..., (-2, -2), (-1, -1) on the diagonal to the first cell, so that no two
+    positions share a place.
     """
     rows, columns = (torch.arange(n, dtype=torch.float32, device=device) for n in grid)
     cells = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).reshape(-1, 2)
@@ -38,6 +39,6 @@ def grid_places(grid: tuple[int, int], prefix: int, device: torch.device | str =
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x (..., S, d) turned by table (S, d/2, 2), or by one that fits its leading axes: in float32, and back."""
+    """x (..., S, d) rotated by `table` (S, d/2, 2) or (..., S, d/2, 2); computed in float32 and cast back."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # (..., S, d/2)
     return torch.view_as_real(pairs * torch.view_as_complex(table)).flatten(-2).to(x.dtype)

@@ -4,7 +4,8 @@ It differs from the naive sampler in these ways:
 - one pass of the backbone computes conditional and unconditional rows and skips rows that are not needed
   (`guidance.py`);
 - the first step, where no token is known, is computed once for each condition;
-- masks and row indices stay on the host, so that no step waits for an accelerator;
+- masks and row indices stay on the host, so that no step waits for an accelerator; only the order "confidence" asks it
+  once a step which codes are the likeliest;
 - the backbone runs in half precision if `dtype` asks for it, while the head is always float32;
 - it yields a `Step` after each step.
 
@@ -29,7 +30,7 @@ from seriatim.core.spec import TokenSpec
 from seriatim.heads.base import Guidance, Head
 from seriatim.sampling.draw import Drawing
 from seriatim.sampling.guidance import GuidedPasses, scales_at
-from seriatim.sampling.step import Drawn, Start, Step, begin, check_finite
+from seriatim.sampling.step import Drawn, Start, Step, begin
 
 STEPS = 64  # sampling steps of an image when the settings give no number
 
@@ -48,7 +49,7 @@ def parallel_steps(
     temperature: float | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Step]:
-    """Yield a `Step` after each sampling step; the last one holds all tokens.
+    """Yield a `Step` after each sampling step; the last one holds all tokens. `checked` looks at their numbers.
 
     `condition` and `null` hold B images each, and `keys` has B rows on the host. `order`, (L,) or (B, L), lists
     positions and overrides settings.order; `scale` (B) and `temperature` (B,) override the settings for each image. The
@@ -96,15 +97,14 @@ def parallel_steps(
                 falling = settings.choice_temperature * (1 - (step + 1) / steps)
                 kept = surest(sure.cpu(), rows, own.fold("choice").uniform(), left, falling)  # (N,)
                 ask, rows, places = ask.masked_scatter(ask, kept), rows[kept], places[kept]
-                keep = kept.to(device)
+                keep = kept.nonzero()[:, 0].to(device)
                 drawn, z = drawn[keep], z[keep]
             flat = (rows * L + places).to(device, non_blocking=True)
             tokens = tokens.flatten(0, 1).index_copy(0, flat, drawn).view_as(tokens)
             known = known | ask
             drawn_here = Drawn(head, z, drawn, rows, places)
-        made = Step(step, steps, "tokens", tokens, known, drawn=drawn_here, last=step == steps - 1)
-        if made.last:  # the check must come before the caller decodes the tokens
-            check_finite(tokens, sound & draw.sound)
+        all_sound = sound & draw.sound
+        made = Step(step, steps, "tokens", tokens, known, drawn=drawn_here, sound=all_sound, last=step == steps - 1)
         yield made
         tokens = made.tokens
 

@@ -25,7 +25,7 @@ from seriatim.core.settings import Settings
 from seriatim.heads.base import Guidance, Head
 from seriatim.sampling.draw import Drawing
 from seriatim.sampling.guidance import scales_at
-from seriatim.sampling.step import Drawn, Start, Step, begin, check_finite
+from seriatim.sampling.step import Drawn, Start, Step, begin
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def sequential_steps(
     temperature: float | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Step]:
-    """Yield a `Step` after each token of the images; the last one holds all tokens.
+    """Yield a `Step` after each token of the images; the last one holds all tokens. `checked` looks at their numbers.
 
     `vectors` (B, L), on the host, lists the positions of each image in the order of generation, known positions first.
     The other arguments are those of `parallel_steps`.
@@ -82,9 +82,8 @@ def sequential_steps(
         tokens = tokens.flatten(0, 1).index_copy(0, flat, drawn).view_as(tokens)
         known = known.index_put((rows, places), torch.tensor(True))
         drawn_here = Drawn(head, z, drawn, rows, places)
-        made = Step(step, total, "tokens", tokens, known, drawn=drawn_here, last=step == total - 1)
-        if made.last:  # the check must come before the caller decodes the tokens
-            check_finite(tokens, sound & draw.sound)
+        all_sound = sound & draw.sound
+        made = Step(step, total, "tokens", tokens, known, drawn=drawn_here, sound=all_sound, last=step == total - 1)
         yield made
         tokens = made.tokens
         if made.replaced:  # the cache was computed from the old tokens
@@ -182,21 +181,26 @@ def dense(
     plan: object,
     guidance: Callable[[int], Guidance | None],
     temperature: Callable[[int], float | Tensor],
-) -> Tensor:
-    """Tokens (B, L, D), or codes (B, L), generated in raster order from nothing.
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, L, D), or codes (B, L), generated in raster order from nothing; and of codes, whether all are codes.
 
     Nested heads use this loop inside a token: it is faster because it has no masks, no gathers and no `Step`. keys[i]
     has B rows on the device; guidance(i) and temperature(i) apply to token i. `null` is None if no token is guided.
+    The second result is a bool on the device, None with features, which are NaN themselves where something was.
     """
     B = len(condition)
     state = backbone.start(condition if null is None else condition.join(null))
     tokens = backbone.spec.blank(B, condition.vectors.device)
     content: Tensor | None = None
+    sound = torch.ones((), dtype=torch.bool, device=tokens.device) if head.discrete else None
     for i in range(backbone.tokens):
         z = backbone.step(state, content)[:, 0]  # (B, C) or (2 B, C)
         now = guidance(i)
         z_null = None if now is None else z[B:]
         drawn = head.sample(z[:B], keys[i], plan, z_null, now, temperature(i))
+        if sound is not None:  # logits that are not finite give `head.output`, which is no code
+            sound = sound & (drawn < head.output).all()
+            drawn = drawn.clamp(max=head.output - 1)
         tokens[:, i] = drawn
         content = (drawn if null is None else torch.cat([drawn, drawn]))[:, None]
-    return tokens
+    return tokens, sound

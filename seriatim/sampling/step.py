@@ -5,7 +5,7 @@ Shapes: B images, L tokens, D features of a token (codes have no such axis), N t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,6 +48,8 @@ class Step:
     images: range = field(default=range(0))  # which images of the request this batch holds
     decode: Callable[[Tensor, Tensor], list[Image.Image]] | None = field(default=None, repr=False)
     drawn: Drawn | None = field(default=None, repr=False)  # what this step generated; None if it generated nothing
+    # () bool on the device: False if an intermediate value was not finite; None if nothing was computed.
+    sound: Tensor | None = field(default=None, repr=False)
     last: bool = False  # whether the images of this batch are finished
     replaced: bool = False  # whether `replace` was called
 
@@ -92,19 +94,31 @@ def begin(spec: TokenSpec, images: int, device: torch.device, start: Start | Non
     host = known.to("cpu", copy=True)  # samplers write into it, so it must not be the caller's tensor
     there = host.to(device)
     tokens = tokens.to(device, blank.dtype)
-    if not bool(torch.isfinite(tokens[there]).all()):
+    tokens = torch.where(there if tokens.ndim == 2 else there[..., None], tokens, blank)
+    if not bool(torch.isfinite(tokens).all()):
         raise UsageError("tokens: a known one is not finite; check the images that they come from")
-    blank[there] = tokens[there]
-    return blank, host
+    return tokens, host
 
 
-def check_finite(tokens: Tensor, sound: Tensor) -> None:
+def check_finite(tokens: Tensor, sound: Tensor | None) -> None:
     """Raise NumericsError if sampled tokens are not finite.
 
     `sound`, a bool on the device, is False if an intermediate value was not finite during sampling.
     """
-    if not bool(sound & torch.isfinite(tokens).all()):
+    finite = torch.isfinite(tokens).all()
+    if not bool(finite if sound is None else sound & finite):
         raise NumericsError(
             "the sampled tokens are not finite: the model is not trained enough for these settings; "
             "lower guidance_scale, or leave start_timestep at its default"
         )
+
+
+def checked(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps. The last one is refused where its tokens are not finite, before anybody decodes them.
+
+    This is the one time in a batch that a sampler waits for an accelerator.
+    """
+    for step in steps:
+        if step.last:
+            check_finite(step.tokens, step.sound)
+        yield step

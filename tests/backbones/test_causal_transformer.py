@@ -386,7 +386,7 @@ def test_the_hidden_width_is_llamas() -> None:
         ({"heads": 3}, "heads: 3 does not divide the width 32"),
         ({"heads": 16}, "rope needs a multiple of 4"),
         ({"grid": (2, 5)}, "grid: .* is not allowed for 12 tokens"),
-        ({"conditioning": "adaln", "start_token": False}, "a sequence begins somewhere"),
+        ({"conditioning": "adaln", "start_token": False}, "start_token: False is not allowed with conditioning"),
         ({"dropout": 1.0}, "dropout: 1.0 is not allowed"),
         ({"attention_scale": 0.0}, "attention_scale: 0.0 is not allowed"),
         ({"vocab": V}, "give dim"),
@@ -406,7 +406,7 @@ def test_what_makes_no_step_is_refused() -> None:
     with pytest.raises(UsageError, match="order: None is not"):
         free.start(condition)
     state = backbone.start(condition)
-    with pytest.raises(UsageError, match="content: all 12 tokens are known, so that none is left to ask for"):
+    with pytest.raises(UsageError, match="content: all 12 tokens are known, so there is no next token"):
         backbone.step(state, tokens)
     backbone.step(state, tokens[:, :5])
     with pytest.raises(UsageError, match="content: all 12 tokens are known"):

@@ -177,7 +177,7 @@ def test_positions_may_begin_with_sines() -> None:
     again = Masked(**begun.config)
     assert torch.equal(again.output_positions, begun.output_positions) and begun.output_positions.requires_grad
     assert plain.state_dict().keys() == begun.state_dict().keys()
-    with pytest.raises(UsageError, match="grid: 6 tokens are no square; give their rows and columns"):
+    with pytest.raises(UsageError, match="grid: 6 tokens do not form a square; for sincos, give their rows"):
         Masked(6, 2, width=16, depth=1, heads=2, positions="sincos")
     with pytest.raises(UsageError, match="positions: 'sine' is not known; did you mean 'sincos'"):
         Masked(6, 2, width=16, depth=1, heads=2, positions="sine")  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pretend_cuda import pretend, pretend_cuda, real
 from scipy import stats
 from torch import Tensor
 
@@ -426,6 +427,37 @@ def test_parts_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
         part.fold("component").uniform()
         part.fold("value").normal(1)
     assert made == [32, 32]
+
+
+HOST: dict[str, Callable[[Keys], Keys]] = {
+    "themselves": lambda keys: keys,
+    "folded by name and number": lambda keys: keys.fold("token").fold(7),
+    "folded by a number for each row": lambda keys: keys.fold(torch.tensor([5, 0, 9])),
+    "selected": lambda keys: keys.select(torch.tensor([2, 0, 2])).select(slice(1, 3)),
+    "parts": lambda keys: keys.fold("part").split(3)[1].fold("noise"),
+    "parts, folded by a number for each row": lambda keys: keys.split(3)[2].fold(torch.tensor([5, 0, 9])),
+    "parts, selected": lambda keys: keys.split(3)[2].fold("a").select(torch.tensor([2, 0])),
+}
+
+
+@pytest.mark.parametrize("changed", HOST.values(), ids=HOST)
+def test_keys_that_came_from_the_host_are_there_without_a_read(changed: Callable[[Keys], Keys]) -> None:
+    keys = Keys.of_seeds([1, 2, 3])
+    expected = changed(keys).permutation(8)
+    with pretend_cuda() as device:
+        there = changed(keys.to("cuda"))
+        assert there.device.type == "cuda" and there.host.device.type == "cpu"
+        assert torch.equal(there.host.permutation(8), expected)
+        assert torch.equal(there.to("cuda").host.permutation(8), expected)
+        assert not device.reads
+        assert torch.equal(real(there.permutation(8)), expected)
+
+
+def test_keys_that_were_made_on_a_device_are_read_from_it() -> None:
+    with pretend_cuda() as device:
+        there = Keys(pretend(Keys.of_seeds([1, 2]).words))
+        assert torch.equal(there.fold("a").host.words, Keys.of_seeds([1, 2]).fold("a").words)
+        assert sum(device.reads.values()) == 1
 
 
 def test_many_large_parts_are_drawn_in_blocks() -> None:

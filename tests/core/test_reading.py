@@ -66,8 +66,8 @@ BAD_YAML = {
     "infinity": ("a: [-.inf]", "not finite"),
     "date": ("a: 2026-99-99", "is not YAML"),
     "object": ("a: !!python/object/apply:os.system [id]", "is not YAML"),
-    "key": ("a: {1: 2}", "'1', which is no text"),
-    "truth": ("no: 2", "which is no text"),
+    "key": ("a: {1: 2}", "'1', which is not text"),
+    "truth": ("no: 2", "which is not text"),
     "cycle": ("a: &a [*a]", "holds itself"),
     "endless mapping": ("a: &a {b: *a}", "holds itself"),
     "laughs": (

@@ -121,14 +121,14 @@ def test_a_greater_power_guides_later() -> None:
     ("arguments", "words"),
     [
         (("intervall",), "guidance_schedule: 'intervall' is not known; did you mean 'interval'"),
-        (("interval",), "guidance_interval: is missing; give the known shares"),
+        (("interval",), "guidance_interval: is missing; give the shares of known tokens"),
         (("interval", (0.5, 0.2)), "guidance_interval: (0.5, 0.2) is not allowed; it must be 0 <= low <= high <= 1"),
         (("interval", (0, 1.5)), "guidance_interval: (0, 1.5) is not allowed"),
         (
             ("linear", (0, 1)),
-            "guidance_interval: the schedule 'linear' has none; leave it out, or set guidance_schedule",
+            "guidance_interval: only valid with guidance_schedule='interval' (got 'linear'); leave it out or change",
         ),
-        (("constant", None, 2.0), "guidance_power: the schedule 'constant' has none"),
+        (("constant", None, 2.0), "guidance_power: only valid with guidance_schedule='power-cosine' (got 'constant')"),
         (("power-cosine", None, 0.0), "guidance_power: 0.0 is not allowed; it must be above 0"),
     ],
 )

@@ -289,7 +289,7 @@ def test_an_order_needs_its_backbone() -> None:
         ({"known": torch.ones(1, L, dtype=torch.bool), "tokens": torch.zeros(1, L, dtype=torch.long)}, "masked model"),
         ({"token_schedule": "linear"}, "token_schedule: 'linear' asked of a causal model"),
         ({"min_tokens": 2}, "min_tokens: 2 asked of a causal model"),
-        ({"guidance_interval": (0.0, 1.0)}, "guidance_interval: the schedule 'linear' has none"),
+        ({"guidance_interval": (0.0, 1.0)}, "guidance_interval: only valid with guidance_schedule="),
     ],
 )
 def test_what_it_cannot_draw_is_refused(settings: dict[str, Any], words: str) -> None:

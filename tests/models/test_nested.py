@@ -11,14 +11,21 @@ import torch
 from helpers import drawn, fast, many, naive, randomise
 from torch import Tensor
 
+from seriatim.backbones.causal_transformer import Causal
+from seriatim.backbones.masked_transformer import Masked
 from seriatim.checkpoints.arinar import BLOCK
-from seriatim.core.errors import ConfigError, UsageError
+from seriatim.conditions.vectors import Vectors
+from seriatim.core.errors import ConfigError, NumericsError, UsageError
 from seriatim.core.keys import Keys
+from seriatim.core.spec import TokenSpec
 from seriatim.heads.base import Guidance
+from seriatim.heads.categorical import Categorical
 from seriatim.models.build import build_head, build_model, model_config, seeded
+from seriatim.models.causal_model import CausalModel
 from seriatim.models.masked_model import MaskedModel
 from seriatim.models.nested import FEATURE_SCHEDULES, Nested, scheduled
 from seriatim.models.registry import HEADS
+from seriatim.models.splits import Split
 from seriatim.nn.prepare import packs, prepare
 from seriatim.testing import check_head
 
@@ -293,7 +300,7 @@ def test_without_a_density_there_is_no_entropy() -> None:
     with pytest.raises(UsageError, match="the Diffusion head has no density: entropy is not defined for it"):
         head.entropy(vectors(2)[0], torch.zeros(2, 3))
     head = nested(3, head={"kind": "flow", "width": 24, "depth": 1})
-    with pytest.raises(UsageError, match="the Flow head can't tell the entropy of each feature"):
+    with pytest.raises(UsageError, match="the Flow head can't compute the entropy of each feature"):
         head.entropy(vectors(2)[0], torch.zeros(2, 3))
 
 
@@ -324,3 +331,59 @@ def test_a_stream_tells_the_entropy_of_what_each_step_drew(kind: str) -> None:
         backbone: Any = model.backbone
         z = backbone.sequence(model.condition(torch.tensor([0, 1]), 2), step.tokens).flatten(0, 1)
         assert torch.allclose(told.flatten(0, 1), model.head.entropy(z, step.tokens.flatten(0, 1)), atol=1e-4)
+
+
+# --- numbers that are not finite ----------------------------------------------------------------------------------
+
+
+class Levels(Split):
+    """Features in [0, 1) as codes: one of eight levels for each."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, [[i] for i in range(dim)])
+        self.spec, self.config = TokenSpec(dim, vocab=8), {}
+
+    def cut(self, tokens: Tensor) -> Tensor:
+        return (tokens * 8).long().clamp(0, 7)
+
+    def join(self, parts: Tensor) -> Tensor:
+        return parts / 8
+
+
+def of_levels(kind: str) -> Nested:
+    backbone = {"causal": Causal(4, vocab=8, width=16, depth=1, heads=2), "masked": Masked(
+        4, vocab=8, width=16, depth=1, heads=2, buffer=1, dropout=0.0)}[kind]  # fmt: skip
+    made = {"causal": CausalModel, "masked": MaskedModel}[kind]
+    model = made(backbone, Categorical(8), conditioner=Vectors(C, width=16))
+    return Nested(Levels(4), model).eval()
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+def test_parts_may_be_codes(kind: str) -> None:
+    """A split of the user's own: the inner model is one of codes."""
+    with seeded(0):
+        head = of_levels(kind)
+    randomise(head, scale=0.3)
+    z, null = vectors(3)
+    x = drawn(head, z, keys(3), null, 2.0)
+    assert x.shape == (3, 4) and x.dtype == torch.float32
+    assert torch.equal(x * 8, (x * 8).round()) and 0 <= float(x.min()) and float(x.max()) < 1
+    assert len(x.unique()) > 2
+    loss = head.loss(z, x, keys(3))
+    assert torch.isfinite(loss.sum).all() and torch.equal(loss.count > 0, torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])
+@pytest.mark.parametrize("broken", ["model.backbone", "model.head"])
+def test_codes_of_numbers_that_are_not_finite_are_no_tokens(kind: str, broken: str) -> None:
+    """The head waits for no device, so it says nothing; the sampler over the image finds it at the end."""
+    with seeded(0):
+        head = of_levels(kind)
+        model = MaskedModel(Masked(3, dim=4, width=C, depth=1, heads=1, buffer=1, dropout=0.0), head)
+    with torch.no_grad():
+        for parameter in head.get_submodule(broken).parameters():
+            parameter.fill_(math.nan)
+    assert not torch.isfinite(head.sample(vectors(2)[0], keys(2))).any()
+    for sampler in (naive, lambda *given, **more: list(fast(*given, **more))):
+        with pytest.raises(NumericsError, match="the sampled tokens are not finite"):
+            sampler(model.eval(), None, keys(2), steps=2)

@@ -110,7 +110,7 @@ def test_it_is_for_sampling_on_this_cpu_only() -> None:
     with pytest.raises(UsageError, match=r"is packed for sampling and takes no other values; .*prepare=False"):
         nn.Sequential(layer).load_state_dict({"0.weight": torch.zeros(8, 8), "0.bias": torch.zeros(8)})
     for move in (lambda: layer.to("meta"), lambda: layer.double()):
-        with pytest.raises(UsageError, match="can't be moved or cast; load the model anew"):
+        with pytest.raises(UsageError, match="can't be moved or cast; load the model again"):
             move()
     assert layer.to("cpu") is layer and layer.float() is layer
 

@@ -105,7 +105,7 @@ def test_orders_survive_json(order: Any) -> None:
             {"guidance_schedule": "interval", "guidance_interval": (0.9, 0.1)},
             "guidance_interval: (0.9, 0.1) is not allowed",
         ),
-        ({"guidance_interval": (0.1, 0.9)}, "guidance_interval: the schedule 'linear' has none"),
+        ({"guidance_interval": (0.1, 0.9)}, "guidance_interval: only valid with guidance_schedule='interval'"),
         ({"guidance_schedule": "power-cosine", "guidance_power": -1}, "guidance_power: -1.0 is not allowed"),
         ({"guidance_interval": (0.1,)}, "guidance_interval"),
     ],

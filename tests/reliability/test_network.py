@@ -168,7 +168,7 @@ def test_a_model_of_the_hub_is_one_commit(server: Hub, capsys: pytest.CaptureFix
         files["unpickle.json"] = files["evil.safetensors"] = b"not a part of a model folder"
     bundle = load_bundle(hub.located("some/model"))
     assert len(bundle.class_names) == 10 and set(server.fetched) <= set(PARTS)
-    assert f"hf://some/model@{COMMITS['main']} is what was fetched" in capsys.readouterr().err
+    assert f"downloaded hf://some/model@{COMMITS['main']}" in capsys.readouterr().err
     server.fetched.clear()
     old = hub.located(f"hf://some/model@{COMMITS['old']}")
     assert old.name == COMMITS["old"] and hub.located("hf://some/model@old") == old
@@ -222,7 +222,7 @@ def test_arguments_of_the_hub_mean_nothing_for_a_folder(model_folder: Path, give
         ("incomplete", "config.json"),
         ("other weights", "its sha256 is not the one in manifest.json"),
         ("cut", "bytes, "),
-        ("larger", "and the hub told 10"),
+        ("larger", "but the hub announced 10"),
         ("nowhere", "could not be fetched as a hub repository"),
     ],
 )

@@ -233,7 +233,7 @@ GOOD: dict[str, Any] = {"tokens": torch.zeros(4, L, D), "known": torch.ones(4, L
         ({"min_tokens": 0}, "min_tokens: "),
         ({"token_schedule": "cosin"}, "token_schedule: 'cosin' is not known"),
         ({"guidance_schedule": "konstant"}, "guidance_schedule: 'konstant' is not known; did you mean 'constant'"),
-        ({"guidance_power": 2.0}, "guidance_power: the schedule 'linear' has none"),
+        ({"guidance_power": 2.0}, "guidance_power: only valid with guidance_schedule='power-cosine' (got 'linear')"),
     ],
 )
 def test_what_is_wrong_is_named(model: MaskedModel, settings: dict[str, Any], words: str) -> None:
