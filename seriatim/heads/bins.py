@@ -24,7 +24,7 @@ from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, Head, HeadLoss, Plan, column
 from seriatim.heads.categorical import CodeOptions, check_filter, draw_code, filtered
-from seriatim.nn.linear import Linear
+from seriatim.nn.linear import Linear, at_least_float32
 
 
 class Bins(Head):
@@ -68,8 +68,8 @@ class Bins(Head):
         super().bind(z_dim)
 
     def logits(self, z: Tensor) -> Tensor:
-        """(N, D, B), float32."""
-        return self.final(z).float().view(len(z), self.output, self.bins)
+        """(N, D, B), in float32 at least."""
+        return at_least_float32(self.final(z)).view(len(z), self.output, self.bins)
 
     def bin_of(self, x: Tensor) -> Tensor:
         """Features of any shape -> the bin of each, int64."""
