@@ -1,4 +1,4 @@
-"""Heads: the distribution p(x | z) of one token."""
+"""Heads model the distribution p(x | z) of one token."""
 
 from __future__ import annotations
 

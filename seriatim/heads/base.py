@@ -1,9 +1,9 @@
-"""The contract of a head: the distribution p(x | z) of one token.
+"""The interface of a head, which models the distribution p(x | z) of one token.
 
 N tokens (rows), C width of z, D features of a token (or V, a vocabulary).
 
-A head of your own is one class, `class Mine(Head)`, with a constructor that takes what `config` records, and with
-`bind`, `loss` and `sample`. Register it with `seriatim.HEADS["mine"] = Mine` and prove it with
+Your own head is one class, `class Mine(Head)`, with `bind`, `loss` and `sample`, and with a constructor whose arguments
+`config` records. Register it with `seriatim.HEADS["mine"] = Mine` and test it with
 `seriatim.testing.check_head(Mine, ...)`.
 """
 
@@ -27,29 +27,29 @@ from seriatim.core.spec import TokenSpec
 
 @dataclass
 class HeadLoss:
-    """Sums, not means: whoever reduces them divides, so that tokens weigh the same whatever the batch."""
+    """Losses as sums and counts; the caller divides, so that every token has the same weight in any batch."""
 
-    sum: Tensor  # (N,) the loss of a token, summed over the draws made for it
+    sum: Tensor  # (N,) the loss of a token, summed over its draws
     count: Tensor  # (N,) the number of those draws
     parts: dict[str, Tensor] = field(default_factory=dict)  # name -> (N,) sums of the same draws, for logs
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance of N rows: each goes from z_null through z by its scale w, z_null + w (z - z_null).
+    """Classifier-free guidance of N rows; a row with the scale w predicts null + w (conditional - null).
 
-    Which rows are guided is known on the host, so that nobody looks at an accelerator to learn it.
+    The rows that are guided are also known on the host, so that no code has to wait for an accelerator to find them.
     """
 
     scale: Tensor  # (N,) float32, on the device of z
     host: Tensor  # (N,) float32, the same scales on the host
-    guided: Tensor  # (N,) bool, on the host: where the scale is not 1
+    guided: Tensor  # (N,) bool, on the host, True where the scale is not 1
 
     @classmethod
     def of(cls, scale: Tensor | float, rows: int, device: torch.device | str) -> Guidance | None:
-        """The guidance of rows whose scales (N,) are known on the host; None where no row is guided."""
+        """The guidance of `rows` rows from their scales, one number or (N,) on the host; None if no row is guided."""
         host = torch.as_tensor(scale, dtype=torch.float32).expand(rows)
-        assert host.device.type == "cpu", "guidance: scales are given on the host, so that no device is waited for"
+        assert host.device.type == "cpu", "guidance: scales must be on the host, so that no device is waited for"
         guided = host != 1.0
         if not bool(guided.any()):
             return None
@@ -59,20 +59,20 @@ class Guidance:
 
     @property
     def column(self) -> Tensor:
-        """The scales as (N, 1), to multiply features with."""
+        """The scales with a feature axis, (N, 1), so that they can be multiplied with features."""
         return self.scale[:, None]
 
     @property
     def all(self) -> bool:
-        """Whether every row is guided."""
+        """True if every row is guided."""
         return bool(self.guided.all())
 
     def select(self, rows: Tensor) -> Guidance | None:
-        """The guidance of these rows, which are given on the host; None where none of them is guided."""
+        """The guidance of the given rows, which are a tensor on the host; None if none of them is guided."""
         return Guidance.of(self.host[rows], len(rows), self.scale.device)
 
     def scheduled(self, factor: float) -> Guidance | None:
-        """The guidance whose scales are 1 + factor (w - 1), which may guide no row any more."""
+        """The guidance with the scales 1 + factor (w - 1); None if no row is guided any more."""
         if factor == 1.0:
             return self
         return Guidance.of(1.0 + factor * (self.host - 1.0), len(self.host), self.scale.device)
@@ -85,19 +85,19 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """What sampling a batch needs and what does not depend on z: the options, and tables in subclasses.
+    """The values that sampling a batch needs and that do not depend on z: the options, and tables in subclasses.
 
-    A plan is made once for a batch. Heads keep nothing of it, so weights that change later are always seen.
+    A plan is made once for each batch. Heads do not keep it, so that later changes of the weights always take effect.
     """
 
     options: Any
 
 
 def check_numbers(options: type[Any], given: Mapping[str, Any]) -> None:
-    """Refuse true, false and text for an option that is a number, which pydantic would turn into one."""
+    """Raise UsageError for booleans and text in numeric options, because pydantic would convert them to numbers."""
     try:
         hints = typing.get_type_hints(options)
-    except (NameError, TypeError):  # annotations of a user's class that can't be imported; its own checks must do
+    except (NameError, TypeError):  # a user's class may have annotations that can't be resolved; it checks itself
         return
     for name, value in given.items():
         kinds = set(typing.get_args(hints.get(name)) or (hints.get(name),)) - {type(None)}
@@ -106,37 +106,37 @@ def check_numbers(options: type[Any], given: Mapping[str, Any]) -> None:
 
 
 def column(value: float | Tensor) -> float | Tensor:
-    """A temperature as a factor of (N, D): one number for all rows, or (N,) -> (N, 1)."""
+    """A temperature that can be multiplied with (N, D): one number for all rows as it is, or (N,) as (N, 1)."""
     return value[:, None] if isinstance(value, Tensor) else value
 
 
 class Head(nn.Module):
-    """What every head is.
+    """The base class of all heads.
 
     A subclass sets, in its constructor,
       output         D, the features of a token (or V, where tokens are codes)
       config         the constructor's arguments, as plain data
-    and says what it can do: `guides`, `tempers`, `has_density`, `Options`.
+    and declares what it can do: `guides`, `tempers`, `has_density`, `Options`.
     """
 
     output: int
     z_dim: int | None = None  # C; None until `bind`
     config: dict[str, Any]
-    discrete = False  # draws codes (N,) int64, of which there are `output`, not features (N, D)
-    guides = True  # can sample with guidance
-    tempers = True  # can sample at a temperature other than 1
-    has_density = False  # has log_prob
-    neighbours = False  # takes z (N, 5, C): its own, and those of the neighbours above, below, left and right
-    placed = False  # takes `place` (N,) in loss and sample: which part of a token it models
-    Options: Any = NoOptions  # a frozen dataclass: further settings of `sample`, with their defaults
+    discrete = False  # it generates codes (N,) int64 below `output` instead of features (N, D)
+    guides = True  # it can sample with guidance
+    tempers = True  # it can sample at a temperature other than 1
+    has_density = False  # it has log_prob
+    neighbours = False  # it takes z (N, 5, C): of the token, and of its neighbours above, below, left and right
+    placed = False  # it takes `place` (N,), the index of the part of a token to model, in loss and sample
+    Options: Any = NoOptions  # a frozen dataclass of further settings of `sample`, with their defaults
 
     @property
     def spec(self) -> TokenSpec:
-        """The token that this head models."""
+        """The spec of the single token that this head models."""
         return TokenSpec(1, vocab=self.output) if self.discrete else TokenSpec(1, dim=self.output)
 
     def bind(self, z_dim: int) -> None:
-        """Fix C, the width of z, and build what depends on it; the model calls this once."""
+        """Set C, the width of z, and build the layers that depend on it; the model calls this once."""
         if self.z_dim is not None and self.z_dim != z_dim:
             raise UsageError(f"z_dim: this {type(self).__name__} head was built for {self.z_dim}, not for {z_dim}")
         self.z_dim = z_dim
@@ -144,13 +144,13 @@ class Head(nn.Module):
     # --- training -------------------------------------------------------------------------------------------------
 
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
-        """The loss of each token, not reduced over tokens: z (N, C), target (N, D) or codes (N,), keys of N rows."""
+        """The loss of each token, not reduced over tokens, for z (N, C), target (N, D) or codes (N,), and N keys."""
         raise NotImplementedError(f"{type(self).__name__} lacks loss()")
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
     def options(self, **given: Any) -> Any:
-        """The options of `sample`, checked; one that this head does not have is refused by name."""
+        """The checked options of `sample`; raises UsageError for an option that this head does not have."""
         allowed = [f.name for f in dataclasses.fields(self.Options)]
         for name in given:
             if name not in allowed:
@@ -170,21 +170,19 @@ class Head(nn.Module):
         return options
 
     def check_options(self, options: Any, temperature: float = 1.0) -> None:  # noqa: ARG002
-        """Raise UsageError for options or a temperature that `sample` could not follow, before any work is done."""
+        """Raise UsageError for options or a temperature that `sample` does not support; called before any work."""
         self.check_temperature(temperature)
 
     def check_temperature(self, temperature: float) -> None:
         if not 0 <= temperature < math.inf:
             raise UsageError(
-                f"temperature: {temperature!r} is not allowed; it must be 0 or more and finite (1 is the model's)"
+                f"temperature: {temperature!r} is not allowed; it must be finite and 0 or more (1 is the model's own)"
             )
         if temperature != 1.0 and not self.tempers:
-            raise UsageError(
-                f"temperature: the {type(self).__name__} head can't sample at {temperature}; leave it at 1"
-            )
+            raise UsageError(f"temperature: the {type(self).__name__} head can't sample at {temperature}; use 1")
 
     def plan(self, options: Any = None, device: torch.device | str = "cpu") -> Any:  # noqa: ARG002
-        """What `sample` needs besides z, made once for a batch: options, tables, time embeddings."""
+        """The values that `sample` needs besides z, computed once for a batch: options, tables, time embeddings."""
         return Plan(self.options() if options is None else options)
 
     def sample(
@@ -196,23 +194,24 @@ class Head(nn.Module):
         guidance: Guidance | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """One token for each row: z (N, C), keys of N rows -> (N, D), or codes (N,).
+        """One sampled token for each row: z (N, C) and N keys -> features (N, D) or codes (N,).
 
-        z_null (N, C) is z without the condition, None exactly where `guidance` is None. `temperature`, a number or
-        (N,), is sharper below 1. `plan` is what `plan()` gave; None stands for the default options.
+        z_null (N, C) is z without the condition; it is None if and only if `guidance` is None. `temperature` is a
+        number or (N,); values below 1 make samples sharper. `plan` is the result of `plan()`; None means the default
+        options.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks sample()")
 
     def check_sampling(self, z_null: Tensor | None, guidance: Guidance | None, temperature: float | Tensor) -> None:
-        """Raise UsageError where this head can't follow what was asked of `sample`. No device is looked at."""
+        """Raise UsageError if `sample` does not support these arguments; no values are read from a device."""
         if not isinstance(temperature, Tensor):
             self.check_temperature(temperature)
         elif not self.tempers:
-            raise UsageError(f"temperature: the {type(self).__name__} head has none; leave it at 1")
+            raise UsageError(f"temperature: the {type(self).__name__} head has no temperature; use 1")
         if guidance is None:
             return
         if not self.guides:
-            raise UsageError(f"guidance: the {type(self).__name__} head can't be guided; leave the scale at 1")
+            raise UsageError(f"guidance: the {type(self).__name__} head does not support guidance; use a scale of 1")
         if z_null is None:
             raise UsageError("guidance: a scale other than 1 needs z_null, z without the condition")
 
@@ -223,15 +222,15 @@ class Head(nn.Module):
         raise UsageError(f"the {type(self).__name__} head has no density: log_prob is not defined for it")
 
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
-        """The entropy of each feature in nats, (N, D), or (N, 1) for codes.
+        """The entropy of each feature in nats: (N, D), or (N, 1) for codes.
 
-        It is conditioned on z (N, C) and, where a head nests, on the features of `tokens` (N, D) that are generated
-        before it. It is the entropy of p itself, before guidance and temperature.
+        The entropy is conditioned on z (N, C) and, in a nested head, also on the features of `tokens` (N, D) that are
+        generated earlier. It is the entropy of p itself, without guidance and temperature.
         """
         lacks = "has no density: entropy is not defined for it"
-        why = "can't tell the entropy of each feature" if self.has_density else lacks
+        why = "can't compute the entropy of each feature" if self.has_density else lacks
         raise UsageError(f"the {type(self).__name__} head {why}")
 
     def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: Guidance | None) -> Tensor:  # noqa: ARG002
-        """log p of generated codes (N,) under the guided distribution: (N,). The order "confidence" needs it."""
-        raise UsageError(f"the {type(self).__name__} head draws no codes: it has no confidence in them")
+        """log p of generated codes (N,) under the guided distribution, (N,); the order "confidence" needs it."""
+        raise UsageError(f"order: the {type(self).__name__} head generates no codes, so it has no confidence in them")

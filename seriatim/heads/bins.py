@@ -1,10 +1,11 @@
-"""Bins: a real feature as one of B intervals, by a softmax over them, as in TokenBridge (Wang et al. 2025).
+"""The bins head models a real feature by a softmax over B intervals, as in TokenBridge (Wang et al. 2025).
 
-Post-hoc quantisation: latents stay what their tokenizer gives, and only the head speaks of bins. x is clipped at
-+-`clip`, which counts as `sigmas` standard deviations of a Gaussian; the B bins are equally likely under it, and a bin
-is drawn as its mean. Unusual:
-- several features are independent given z, which in images fails (FID 15.7 instead of 1.94, their table): nest it;
-- the density is that of the histogram: constant inside a bin, its mass over its width, and 0 beyond the clip.
+This is post-hoc quantisation: latents stay as their tokenizer returns them, and only the head uses bins. x is clipped
+at +-`clip`, which is taken to be `sigmas` standard deviations of a Gaussian. The B bins are equally likely under this
+Gaussian, and a sampled bin becomes its mean. Unusual:
+- several features are independent given z, which fails for images (FID 15.7 instead of 1.94, their table), so use this
+  head inside a nested head;
+- the density is that of the histogram: constant inside a bin (its mass divided by its width), and 0 beyond the clip.
 
 Shapes: N tokens, D features, C width of z, B bins.
 """
@@ -28,7 +29,7 @@ from seriatim.nn.linear import Linear, at_least_float32
 
 
 class Bins(Head):
-    """p(bin | z) = softmax(W z + b), feature by feature."""
+    """p(bin | z) = softmax(W z + b) for each feature."""
 
     has_density = True
     Options = CodeOptions
@@ -38,9 +39,9 @@ class Bins(Head):
         dim: int = 1,  # D
         *,
         bins: int = 64,  # B
-        clip: float = 5.0,  # features beyond count as this
-        sigmas: float = 3.0,  # what that is of the Gaussian under which all bins are equally likely
-        z_dim: int | None = None,  # C; None: the model tells
+        clip: float = 5.0,  # features are clipped to [-clip, clip]
+        sigmas: float = 3.0,  # `clip` in standard deviations of the Gaussian under which all bins are equally likely
+        z_dim: int | None = None,  # C; None means that the model sets it
     ) -> None:
         super().__init__()
         for name, value, least in (("dim", dim, 1), ("bins", bins, 2)):
@@ -53,7 +54,7 @@ class Bins(Head):
         self.config = {"dim": dim, "bins": bins, "clip": clip, "sigmas": sigmas}
         edges, means = equal_bins(bins, sigmas)
         scale = clip / sigmas
-        # Plain tensors on the host, not buffers: a model built on the meta device has them, and a cast leaves them.
+        # These are not buffers, so that a model on the meta device has them too and casts leave them in float32.
         self.edges = torch.tensor(edges, dtype=torch.float64, device="cpu").mul(scale).float()  # (B+1,)
         self.means = torch.tensor(means, dtype=torch.float64, device="cpu").mul(scale).float()  # (B,)
         self.drawn = torch.cat([self.means, torch.tensor([math.nan], device="cpu")])  # (B+1,), see `draw_code`
@@ -63,27 +64,27 @@ class Bins(Head):
     def bind(self, z_dim: int) -> None:
         if self.z_dim is None:
             self.final = Linear(z_dim, self.output * self.bins)
-            nn.init.zeros_(self.final.weight)  # every bin alike at first: the Gaussian, and the loss begins at D log B
+            nn.init.zeros_(self.final.weight)  # all bins start equally likely, so that the loss starts at D log B
             nn.init.zeros_(self.final.bias)
         super().bind(z_dim)
 
     def logits(self, z: Tensor) -> Tensor:
-        """(N, D, B), in float32 at least."""
+        """The logits of the bins, in float32 at least: (N, D, B)."""
         return at_least_float32(self.final(z)).view(len(z), self.output, self.bins)
 
     def bin_of(self, x: Tensor) -> Tensor:
-        """Features of any shape -> the bin of each, int64."""
+        """The index of the bin of each feature, int64, in the shape of x."""
         return torch.bucketize(x.float().contiguous(), self.edges[1:-1].to(x.device), right=True)
 
     @override
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
-        """z (N, C), target (N, D) -> cross-entropy of the bins, in nats, summed over features."""
+        """The cross-entropy of the bins in nats, summed over features, for z (N, C) and target (N, D)."""
         nll = F.cross_entropy(self.logits(z).flatten(0, 1), self.bin_of(target).flatten(), reduction="none")  # (N D,)
         nll = nll.view(len(z), self.output).sum(dim=1)
         return HeadLoss(nll, torch.ones_like(nll))
 
     def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
-        """The log density of the histogram, in nats: the bin's mass over its width; -inf beyond the clip."""
+        """The log density (N,) of the histogram in nats: log(mass / width of the bin), and -inf beyond the clip."""
         index = self.bin_of(target)  # (N, D)
         mass = self.logits(z).log_softmax(dim=-1).gather(2, index[..., None])[..., 0]
         density = mass - self.edges.diff().log().to(target.device)[index]
@@ -92,7 +93,7 @@ class Bins(Head):
     @torch.no_grad()
     @override
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
-        """The histogram's differential entropy, of each feature given z: (N, D)."""
+        """The differential entropy of each feature's histogram given z, in nats: (N, D)."""
         mass = self.logits(z).log_softmax(dim=-1)  # (N, D, B)
         return -(mass.exp() * (mass - self.edges.diff().log().to(z.device))).sum(dim=-1)
 
@@ -106,7 +107,7 @@ class Bins(Head):
         guidance: Guidance | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """The means of drawn bins: (N, D). Guidance mixes logits; a temperature of 0 takes the likeliest bin."""
+        """The means of sampled bins: (N, D). Guidance mixes logits, and temperature 0 takes the likeliest bin."""
         options = self.options() if plan is None else plan.options
         self.check_sampling(z_null, guidance, temperature)
         logits = self.logits(z)
@@ -114,7 +115,7 @@ class Bins(Head):
             null = self.logits(z_null)
             logits = null + guidance.column[..., None] * (logits - null)
         if isinstance(temperature, Tensor):
-            temperature = temperature.repeat_interleave(self.output)  # one for each feature of each row
+            temperature = temperature.repeat_interleave(self.output)  # (N D,)
         kept = filtered(logits.flatten(0, 1), column(temperature), options.top_k, options.top_p)  # (N D, B)
         drawn = draw_code(kept, keys.fold("bin").uniform(self.output).flatten())
         return self.drawn.to(z.device)[drawn].view(len(z), self.output)
@@ -125,7 +126,7 @@ class Bins(Head):
 
 
 def equal_bins(count: int, sigmas: float) -> tuple[list[float], list[float]]:
-    """Edges (count + 1) and means (count) of bins of N(0, 1), cut off at +-sigmas, that are equally likely."""
+    """The edges (count + 1) and means (count) of equally likely bins of N(0, 1) truncated at +-sigmas."""
     normal = NormalDist()
     low, high = normal.cdf(-sigmas), normal.cdf(sigmas)
     inner = [normal.inv_cdf(low + (high - low) * i / count) for i in range(1, count)]

@@ -1,8 +1,9 @@
-"""The categorical head: p(code | z) is a softmax over a vocabulary, one Linear from z.
+"""The categorical head, in which p(code | z) is a softmax over a vocabulary, computed by one Linear from z.
 
-The cross-entropy rows of Li et al. 2024, table 1; Chang et al. 2022 (MaskGIT); Sun et al. 2024 (LlamaGen). Unusual:
-- guidance mixes logits, before temperature; then top-k, then top-p, as LlamaGen does;
-- a code is drawn by the inverse CDF of one uniform number, so that padding and batches change nothing.
+It is the head of the cross-entropy rows of Li et al. 2024, table 1, of Chang et al. 2022 (MaskGIT) and of Sun et al.
+2024 (LlamaGen). Unusual:
+- guidance mixes the logits before the temperature; then top-k and then top-p are applied, as in LlamaGen;
+- a code is sampled by the inverse CDF of one uniform number, so that padding and other rows do not change it.
 
 Shapes: N tokens, C width of z, V codes.
 """
@@ -26,10 +27,10 @@ from seriatim.nn.linear import Linear, at_least_float32
 
 @dataclass(frozen=True)
 class CodeOptions:
-    """Which codes may be drawn."""
+    """The options that restrict the codes that may be sampled."""
 
-    top_k: Annotated[int | None, "Only the k likeliest codes, and those that tie with the last of them."] = None
-    top_p: Annotated[float | None, "Only the likeliest codes that together reach this probability."] = None
+    top_k: Annotated[int | None, "Sample only from the k likeliest codes, and those that tie with the k-th."] = None
+    top_p: Annotated[float | None, "Sample only from the likeliest codes that together reach this probability."] = None
 
 
 class Categorical(Head):
@@ -44,8 +45,8 @@ class Categorical(Head):
         vocab: int,  # V
         *,
         bias: bool = True,
-        label_smoothing: float = 0.0,  # of the loss alone
-        z_dim: int | None = None,  # C; None: the model tells
+        label_smoothing: float = 0.0,  # affects only the loss
+        z_dim: int | None = None,  # C; None means that the model sets it
     ) -> None:
         super().__init__()
         if vocab < 2:
@@ -60,27 +61,27 @@ class Categorical(Head):
     def bind(self, z_dim: int) -> None:
         if self.z_dim is None:
             self.logits = Linear(z_dim, self.output, bias=self.bias)
-            nn.init.zeros_(self.logits.weight)  # every code alike at first: the loss begins at log V
+            nn.init.zeros_(self.logits.weight)  # all codes start equally likely, so that the loss starts at log V
             if self.bias:
                 nn.init.zeros_(self.logits.bias)
         super().bind(z_dim)
 
     @override
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
-        """z (N, C), target (N,) codes -> cross-entropy, in nats."""
+        """The cross-entropy in nats, for z (N, C) and target codes (N,)."""
         loss = F.cross_entropy(
             at_least_float32(self.logits(z)), target, reduction="none", label_smoothing=self.label_smoothing
         )  # (N,)
         return HeadLoss(loss, torch.ones_like(loss))
 
     def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
-        """log p(target | z), target (N,) codes: (N,)."""
+        """log p(target | z) in nats, (N,), for target codes (N,)."""
         return -F.cross_entropy(at_least_float32(self.logits(z)), target, reduction="none")
 
     @torch.no_grad()
     @override
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
-        """Of the code: (N, 1)."""
+        """The entropy of the code in nats: (N, 1)."""
         log_p = at_least_float32(self.logits(z)).log_softmax(dim=-1)
         return -(log_p.exp() * log_p).sum(dim=-1, keepdim=True)
 
@@ -94,17 +95,17 @@ class Categorical(Head):
         guidance: Guidance | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """Codes (N,) int64. A temperature of 0 takes the likeliest."""
+        """Sampled codes (N,) int64; temperature 0 takes the likeliest code."""
         options = self.options() if plan is None else plan.options
         self.check_sampling(z_null, guidance, temperature)
         logits = filtered(self.guided(z, z_null, guidance), column(temperature), options.top_k, options.top_p)
         return draw_code(logits, keys.fold("code").uniform())
 
     def guided(self, z: Tensor, z_null: Tensor | None, guidance: Guidance | None) -> Tensor:
-        """Logits (N, V) in float32 at least: u + s (c - u)."""
+        """The guided logits u + w (c - u) in float32 at least: (N, V)."""
         if guidance is None or z_null is None:
             return at_least_float32(self.logits(z))
-        # Both in one product: reading the weights is what costs.
+        # Both logits are computed in one product, because most of the time goes into reading the weights.
         logits, null = at_least_float32(self.logits(torch.cat([z, z_null]))).chunk(2)
         return null + guidance.column * (logits - null)
 
@@ -131,17 +132,17 @@ def check_filter(top_k: int | None, top_p: float | None) -> None:
 def filtered(
     logits: Tensor, temperature: float | Tensor = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """Logits (N, V) at a temperature, one number or (N, 1), with -inf for the codes that are left out.
+    """The logits (N, V) at a temperature, one number or (N, 1), with -inf for the codes that are excluded.
 
-    Codes that tie with the last of the top k stay, and so does the code that crosses top p.
+    Codes that tie with the k-th code are kept, and so is the code that crosses top p.
     """
-    if isinstance(temperature, Tensor):  # rows at temperature 0 take the likeliest code: the others become -inf
+    if isinstance(temperature, Tensor):  # rows at temperature 0 take the likeliest code, so the others become -inf
         best = logits.argmax(dim=-1, keepdim=True)
         only = torch.full_like(logits, -math.inf).scatter(1, best, 0.0)
         cold = temperature == 0
         logits = torch.where(cold, only, logits / torch.where(cold, 1.0, temperature))
     elif temperature == 0:
-        best = logits.argmax(dim=-1, keepdim=True)  # the lowest of equals
+        best = logits.argmax(dim=-1, keepdim=True)  # the lowest of equally likely codes
         return torch.full_like(logits, -math.inf).scatter(1, best, 0.0)
     else:
         logits = logits / temperature
@@ -150,17 +151,17 @@ def filtered(
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None and top_p < 1:
         ranked, index = logits.sort(dim=-1, descending=True, stable=True)  # (N, V)
-        before = ranked.softmax(dim=-1).cumsum(dim=-1) - ranked.softmax(dim=-1)  # of likelier codes
+        before = ranked.softmax(dim=-1).cumsum(dim=-1) - ranked.softmax(dim=-1)  # the probability of likelier codes
         drop = before > top_p
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(1, index, drop), -math.inf)
     return logits
 
 
 def draw_code(logits: Tensor, u: Tensor) -> Tensor:
-    """Inverse CDF: the first code whose cumulative probability exceeds u (N,), of logits (N, V) -> (N,).
+    """Codes (N,) by the inverse CDF: the first code of logits (N, V) whose cumulative probability exceeds u (N,).
 
-    Of logits that are not finite it is V, which is no code, so that nobody takes it for one.
+    For logits that are not finite the result is V, which is not a valid code, so that the fault is noticed.
     """
     cumulative = logits.softmax(dim=-1).cumsum(dim=-1)  # (N, V)
-    # Rounding may leave the last sum below 1: u, at most 1 - 2^-24, is taken as a share of it, and so lies below it.
+    # Rounding may leave the last sum below 1. Scaling u, which is at most 1 - 2^-24, by that sum keeps u below it.
     return torch.searchsorted(cumulative, u[:, None].to(cumulative) * cumulative[:, -1:], right=True)[:, 0]

@@ -1,7 +1,7 @@
 """The tables of a discrete diffusion: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (cosine, learned range, respacing).
 
-T timesteps 0..T-1, alpha_bar_t = prod (1 - beta_s). All tables are float64, shape (T,); they are cast to float32 when
-they are looked up.
+There are T timesteps 0..T-1, and alpha_bar_t = prod (1 - beta_s). All tables are float64 of shape (T,); they are cast
+to float32 when they are looked up.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def cosine_betas(steps: int = 1000) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Everything that a reverse step needs, for the timesteps in `timesteps` (of a longer chain, or all of it)."""
+    """The tables that a reverse step needs, for the timesteps in `timesteps` (all of the full chain or some)."""
 
-    timesteps: npt.NDArray[np.int64]  # of the full chain, ascending: what the network is told
+    timesteps: npt.NDArray[np.int64]  # timesteps of the full chain, ascending; the input of the network
     betas: Array
     alphas_cumprod: Array
     sqrt_alphas_cumprod: Array
     sqrt_one_minus_alphas_cumprod: Array
     sqrt_recip_alphas_cumprod: Array
     sqrt_recipm1_alphas_cumprod: Array
-    posterior_mean_coef1: Array  # of x_0 (Ho et al., eq. 7)
-    posterior_mean_coef2: Array  # of x_t
+    posterior_mean_coef1: Array  # the coefficient of x_0 (Ho et al., eq. 7)
+    posterior_mean_coef2: Array  # the coefficient of x_t
     posterior_variance: Array
     posterior_log_variance_clipped: Array
     log_betas: Array
@@ -65,16 +65,16 @@ class Tables:
     def at(self, name: str, t: Tensor | int) -> Tensor | float: ...
 
     def at(self, name: str, t: Tensor | int) -> Tensor | float:
-        """Table `name` at t, in float32, on t's device, with a last axis to broadcast over features: (*t, 1).
+        """Table `name` at the timesteps t, in float32, on t's device, with a last axis for features: (*t, 1).
 
-        At one t for all rows, a number: a loop over steps looks nothing up on the device.
+        If t is an int, the result is a float, so that a loop over steps does not access the device.
         """
         if isinstance(t, int):
             return float(getattr(self, name)[t])
         return self.tensor(name, t.device)[t][..., None]
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        """Table `name`, (T,), float32; made once for each device."""
+        """Table `name` as a float32 tensor (T,), which is cached for each device."""
         return _on_device(self, name, device)
 
 
@@ -84,11 +84,11 @@ def _on_device(tables: Tables, name: str, device: torch.device) -> Tensor:
 
 
 def tables(betas: Array, timesteps: npt.NDArray[np.int64] | None = None) -> Tables:
-    """The tables of a chain with these betas."""
+    """The tables of a chain with the given betas (T,)."""
     abar: Array = np.cumprod(1.0 - betas, dtype=np.float64)
     previous = np.append(1.0, abar[:-1])
     variance = betas * (1.0 - previous) / (1.0 - abar)
-    # The last reverse step has variance 0: its logarithm is replaced by that of the step before.
+    # The last reverse step has variance 0, so its logarithm is replaced by that of the step before.
     clipped = np.log(np.append(variance[1], variance[1:])) if len(betas) > 1 else np.log(betas)
     return Tables(
         timesteps=np.arange(len(betas)) if timesteps is None else timesteps,
@@ -112,55 +112,55 @@ def full_chain(steps: int = 1000) -> Tables:
 
 
 def stable_start(count: int, steps: int = 1000, ode: bool = False) -> int:
-    """The timestep at which sampling starts unless told otherwise: 980, or 950 from 10 steps down (of 1000).
+    """The default timestep at which sampling starts: 980, or 950 for at most 10 steps (of a chain of 1000).
 
-    At t = 999 the first reverse step multiplies an error of the network by 316 (100 steps) to 3493 (10 steps); a
-    start from N(0, 1) at 980 costs nothing, since alpha_bar there is below 1e-3. An ODE is led there from pure noise
-    (`solvers.from_noise`), so it may start lower, at 965, where an error of x_0 is half as large; `sde-dpm++` does as
-    well from either.
+    At t = 999 the first reverse step multiplies an error of the network by 316 (100 steps) to 3493 (10 steps). Starting
+    from N(0, 1) at 980 costs no quality, because alpha_bar there is below 1e-3. An ODE first takes a step from pure
+    noise (`solvers.from_noise`), so it may start lower, at 965, where an error of x_0 is half as large; `sde-dpm++`
+    works equally well from either.
     """
     start = STABLE_START_FEW if count <= FEW_STEPS else STABLE_START_ODE if ode else STABLE_START
     return min(steps - 1, round(start * steps / 1000))
 
 
 def spread(count: int, start: int) -> list[int]:
-    """`count` timesteps from 0 to `start`, equally far apart, rounded half to even, ascending.
+    """`count` equally spaced timesteps from 0 to `start`, rounded half to even, ascending.
 
-    With start = T - 1 these are the timesteps of the official respacing. One step is the start alone.
+    With start = T - 1 these are the timesteps of the official respacing. A single step is at `start`.
     """
     if count == 1:
         return [start]
     stride = start / (count - 1)
     steps, position = [], 0.0
-    for _ in range(count):  # added up, not multiplied: the rounding is the published one
+    for _ in range(count):  # adding instead of multiplying reproduces the published rounding
         steps.append(round(position))
         position += stride
     return steps
 
 
 def ode_spread(count: int, start: int, share: float, chain: Tables) -> list[int]:
-    """`count` timesteps up to `start`, ascending, for all but `ddpm`; rounded, but never equal.
+    """`count` different timesteps up to `start`, ascending, for all solvers except `ddpm`.
 
-    They are `share` of the way from equal steps in t to equal steps in lambda = log(alpha / sigma); the lowest is half
-    a step above 0.
+    They lie `share` of the way from equal steps in t to equal steps in lambda = log(alpha / sigma), and are rounded.
+    The lowest one is half a step above 0.
     """
-    u = (np.arange(count) + 0.5) / (count - 0.5)  # (count,), up to 1
+    u = (np.arange(count) + 0.5) / (count - 0.5)  # (count,), the last one is 1
     minus_lambda = 0.5 * np.log(1.0 / chain.alphas_cumprod - 1.0)  # (T,), ascending
     there = minus_lambda[0] + (minus_lambda[start] - minus_lambda[0]) * u
     in_lambda = np.interp(there, minus_lambda, np.arange(len(chain)))
     steps = [round(t) for t in ((1 - share) * start * u + share * in_lambda).tolist()]
     for i in range(1, count):
         steps[i] = max(steps[i], steps[i - 1] + 1)
-    for i in range(count - 1, -1, -1):  # pushed beyond the start, they are pushed back
+    for i in range(count - 1, -1, -1):  # moves timesteps back that the loop above has moved beyond `start`
         steps[i] = min(steps[i], start - (count - 1 - i))
     return steps
 
 
-@lru_cache(maxsize=512)  # steps that are annealed over the image visit dozens of chains
+@lru_cache(maxsize=512)  # annealing the number of steps over the image uses dozens of chains
 def respaced(count: int, start: int | None = None, steps: int = 1000, ode_share: float | None = None) -> Tables:
-    """The chain restricted to `count` timesteps up to `start` (None: `stable_start`), by `spread`.
+    """The chain restricted to `count` timesteps up to `start` (None means `stable_start`); raises UsageError.
 
-    Given a share, by `ode_spread`.
+    The timesteps are those of `spread`, or of `ode_spread` if `ode_share` is given.
     """
     first = stable_start(count, steps, ode_share is not None) if start is None else start
     if not 0 <= first < steps:
@@ -173,7 +173,7 @@ def respaced(count: int, start: int | None = None, steps: int = 1000, ode_share:
 
 
 def restricted(chain: Tables, timesteps: list[int]) -> Tables:
-    """The chain that visits only these timesteps (ascending): beta_i = 1 - abar_i / abar_{i-1}."""
+    """The chain restricted to the given timesteps (ascending): beta_i = 1 - abar_i / abar_{i-1}."""
     abar = chain.alphas_cumprod[timesteps]
     betas = 1.0 - abar / np.append(1.0, abar[:-1])
     return tables(betas, np.array(timesteps))

@@ -1,9 +1,9 @@
 """The network of the diffusion and the flow head: a small MLP of x, modulated by a time and z (Li et al. 2024, 3.2).
 
-The embeddings of t and z are added and modulate every block (adaLN). Nothing attends to anything: a row is a token.
-What a time means and what the network predicts is up to the head.
+The embeddings of t and z are added and modulate every block (adaLN). There is no attention, so each row is a token of
+its own. The head defines what a time means and what the network predicts.
 
-Shapes: N tokens, D features, C width of z, W width of the network, d blocks, O numbers predicted, S times.
+Shapes: N tokens, D features, C width of z, W width of the network, d blocks, O predicted numbers, S times.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from seriatim.nn.linear import Linear, at_least_float32
 from seriatim.nn.position import sinusoid
 
 FREQUENCIES = 256
-MODULATION_CAP = 1 << 22  # numbers held at once for the modulations of several steps on a CPU: 16 MiB
+MODULATION_CAP = 1 << 22  # modulation numbers that are held at once on a CPU: 16 MiB
 
 
 class AdaLNHead(Head):
-    """A head whose network is d blocks of width W; a subclass adds the loss, and a sampler that calls `walk`."""
+    """A head whose network has d blocks of width W; a subclass adds the loss and a sampler that calls `walk`."""
 
     def __init__(self, dim: int, width: int, depth: int, draws: int, outputs: int) -> None:
         super().__init__()
@@ -44,7 +44,10 @@ class AdaLNHead(Head):
         self.initialise()
 
     def initialise(self) -> None:
-        """Xavier; N(0, 0.02) for the time embedding; zero for modulations and output: 0 comes out at first."""
+        """Initialise with Xavier, the time embedding with N(0, 0.02), and modulations and output with zeros.
+
+        So the network predicts 0 at first.
+        """
         xavier(self)
         for name, weight in self.time_embed.named_parameters():
             if name.endswith("weight"):
@@ -64,22 +67,22 @@ class AdaLNHead(Head):
         return self.time_embed(at_least_float32(sinusoid(times, FREQUENCIES), self.blocks[0].norm.weight))
 
     def modulations(self, y: Tensor) -> list[tuple[Tensor, ...]]:
-        """y (..., W), time plus condition -> shift, 1 + scale (and gate) of each block and the output, (..., W)."""
+        """Shift, 1 + scale (and gate), each (..., W), of all blocks and the output; y (..., W) is time + condition."""
         y = F.silu(y)
         return [*(block.modulate(y) for block in self.blocks), self.final.modulate(y)]
 
     def network(self, x: Tensor, modulations: Sequence[Sequence[Tensor]]) -> Tensor:
-        """x (N, D) -> (N, O)."""
+        """x (N, D) -> the network's prediction (N, O)."""
         h = self.x_embed(x)  # (N, W)
         for block, modulation in zip(self.blocks, modulations, strict=False):
             h = block(h, *modulation)
         return self.final(h, *modulations[-1])
 
     def walk(self, times: Tensor, condition: Tensor) -> Iterator[tuple[int, list[list[Tensor]]]]:
-        """From the last of `times` (S, W) to the first: its index, and shift, 1 + scale (and gate) of each block.
+        """Iterate from the last of `times` (S, W) to the first, as (index, modulations of all blocks and the output).
 
-        A modulation depends on the time and the condition (N, W) only, so those of many steps are computed in one
-        product: as many steps as fit into the device's memory budget.
+        A modulation depends only on the time and the condition (N, W), so the modulations of as many steps as fit into
+        the device's memory budget are computed in one product.
         """
         per_step = len(condition) * self.width * (3 * len(self.blocks) + 2)
         chunk = max(1, modulation_budget(condition.device) // max(1, per_step))
@@ -91,13 +94,13 @@ class AdaLNHead(Head):
                 yield i, [[part[i - begin] for part in parts] for parts in steps]
 
     def embedded(self, times: npt.NDArray[Any], device: torch.device | str) -> Tensor:
-        """Times (S,), as the sinusoids take them, embedded: (S, W). Times are float32 on every device."""
+        """The embeddings (S, W) of times (S,), computed in float32 on every device."""
         with torch.autocast(torch.device(device).type, enabled=False):
             return self.embed(torch.from_numpy(times.astype(np.float32)).to(device))
 
 
 def modulation_budget(device: torch.device) -> int:
-    """How many modulation numbers may be held at once: 16 MiB on a CPU, an eighth of the free memory on CUDA."""
+    """The largest number of modulation values held at once: 16 MiB on a CPU, an eighth of the free memory on CUDA."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return MODULATION_CAP
     return max(MODULATION_CAP, torch.cuda.mem_get_info(device)[0] // 32)

@@ -1,11 +1,11 @@
-"""The diffusion head of MAR: a small MLP denoises one token, conditioned on z.
+"""The diffusion head of MAR, in which a small MLP denoises one token, conditioned on z.
 
-Li et al. 2024, section 3.2 and 3.3: p(x | z) is the distribution that a DDPM reverse process draws; the loss is
-E || eps - eps_theta(x_t | t, z) ||^2 (eq. 1) plus a variational term that trains the variance alone (Nichol & Dhariwal
+Li et al. 2024, section 3.2 and 3.3: p(x | z) is the distribution of samples of a DDPM reverse process. The loss is
+E || eps - eps_theta(x_t | t, z) ||^2 (eq. 1) plus a variational term that trains only the variance (Nichol & Dhariwal
 2021). Unusual:
-- t and z are added and modulate every block (adaLN); nothing attends to anything: a row is a token;
-- guidance acts on eps only; the variance is that of the conditional row;
-- sampling starts below the last timestep (`ddpm.stable_start`) and always runs in float32; `solvers.py` has the ways.
+- t and z are added and modulate every block (adaLN); there is no attention, so each row is a token of its own;
+- guidance acts only on eps; the variance is that of the conditional row;
+- sampling starts below the last timestep (`ddpm.stable_start`) and always runs in float32, by one of `solvers.py`.
 
 Shapes: N tokens, D features, C width of z, W width of the network, d blocks, T steps, M draws of t for a token.
 """
@@ -33,27 +33,29 @@ from seriatim.nn.linear import at_least_float32
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """How a token is denoised."""
+    """The options for denoising a token."""
 
-    num_diffusion_steps: Annotated[int, "Denoising steps of each token."] = 100
-    start_timestep: Annotated[int | None, "Where denoising starts: 999 is as published; None: the stable start."] = None
+    num_diffusion_steps: Annotated[int, "Denoising steps for each token."] = 100
+    start_timestep: Annotated[
+        int | None, "The timestep where denoising starts; 999 is the published one. None means a more stable start."
+    ] = None
     timesteps: Annotated[
-        Sequence[int] | None, "An explicit chain, ascending; overrides num_diffusion_steps and start_timestep."
+        Sequence[int] | None, "All timesteps, ascending; they replace num_diffusion_steps and start_timestep."
     ] = None
     solver: Annotated[str, "The solver: ddpm, sde-dpm++, ddim or dpm++."] = "ddpm"
 
 
 @dataclass(frozen=True)
 class DiffusionPlan:
-    """The tables of the chain that sampling visits, and its embedded timesteps."""
+    """The tables of the timesteps that sampling visits, and the embeddings of these timesteps."""
 
     options: DiffusionOptions
-    chain: Tables  # of S steps
+    chain: Tables  # S steps
     times: Tensor  # (S, W)
 
 
 class Diffusion(AdaLNHead):
-    """p(x | z) by denoising: d blocks of width W, `draws` timesteps for each token and training step."""
+    """p(x | z) by denoising, with d blocks of width W and `draws` timesteps for each token of a training step."""
 
     Options = DiffusionOptions
 
@@ -63,11 +65,11 @@ class Diffusion(AdaLNHead):
         width: int = 1024,  # W
         depth: int = 6,  # d
         *,
-        draws: int = 4,  # M: timesteps drawn for each token of a training step
-        train_steps: int = 1000,  # length of the full chain
-        z_dim: int | None = None,  # C; None: the model tells
+        draws: int = 4,  # M, the timesteps drawn for each token of a training step
+        train_steps: int = 1000,  # the length of the full chain
+        z_dim: int | None = None,  # C; None means that the model sets it
     ) -> None:
-        super().__init__(dim, width, depth, draws, outputs=2 * dim)  # eps, and where the variance is
+        super().__init__(dim, width, depth, draws, outputs=2 * dim)  # eps, and v, which interpolates the variance
         if train_steps < 2:
             raise UsageError(f"train_steps: {train_steps!r} is not allowed; it must be at least 2")
         self.train_steps = train_steps
@@ -78,29 +80,32 @@ class Diffusion(AdaLNHead):
     # --- the network ----------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, D) at timesteps t (N,) of the full chain, z (N, C) -> eps (N, D), v (N, D)."""
+        """eps (N, D) and v (N, D), predicted from x (N, D) at timesteps t (N,) of the full chain and z (N, C)."""
         y = self.embed_times(t) + self.z_embed(z)  # (N, W)
         return self.denoise(x, self.modulations(y))
 
     def embed_times(self, t: Tensor) -> Tensor:
-        """Timesteps (N,) of the full chain -> (N, W); with more rows than timesteps, each timestep once."""
+        """The embeddings (N, W) of timesteps (N,) of the full chain; with many rows, each timestep is computed once."""
         if len(t) < self.train_steps:
             return self.embed(t)
         every = torch.arange(self.train_steps, device=t.device)
         return F.embedding(t, self.embed(every))
 
     def denoise(self, x: Tensor, modulations: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-        """x (N, D) -> eps (N, D), v (N, D)."""
+        """eps (N, D) and v (N, D), predicted from x (N, D) under the given modulations."""
         eps, v = self.network(x, modulations).chunk(2, dim=-1)
         return eps, v
 
     # --- training -------------------------------------------------------------------------------------------------
 
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
-        """z (N, C), target (N, D) -> per token, summed over M draws: mean over D of (eps - eps_hat)^2, plus vb."""
+        """The loss per token, summed over M draws: mean over D of (eps - eps_hat)^2, plus vb.
+
+        z is (N, C) and target (N, D).
+        """
         N, D = target.shape
         M, chain = self.draws, full_chain(self.train_steps)
-        t = keys.fold("t").integers(self.train_steps, M).T.reshape(M * N)  # draw by draw
+        t = keys.fold("t").integers(self.train_steps, M).T.reshape(M * N)  # (M N,), draw by draw
         eps = keys.fold("eps").normal(M, D).transpose(0, 1).reshape(M * N, D)
         x0 = at_least_float32(target, z).repeat(M, 1)  # (M N, D)
         x_t = chain.at("sqrt_alphas_cumprod", t) * x0 + chain.at("sqrt_one_minus_alphas_cumprod", t) * eps
@@ -129,13 +134,13 @@ class Diffusion(AdaLNHead):
         guidance: Guidance | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """From noise to tokens (N, D). A temperature scales the noise of each step, which an ODE's solver has not."""
+        """Sampled tokens (N, D). The temperature scales the noise of each step; ODE solvers have no such noise."""
         plan = self.plan(device=z.device) if plan is None else plan
         options, chain, solver = plan.options, plan.chain, plan.options.solver
         self.check_sampling(z_null, guidance, temperature)
         check_solver(solver, temperature)
         N, D = len(z), self.output
-        # (T+1, N, D): the start, then the noise of each step. An ODE's solver needs the start alone: (1, N, D).
+        # (T+1, N, D): the start, then the noise of each step. An ODE solver needs only the start: (1, N, D).
         draws = keys.fold("noise").normal(1 if solver in ODES else len(chain) + 1, D).transpose(0, 1).contiguous()
         if N == 0:
             return draws[0]
@@ -153,13 +158,13 @@ class Diffusion(AdaLNHead):
                 return eps, v
 
             begin: tuple[Predict, Tensor] = (predict, draws[0])
-            # The published start and a chain that the caller gives whole are taken as they are.
+            # The published start, and timesteps that the caller gives, are used unchanged.
             if solver in ODES and options.timesteps is None and options.start_timestep != self.train_steps - 1:
                 begin = from_noise(chain, predict, draws[0])
             return SOLVERS[solver](chain, *begin, draws[1:], column(temperature))
 
     def chain(self, options: DiffusionOptions) -> Tables:
-        """The tables of the timesteps that sampling visits; refuses those that the full chain does not have."""
+        """The tables of the timesteps that sampling visits; raises UsageError for steps outside the full chain."""
         if options.timesteps is None:
             share = (ODES | SDES).get(options.solver)
             return respaced(options.num_diffusion_steps, options.start_timestep, self.train_steps, share)
@@ -179,10 +184,10 @@ class Diffusion(AdaLNHead):
 
 
 def variational_bound(chain: Tables, x0: Tensor, x_t: Tensor, t: Tensor, eps: Tensor, v: Tensor) -> Tensor:
-    """The term of the bound at t, in bits per feature: (N,).
+    """The term of the variational bound at t, in bits per feature: (N,).
 
-    For t > 0, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at t = 0, the likelihood of x_0 in bins of 2/255. The bins
-    are those of 8-bit images, though tokens are none: kept as published.
+    For t > 0 it is KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)); at t = 0 it is the negative log-likelihood of x_0 in
+    bins of width 2/255. These are the bins of 8-bit images; they are kept for tokens because they are published so.
     """
     mean = chain.at("posterior_mean_coef1", t) * x0 + chain.at("posterior_mean_coef2", t) * x_t
     guess = chain.at("posterior_mean_coef1", t) * predict_x0(chain, x_t, t, eps)
@@ -195,7 +200,7 @@ def variational_bound(chain: Tables, x0: Tensor, x_t: Tensor, t: Tensor, eps: Te
 
 
 def normal_kl(mean: Tensor, log_var: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
-    """KL(N(mean, e^log_var) || N(mean_p, e^log_var_p)), in nats, element by element."""
+    """The elementwise KL(N(mean, e^log_var) || N(mean_p, e^log_var_p)) in nats."""
     difference = log_var - log_var_p
     return 0.5 * (-1.0 - difference + difference.exp() + (mean - mean_p).square() * torch.exp(-log_var_p))
 
@@ -203,7 +208,7 @@ def normal_kl(mean: Tensor, log_var: Tensor, mean_p: Tensor, log_var_p: Tensor) 
 def binned_log_likelihood(
     x: Tensor, mean: Tensor, log_std: Tensor, half: float = 1 / 255, edge: float = 0.999
 ) -> Tensor:
-    """log P(x) of bins [x - half, x + half] under a Gaussian; the outermost bins reach to infinity."""
+    """The log probability of the bins [x - half, x + half] under a Gaussian; the outermost bins extend to infinity."""
     centred, inverse = x - mean, torch.exp(-log_std)
     upper = normal_cdf(inverse * (centred + half))
     lower = normal_cdf(inverse * (centred - half))
@@ -214,5 +219,5 @@ def binned_log_likelihood(
 
 
 def normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the Gaussian CDF, as published: 0.5 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    """The published tanh approximation of the Gaussian CDF: 0.5 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))

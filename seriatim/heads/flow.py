@@ -1,11 +1,11 @@
-"""The flow head: rectified flow, the same small MLP as the diffusion head's, without its tables.
+"""The flow head is a rectified flow with the same small MLP as the diffusion head, but without its tables.
 
 Liu et al. 2023 (Rectified Flow), Lipman et al. 2023 (Flow Matching): x_t = (1 - t) eps + t x, so that t = 0 is noise
-and t = 1 the token (Esser et al. 2024 count the other way); the network learns v = x - eps, and tokens are drawn by
-dx/dt = v(x_t, t, z) from t = 0 to 1. Unusual:
-- times of training are logit-normal (Esser et al. 2024, section 3.1): sigmoid of N(time_mean, time_std^2);
-- guidance acts on v; an ODE has no temperature;
-- it has a density, by the exact divergence of v (Chen et al. 2018), which costs D backward passes a step.
+and t = 1 is the token (Esser et al. 2024 count the other way). The network learns v = x - eps, and tokens are sampled
+by integrating dx/dt = v(x_t, t, z) from t = 0 to 1. Unusual:
+- the times in training are logit-normal (Esser et al. 2024, section 3.1): sigmoid of N(time_mean, time_std^2);
+- guidance acts on v; there is no temperature, because sampling solves an ODE;
+- there is a density, by the exact divergence of v (Chen et al. 2018), which costs D backward passes a step.
 
 Shapes: N tokens, D features, C width of z, W width of the network, M draws of t for a token, S steps.
 """
@@ -27,35 +27,35 @@ from seriatim.heads.base import Guidance, HeadLoss
 from seriatim.heads.denoiser import AdaLNHead
 from seriatim.nn.linear import at_least_float32
 
-TIME_SCALE = 100.0  # the network is told 100 t; with 1000 t it draws no better, and its density needs more steps
-LARGEST = 32  # D up to which `log_prob` is worth its D backward passes
+TIME_SCALE = 100.0  # the network's input is 100 t; with 1000 t samples are no better, and the density needs more steps
+LARGEST = 32  # the largest D for which `log_prob` is supported, because it costs D backward passes
 MOST_STEPS = 10_000
-DENSITY_STEPS = 32  # of Runge-Kutta in `log_prob`
+DENSITY_STEPS = 32  # Runge-Kutta steps in `log_prob`
 
 Velocity = Callable[[int, Tensor], Tensor]  # index of a time, x (N, D) -> v (N, D)
 
 
 @dataclass(frozen=True)
 class FlowOptions:
-    """How the ODE from noise to a token is solved."""
+    """The options for solving the ODE from noise to a token."""
 
-    num_diffusion_steps: Annotated[int, "Steps from noise to token; heun evaluates the network twice in each."] = 100
+    num_diffusion_steps: Annotated[int, "Steps from noise to a token; heun runs the network twice in each step."] = 100
     solver: Annotated[str, "The solver: euler or heun."] = "euler"
 
 
 @dataclass(frozen=True)
 class FlowPlan:
-    """The embedded times that sampling visits."""
+    """The embeddings of the times that sampling visits."""
 
     options: FlowOptions
     times: Tensor  # (S, W)
 
 
 class Flow(AdaLNHead):
-    """p(x | z) by a velocity field: d blocks of width W, `draws` times for each token and training step."""
+    """p(x | z) by a velocity field, with d blocks of width W and `draws` times for each token of a training step."""
 
     tempers = False
-    has_density = True  # not beyond LARGEST features
+    has_density = True  # False for more than LARGEST features
     Options = FlowOptions
 
     def __init__(
@@ -64,10 +64,10 @@ class Flow(AdaLNHead):
         width: int = 1024,  # W
         depth: int = 6,  # d
         *,
-        draws: int = 4,  # M: times drawn for each token of a training step
-        time_mean: float = 0.0,  # of logit(t): above 0, more often near the token
+        draws: int = 4,  # M, the times drawn for each token of a training step
+        time_mean: float = 0.0,  # the mean of logit(t); values above 0 train more often near the token
         time_std: float = 1.0,
-        z_dim: int | None = None,  # C; None: the model tells
+        z_dim: int | None = None,  # C; None means that the model sets it
     ) -> None:
         if not math.isfinite(time_mean):
             raise UsageError(f"time_mean: {time_mean!r} is not allowed; it must be finite")
@@ -81,16 +81,16 @@ class Flow(AdaLNHead):
             self.bind(z_dim)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """x (N, D) at times t (N,) in [0, 1], z (N, C) -> v (N, D)."""
+        """v (N, D), predicted from x (N, D) at times t (N,) in [0, 1] and z (N, C)."""
         y = self.embed_times(t) + self.z_embed(z)  # (N, W)
         return self.network(x, self.modulations(y))
 
     def embed_times(self, t: Tensor) -> Tensor:
-        """t (N,) in [0, 1] -> (N, W)."""
+        """The embeddings (N, W) of times t (N,) in [0, 1]."""
         return self.embed(TIME_SCALE * t)
 
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
-        """z (N, C), target (N, D) -> per token, summed over M draws: mean over D of (v - v_hat)^2."""
+        """The loss per token, summed over M draws, of z (N, C) and target (N, D): mean over D of (v - v_hat)^2."""
         N, D = target.shape
         M = self.draws
         normal, eps = (at_least_float32(draw, z) for draw in (keys.fold("t").normal(M), keys.fold("eps").normal(M, D)))
@@ -110,7 +110,7 @@ class Flow(AdaLNHead):
         return FlowPlan(options, self.times(options.num_diffusion_steps, device))
 
     def times(self, steps: int, device: torch.device | str, backwards: bool = False) -> Tensor:
-        """The embedded times of so many equal steps, as `walk` takes them: the one visited first is the last."""
+        """The embeddings of the times of `steps` equal steps, ordered for `walk`: the first visited time is last."""
         times = TIME_SCALE * np.arange(steps + 1) / steps
         return self.embedded(times if backwards else times[::-1].copy(), device)
 
@@ -124,7 +124,7 @@ class Flow(AdaLNHead):
         guidance: Guidance | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """From noise to tokens (N, D)."""
+        """Sampled tokens (N, D)."""
         plan = self.plan(device=z.device) if plan is None else plan
         self.check_sampling(z_null, guidance, temperature)
         N = len(z)
@@ -148,9 +148,9 @@ class Flow(AdaLNHead):
             raise UsageError(f"solver: {solver!r} is not known to the Flow head{nearest(solver, FLOW_SOLVERS)}")
 
     def _visits(self, times: Tensor, z: Tensor) -> Callable[[int], Sequence[Sequence[Tensor]]]:
-        """The modulations of all rows at the i-th time visited; i is asked for in order from 0, each maybe repeatedly.
+        """A function that returns the modulations of all rows at the i-th visited time, for `times` (S, W).
 
-        times (S, W) as `times` gives them.
+        It must be called with i in ascending order from 0; it may be called repeatedly with the same i.
         """
         walk = self.walk(times, self.z_embed(z))
         now: list[tuple[int, list[list[Tensor]]]] = [(-1, [])]
@@ -166,15 +166,15 @@ class Flow(AdaLNHead):
 
     @torch.no_grad()
     def log_prob(self, z: Tensor, target: Tensor, steps: int = DENSITY_STEPS) -> Tensor:
-        """log p(target) (N,), without guidance, in nats: z (N, C), target (N, D), D at most LARGEST.
+        """log p(target | z) in nats, without guidance: (N,), for z (N, C) and target (N, D), with D at most LARGEST.
 
-        log p(x_1) = log N(x_0; 0, I) - int_0^1 tr(dv/dx) dt along dx/dt = v (Chen et al. 2018, eq. 8), from t = 1 back
-        to 0 by Runge-Kutta of the fourth order in `steps` equal steps, the trace exact. The error is that of the steps,
-        O(steps^-4): with 32, 1e-3 nats at most on heads trained on known mixtures (docs/heads.md).
+        log p(x_1) = log N(x_0; 0, I) - int_0^1 tr(dv/dx) dt along dx/dt = v (Chen et al. 2018, eq. 8). The integral
+        runs from t = 1 back to 0 by fourth-order Runge-Kutta in `steps` equal steps, with an exact trace. The error is
+        O(steps^-4): with 32 steps, at most 1e-3 nats on heads trained on known mixtures (docs/heads.md).
         """
         D = self.output
         if D > LARGEST:
-            raise UsageError(f"log_prob: the Flow head has {D} features, and its exact divergence is for {LARGEST}")
+            raise UsageError(f"log_prob: the Flow head has {D} features; its density is defined for at most {LARGEST}")
         if not steps >= 1:
             raise UsageError(f"steps: {steps!r} is not allowed; it must be at least 1")
         with torch.autocast(z.device.type, enabled=False):
@@ -187,18 +187,18 @@ class Flow(AdaLNHead):
         return -0.5 * x.square().sum(dim=1) - 0.5 * D * math.log(2 * math.pi) - divergence
 
 
-# --- solvers: from x at t = 0 to x at t = 1; `velocity` is asked for times 0, 1 / steps, ..., in order ---------------
+# --- solvers: from x at t = 0 to x at t = 1; they call `velocity` for the times 0, 1 / steps, ..., in this order ------
 
 
 def euler(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
-    """x' = x + h v(x, t): first order."""
+    """The Euler method, of first order: x' = x + h v(x, t)."""
     for i in range(steps):
         x = x + velocity(i, x) / steps
     return x
 
 
 def heun(velocity: Velocity, x: Tensor, steps: int) -> Tensor:
-    """x' = x + h/2 (v(x, t) + v(x + h v(x, t), t + h)): second order."""
+    """Heun's method, of second order: x' = x + h/2 (v(x, t) + v(x + h v(x, t), t + h))."""
     for i in range(steps):
         v = velocity(i, x)
         x = x + (v + velocity(i + 1, x + v / steps)) / (2 * steps)
@@ -209,7 +209,7 @@ FLOW_SOLVERS: dict[str, Callable[[Velocity, Tensor, int], Tensor]] = {"euler": e
 
 
 def velocity_and_divergence(field: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    """v(x) (N, D) and tr(dv/dx) (N,), exact: one backward pass for each feature; a row depends on itself alone."""
+    """v(x) (N, D) and the exact tr(dv/dx) (N,), by one backward pass for each feature; rows must be independent."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         v = field(x)
@@ -222,7 +222,7 @@ def velocity_and_divergence(field: Callable[[Tensor], Tensor], x: Tensor) -> tup
 def runge_kutta_back(
     slope: Callable[[int, Tensor], tuple[Tensor, Tensor]], x: Tensor, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """x at t = 0 from x at t = 1, and the integral of the divergence; `slope(i, x)` is at t = 1 - i / (2 steps)."""
+    """x at t = 0 and the integral of the divergence, from x at t = 1; `slope(i, x)` is at t = 1 - i / (2 steps)."""
     h, total = 1 / steps, x.new_zeros(len(x))
     for i in range(0, 2 * steps, 2):
         k1, d1 = slope(i, x)

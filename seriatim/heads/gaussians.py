@@ -1,7 +1,8 @@
-"""A mixture of Gaussians for each row, as its parameters: densities, moments and draws as functions of these.
+"""Mixtures of Gaussians, one for each row, with their densities, moments and samples.
 
-Nothing here knows a network: `Mixture` makes the parameters of whole tokens, a nested head those of one feature at a
-time. Every logarithm is of base e; weights stay logarithms to the end (log_softmax, never log(softmax)).
+This module depends on no network: `Mixture` computes the parameters of whole tokens, and a nested head those of one
+feature at a time. All logarithms are natural. Weights are kept as logarithms (log_softmax, never log(softmax)), so that
+small weights lose no precision.
 
 Shapes: N rows, K components, D features, S points for a row.
 """
@@ -16,31 +17,31 @@ from torch import Tensor
 
 from seriatim.core.errors import UsageError
 
-REACH, POINTS = 7.0, 65  # of quadrature: standard deviations to either side, points of a component
+REACH, POINTS = 7.0, 65  # quadrature: standard deviations to either side, and points for each component
 LOG_2PI = math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
 class GaussianMixture:
-    """sum_k softmax(logits)_k N(means_k, L_k L_k^T); L_k has exp(log_std_k) on its diagonal, and `below` under it."""
+    """sum_k softmax(logits)_k N(means_k, L_k L_k^T); L_k has exp(log_std_k) on its diagonal and `below_k` below it."""
 
-    logits: Tensor  # (N, K), of any scale
+    logits: Tensor  # (N, K), not normalised
     means: Tensor  # (N, K, D)
     log_std: Tensor  # (N, K, D)
-    below: Tensor | None = None  # (N, K, D, D), strictly lower triangular; None: diagonal covariances
+    below: Tensor | None = None  # (N, K, D, D), strictly lower triangular; None means diagonal covariances
 
     @property
     def scale_tril(self) -> Tensor:
-        """L: (N, K, D, D)."""
+        """The Cholesky factors L: (N, K, D, D)."""
         diagonal = torch.diag_embed(self.log_std.exp())
         return diagonal if self.below is None else diagonal + self.below
 
     def log_weights(self) -> Tensor:
-        """(N, K), normalised."""
+        """The normalised log weights: (N, K)."""
         return self.logits.log_softmax(dim=-1)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """x (N, D) or (N, S, D) -> the normalised log density, in nats: (N,) or (N, S)."""
+        """The normalised log density in nats, (N,) or (N, S), at x (N, D) or (N, S, D)."""
         if x.ndim == 2:
             return self.log_prob(x[:, None])[:, 0]
         off = x[:, :, None] - self.means[:, None]  # (N, S, K, D)
@@ -54,19 +55,20 @@ class GaussianMixture:
         return ((self.log_weights() - log_norm)[:, None] - 0.5 * squares).logsumexp(dim=-1)
 
     def component(self, u: Tensor) -> Tensor:
-        """u in [0, 1), (N,) or (N, S) -> how many partial sums of the weights it reaches, a component: as u."""
+        """The components that uniform numbers u in [0, 1), (N,) or (N, S), select by inverse CDF, in the shape of u."""
         sums = self.logits.softmax(dim=-1).cumsum(dim=-1)  # (N, K)
-        sums = sums / sums[:, -1:]  # ends at 1 sharp: no u falls behind it, onto a component without weight
+        sums = sums / sums[:, -1:]  # the last sum is exactly 1, so that no u selects a component without weight
         at = u if u.ndim == 2 else u[:, None]
         return torch.searchsorted(sums, at.contiguous(), right=True).clamp(max=sums.shape[-1] - 1).view_as(u)
 
     def sample(self, u: Tensor, normal: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-        """A component by u, then mean + temperature L normal: u (N,), normal (N, D) -> (N, D); or (N, S), (N, S, D).
+        """Samples mean + temperature L normal of the component that u selects.
 
-        The temperature, a number or (N, 1), scales standard deviations, never weights. Where the weights of a row are
-        not finite, what is drawn is not finite either, so that the sampler's check at the end finds it.
+        u (N,) and normal (N, D) give samples (N, D); u (N, S) and normal (N, S, D) give (N, S, D). The temperature, a
+        number or (N, 1), scales standard deviations and never weights. If the weights of a row are not finite, its
+        samples are not finite either, so that the sampler's final check finds the fault.
         """
-        rows = torch.arange(len(u), device=u.device).view(-1, *[1] * (u.ndim - 1))  # as u, to index with
+        rows = torch.arange(len(u), device=u.device).view(-1, *[1] * (u.ndim - 1))  # (N,) or (N, 1), broadcasts with u
         k = self.component(u)
         off = self.log_std.exp()[rows, k] * normal
         if self.below is not None:
@@ -77,26 +79,26 @@ class GaussianMixture:
         return self.means[rows, k] + temperature * off + unsound
 
     def nucleus(self, top_p: float) -> GaussianMixture:
-        """The heaviest components alone, as few as together weigh `top_p` or more; the others get no weight."""
+        """The mixture of the fewest heaviest components that together weigh at least `top_p`."""
         if top_p >= 1:
             return self
         sorted_weights, order = self.logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)  # (N, K)
         before = sorted_weights.cumsum(dim=-1) - sorted_weights
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
-        dropped = dropped.scatter(1, order[:, :1], False)  # rounding, or a tiny top_p, never takes the heaviest
+        dropped = dropped.scatter(1, order[:, :1], False)  # keeps the heaviest despite rounding or a tiny top_p
         return replace(self, logits=self.logits.masked_fill(dropped, -math.inf))
 
     def select(self, rows: Tensor | slice) -> GaussianMixture:
-        """Some rows."""
+        """The mixtures of the given rows."""
         below = None if self.below is None else self.below[rows]
         return GaussianMixture(self.logits[rows], self.means[rows], self.log_std[rows], below)
 
     def mean(self) -> Tensor:
-        """(N, D)."""
+        """The mean of the mixture: (N, D)."""
         return (self.logits.softmax(dim=-1)[..., None] * self.means).sum(dim=1)
 
     def variance(self) -> Tensor:
-        """Of each feature: (N, D)."""
+        """The variance of each feature: (N, D)."""
         weights, off = self.logits.softmax(dim=-1)[..., None], self.means - self.mean()[:, None]
         inside = (2 * self.log_std).exp()  # (N, K, D)
         if self.below is not None:
@@ -104,14 +106,14 @@ class GaussianMixture:
         return (weights * (inside + off.square())).sum(dim=1)
 
     def feature_entropy(self) -> Tensor:
-        """Of each feature alone, a mixture in one dimension, in nats: (N, D).
+        """The entropy of each feature's marginal, a mixture in one dimension, in nats: (N, D).
 
-        By the trapezoidal rule over points around each component, dense in units of its own width. Off by 3e-4 nats in
-        the median and by 3e-3 at most over 500 random mixtures of 2 to 8 components, whose widths differ by a factor of
-        up to 400.
+        It is computed by the trapezoidal rule over points around each component, spaced by the component's own width.
+        The error is 3e-4 nats in the median and at most 3e-3 over 500 random mixtures of 2 to 8 components, whose
+        widths differ by a factor of up to 400.
         """
         diagonal = self.log_std
-        if self.below is not None:  # of the marginals: the rows of L
+        if self.below is not None:  # the standard deviations of the marginals are the norms of the rows of L
             diagonal = 0.5 * ((2 * diagonal).exp() + self.below.square().sum(dim=-1)).log()
         N, _, D = self.means.shape
         means, log_std = self.means.transpose(1, 2).flatten(0, 1), diagonal.transpose(1, 2).flatten(0, 1)  # (N D, K)
@@ -122,7 +124,7 @@ class GaussianMixture:
         return -torch.trapezoid(log_p.exp() * log_p, x, dim=1).view(N, D)
 
     def entropy(self) -> Tensor:
-        """Of one Gaussian, in nats: (N,). That of a mixture has no closed form."""
+        """The entropy of a single Gaussian in nats, (N,); raises UsageError for mixtures, which have no closed form."""
         if self.logits.shape[-1] != 1:
             raise UsageError(f"entropy: has no closed form for {self.logits.shape[-1]} components; only for 1")
         return self.log_std[:, 0].sum(dim=-1) + 0.5 * self.means.shape[-1] * (1 + LOG_2PI)

@@ -1,15 +1,15 @@
-"""Draws from a guided mixture of Gaussians: p_c^w p_u^(1-w), of a conditional and an unconditional mixture.
+"""Samples from a guided mixture of Gaussians, p_c^w p_u^(1-w), of a conditional and an unconditional mixture.
 
-The product of two mixtures to powers is no mixture, has no known normaliser, and may have none at all: where
-w / sigma_c^2 < (w - 1) / sigma_u^2 it grows without bound. At temperature T the target here is
+The product of powers of two mixtures is not a mixture. Its normaliser is not known and may not exist: where
+w / sigma_c^2 < (w - 1) / sigma_u^2 the product grows without bound. At temperature T the target here is
 
-    q_T(x) (p_c(x) / p_u(x))^(w-1),      q_T: the conditional mixture, its standard deviations times T
+    q_T(x) (p_c(x) / p_u(x))^(w-1),      q_T: the conditional mixture with its standard deviations times T
 
-which is p_c^w p_u^(1-w) at T = 1, and what candidates drawn at T and weighted by (p_c / p_u)^(w-1) tend to (Zhao et al.
-2025, ARINAR).
+which is p_c^w p_u^(1-w) at T = 1. It is the limit of sampling many candidates at T and choosing one by the weights
+(p_c / p_u)^(w-1) (Zhao et al. 2025, ARINAR).
 
-    sample_product     one feature: from the target itself, on a bounded support; one uniform number a row
-    resample_product   any number of features: approximately, by choosing among candidates
+    sample_product     for one feature: samples the target itself, on a bounded support, by one uniform number a row
+    resample_product   for any number of features: samples approximately, by choosing among candidates
 
 Shapes: N rows, K components (of each mixture), D features, S candidates, P grid points, G points of evaluation.
 """
@@ -23,18 +23,18 @@ from torch import Tensor
 
 from seriatim.heads.gaussians import GaussianMixture
 
-REACH = 5.0  # standard deviations from a mean to where the support ends
-RAREST = 1e-4  # a component's weight beside the heaviest one's from which it has a say in the support
-COLDEST = 1e-4  # a temperature below counts as this
-NARROWEST = 20.0  # |log| of a standard deviation from which it counts as this: its square has room, far from it too
-GRID = 104  # points over all components, but at least POINTS for one
+REACH = 5.0  # standard deviations from a mean to the end of the support
+RAREST = 1e-4  # components with a smaller share of the heaviest one's weight do not extend the support
+COLDEST = 1e-4  # lower temperatures are raised to this
+NARROWEST = 20.0  # |log standard deviation| is clamped to this, so that squares stay finite even far from the mean
+GRID = 104  # points over all components, but at least POINTS for each
 POINTS = 13
-INSIDE = 32  # parts of the cell in which the drawn number lies
-SMALL = 1e-3  # a difference of logarithms below which an exponential is a straight line
-LOWEST = -1e30  # in place of the logarithm of nothing
-CAP = 1 << 22  # numbers held at once, 16 MiB
-LOBATTO = (0.2763932022500210, 0.7236067977499790)  # inner nodes on [0, 1]; with the ends: degree 5
-STEEP = 3.0  # a change of log f between nodes from which f is taken as exponential there, not as a polynomial
+INSIDE = 32  # parts into which the cell of the sampled number is divided
+SMALL = 1e-3  # for smaller differences of logarithms, an exponential is computed as a straight line
+LOWEST = -1e30  # replaces the logarithm of 0
+CAP = 1 << 22  # numbers held at once: 16 MiB
+LOBATTO = (0.2763932022500210, 0.7236067977499790)  # inner nodes on [0, 1]; exact up to degree 5 with the ends
+STEEP = 3.0  # for larger changes of log f between nodes, f is integrated as an exponential instead of a polynomial
 
 
 def sample_product(
@@ -42,21 +42,23 @@ def sample_product(
     null: GaussianMixture,
     w: Tensor,  # (N,)
     u: Tensor,  # (N,), in [0, 1)
-    temperature: float | Tensor = 1.0,  # one for all rows, or (N, 1)
+    temperature: float | Tensor = 1.0,  # one number for all rows, or (N, 1)
 ) -> Tensor:
-    """The inverse CDF of the target at u, for D = 1: (N,), in the dtype of the parameters.
+    """Samples of the target for D = 1, by its inverse CDF at u: (N,), in the dtype of the parameters.
 
-    The support is the union of mu_k +- REACH T sigma_k over the components of `cond` that weigh at least RAREST of the
-    heaviest; for w <= 1, where p_u too says where the product lies, also of mu_k +- REACH sigma_k over those of `null`.
-    There it is the target, be it improper on the whole line (as it may be for w > 1, and for w < 0) or not. Standard
-    deviations are kept within exp(+-NARROWEST), which is where tokens in float32 know neither points nor ends.
+    The support is the union of the intervals mu_k +- REACH T sigma_k of the components of `cond` that weigh at least
+    RAREST of the heaviest one. For w <= 1, where p_u also determines where the product lies, the intervals
+    mu_k +- REACH sigma_k of such components of `null` are added. Samples follow the target on this support, even if it
+    is improper on the whole line (which is possible for w > 1 and for w < 0). Standard deviations are clamped to
+    exp(+-NARROWEST), beyond which float32 can't represent a component's shape anyway.
 
-    Every component puts grid points where it is, so that narrow and far ones are seen; a cell's mass is by Lobatto's
-    rule, or where the target is steep, such as at an end that an improper one climbs to, by exponential pieces; the
-    cell that u falls into is cut into INSIDE parts, each exponential. Errors: tests/heads/test_guided.py.
+    Every component adds grid points around itself, so that narrow and distant components are found. The mass of a cell
+    is computed by Lobatto's rule, or by exponential pieces where the target is steep, for example at an end of the
+    support where an improper target is highest. The cell that u selects is divided into INSIDE exponential parts.
+    tests/heads/test_guided.py bounds the errors.
     """
     n = max(POINTS, GRID // (cond.logits.shape[-1] + null.logits.shape[-1]) | 1)
-    held = (cond.logits.shape[-1] + null.logits.shape[-1]) ** 2 * n * 3  # of one row
+    held = (cond.logits.shape[-1] + null.logits.shape[-1]) ** 2 * n * 3  # numbers held for one row
     rows = max(1, CAP // held)
     if len(u) <= rows:
         return _inverse_cdf(cond, null, w, u, temperature, n)
@@ -88,13 +90,13 @@ def _inverse_cdf(
     part, level = find(exponential(log_f[:, :-1], log_f[:, 1:]), level[:, 0])
     s = exponential_quantile(log_f.gather(1, part + 1) - log_f.gather(1, part), level)
     drawn = left + width * (part + s) / INSIDE  # (N, 1)
-    # Where all is so narrow that the numbers have no room for a cell, the heaviest component is a point.
+    # If the components are too narrow for float32 to represent a cell, the heaviest component's mean is taken.
     heaviest = cond.means[..., 0].gather(1, cond.logits.argmax(dim=1, keepdim=True))
     return torch.where(mass.sum(dim=1, keepdim=True) == 0, heaviest, drawn)[:, 0]
 
 
 def _cell_mass(log_f: Tensor) -> Tensor:
-    """log f at the ends and the inner nodes of cells of width 1, (4, ...) -> its integral over each."""
+    """The integral of f over cells of width 1, (...), from log f at their ends and inner nodes, (4, ...)."""
     f = log_f.exp()
     smooth = (f[0] + f[3] + 5 * (f[1] + f[2])) / 12
     lengths = log_f.new_tensor([LOBATTO[0], LOBATTO[1] - LOBATTO[0], LOBATTO[0]]).view(3, *[1] * (log_f.ndim - 1))
@@ -103,28 +105,28 @@ def _cell_mass(log_f: Tensor) -> Tensor:
 
 
 def exponential(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """The integral over [0, 1] of the exponential that is a at 0 and b at 1: (b - a) / (log b - log a)."""
+    """The integral over [0, 1] of the exponential with the values a at 0 and b at 1: (b - a) / (log b - log a)."""
     top, drop = torch.maximum(log_a, log_b), (log_a - log_b).abs()
     ratio = torch.where(drop < SMALL, 1 - drop / 2, -torch.expm1(-drop) / drop.clamp(min=SMALL))
-    return top.exp() * ratio.nan_to_num(0.0)  # where f is 0 at both ends: no mass
+    return top.exp() * ratio.nan_to_num(0.0)  # the ratio is NaN where f is 0 at both ends, and the mass is 0 there
 
 
 def exponential_quantile(rise: Tensor, level: Tensor) -> Tensor:
-    """Where in [0, 1] an exponential that grows by e^rise has `level` of its mass behind it."""
+    """The place in [0, 1] below which an exponential that grows by e^rise has the share `level` of its mass."""
     fall = rise.abs()
-    share = torch.where(rise > 0, 1 - level, level)  # from the end where it is highest
+    share = torch.where(rise > 0, 1 - level, level)  # measured from the end where the exponential is highest
     s = -torch.log1p(share * torch.expm1(-fall)) / fall.clamp(min=SMALL)
     s = torch.where(fall < SMALL, share, s.clamp(0, 1))
     return torch.where(rise > 0, 1 - s, s)
 
 
 def find(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """mass (N, P) of cells, u (N,) -> the cell that u of all mass falls into, and u's place in it from 0 to 1: (N, 1).
+    """The cell (N, 1) that contains the share u (N,) of the cells' mass (N, P), and the place in it, 0 to 1, (N, 1).
 
-    The cell has mass, unless none has.
+    The chosen cell has a positive mass, unless all masses are 0.
     """
     sums = mass.cumsum(dim=1)
-    level = (u[:, None] * (1 - 1e-6)) * sums[:, -1:]  # below the end, however it rounds
+    level = (u[:, None] * (1 - 1e-6)) * sums[:, -1:]  # stays below the last sum despite rounding
     cell = torch.searchsorted(sums, level, right=True).clamp(max=mass.shape[1] - 1)
     of = mass.gather(1, cell)
     place = (level - (sums.gather(1, cell) - of)) / of.clamp(min=torch.finfo(mass.dtype).tiny)
@@ -132,9 +134,9 @@ def find(mass: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Target:
-    """The logarithm of the target but for a constant of each row, and where to look at it.
+    """The log density of the target, up to a constant for each row, and the grid on which it is evaluated.
 
-    Components lie first, (K, N), so that a sum over them runs along memory.
+    The first axis is the component, (K, N), so that sums over components add contiguous memory.
     """
 
     def __init__(self, cond: GaussianMixture, null: GaussianMixture, w: Tensor, temperature: float | Tensor) -> None:
@@ -144,16 +146,16 @@ class Target:
         self.drawn = self.cond if same else _scaled(cond, temperature)
 
     def log_density(self, x: Tensor) -> Tensor:
-        """x (N, G) -> (N, G)."""
+        """The log density at x (N, G), up to a constant for each row: (N, G)."""
         log_c, log_u = _log_density(x, *self.cond), _log_density(x, *self.null)
         log_q = log_c if self.drawn is self.cond else _log_density(x, *self.drawn)
         return log_q + (self.w - 1) * (log_c - log_u)
 
     def grid(self, n: int) -> tuple[Tensor, Tensor]:
-        """n points for each component, ascending (N, P), and which cells between them the support has (N, P-1)."""
+        """n grid points for each component, ascending (N, P), and a mask of the cells within the support (N, P-1)."""
         (weight, mean, rate), (weight_u, mean_u, rate_u) = self.drawn, self.null
-        weight, weight_u = weight - rate.log(), weight_u - rate_u.log()  # of a component, not of its density at the top
-        counts = torch.cat(  # (2K, N): what has a say in the support
+        weight, weight_u = weight - rate.log(), weight_u - rate_u.log()  # log weights, without the factor 1 / std
+        counts = torch.cat(  # (2K, N), True for components that extend the support
             [_heavy(weight), _heavy(weight_u) & (self.w <= 1).T]
         )
         reach = REACH / torch.cat([rate, rate_u])
@@ -162,8 +164,8 @@ class Target:
         high = (mean + reach).masked_fill(~counts, -math.inf).amax(dim=0)
         steps = torch.linspace(-1, 1, n, dtype=mean.dtype, device=mean.device)
         points = torch.addcmul(mean[..., None], reach[..., None], steps)  # (2K, N, n)
-        points = points.clamp(low[:, None], high[:, None])  # those that have no say stay inside
-        begins = torch.zeros_like(points, dtype=torch.int8)  # +1 where a component's stretch begins, -1 where it ends
+        points = points.clamp(low[:, None], high[:, None])  # points of the other components stay within the support
+        begins = torch.zeros_like(points, dtype=torch.int8)  # +1 where a component's interval begins, -1 where it ends
         begins[..., 0], begins[..., -1] = counts, -counts.to(torch.int8)
         x, order = points.transpose(0, 1).flatten(1).sort(dim=1)  # (N, P)
         inside = begins.transpose(0, 1).flatten(1).gather(1, order).cumsum(dim=1)[:, :-1] > 0
@@ -184,13 +186,13 @@ def _scaled(mixture: GaussianMixture, temperature: float | Tensor) -> Scaled:
 
 
 def _log_density(x: Tensor, weight: Tensor, mean: Tensor, rate: Tensor) -> Tensor:
-    """log sum_k weight_k exp(-(x - mean_k)^2 rate_k^2 / 2), x (N, G) -> (N, G).
+    """log sum_k weight_k exp(-(x - mean_k)^2 rate_k^2 / 2) at x (N, G): (N, G).
 
-    Not as a x^2 + b x + c, which takes as long and loses all digits of a narrow component far from 0.
+    The form a x^2 + b x + c would take as long and lose all digits of a narrow component far from 0.
     """
     y = torch.sub(x, mean[..., None]).mul_(rate[..., None])  # (K, N, G)
     y = torch.addcmul(weight[..., None], y, y, value=-0.5)
-    top = y.amax(dim=0)  # finite: `torch.logsumexp`, which expects anything, takes half as long again
+    top = y.amax(dim=0)  # always finite here; the general `torch.logsumexp` takes 1.5 times as long
     return y.sub_(top).exp_().sum(dim=0).log_().add_(top)
 
 
@@ -204,12 +206,12 @@ def resample_product(
     w: Tensor,  # (N,)
     candidates: tuple[Tensor, Tensor],  # uniform (N, S), normal (N, S, D)
     u: Tensor,  # (N,)
-    temperature: float | Tensor = 1.0,  # one for all rows, or (N, 1)
+    temperature: float | Tensor = 1.0,  # one number for all rows, or (N, 1)
 ) -> Tensor:
-    """Approximately from the target: one of S candidates, by weights (p_c / p_u)^(w-1): (N, D) (Zhao et al. 2025).
+    """Approximate samples (N, D) of the target: one of S candidates, with weights (p_c / p_u)^(w-1) (Zhao et al. 2025).
 
-    Candidates are of the conditional mixture at the temperature: where it has none, nothing is drawn, and the more w
-    moves the target away from it, the fewer candidates carry all the weight.
+    Candidates come from the conditional mixture at the temperature, so regions without candidates are never sampled.
+    The further w moves the target away from that mixture, the fewer candidates carry all of the weight.
     """
     uniform, normal = candidates
     rows = max(1, CAP // max(1, normal[0].numel() * cond.logits.shape[-1])) if len(u) else 1
@@ -221,6 +223,6 @@ def resample_product(
         log_ratio = (w[s, None] - 1) * (p_c.log_prob(x) - p_u.log_prob(x))  # (rows, S)
         weights = log_ratio.softmax(dim=1)
         chosen, _ = find(weights, u[s])  # (rows, 1)
-        unsound = 0.0 * weights.amax(dim=1, keepdim=True)  # 0, or NaN: what is drawn by weights that are NaN is NaN
+        unsound = 0.0 * weights.amax(dim=1, keepdim=True)  # 0, or NaN where weights are NaN, which makes the sample NaN
         parts.append(x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))[:, 0] + unsound)
     return torch.cat(parts) if parts else normal.new_zeros(0, normal.shape[-1])

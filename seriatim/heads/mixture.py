@@ -1,10 +1,10 @@
-"""The mixture head: a few Gaussians whose parameters a network computes from z, as in GIVT (Tschannen et al. 2023).
+"""The mixture head, a few Gaussians whose parameters a network computes from z, as in GIVT (Tschannen et al. 2023).
 
-p(x | z) = sum_k pi_k(z) N(x; mu_k(z), Sigma_k(z)), Sigma_k diagonal, or full by its Cholesky factor. The loss is the
-negative log-likelihood, exact; one pass of the network is all that a draw needs. Unusual:
-- nothing is clamped: a variance may become as small as training makes it;
-- guidance draws from p_c^w p_u^(1-w), which is no mixture: `guided.py` has the two ways;
-- depth 0 is one Linear of z, whose output is laid out as that of ARINAR's inner head (Zhao et al. 2025).
+p(x | z) = sum_k pi_k(z) N(x; mu_k(z), Sigma_k(z)), where Sigma_k is diagonal, or full by its Cholesky factor. The loss
+is the exact negative log-likelihood, and sampling needs only one pass of the network. Unusual:
+- nothing is clamped, so that a variance may become as small as training makes it;
+- guidance samples from p_c^w p_u^(1-w), which is not a mixture; `guided.py` has two ways to do this;
+- depth 0 is one Linear of z, whose output has the layout of ARINAR's inner head (Zhao et al. 2025).
 
 Shapes: N tokens, D features, C width of z, W width of the network, d blocks, K components, S candidates.
 """
@@ -28,19 +28,23 @@ from seriatim.nn.linear import Linear, at_least_float32
 
 COVARIANCES = ("diagonal", "full")
 GUIDANCE_MODES = ("exact", "resample")
-CANDIDATES = 1000  # S, as published
+CANDIDATES = 1000  # S, the published number
 
 
 @dataclass(frozen=True)
 class MixtureOptions:
-    """How a token is drawn from the mixture."""
+    """The options for sampling a token from the mixture."""
 
-    top_p: Annotated[float, "Only the heaviest components that together reach this weight draw; 1: all."] = 1.0
-    guidance_mode: Annotated[str | None, "exact or resample; None: exact for one feature, else resample."] = None
+    top_p: Annotated[
+        float, "Sample only from the heaviest components that together reach this weight; 1 means all."
+    ] = 1.0
+    guidance_mode: Annotated[
+        str | None, "How to guide: exact or resample. None means exact for one feature, and resample for more."
+    ] = None
 
 
 class Mixture(Head):
-    """p(x | z) as K Gaussians, by d residual MLP blocks of width W; with d = 0 by one Linear."""
+    """p(x | z) as K Gaussians, computed by d residual MLP blocks of width W, or by one Linear if d = 0."""
 
     has_density = True
     Options = MixtureOptions
@@ -53,7 +57,7 @@ class Mixture(Head):
         width: int = 1024,  # W
         depth: int = 3,  # d
         covariance: str = "diagonal",  # or "full"
-        z_dim: int | None = None,  # C; None: the model tells
+        z_dim: int | None = None,  # C; None means that the model sets it
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -81,35 +85,35 @@ class Mixture(Head):
                 self.norms = nn.ModuleList(nn.LayerNorm(W, eps=NORM_EPS) for _ in range(self.depth + 1))
                 self.blocks = nn.ModuleList(MLP(W, 1.0) for _ in range(self.depth))
                 xavier(self)
-            # [K D means | K D log-variances | K logits | K D(D-1)/2 below the diagonal, row by row], by component
+            # Layout: [K D means | K D log-variances | K logits | K D(D-1)/2 below the diagonal, row by row]
             self.final = Linear(W if self.depth else z_dim, count)
             nn.init.normal_(self.final.weight, std=0.02)
             nn.init.zeros_(self.final.bias)
-            nn.init.normal_(self.final.bias[: K * D], std=0.5)  # apart, or they would learn the same
+            nn.init.normal_(self.final.bias[: K * D], std=0.5)  # equal means would all learn the same
         super().bind(z_dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z (N, C) -> the parameters as they are laid out: (N, 2 K D + K), more with full covariances."""
+        """The parameters of the mixtures of z (N, C): (N, 2 K D + K), or more with full covariances."""
         if self.depth:
             z = self.z_embed(z)  # (N, W)
             for norm, block in zip(self.norms, self.blocks, strict=False):
                 z = z + block(norm(z))
             z = self.norms[-1](z)
-        with torch.autocast(z.device.type, enabled=False):  # a log-variance of three digits is none
+        with torch.autocast(z.device.type, enabled=False):  # the three digits of bfloat16 are too few for log-variances
             return self.final(at_least_float32(z))
 
     def mixture(self, z: Tensor) -> GaussianMixture:
-        """z (N, C) -> p(x | z) of each row. Nothing is checked here: samplers and the training loop do."""
+        """p(x | z) of each row of z (N, C); samplers and the training loop check that it is finite."""
         return unpacked(self(z), self.components, self.output)
 
     @override
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
-        """z (N, C), target (N, D) -> -log p(target | z), in nats, summed over features; `keys` are not used."""
+        """-log p(target | z) in nats, for z (N, C) and target (N, D); `keys` are not used."""
         nll = -self.log_prob(z, target)
         return HeadLoss(nll, torch.ones_like(nll))
 
     def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
-        """The normalised log density, in nats: z (N, C), target (N, D) -> (N,)."""
+        """The normalised log density in nats, (N,), for z (N, C) and target (N, D)."""
         made = self.mixture(z)
         with torch.autocast(z.device.type, enabled=False):
             return made.log_prob(target.to(made.means.dtype))
@@ -117,9 +121,9 @@ class Mixture(Head):
     @torch.no_grad()
     @override
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
-        """Of each feature given z alone, by quadrature (`GaussianMixture.feature_entropy`): (N, D)."""
+        """The entropy of each feature given only z, in nats, by quadrature: (N, D)."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.mixture(z).feature_entropy()
+            return self.mixture(at_least_float32(z)).feature_entropy()
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
@@ -133,10 +137,10 @@ class Mixture(Head):
         guidance: Guidance | None = None,
         temperature: float | Tensor = 1.0,
     ) -> Tensor:
-        """Tokens (N, D). The temperature scales standard deviations, never weights.
+        """Sampled tokens (N, D). The temperature scales standard deviations and never weights.
 
-        A row is generated from its own keys whatever the other rows do. `top_p` acts on the conditional mixture.
-        "exact" guidance is exact on the support that `sample_product` defines, "resample" is approximate.
+        A row depends only on its own key and z, not on the other rows. `top_p` acts on the conditional mixture. "exact"
+        guidance is exact on the support that `sample_product` defines, and "resample" is approximate.
         """
         options = self.options() if plan is None else plan.options
         self.check_sampling(z_null, guidance, temperature)
@@ -144,7 +148,7 @@ class Mixture(Head):
             cond = self.mixture(at_least_float32(z)).nucleus(options.top_p)
             if guidance is None or z_null is None:
                 return self._free(cond, keys, temperature)
-            if guidance.all:  # the ordinary case: nothing is picked and put back
+            if guidance.all:  # in this usual case no rows need to be selected
                 return self._product(cond, z_null, guidance.scale, keys, temperature, options)
             drawn = self._free(cond, keys, temperature)
             rows = guidance.guided.nonzero()[:, 0]
@@ -156,7 +160,7 @@ class Mixture(Head):
             return drawn.index_copy(0, there, product)
 
     def _free(self, cond: GaussianMixture, keys: Keys, temperature: float | Tensor) -> Tensor:
-        """Tokens (N, D) without guidance."""
+        """Tokens (N, D) sampled without guidance."""
         u, normal = keys.fold("component").uniform(), keys.fold("value").normal(self.output)
         return cond.sample(u, normal, column(temperature))
 
@@ -169,7 +173,7 @@ class Mixture(Head):
         temperature: float | Tensor,
         options: MixtureOptions,
     ) -> Tensor:
-        """Tokens (N, D) of p_c^w p_u^(1-w); w (N,), none of them 1."""
+        """Tokens (N, D) sampled from p_c^w p_u^(1-w), for scales w (N,) that are not 1."""
         null = self.mixture(at_least_float32(z_null))
         if (options.guidance_mode or GUIDANCE_MODES[self.output != 1]) == "exact":
             u = keys.fold("product").uniform()
@@ -187,14 +191,15 @@ class Mixture(Head):
             raise UsageError(f"guidance_mode: {mode!r} is not known{nearest(str(mode), GUIDANCE_MODES)}")
         if mode == "exact" and self.output != 1:
             raise UsageError(
-                f"guidance_mode: 'exact' is for one feature, and this head draws {self.output}; use 'resample'"
+                f"guidance_mode: 'exact' is only for one feature, and this head has {self.output}; use 'resample'"
             )
 
 
 def unpacked(flat: Tensor, components: int, dim: int) -> GaussianMixture:
-    """[K D means | K D log-variances | K logits], (N, 2 K D + K), component by component; more is below the diagonal.
+    """The mixture with the parameters [K D means | K D log-variances | K logits], (N, 2 K D + K), by component.
 
-    With full covariances the log-variances are those of L's diagonal: 2 log L_dd.
+    With full covariances the entries of L below the diagonal follow, and the log-variances are those of L's diagonal:
+    2 log L_dd.
     """
     N, K, D = len(flat), components, dim
     means, log_variances, logits, below = flat.split([K * D, K * D, K, flat.shape[1] - 2 * K * D - K], dim=1)

@@ -1,15 +1,15 @@
-"""Solvers: from noise to a token, along the timesteps of a chain.
+"""Diffusion solvers, which turn noise into a token along the timesteps of a chain.
 
-Each is a function of the chain's tables, of `predict`, and of the draws; it asks `predict` once for each timestep, from
-the last to the first, and ends without noise (alpha_bar = 1). Guidance is inside `predict`.
+A solver is a function of the chain's tables, of `predict`, and of the noise. It calls `predict` once for each timestep,
+from the last to the first, and ends without noise (alpha_bar = 1). `predict` includes guidance.
 
-    ddpm        Ho et al. 2020: ancestral, noise at each step, of the learned variance
-    sde-dpm++   Lu et al. 2022, SDE-DPM-Solver++ 2M: noise at each step too, second order, multistep
-    ddim        Song et al. 2021, eta = 0: the probability flow ODE, first order; an ODE has no temperature
-    dpm++       Lu et al. 2022, DPM-Solver++ 2M: the same ODE, second order, multistep
+    ddpm        Ho et al. 2020: ancestral sampling, with noise of the learned variance at each step
+    sde-dpm++   Lu et al. 2022, SDE-DPM-Solver++ 2M: multistep, of second order, with noise at each step
+    ddim        Song et al. 2021, eta = 0: the probability flow ODE, of first order; an ODE has no temperature
+    dpm++       Lu et al. 2022, DPM-Solver++ 2M: the same ODE, multistep, of second order
 
-A solver of your own: `SOLVERS["mine"] = mine`, and, if it is an ODE's, `ODES["mine"] = 0.7`: the head then begins it
-with `from_noise`.
+You can add your own solver with `SOLVERS["mine"] = mine`. If it solves an ODE, also set `ODES["mine"] = 0.7` (see
+below); the head then starts it with `from_noise`.
 
 Shapes: N tokens, D features, T timesteps. alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda =
 log(alpha / sigma).
@@ -28,13 +28,13 @@ from seriatim.core.errors import UsageError, nearest
 from seriatim.heads.ddpm import Tables, log_variance, predict_x0
 
 Predict = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # index into the chain, x (N, D) -> eps (N, D), v (N, D)
-Solver = Callable[[Tables, Predict, Tensor, Tensor, float | Tensor], Tensor]  # the temperature: one, or (N, 1)
+Solver = Callable[[Tables, Predict, Tensor, Tensor, float | Tensor], Tensor]  # the temperature is a float or (N, 1)
 
 
 def ddpm(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2) with the learned variance: start (N, D), noise (T, N, D).
 
-    The temperature scales the noise of each step, as published, and not that of the start.
+    The temperature scales the noise of each step but not the start, as published.
     """
     T, x = len(chain), start
     for i in range(T - 1, -1, -1):
@@ -47,7 +47,7 @@ def ddpm(chain: Tables, predict: Predict, start: Tensor, noise: Tensor, temperat
 
 
 def ddim(chain: Tables, predict: Predict, start: Tensor, _noise: Tensor, _temperature: float | Tensor = 1.0) -> Tensor:
-    """x' = alpha' x_0 + sigma' eps (Song et al. 2021, eq. 12 with sigma_t = 0): start (N, D), noise unused."""
+    """DDIM: x' = alpha' x_0 + sigma' eps (Song et al. 2021, eq. 12 with sigma_t = 0); start (N, D), noise unused."""
     alpha, sigma = chain.sqrt_alphas_cumprod, chain.sqrt_one_minus_alphas_cumprod
     x = start
     for i in range(len(chain) - 1, -1, -1):
@@ -62,8 +62,8 @@ def dpm_plus_plus(
 ) -> Tensor:
     """DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095, algorithm 2): start (N, D), noise unused.
 
-    x' = sigma'/sigma x - alpha' (e^-h - 1) D, h = lambda' - lambda, D = (1 + 1/2r) x_0 - 1/2r x_0 of the step before,
-    r = h of the step before / h. The first step has none before it, the last has h = inf: both are of first order.
+    x' = sigma'/sigma x - alpha' (e^-h - 1) D, where h = lambda' - lambda, D = (1 + 1/2r) x_0 - 1/2r x_0_previous, and
+    r = h_previous / h. The first step has no previous step and the last step has h = inf, so both are of first order.
     """
     return _multistep(chain, predict, start)
 
@@ -73,8 +73,9 @@ def sde_dpm_plus_plus(
 ) -> Tensor:
     """SDE-DPM-Solver++ 2M (Lu et al. 2022): start (N, D), noise (T, N, D). The learned variance is not used.
 
-    x' = sigma'/sigma e^-h x - alpha' (e^-2h - 1) D + sigma' sqrt(1 - e^-2h) noise, h and D as above. With D = x_0 it is
-    `ddpm` with its lower variance: the second order is what spreads few steps as far as many.
+    x' = sigma'/sigma e^-h x - alpha' (e^-2h - 1) D + sigma' sqrt(1 - e^-2h) noise, with h and D of `dpm_plus_plus`.
+    With D = x_0 this would be `ddpm` with its lower variance; the second order keeps the spread of the samples with few
+    steps.
     """
     return _multistep(chain, predict, start, noise, temperature)
 
@@ -82,7 +83,7 @@ def sde_dpm_plus_plus(
 def _multistep(
     chain: Tables, predict: Predict, start: Tensor, noise: Tensor | None = None, temperature: float | Tensor = 1.0
 ) -> Tensor:
-    """The ODE's solver, or with noise the SDE's."""
+    """The second-order multistep solver of the ODE, or of the SDE if `noise` is given."""
     alpha, sigma = chain.sqrt_alphas_cumprod, chain.sqrt_one_minus_alphas_cumprod
     steps = -np.diff(np.log(alpha / sigma))  # (T-1,): h of the step from i+1 to i
     x, before = start, None
@@ -105,12 +106,12 @@ def _multistep(
 
 
 def from_noise(chain: Tables, predict: Predict, noise: Tensor) -> tuple[Predict, Tensor]:
-    """An ODE's first step, from alpha = 0 to the last timestep: noise (N, D) -> `predict` and start for the solver.
+    """The first step of an ODE solver, from noise (N, D) at alpha = 0: the `predict` and the start for the solver.
 
-    N(0, I) at the last timestep lacks the mean alpha E[x_0], and an ODE keeps to the end what it lacks. At alpha = 0
-    the noise lacks nothing, and eps is x itself, guided or not. A step of the first order leads from there to
-    x' = alpha x_0 + sigma eps, with x_0 predicted from the noise at the last timestep. The solver's own first step
-    takes that x_0 and eps again: nothing is predicted twice.
+    Starting with N(0, I) at the last timestep would omit the mean alpha E[x_0], and an ODE carries this error to the
+    end. At alpha = 0 pure noise is the correct start, and eps is x itself, with or without guidance. A first-order step
+    leads from there to x' = alpha x_0 + sigma eps at the last timestep, with x_0 predicted from the noise. The
+    returned `predict` gives the solver's own first step the same x_0 and eps, so that the network runs only once.
     """
     last, sigma = len(chain) - 1, float(chain.sqrt_one_minus_alphas_cumprod[-1])
     eps, v = predict(last, noise)
@@ -123,21 +124,21 @@ def from_noise(chain: Tables, predict: Predict, noise: Tensor) -> tuple[Predict,
 
 SOLVERS: dict[str, Solver] = {"ddpm": ddpm, "sde-dpm++": sde_dpm_plus_plus, "ddim": ddim, "dpm++": dpm_plus_plus}
 
-# Those of SOLVERS that solve an ODE: they draw their start only, have no temperature, and visit the timesteps of
-# `ddpm.ode_spread` with this share of lambda. On mixtures whose truth is known, equal steps in
-# t, in lambda, and powers of t were farther from it with dpm++ and 10 or 15 steps, in 2-D or in 16-D (docs/log.md).
+# The solvers that solve an ODE. They draw only their start, have no temperature, and visit the timesteps of
+# `ddpm.ode_spread` with this share of lambda. On known mixtures, equal steps in t, equal steps in lambda and powers of
+# t gave larger errors with dpm++ and 10 or 15 steps, in 2-D or in 16-D (docs/log.md).
 ODES: dict[str, float] = {"ddim": 0.0, "dpm++": 0.7}
 
-# Those that visit such timesteps too, and are no ODE's: they draw noise for each step.
+# The solvers that also visit timesteps of `ddpm.ode_spread`, but solve an SDE and draw noise for each step.
 SDES: dict[str, float] = {"sde-dpm++": 0.5}
 
 
 def check_solver(name: str, temperature: float | Tensor = 1.0) -> None:
-    """Refuse a solver that is not known, and a temperature that it doesn't have."""
+    """Raise UsageError for an unknown solver, and for a temperature other than 1 with an ODE solver."""
     if name not in SOLVERS:
         raise UsageError(f"solver: {name!r} is not known{nearest(name, SOLVERS)}")
     if name in ODES and (isinstance(temperature, Tensor) or temperature != 1.0):
         raise UsageError(
-            f"temperature: {temperature} is not allowed; the {name} solver is an ODE and has none; "
+            f"temperature: {temperature} is not allowed; the {name} solver solves an ODE and has no temperature; "
             "use solver=ddpm, or set temperature=1"
         )

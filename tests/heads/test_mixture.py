@@ -205,7 +205,7 @@ def test_bad_settings_are_named(config: dict[str, Any], words: str) -> None:
         ({"guidance_mode": "exakt"}, "guidance_mode: 'exakt' is not known; did you mean 'exact'"),
         (
             {"guidance_mode": "exact"},
-            "guidance_mode: 'exact' is for one feature, and this head draws 2",
+            "guidance_mode: 'exact' is only for one feature, and this head has 2",
         ),
         ({"temperature": float("nan")}, "temperature: nan"),
     ],

@@ -286,8 +286,8 @@ def test_solvers_are_float32_under_autocast(head: Diffusion, solver: str) -> Non
         ({"solver": "euler"}, "solver: 'euler' is not known; allowed: ddpm, sde-dpm++, ddim, dpm++"),
         (
             {"solver": "dpm++", "temperature": 0.9},
-            "temperature: 0.9 is not allowed; the dpm++ solver is an ODE and has none; use solver=ddpm, or set "
-            "temperature=1",
+            "temperature: 0.9 is not allowed; the dpm++ solver solves an ODE and has no temperature; use "
+            "solver=ddpm, or set temperature=1",
         ),
         ({"solver": "ddim", "temperature": 1.1}, "temperature: 1.1 is not allowed; the ddim solver"),
         ({"solver": "ddim", "num_diffusion_steps": 0}, "num_diffusion_steps: 0"),

@@ -300,7 +300,7 @@ def test_without_a_density_there_is_no_entropy() -> None:
     with pytest.raises(UsageError, match="the Diffusion head has no density: entropy is not defined for it"):
         head.entropy(vectors(2)[0], torch.zeros(2, 3))
     head = nested(3, head={"kind": "flow", "width": 24, "depth": 1})
-    with pytest.raises(UsageError, match="the Flow head can't tell the entropy of each feature"):
+    with pytest.raises(UsageError, match="the Flow head can't compute the entropy of each feature"):
         head.entropy(vectors(2)[0], torch.zeros(2, 3))
 
 
