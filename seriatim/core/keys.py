@@ -204,7 +204,7 @@ class Keys:
 
     @property
     def host(self) -> Keys:
-        """The same keys on the host; keys that came from there are computed there again, so that no device is waited for."""
+        """The same keys on the host; keys that came from there are computed there again, without waiting."""
         elsewhere = self._host or (lambda: self.to("cpu"))
         return self if self.device.type == "cpu" else elsewhere()
 
