@@ -71,7 +71,7 @@ class Causal(Sequential):
         start_token: bool | None = None,  # add a learned vector to the prefix; None means only with pure "adaln"
         bias: bool = False,  # whether the linear layers inside the blocks have a bias
         attention_scale: float = 1.0,  # a factor on 1 / sqrt(d)
-        dropout: float = 0.0,  # of the embedded tokens and of the output of attention and MLP, in training
+        dropout: float = 0.0,  # of the embedded tokens and of the output of attention and MLP, only in training
     ) -> None:
         super().__init__()
         given = {"conditioning": conditioning, "norm": norm, "mlp": mlp, "positions": positions, "order": order}

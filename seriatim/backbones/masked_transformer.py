@@ -59,7 +59,7 @@ class Masked(Parallel):
         heads: int | Sequence[int] | None = None,  # attention heads; None means `usual_heads`
         buffer: int = 64,  # A
         mlp_ratio: float = 4.0,
-        dropout: float = 0.1,  # of attention and of both MLP layers, in training
+        dropout: float = 0.1,  # of the attention and of both MLP layers, only in training
         positions: Literal["random", "sincos"] = "random",  # the initial values of the learned positions
         grid: Sequence[int] | None = None,  # (h, w) of the tokens, for sincos; None means a square
     ) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_THREADS = 1024  # CPU threads; far more can end the process without an error message
+MOST_THREADS = 1024  # CPU threads; far more than this can end the process without an error message
 # The largest value of each named argument, at any level of a config.
 LARGEST = {
     "tokens": 1 << 20, "dim": 1 << 20, "vocab": 1 << 24, "classes": 1 << 22, "grid": 1 << 20, "group": 1 << 20,
@@ -111,7 +111,7 @@ def machine_memory() -> float:
         limit = resource.getrlimit(resource.RLIMIT_AS)[0]
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return physical if limit == resource.RLIM_INFINITY else min(limit, physical)
-    except (ImportError, AttributeError, ValueError, OSError):  # Windows has neither
+    except (ImportError, AttributeError, ValueError, OSError):  # Windows has neither `resource` nor `sysconf`
         return math.inf
 
 

@@ -23,7 +23,7 @@ LARGEST = 32 * 10**9  # bytes that are downloaded from one repository at most; a
 
 class Repository(NamedTuple):
     name: str  # owner/name
-    revision: str | None = None  # a commit, a tag or a branch; None: the main branch
+    revision: str | None = None  # a commit, a tag or a branch; None means the main branch
 
 
 def repository(text: str, argument: str) -> Repository:

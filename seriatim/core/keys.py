@@ -172,7 +172,7 @@ class Keys:
 
     def __init__(self, words: Tensor, host: Callable[[], Keys] | None = None) -> None:
         assert words.shape[1:] == (2,) and words.dtype == torch.long, f"words: {words.dtype} {tuple(words.shape)}"
-        self._words, self._host = words, host  # `host` makes the same keys on the host, without a copy from a device
+        self._words, self._host = words, host  # `host` computes the same keys on the host, without a copy
 
     @classmethod
     def of(cls, seed: int | str, *path: int | str) -> Keys:
@@ -204,7 +204,7 @@ class Keys:
 
     @property
     def host(self) -> Keys:
-        """The same keys on the host. Keys that came from there are made there once more, so no device is waited for."""
+        """The same keys on the host; keys that came from there are computed there again, without waiting."""
         elsewhere = self._host or (lambda: self.to("cpu"))
         return self if self.device.type == "cpu" else elsewhere()
 

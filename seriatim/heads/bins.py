@@ -25,7 +25,7 @@ from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, Head, HeadLoss, Plan, column
 from seriatim.heads.categorical import CodeOptions, check_filter, draw_code, filtered
-from seriatim.nn.linear import Linear
+from seriatim.nn.linear import Linear, at_least_float32
 
 
 class Bins(Head):
@@ -69,8 +69,8 @@ class Bins(Head):
         super().bind(z_dim)
 
     def logits(self, z: Tensor) -> Tensor:
-        """The logits of the bins, float32: (N, D, B)."""
-        return self.final(z).float().view(len(z), self.output, self.bins)
+        """The logits of the bins, in float32 at least: (N, D, B)."""
+        return at_least_float32(self.final(z)).view(len(z), self.output, self.bins)
 
     def bin_of(self, x: Tensor) -> Tensor:
         """The index of the bin of each feature, int64, in the shape of x."""

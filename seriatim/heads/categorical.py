@@ -22,7 +22,7 @@ from typing_extensions import override
 from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, Head, HeadLoss, Plan, column
-from seriatim.nn.linear import Linear
+from seriatim.nn.linear import Linear, at_least_float32
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,19 @@ class Categorical(Head):
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         """The cross-entropy in nats, for z (N, C) and target codes (N,)."""
         loss = F.cross_entropy(
-            self.logits(z).float(), target, reduction="none", label_smoothing=self.label_smoothing
+            at_least_float32(self.logits(z)), target, reduction="none", label_smoothing=self.label_smoothing
         )  # (N,)
         return HeadLoss(loss, torch.ones_like(loss))
 
     def log_prob(self, z: Tensor, target: Tensor) -> Tensor:
         """log p(target | z) in nats, (N,), for target codes (N,)."""
-        return -F.cross_entropy(self.logits(z).float(), target, reduction="none")
+        return -F.cross_entropy(at_least_float32(self.logits(z)), target, reduction="none")
 
     @torch.no_grad()
     @override
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
         """The entropy of the code in nats: (N, 1)."""
-        log_p = self.logits(z).float().log_softmax(dim=-1)
+        log_p = at_least_float32(self.logits(z)).log_softmax(dim=-1)
         return -(log_p.exp() * log_p).sum(dim=-1, keepdim=True)
 
     @torch.no_grad()
@@ -102,11 +102,11 @@ class Categorical(Head):
         return draw_code(logits, keys.fold("code").uniform())
 
     def guided(self, z: Tensor, z_null: Tensor | None, guidance: Guidance | None) -> Tensor:
-        """The guided logits u + w (c - u) in float32: (N, V)."""
+        """The guided logits u + w (c - u) in float32 at least: (N, V)."""
         if guidance is None or z_null is None:
-            return self.logits(z).float()
+            return at_least_float32(self.logits(z))
         # Both logits are computed in one product, because most of the time goes into reading the weights.
-        logits, null = self.logits(torch.cat([z, z_null])).float().chunk(2)
+        logits, null = at_least_float32(self.logits(torch.cat([z, z_null]))).chunk(2)
         return null + guidance.column * (logits - null)
 
     def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: Guidance | None) -> Tensor:

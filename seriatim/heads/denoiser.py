@@ -21,7 +21,7 @@ from seriatim.core.errors import UsageError
 from seriatim.heads.base import Head
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
 from seriatim.nn.block import xavier
-from seriatim.nn.linear import Linear
+from seriatim.nn.linear import Linear, at_least_float32
 from seriatim.nn.position import sinusoid
 
 FREQUENCIES = 256
@@ -62,6 +62,10 @@ class AdaLNHead(Head):
             xavier(self.z_embed)
         super().bind(z_dim)
 
+    def embed(self, times: Tensor) -> Tensor:
+        """Times (T,), as the sinusoids take them -> (T, W), in the dtype of the network, but float32 at least."""
+        return self.time_embed(at_least_float32(sinusoid(times, FREQUENCIES), self.blocks[0].norm.weight))
+
     def modulations(self, y: Tensor) -> list[tuple[Tensor, ...]]:
         """Shift, 1 + scale (and gate), each (..., W), of all blocks and the output; y (..., W) is time + condition."""
         y = F.silu(y)
@@ -92,7 +96,7 @@ class AdaLNHead(Head):
     def embedded(self, times: npt.NDArray[Any], device: torch.device | str) -> Tensor:
         """The embeddings (S, W) of times (S,), computed in float32 on every device."""
         with torch.autocast(torch.device(device).type, enabled=False):
-            return self.time_embed(sinusoid(torch.from_numpy(times.astype(np.float32)).to(device), FREQUENCIES))
+            return self.embed(torch.from_numpy(times.astype(np.float32)).to(device))
 
 
 def modulation_budget(device: torch.device) -> int:

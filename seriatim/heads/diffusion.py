@@ -26,9 +26,9 @@ from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, HeadLoss, column
 from seriatim.heads.ddpm import Tables, full_chain, log_variance, predict_x0, respaced, restricted
-from seriatim.heads.denoiser import FREQUENCIES, AdaLNHead
+from seriatim.heads.denoiser import AdaLNHead
 from seriatim.heads.solvers import ODES, SDES, SOLVERS, Predict, check_solver, from_noise
-from seriatim.nn.position import sinusoid
+from seriatim.nn.linear import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class Diffusion(AdaLNHead):
     def embed_times(self, t: Tensor) -> Tensor:
         """The embeddings (N, W) of timesteps (N,) of the full chain; with many rows, each timestep is computed once."""
         if len(t) < self.train_steps:
-            return self.time_embed(sinusoid(t, FREQUENCIES))
+            return self.embed(t)
         every = torch.arange(self.train_steps, device=t.device)
-        return F.embedding(t, self.time_embed(sinusoid(every, FREQUENCIES)))
+        return F.embedding(t, self.embed(every))
 
     def denoise(self, x: Tensor, modulations: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
         """eps (N, D) and v (N, D), predicted from x (N, D) under the given modulations."""
@@ -107,10 +107,10 @@ class Diffusion(AdaLNHead):
         M, chain = self.draws, full_chain(self.train_steps)
         t = keys.fold("t").integers(self.train_steps, M).T.reshape(M * N)  # (M N,), draw by draw
         eps = keys.fold("eps").normal(M, D).transpose(0, 1).reshape(M * N, D)
-        x0 = target.float().repeat(M, 1)  # (M N, D)
+        x0 = at_least_float32(target, z).repeat(M, 1)  # (M N, D)
         x_t = chain.at("sqrt_alphas_cumprod", t) * x0 + chain.at("sqrt_one_minus_alphas_cumprod", t) * eps
         y = self.embed_times(t) + self.z_embed(z).repeat(M, 1)  # (M N, W)
-        eps_hat, v = (out.float() for out in self.denoise(x_t, self.modulations(y)))
+        eps_hat, v = (at_least_float32(out) for out in self.denoise(x_t, self.modulations(y)))
         mse = (eps - eps_hat).square().mean(dim=-1)  # (M N,), eq. 1
         vb = variational_bound(chain, x0, x_t, t, eps_hat.detach(), v)  # (M N,), trains v only
         mse, vb = mse.view(M, N).sum(dim=0), vb.view(M, N).sum(dim=0)

@@ -24,8 +24,8 @@ from torch import Tensor
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, HeadLoss
-from seriatim.heads.denoiser import FREQUENCIES, AdaLNHead
-from seriatim.nn.position import sinusoid
+from seriatim.heads.denoiser import AdaLNHead
+from seriatim.nn.linear import at_least_float32
 
 TIME_SCALE = 100.0  # the network's input is 100 t; with 1000 t samples are no better, and the density needs more steps
 LARGEST = 32  # the largest D for which `log_prob` is supported, because it costs D backward passes
@@ -87,17 +87,18 @@ class Flow(AdaLNHead):
 
     def embed_times(self, t: Tensor) -> Tensor:
         """The embeddings (N, W) of times t (N,) in [0, 1]."""
-        return self.time_embed(sinusoid(TIME_SCALE * t, FREQUENCIES))
+        return self.embed(TIME_SCALE * t)
 
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         """The loss per token, summed over M draws, of z (N, C) and target (N, D): mean over D of (v - v_hat)^2."""
         N, D = target.shape
         M = self.draws
-        t = torch.sigmoid(self.time_mean + self.time_std * keys.fold("t").normal(M)).T.reshape(M * N)  # draw by draw
-        eps = keys.fold("eps").normal(M, D).transpose(0, 1).reshape(M * N, D)
-        x = target.float().repeat(M, 1)  # (M N, D)
+        normal, eps = (at_least_float32(draw, z) for draw in (keys.fold("t").normal(M), keys.fold("eps").normal(M, D)))
+        t = torch.sigmoid(self.time_mean + self.time_std * normal).T.reshape(M * N)  # draw by draw
+        eps = eps.transpose(0, 1).reshape(M * N, D)
+        x = at_least_float32(target, z).repeat(M, 1)  # (M N, D)
         y = self.embed_times(t) + self.z_embed(z).repeat(M, 1)  # (M N, W)
-        v = self.network(torch.lerp(eps, x, t[:, None]), self.modulations(y)).float()
+        v = at_least_float32(self.network(torch.lerp(eps, x, t[:, None]), self.modulations(y)))
         mse = (x - eps - v).square().mean(dim=-1).view(M, N).sum(dim=0)  # (N,), Liu et al., eq. 1
         return HeadLoss(mse, torch.full_like(mse, M))
 
@@ -177,12 +178,12 @@ class Flow(AdaLNHead):
         if not steps >= 1:
             raise UsageError(f"steps: {steps!r} is not allowed; it must be at least 1")
         with torch.autocast(z.device.type, enabled=False):
-            at = self._visits(self.times(2 * steps, z.device, backwards=True), z.float())
+            at = self._visits(self.times(2 * steps, z.device, backwards=True), at_least_float32(z))
 
             def slope(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
                 return velocity_and_divergence(lambda x: self.network(x, at(i)), x)
 
-            x, divergence = runge_kutta_back(slope, target.float(), steps)
+            x, divergence = runge_kutta_back(slope, at_least_float32(target, z), steps)
         return -0.5 * x.square().sum(dim=1) - 0.5 * D * math.log(2 * math.pi) - divergence
 
 

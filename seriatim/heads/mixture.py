@@ -24,7 +24,7 @@ from seriatim.heads.base import Guidance, Head, HeadLoss, Plan, column
 from seriatim.heads.gaussians import GaussianMixture
 from seriatim.heads.guided import resample_product, sample_product
 from seriatim.nn.block import MLP, NORM_EPS, xavier
-from seriatim.nn.linear import Linear
+from seriatim.nn.linear import Linear, at_least_float32
 
 COVARIANCES = ("diagonal", "full")
 GUIDANCE_MODES = ("exact", "resample")
@@ -93,14 +93,14 @@ class Mixture(Head):
         super().bind(z_dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        """The parameters of the mixtures of z (N, C), float32: (N, 2 K D + K), or more with full covariances."""
+        """The parameters of the mixtures of z (N, C): (N, 2 K D + K), or more with full covariances."""
         if self.depth:
             z = self.z_embed(z)  # (N, W)
             for norm, block in zip(self.norms, self.blocks, strict=False):
                 z = z + block(norm(z))
             z = self.norms[-1](z)
         with torch.autocast(z.device.type, enabled=False):  # the three digits of bfloat16 are too few for log-variances
-            return self.final(z.float())
+            return self.final(at_least_float32(z))
 
     def mixture(self, z: Tensor) -> GaussianMixture:
         """p(x | z) of each row of z (N, C); samplers and the training loop check that it is finite."""
@@ -116,14 +116,14 @@ class Mixture(Head):
         """The normalised log density in nats, (N,), for z (N, C) and target (N, D)."""
         made = self.mixture(z)
         with torch.autocast(z.device.type, enabled=False):
-            return made.log_prob(target.float())
+            return made.log_prob(target.to(made.means.dtype))
 
     @torch.no_grad()
     @override
     def entropy(self, z: Tensor, tokens: Tensor) -> Tensor:
         """The entropy of each feature given only z, in nats, by quadrature: (N, D)."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.mixture(z.float()).feature_entropy()
+            return self.mixture(at_least_float32(z)).feature_entropy()
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
@@ -145,7 +145,7 @@ class Mixture(Head):
         options = self.options() if plan is None else plan.options
         self.check_sampling(z_null, guidance, temperature)
         with torch.autocast(z.device.type, enabled=False):
-            cond = self.mixture(z.float()).nucleus(options.top_p)
+            cond = self.mixture(at_least_float32(z)).nucleus(options.top_p)
             if guidance is None or z_null is None:
                 return self._free(cond, keys, temperature)
             if guidance.all:  # in this usual case no rows need to be selected
@@ -174,7 +174,7 @@ class Mixture(Head):
         options: MixtureOptions,
     ) -> Tensor:
         """Tokens (N, D) sampled from p_c^w p_u^(1-w), for scales w (N,) that are not 1."""
-        null = self.mixture(z_null.float())
+        null = self.mixture(at_least_float32(z_null))
         if (options.guidance_mode or GUIDANCE_MODES[self.output != 1]) == "exact":
             u = keys.fold("product").uniform()
             return sample_product(cond, null, w, u, column(temperature))[:, None]

@@ -31,7 +31,7 @@ from seriatim.heads.base import Guidance, Head, HeadLoss
 from seriatim.models.base import SequenceModel
 from seriatim.models.causal_model import CausalModel
 from seriatim.models.splits import Split
-from seriatim.nn.linear import Linear
+from seriatim.nn.linear import Linear, at_least_float32
 from seriatim.sampling.parallel import parallel_steps
 from seriatim.sampling.sequential import dense
 
@@ -110,7 +110,7 @@ class Nested(Head):
     # --- likelihood -----------------------------------------------------------------------------------------------
 
     def _cut(self, z: Tensor, target: Tensor) -> Tensor:
-        return self.split.cut(target.to(z.dtype) if z.dtype == torch.float64 else target.float())
+        return self.split.cut(at_least_float32(target, z))
 
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:
         """The inner model's loss summed over the parts of each token; z (N, C) or (N, P, C), target (N, D).
@@ -119,7 +119,7 @@ class Nested(Head):
         """
         summary, own = None, HeadLoss(z.new_zeros(len(z)), z.new_zeros(len(z)))
         if self.guide is not None:
-            summary = self.split.summary(target.float())
+            summary = self.split.summary(at_least_float32(target, z))
             own = self.guide.loss(self.own(z), summary, keys.fold("guide"))
         inner = self.model.losses(self._cut(z, target), self.condition(z, summary), keys.fold("part"))
         count = inner.count / self.parts

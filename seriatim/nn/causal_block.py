@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seriatim.nn.attention import attend
 from seriatim.nn.kv_cache import KVCache, Window
-from seriatim.nn.linear import Linear
+from seriatim.nn.linear import Linear, at_least_float32
 from seriatim.nn.rotary import rotate
 
 RMS_EPS, LAYER_EPS = 1e-5, 1e-6
@@ -22,14 +22,14 @@ NORMS, MLPS = ("rms", "layer"), ("swiglu", "gelu-tanh")
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019), computed in float32 and cast back before the weight."""
+    """x / sqrt(mean(x^2) + eps) * w (Zhang & Sennrich 2019); float32 at least up to the product with w."""
 
     def __init__(self, width: int, *, affine: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), x.shape[-1:], eps=RMS_EPS).to(x.dtype)
+        y = F.rms_norm(at_least_float32(x), x.shape[-1:], eps=RMS_EPS).to(x.dtype)
         return y if self.weight is None else y * self.weight
 
 

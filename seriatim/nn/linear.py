@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,3 +29,11 @@ class Linear(nn.Linear):
         """x W^T + b, (..., O), followed by the activation that `then` names in ACTIVATIONS."""
         y = F.linear(x, self.weight, self.bias)
         return y if then == "none" else ACTIVATIONS[then](y)
+
+
+def at_least_float32(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """x in the dtype of `like`, or in its own, but never in less than float32.
+
+    A model that is cast to float64 computes its loss in float64, and one that runs in half precision in float32.
+    """
+    return x.to(torch.promote_types((x if like is None else like).dtype, torch.float32))

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seriatim.nn.linear import at_least_float32
+
 
 def learned_positions(count: int, width: int) -> nn.Parameter:
     """Learned vectors for `count` positions, (count, width), initialised from a normal of standard deviation 0.02."""
@@ -49,5 +51,5 @@ def sinusoid(t: Tensor, width: int = 256, longest: float = 10000.0) -> Tensor:
     """
     half = width // 2
     frequencies = torch.exp(-math.log(longest) / half * torch.arange(half, device=t.device, dtype=torch.float32))
-    angles = t.float()[:, None] * frequencies  # (T, width/2)
+    angles = at_least_float32(t)[:, None] * frequencies  # (T, width/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

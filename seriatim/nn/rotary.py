@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seriatim.nn.linear import at_least_float32
+
 BASE = 10000.0
 
 
@@ -39,6 +41,6 @@ def grid_places(grid: tuple[int, int], prefix: int, device: torch.device | str =
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x (..., S, d) rotated by `table` (S, d/2, 2) or (..., S, d/2, 2); computed in float32 and cast back."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())  # (..., S, d/2)
+    """x (..., S, d) rotated by `table` (S, d/2, 2) or (..., S, d/2, 2); computed in float32 at least and cast back."""
+    pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)).contiguous())  # (..., S, d/2)
     return torch.view_as_real(pairs * torch.view_as_complex(table)).flatten(-2).to(x.dtype)
