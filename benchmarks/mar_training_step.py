@@ -26,6 +26,7 @@ from seriatim.bench.race import subject
 from seriatim.bench.timing import processor
 from seriatim.core.keys import Keys
 from seriatim.models import masked_model
+from seriatim.nn.onednn_training import prepare_training
 from seriatim.training.optim import adamw, averaged
 
 RATIOS = (0.77, 0.88, 0.96)  # of masked tokens: a sixth, half and five sixths of those that training draws are below
@@ -56,6 +57,7 @@ def main(command: list[str] | None = None) -> None:
     device = torch.device("cpu")
     official = OfficialMAR(arguments.official, model, device, {"num_diffusion_steps": 100})
     theirs = official.model.train()
+    prepare_training(model)  # as the training engine does
     optimisers = [adamw(model, 1e-4, (0.9, 0.95), 0.02), torch.optim.AdamW(theirs.parameters(), lr=1e-4)]
     average = averaged(model, 0.9999)
     copies = [p.detach().clone() for p in theirs.parameters()]

@@ -20,6 +20,7 @@ import torch
 
 from seriatim.core.device import DTYPES
 from seriatim.core.keys import Keys
+from seriatim.nn.onednn_training import prepare_training
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged
@@ -31,6 +32,7 @@ def bare(recipe: Recipe, images: int) -> float:
     """Images/s of the model alone."""
     settings = recipe.training
     _, tokenizer, model = build(recipe)
+    prepare_training(model)  # as the training engine does
     optimiser = adamw(model.train(), settings.learning_rate, settings.betas, settings.weight_decay)
     average = averaged(model, settings.ema)
     size, dtype = settings.batch_size, DTYPES[settings.dtype]
