@@ -132,9 +132,9 @@ class CachedPasses:
     def _start(self, rows: Tensor, both: bool) -> object:
         there = rows.to(self.vectors.device)
         whole = len(rows) == len(self.condition)
-        condition = self.condition if whole else self.condition.select(there)
+        condition = self.condition if whole else self.condition.select(rows)
         if both:
-            condition = condition.join(self.null if whole else self.null.select(there))
+            condition = condition.join(self.null if whole else self.null.select(rows))
         order = self.vectors[there] if self.backbone.any_order else None
         return self.backbone.start(condition, order if order is None or not both else order.repeat(2, 1))
 

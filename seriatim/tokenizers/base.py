@@ -106,8 +106,8 @@ class Tokenizer(nn.Module):
         vocab, L = self.vocab or 0, self.count
         if codes.ndim != 2 or codes.shape[1] != L or codes.dtype != torch.long:
             raise UsageError(f"codes: {codes.dtype} of shape {tuple(codes.shape)} is not allowed; give int64 (B, {L})")
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < vocab:
-            low, high = int(codes.min()), int(codes.max())
+        low, high = torch.stack(codes.aminmax()).tolist() if codes.numel() else (0, 0)  # one read of a device
+        if not 0 <= low <= high < max(1, vocab):
             raise UsageError(f"codes: from {low} to {high} are not all in the vocabulary, 0 to {vocab - 1}")
         return codes.to(self.device)
 

@@ -40,7 +40,9 @@ def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """The exponential moving average of the weights, whose rate warms up: call `update_parameters` after each step."""
 
     @torch.no_grad()
-    def update(average: Any, current: Any, updates: Tensor | int) -> None:
-        torch._foreach_lerp_(average, current, 1 - ema_decay(int(updates), decay))
+    def update(average: Any, current: Any, _: Tensor | int) -> None:
+        # The number of updates that torch hands over is on the device of the weights; this one is on the host.
+        torch._foreach_lerp_(average, current, 1 - ema_decay(int(made.n_averaged), decay))
 
-    return AveragedModel(model, multi_avg_fn=update)
+    made = AveragedModel(model, multi_avg_fn=update)
+    return made
