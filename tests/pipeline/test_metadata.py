@@ -151,9 +151,9 @@ def test_what_can_not_be_repeated(drawn: Path, capsys: pytest.CaptureFixture[str
     says = good(path)
     Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     rewritten(path, json.dumps(says))
-    assert "pixels were changed after it was drawn" in line("model", "--from", str(path), code=3)
+    assert "were changed later" in line("model", "--from", str(path), code=3)
     rewritten(path, json.dumps({**says, "edited": True}))
-    assert "made from another picture" in line("model", "--from", str(path), code=3)
+    assert "edited from another picture" in line("model", "--from", str(path), code=3)
 
 
 def test_another_picture_is_told_from_rounding(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,4 +165,4 @@ def test_another_picture_is_told_from_rounding(drawn: Path, capsys: pytest.Captu
     inverted.save(path)
     rewritten(path, json.dumps({**says, "pixels_sha256": pixels_sha256(inverted), "versions": {"torch": "1.0"}}))
     assert run(["sample", "model", "--from", str(path), "--out", "again"]) == 5
-    assert "drawn again it differs: largest difference" in capsys.readouterr().err
+    assert "the repeated picture differs: largest difference" in capsys.readouterr().err
