@@ -29,8 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Autoregressive image generation: train models, generate images, evaluate them.",
-    epilog="Exit codes: 0 success; errors of 2 usage or config, 3 data, 4 checkpoint, 5 numbers that are not finite, "
-    "6 resources; 143 stopped by a signal after saving.",
+    epilog="Exit codes: 0 success, 2 usage or config, 3 data, 4 checkpoint, 5 numbers that are not finite, "
+    "6 resources, 143 stopped by a signal after saving.",
 )
 
 
