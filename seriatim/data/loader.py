@@ -162,7 +162,7 @@ class Loader:
                         self.batches.data.bad[name] = why
                 yield batch
         finally:
-            if self.workers:  # now: an exception may hold on to them, and at exit Python would wait for their end
+            if self.workers:  # at once: an exception may keep them alive, and Python would wait for them at exit
                 ready._shutdown_workers()
             if torchs is not None:
                 signal.signal(signal.SIGCHLD, torchs)
@@ -178,7 +178,7 @@ class Loader:
                 "training.workers: a process that reads images was killed, as a rule because memory ran out; set "
                 f"training.workers=0, or fewer than {self.workers}, or a smaller training.batch_size"
             ) from error
-        except DataError as error:  # from a worker it comes with the worker's traceback around it
+        except DataError as error:  # torch puts the worker's traceback before the message, which is the last line
             last = str(error).strip().splitlines()[-1]
             raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
         finally:
@@ -186,7 +186,7 @@ class Loader:
 
 
 def silence_child_signals() -> Any:
-    """Let no handler hear that a child process has ended; return the one that did, None where none can be set."""
+    """Remove the handler for ended child processes and return it; None if this thread can't set handlers."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
