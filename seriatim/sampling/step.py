@@ -113,9 +113,9 @@ def check_finite(tokens: Tensor, sound: Tensor | None) -> None:
 
 
 def checked(steps: Iterator[Step]) -> Iterator[Step]:
-    """The same steps. The last one is refused where its tokens are not finite, before anybody decodes them.
+    """Yield the same steps. Raises NumericsError before the last one if its tokens are not finite.
 
-    This is the one time in a batch that a sampler waits for an accelerator.
+    This is the only time in a batch that a sampler waits for an accelerator.
     """
     for step in steps:
         if step.last:

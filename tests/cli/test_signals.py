@@ -13,7 +13,6 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,16 +24,17 @@ from seriatim.checkpoints.native import save_bundle
 from seriatim.checkpoints.unfinished import newest_whole
 from seriatim.cli import main
 
-for heavy in ("cli.app", "pipeline", "evaluation.run", "evaluation.grid", "training.caching", "training.loop"):
+for heavy in ("cli.app", "pipeline", "evaluation.run", "evaluation.grid", "data.caching", "training.loop"):
     importlib.import_module(f"seriatim.{heavy}")  # here, once, and not in each child
 
 pytestmark = pytest.mark.fresh_process  # every test forks
 
 CODES = {signal.SIGINT: {130, 143}, signal.SIGTERM: {143}, signal.SIGHUP: {143}}
+SAVES = {**CODES, signal.SIGUSR1: {143}}  # of training, which batch systems warn so before they end it
 FEW = ["--num-inference-steps", "2", "--num-diffusion-steps", "2", "--seed", "1", "--threads", "1"]
 TRAIN = [
     "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
-    "training.batch_size=16", "training.dtype=float32", "training.threads=1", "training.images=640",
+    "training.batch_size=16", "training.dtype=float32", "training.threads=1", "training.images=960",
     "training.save_images=160",
 ]  # fmt: skip
 
@@ -71,22 +71,34 @@ def end(child: int) -> int:
     raise AssertionError("it did not stop")
 
 
+Mark = tuple[Path, str]  # a folder, and what the names of files in it look like
+SOON = 0.1  # seconds after a mark, within which a signal comes
+
+
 def litter(folder: Path) -> list[str]:
     """Files and folders under a name that is only for what is being written."""
     return sorted(p.name for p in folder.rglob(".*") if p.name not in (".lock", ".demo")) if folder.exists() else []
 
 
-def disturb(words: list[str], tmp_path: Path, number: signal.Signals, delay: float, times: int = 1) -> int:
-    """Run a command, send it a signal after `delay` seconds; what it says is looked at, its exit code returned."""
-    log = tmp_path / "log"
+def disturb(words: list[str], marks: Mark, number: signal.Signals, delay: float, times: int = 1) -> int:
+    """Run a command, send it a signal `delay` seconds after it has written a file that `marks` names.
+
+    What it says is looked at, and its exit code returned: 0 where it had ended already.
+    """
+    folder, pattern = marks
+    log, before = folder.parent / "log", set(folder.glob(pattern))
     child = begin(words, log)
+    for _ in range(60_000):
+        if set(folder.glob(pattern)) != before or os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+        time.sleep(0.001)
     time.sleep(delay)
     for _ in range(times):
         os.kill(child, number)
         time.sleep(0.01)
     code, said = end(child), log.read_text()
-    assert code in CODES[number] | {0, 256 - number} and "Traceback" not in said and "bug" not in said, (code, said)
-    if code in CODES[number] and times == 1:
+    assert code in SAVES[number] | {0, 256 - number} and "Traceback" not in said and "bug" not in said, (code, said)
+    if code in SAVES[number] and times == 1:
         assert said.strip().splitlines()[-1].startswith((f"{number.name}: ", "stopped")), said
     return code
 
@@ -96,9 +108,6 @@ def undisturbed(words: list[str], tmp_path: Path) -> float:
     start = time.monotonic()
     assert end(begin(words, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
     return time.monotonic() - start
-
-
-Check = Callable[[Path, Path, int], None]
 
 
 @pytest.fixture
@@ -116,11 +125,14 @@ def pictures(folder: Path) -> dict[str, bytes]:
 
 def test_sampling(tmp_path: Path, model: Path) -> None:
     words = ["sample", str(model), "--num-images-per-label", "4", "--batch-size", "2", *FEW, "--json", "--out"]
-    took, chance = undisturbed([*words, str(tmp_path / "whole")], tmp_path), random.Random(0)
+    undisturbed([*words, str(tmp_path / "whole")], tmp_path)
+    chance = random.Random(0)
     whole, stops = pictures(tmp_path / "whole"), 0
     for number in CODES:
         out = tmp_path / "cut"
-        stops += disturb([*words, str(out), "--overwrite"], tmp_path, number, chance.random() * took) != 0
+        for path in out.glob("*.png"):
+            path.unlink()
+        stops += disturb([*words, str(out)], (out, "*.png"), number, chance.random() * SOON) != 0
         assert not litter(tmp_path)
         assert all(whole[name] == pixels for name, pixels in pictures(out).items()), "each picture is whole"
     assert stops >= 1
@@ -136,10 +148,11 @@ def test_evaluating(tmp_path: Path, model: Path) -> None:
     words = ["evaluate", str(model), "--data", "digits", "--real-data", "{kind: digits, held_out: true}", "--json"]
     words += ["--num", "90", "--features", "pixels", "--figures", "frechet", *FEW[:4]]
     words += ["--batch-size", "8", "--threads", "1", "--out"]
-    took, chance = undisturbed([*words, str(tmp_path / "whole")], tmp_path), random.Random(1)
+    undisturbed([*words, str(tmp_path / "whole")], tmp_path)
+    chance = random.Random(1)
     out, stops = tmp_path / "cut", 0
     for number in CODES:
-        stops += disturb([*words, str(out)], tmp_path, number, chance.random() * took) != 0
+        stops += disturb([*words, str(out)], (out, "**/*.safetensors"), number, chance.random() * SOON) != 0
         assert not litter(tmp_path)
     assert stops >= 1
     undisturbed([*words, str(out)], tmp_path)
@@ -156,9 +169,10 @@ def test_caching(tmp_path: Path) -> None:
             Image.fromarray(pixels).save(tmp_path / "pets" / name / f"{i}.png")
     words = ["cache", "mar-cifar10-tiny", f"data.path={tmp_path / 'pets'}", "data.size=8", "--shard-images", "4"]
     words += ["--batch-size", "2", "--json", "--out"]
-    took, out, stops = undisturbed([*words, str(tmp_path / "whole")], tmp_path), tmp_path / "cut", 0
+    undisturbed([*words, str(tmp_path / "whole")], tmp_path)
+    out, stops = tmp_path / "cut", 0
     for number in CODES:
-        stops += disturb([*words, str(out)], tmp_path, number, chance.random() * took) != 0
+        stops += disturb([*words, str(out)], (out, "shard-*.json"), number, chance.random() * SOON / 10) != 0
         assert not litter(tmp_path)
     assert stops >= 1
     undisturbed([*words, str(out)], tmp_path)
@@ -169,11 +183,12 @@ def test_caching(tmp_path: Path) -> None:
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_training(tmp_path: Path, workers: int) -> None:
     words = ["train", "mar-digits", *TRAIN, f"training.workers={workers}", "--json", "--out"]
-    took, chance = undisturbed([*words, str(tmp_path / "whole")], tmp_path), random.Random(3)
-    out, stops = tmp_path / "cut", 0
-    for number in CODES:
+    undisturbed([*words, str(tmp_path / "whole")], tmp_path)
+    out, stops, chance = tmp_path / "cut", 0, random.Random(3)
+    for number in SAVES:
         resume = ["--resume"] if (out / "recipe.yaml").exists() else []
-        stops += disturb([*words, str(out), *resume], tmp_path, number, chance.random() * took / 2) != 0
+        mark = (out, "checkpoints/*/manifest.json")
+        stops += disturb([*words, str(out), *resume], mark, number, chance.random() * SOON / 10) != 0
         assert not litter(tmp_path) and not newest_whole(out / "checkpoints")[1]
     assert stops >= 1
     undisturbed([*words, str(out), *(["--resume"] if (out / "recipe.yaml").exists() else [])], tmp_path)
@@ -186,8 +201,10 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, model: Path, verb: str)
     sample = ["sample", str(model), "--num-images-per-label", "64", "--batch-size", "1", *FEW, "--out"]
     train = ["train", "mar-digits", *TRAIN, "training.images=100000000", "--out"]
     words = sample if verb == "sample" else train
+    pattern = "*.png" if verb == "sample" else "checkpoints/*/manifest.json"
     for number in CODES:
-        assert disturb([*words, str(tmp_path / number.name)], tmp_path, number, 0.5, times=2) in CODES[number]
+        out = tmp_path / number.name
+        assert disturb([*words, str(out)], (out, pattern), number, SOON, times=2) in CODES[number]
     if verb == "train":
         assert not newest_whole(tmp_path / "SIGTERM" / "checkpoints")[1], "what was saved is whole"
 

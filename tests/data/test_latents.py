@@ -316,7 +316,7 @@ def test_a_signal_stops_with_143_and_the_next_call_goes_on(
     assert err[-1] == "SIGTERM: stopped with 1 of 5 shards whole; the same command goes on with the rest"
     left = {name for name in contents(tmp_path / "two")}
     assert left == {"cache.json", "sources.json", "shard-000000.json", "shard-000000.safetensors"}
-    with pytest.raises(ConfigError, match=r"path: .* is an incomplete cache; go on with `seriatim cache`$"):
+    with pytest.raises(ConfigError, match=r"path: .* is an incomplete cache; complete it with `seriatim cache`$"):
         Latents(str(tmp_path / "two"))
     assert run([*words]) == 0
     assert json.loads(capsys.readouterr().out)["encoded_now"] == COUNT - 5

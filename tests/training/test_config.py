@@ -49,7 +49,7 @@ def test_dump_is_read_back(tmp_path: Path) -> None:
         (["trainning.images=5"], "unknown key 'trainning.images'; did you mean 'training'"),
         (["training.images=many"], "training.images"),
         (["training.images=0"], "training.images"),
-        (["training.images"], "'training.images' is no override"),
+        (["training.images"], "'training.images' is not an override"),
         (["training.learning_rate=.nan"], "training.learning_rate"),
         (["training.schedule=step"], "training.schedule"),
         (["training.images.more=5"], "'images' is a value, not a section"),
