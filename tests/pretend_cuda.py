@@ -169,13 +169,14 @@ class Calls(TorchFunctionMode):
         """`x.to(...)`: x itself, where nothing changes."""
         if args and isinstance(args[0], Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
+        copied = named.pop("copy", False)
         parsed: tuple[Any, ...] = torch._C._nn._parse_to(*args, **named)
         device, dtype, later, layout = parsed
         if device is None:
             device = x.device
         elif device.type == "cuda" or (device.type == "meta" and isinstance(x, Pretend)):  # which PyTorch takes it for
             device = CUDA
-        if device == x.device and dtype in (None, x.dtype) and layout is None and not named.get("copy"):
+        if device == x.device and dtype in (None, x.dtype) and layout is None and not copied:
             return x
         keywords = {} if layout is None else {"memory_format": layout}
         with self.pretended.told(device):

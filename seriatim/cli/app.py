@@ -1,4 +1,4 @@
-"""The verbs of `seriatim`, in one table."""
+"""The `seriatim` application with all of its commands."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Autoregressive image generation: train, sample, look.",
-    epilog="Exit codes: 0 done, 2 usage or config, 3 data, 4 checkpoint, 5 numbers, 6 resources, 143 stopped, saved.",
+    help="Autoregressive image generation: train models, generate images, evaluate them.",
+    epilog="Exit codes: 0 success, 2 usage or config, 3 data, 4 checkpoint, 5 numbers that are not finite, "
+    "6 resources, 143 stopped by a signal after saving.",
 )
 
 

@@ -1,4 +1,4 @@
-"""`seriatim bench`: how fast a model draws here, where the time goes, and against the original code."""
+"""`seriatim bench` measures how fast a model generates images, where the time goes, and how the original compares."""
 
 from __future__ import annotations
 
@@ -14,33 +14,46 @@ from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 def bench(
     model: Annotated[str, typer.Argument(help="A preset (random weights), a model folder or a run.")],
     official: Annotated[
-        str | None, typer.Option(help="A checkout of the original code: run it too, on the same weights and draws.")
+        str | None,
+        typer.Option(help="A checkout of the original code, which is then timed on the same weights and noise."),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Images drawn at once.")] = 1,
-    dtype: Annotated[str, typer.Option(help="Of our backbone: auto, float32, bfloat16, or best.")] = "auto",
+    batch: Annotated[int, typer.Option(help="The number of images generated at once.")] = 1,
+    dtype: Annotated[str, typer.Option(help="The dtype of our backbone: auto, float32, bfloat16, or best.")] = "auto",
     official_dtype: Annotated[
-        str | None, typer.Option(help="Of the original, under autocast. Default: its fastest, measured.")
+        str | None,
+        typer.Option(help="The autocast dtype of the original code. Default: whichever is measured to be the fastest."),
     ] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="Steps over the image.")] = None,
-    num_diffusion_steps: Annotated[int | None, typer.Option(help="Steps inside a diffusion head.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
-    guidance_schedule: Annotated[str | None, typer.Option(help="linear or constant.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="The number of sampling steps of an image.")] = None,
+    num_diffusion_steps: Annotated[
+        int | None, typer.Option(help="The number of denoising steps of a diffusion head.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="The classifier-free guidance scale; 1 is no guidance.")
+    ] = None,
+    guidance_schedule: Annotated[
+        str | None, typer.Option(help="How guidance changes over the steps: linear or constant.")
+    ] = None,
     guidance_mode: Annotated[
-        str | None, typer.Option(help="Of a head of mixtures: exact or resample. Default: the head's own.")
+        str | None, typer.Option(help="How a mixture head guides: exact or resample. Default: the head's own mode.")
     ] = None,
     device: DeviceOption = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: torch's.")] = None,
-    repetitions: Annotated[int, typer.Option(help="Timed runs of each; the median counts.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option(help="The number of CPU threads. Default: the number that torch uses.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="The number of timed runs; the median is reported.")] = 3,
     every: Annotated[
-        int, typer.Option(help="Compute each so many steps only and scale: a quick look, not a figure to quote.")
+        int,
+        typer.Option(
+            help="Compute only one of this many steps and scale the time: a quick look, not a figure to quote."
+        ),
     ] = 1,
-    decode: Annotated[bool, typer.Option(help="Time the decoding of tokens too, apart.")] = True,
+    decode: Annotated[bool, typer.Option(help="Also time the decoding of the tokens, separately.")] = True,
     json: JsonFlag = False,
 ) -> None:
-    """Time a model: seconds, memory, stages, share of the machine's peak; and the original beside it."""
+    """Measure a model's seconds, memory, stages and share of the machine's peak, and the original code beside it."""
     from seriatim.bench.race import bench as run
 
-    with contextlib.redirect_stdout(sys.stderr):  # what the original's code may print
+    with contextlib.redirect_stdout(sys.stderr):  # the original code may print
         result = run(
             model, official=official, batch=batch, dtype=dtype, official_dtype=official_dtype,
             num_inference_steps=num_inference_steps, num_diffusion_steps=num_diffusion_steps,
@@ -67,7 +80,7 @@ def columns(result: dict[str, Any]) -> tuple[str, ...]:
 
 
 def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What was measured, ours, the original's, and their ratio."""
+    """The rows of the table: a measurement of ours, of the original, and their ratio."""
     both = "ratio" in result
     table: list[tuple[str, ...]] = []
 

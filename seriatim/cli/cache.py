@@ -1,4 +1,4 @@
-"""`seriatim cache`: the images of a recipe, encoded once, into a folder that training reads."""
+"""`seriatim cache` encodes the images of a recipe once, into a folder that training reads."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 
 def cache(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe (seriatim recipes list) or a YAML file.")],
-    out: Annotated[Path, typer.Option(help="Folder to make, or to go on with.")],
+    out: Annotated[Path, typer.Option(help="The folder to create, or an unfinished cache to complete.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, such as data.path=photos/ data.size=128.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images encoded at a time.")] = 64,
-    shard_images: Annotated[int, typer.Option(help="Images of a file; a stop loses less than one.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="float32, or float16 for half the space.")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="The number of images encoded at once.")] = 64,
+    shard_images: Annotated[
+        int, typer.Option(help="The number of images in a file. A stop loses at most the file being written.")
+    ] = 2048,
+    dtype: Annotated[
+        str, typer.Option(help="The dtype of the cache: float32, or float16 for half the size.")
+    ] = "float32",
     device: DeviceOption = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that read images ahead.")] = 0,
+    workers: Annotated[int, typer.Option(help="The number of processes that read images ahead.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Encode the images of a recipe and their mirror images; the same command goes on where it was stopped.
+    """Encode the images of a recipe and their mirror images. Repeat the command to continue after a stop.
 
-    Train on them with `seriatim train RECIPE 'data={kind: latents, path: DIR}'`.
+    Train on the cache with `seriatim train RECIPE 'data={kind: latents, path: DIR}'`.
     """
     from seriatim.training.config import read_recipe
 

@@ -1,4 +1,4 @@
-"""`seriatim convert` and `seriatim export`: official weights in, official weights out."""
+"""`seriatim convert` reads official weights into a model folder; `seriatim export` writes them back."""
 
 from __future__ import annotations
 
@@ -21,27 +21,36 @@ convert = typer.Typer(no_args_is_help=True, help="Turn official weights into a m
 export = typer.Typer(no_args_is_help=True, help="Write weights under their official names.")
 
 Weights = Annotated[Path, typer.Argument(help="The downloaded file (.pth, .ckpt, .safetensors).")]
-Out = Annotated[Path, typer.Argument(help="A new folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model or tokenizer that is there.")]
+Out = Annotated[Path, typer.Argument(help="The folder to create.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model or tokenizer in that folder.")]
 
 
 @convert.command("mar")
 def convert_mar(
-    weights: Annotated[Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder of such.")],
+    weights: Annotated[
+        Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder that holds one of them.")
+    ],
     out: Out,
-    vae: Annotated[Path, typer.Option(help="Its autoencoder: kl16.ckpt, or a folder that `convert kl16` made.")],
+    vae: Annotated[Path, typer.Option(help="The model's autoencoder: kl16.ckpt, or a folder made by `convert kl16`.")],
     ema: Annotated[
-        bool | None, typer.Option("--ema/--raw", help="Averaged or last weights. Default: averaged, where there are.")
+        bool | None,
+        typer.Option("--ema/--raw", help="Take averaged or last weights. Default: averaged, if the file has them."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="mar-b, mar-l or mar-h; usually told by the sizes.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="mar-b, mar-l or mar-h. Default: found from the sizes of the tensors.")
+    ] = None,
     heads: Annotated[
-        list[int] | None, typer.Option(help="Attention heads, of a model that is no preset; twice: encoder, decoder.")
+        list[int] | None,
+        typer.Option(
+            help="The number of attention heads, for a model that is not a preset. Give it twice if encoder and "
+            "decoder differ."
+        ),
     ] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="A text file with one class name per line.")] = None,
     overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
-    """MAR (Li et al. 2024). Nothing in a file is run; every tensor must fit."""
+    """Convert MAR (Li et al. 2024). No code in the file is run, and every tensor must fit."""
     from seriatim.checkpoints import mar
     from seriatim.checkpoints.native import save_bundle
     from seriatim.checkpoints.official import one_file, read_official
@@ -84,13 +93,15 @@ def convert_mar(
 def convert_kl16(
     weights: Weights,
     out: Out,
-    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 256,
-    patch: Annotated[int, typer.Option(help="Latents of a token, side by side.")] = 1,
-    scale: Annotated[float, typer.Option(help="1 / standard deviation of the latents.")] = 0.2325,
+    size: Annotated[int, typer.Option(help="The side of the images in pixels.")] = 256,
+    patch: Annotated[int, typer.Option(help="The side of a token in latents.")] = 1,
+    scale: Annotated[
+        float, typer.Option(help="The factor that normalises latents: 1 / their standard deviation.")
+    ] = 0.2325,
     overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
-    """MAR's autoencoder KL-16 (and its kin of other sizes), for diffusers' AutoencoderKL."""
+    """Convert MAR's autoencoder KL-16, or one of its form in other sizes, to diffusers' AutoencoderKL."""
     from seriatim.checkpoints.kl16 import tokenizer_from_kl16
     from seriatim.checkpoints.official import read_official
     from seriatim.checkpoints.tokenizer import save_tokenizer
@@ -112,20 +123,24 @@ def convert_kl16(
 
 @convert.command("llamagen")
 def convert_llamagen(
-    weights: Annotated[Path, typer.Argument(help="c2i_B_256.pt, a .pth or a safetensors file.")],
+    weights: Annotated[Path, typer.Argument(help="c2i_B_256.pt, another .pt or .pth file, or a safetensors file.")],
     out: Out,
     vq: Annotated[
-        Path, typer.Option(help="Its tokenizer: vq_ds16_c2i.pt, or a folder that `convert llamagen-vq` made.")
+        Path, typer.Option(help="The model's tokenizer: vq_ds16_c2i.pt, or a folder made by `convert llamagen-vq`.")
     ],
-    size: Annotated[int, typer.Option(help="Side of the images in pixels, where --vq is a file.")] = 256,
-    ema: Annotated[bool, typer.Option("--ema", help="Averaged weights, where the file has them.")] = False,
-    preset: Annotated[str | None, typer.Option(help="llamagen-b, ...; usually told by the sizes.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads, of a model that is no preset.")] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
+    size: Annotated[int, typer.Option(help="The side of the images in pixels; needed if --vq is a file.")] = 256,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the averaged weights, if the file has them.")] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="llamagen-b, ... Default: found from the sizes of the tensors.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="The number of attention heads, for a model that is not a preset.")
+    ] = None,
+    class_names: Annotated[Path | None, typer.Option(help="A text file with one class name per line.")] = None,
     overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
-    """LlamaGen (Sun et al. 2024), of classes or of text. Nothing in a file is run; every tensor must fit."""
+    """Convert LlamaGen (Sun et al. 2024), of classes or of text. No code in the file is run; every tensor must fit."""
     from seriatim.checkpoints import llamagen
     from seriatim.checkpoints.llamagen_vq import ENTRIES, tokenizer_from_file
     from seriatim.checkpoints.native import save_bundle
@@ -164,14 +179,15 @@ def convert_llamagen(
 def convert_llamagen_vq(
     weights: Weights,
     out: Out,
-    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 256,
+    size: Annotated[int, typer.Option(help="The side of the images in pixels.")] = 256,
     ema: Annotated[
-        bool | None, typer.Option("--ema/--raw", help="Averaged or last weights. Default: averaged, where there are.")
+        bool | None,
+        typer.Option("--ema/--raw", help="Take averaged or last weights. Default: averaged, if the file has them."),
     ] = None,
     overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
-    """LlamaGen's tokenizers VQ-16 and VQ-8 (and their kin of other sizes)."""
+    """Convert LlamaGen's tokenizer VQ-16 or VQ-8, or one of their form in other sizes."""
     from seriatim.checkpoints.llamagen_vq import ENTRIES, tokenizer_from_file
     from seriatim.checkpoints.official import read_official
     from seriatim.checkpoints.tokenizer import save_tokenizer
@@ -195,10 +211,10 @@ def convert_llamagen_vq(
 @export.command("mar")
 def export_mar(
     model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
-    out: Annotated[Path, typer.Argument(help="The file: .safetensors, or .pth as the official code reads it.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    out: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pth for the official code.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """A masked model with a diffusion head, for the official MAR code."""
+    """Write a masked model with a diffusion head for the official MAR code."""
     from seriatim.checkpoints.mar import ENTRIES, mar_tensors
     from seriatim.checkpoints.native import load_bundle
 
@@ -209,10 +225,10 @@ def export_mar(
 @export.command("llamagen")
 def export_llamagen(
     model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
-    out: Annotated[Path, typer.Argument(help="The file: .safetensors, or .pt as the official code reads it.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    out: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pt for the official code.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """A causal model of codes in LlamaGen's form, for the official code."""
+    """Write a causal model of codes that has LlamaGen's form for the official LlamaGen code."""
     from seriatim.checkpoints.llamagen import llamagen_tensors
     from seriatim.checkpoints.native import load_bundle
 
@@ -221,11 +237,11 @@ def export_llamagen(
 
 @export.command("kl16")
 def export_kl16(
-    model: Annotated[Path, typer.Argument(help="A folder with a `kl` tokenizer: a tokenizer, a model or a run.")],
-    out: Annotated[Path, typer.Argument(help="The file: .safetensors, or .ckpt as the official code reads it.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    model: Annotated[Path, typer.Argument(help="A tokenizer folder, model folder or run with a `kl` tokenizer.")],
+    out: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .ckpt for the official code.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """A `kl` tokenizer, for the official MAR code."""
+    """Write a `kl` tokenizer for the official MAR code."""
     from seriatim.checkpoints.kl16 import kl16_from_tokenizer
     from seriatim.checkpoints.tokenizer import load_tokenizer
     from seriatim.core.errors import UsageError
@@ -243,7 +259,7 @@ def export_kl16(
 
 
 def unused(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless it is a model or tokenizer that may be replaced."""
+    """Raise UsageError if the folder is not empty, unless it holds a model or tokenizer that may be replaced."""
     from seriatim.checkpoints.native import replaceable
     from seriatim.core.errors import UsageError
 
@@ -257,7 +273,7 @@ def unused(out: Path, overwrite: bool) -> None:
 
 
 def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
-    """The tokenizer of a model with so many tokens and features: from an official file or a folder of ours."""
+    """The tokenizer, from an official file or a tokenizer folder, of a model with `tokens` tokens of `dim` features."""
     from seriatim.checkpoints.kl16 import tokenizer_from_kl16
     from seriatim.checkpoints.mar import patch_of
     from seriatim.checkpoints.official import read_official
@@ -267,7 +283,7 @@ def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
         return load_tokenizer(path)
     file = read_official(path, entries=("model",))
     kernel = file.tensors.get("post_quant_conv.weight")
-    fits = kernel is not None and kernel.ndim == 4 and kernel.shape[1] > 0  # where not, what follows names it
+    fits = kernel is not None and kernel.ndim == 4 and kernel.shape[1] > 0  # if not, the error comes from below
     patch = patch_of(dim, kernel.shape[1]) if kernel is not None and fits else 1
     levels = sum(name.endswith(".downsample.conv.weight") for name in file.tensors)
     side = round(tokens**0.5) * patch << levels
@@ -280,12 +296,14 @@ def read_names(path: Path | None) -> list[str]:
 
     if path is None:
         return []
-    text = read_or_raise(lambda: read_text(path), path, UsageError, "class_names are a text file, one name a line")
+    text = read_or_raise(
+        lambda: read_text(path), path, UsageError, "class_names must be a text file with one name per line"
+    )
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str, ...], overwrite: bool) -> None:
-    """A safetensors file, or a torch file whose every entry is these tensors."""
+    """Write the tensors to a safetensors file, or to a torch file in which every entry holds them."""
     from seriatim.checkpoints.native import write_tensors, write_torch
     from seriatim.core.errors import UsageError
     from seriatim.core.files import atomic_write
@@ -294,7 +312,7 @@ def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str,
         if not overwrite:
             raise UsageError(f"out: {out} exists already; choose another name or pass --overwrite")
         if not out.is_file():
-            raise UsageError(f"out: {out} is no file and can't be replaced by one; choose another name")
+            raise UsageError(f"out: {out} is not a file and can't be replaced by one; choose another name")
     if out.suffix not in (".safetensors", ".pth", ".pt", ".ckpt"):
         raise UsageError(f"out: {out} must end in .safetensors, .pth, .pt or .ckpt")
     if out.exists():

@@ -1,4 +1,4 @@
-"""`seriatim convert arinar` and `export arinar`: weights whose files don't tell all, so that images may."""
+"""`seriatim convert arinar` and `export arinar`. The weights don't tell the number of heads, but some images can."""
 
 from __future__ import annotations
 
@@ -18,31 +18,45 @@ if TYPE_CHECKING:
 
 
 def convert_arinar(
-    weights: Annotated[Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder of such.")],
+    weights: Annotated[
+        Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder that holds one of them.")
+    ],
     out: Out,
-    vae: Annotated[Path, typer.Option(help="Its autoencoder: kl16.ckpt, or a folder that `convert kl16` made.")],
+    vae: Annotated[Path, typer.Option(help="The model's autoencoder: kl16.ckpt, or a folder made by `convert kl16`.")],
     heads: Annotated[
         int | None,
-        typer.Option(help="Attention heads inside the head: 4 as first released (default), 16 as their code is today."),
+        typer.Option(
+            help="The number of attention heads inside the head: 4 in the first release (default), 16 in the current "
+            "official code."
+        ),
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="Some images: take the number of heads under which they are likelier.")
+        Path | None,
+        typer.Option(help="A folder of images. The number of heads that makes them likelier is taken."),
     ] = None,
     temperature_convention: Annotated[
-        str | None, typer.Option(help="What the file's temperature means: release (above 1 is sharper) or current.")
+        str | None,
+        typer.Option(help="What the file's temperature means: release (above 1 is sharper) or current."),
     ] = None,
     ema: Annotated[
-        bool | None, typer.Option("--ema/--raw", help="Averaged or last weights. Default: averaged, where there are.")
+        bool | None,
+        typer.Option("--ema/--raw", help="Take averaged or last weights. Default: averaged, if the file has them."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="arinar-b or arinar-l; usually told by the sizes.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="arinar-b or arinar-l. Default: found from the sizes of the tensors.")
+    ] = None,
     trunk_heads: Annotated[
-        list[int] | None, typer.Option(help="Attention heads, of a trunk that is no preset's; twice: encoder, decoder.")
+        list[int] | None,
+        typer.Option(
+            help="The number of attention heads of the backbone, if it is not a preset's. Give it twice if encoder and "
+            "decoder differ."
+        ),
     ] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A text file, one name a line.")] = None,
+    class_names: Annotated[Path | None, typer.Option(help="A text file with one class name per line.")] = None,
     overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
-    """ARINAR (Zhao et al. 2025). Nothing in a file is run; every tensor must fit."""
+    """Convert ARINAR (Zhao et al. 2025). No code in the file is run, and every tensor must fit."""
     from seriatim.checkpoints import arinar, mar
     from seriatim.checkpoints.native import save_bundle
     from seriatim.checkpoints.official import one_file, read_official
@@ -52,12 +66,14 @@ def convert_arinar(
     if preset is not None and preset not in arinar.NAMES:
         raise UsageError(f"preset: {preset!r} is not one of ARINAR's{nearest(preset, arinar.NAMES)}")
     if heads is not None and images is not None:
-        raise UsageError("images: tell how many heads there are; leave out heads, or images")
+        raise UsageError("images: given together with heads, which images would find out; leave one of them out")
     if heads is not None and heads < 1:
-        raise UsageError(f"heads: {heads} is not allowed; 4 as first released, 16 as the official code is today")
+        raise UsageError(
+            f"heads: {heads} is not allowed; give 4 for the first release, 16 for the current official code"
+        )
     if trunk_heads and len(trunk_heads) > 2:
         raise UsageError(
-            f"trunk_heads: {trunk_heads} is not allowed; give one number, or two: of the encoder, of the decoder"
+            f"trunk_heads: {trunk_heads} is not allowed; give one number, or one each for the encoder and the decoder"
         )
     trunk = (trunk_heads[0], trunk_heads[-1]) if trunk_heads else None
     if temperature_convention is not None:
@@ -76,7 +92,7 @@ def convert_arinar(
         losses = arinar.losses_by_heads(file, tokens, trunk_heads=trunk, preset=preset)
         heads = min(losses, key=losses.__getitem__)
         each = ", ".join(f"{loss:.2f} with {n} heads" for n, loss in losses.items())
-        say(f"loss of {len(tokens)} images, in nats a token: {each}; taking {heads}")
+        say(f"loss of {len(tokens)} images, in nats per token: {each}; taking {heads} heads")
     bundle = arinar.bundle_from_arinar(
         file, tokenizer, read_names(class_names), convention=temperature_convention,
         inner_heads=heads or arinar.INNER_HEADS["release"], trunk_heads=trunk, preset=preset,
@@ -99,10 +115,10 @@ def convert_arinar(
 
 def export_arinar(
     model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
-    out: Annotated[Path, typer.Argument(help="The file: .safetensors, or .pth as the official code reads it.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    out: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pth for the official code.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """A masked model whose head is nested as ARINAR's, for the official ARINAR code."""
+    """Write a masked model whose nested head has ARINAR's form for the official ARINAR code."""
     from seriatim.checkpoints import arinar, mar
     from seriatim.checkpoints.native import load_bundle
 
@@ -112,7 +128,7 @@ def export_arinar(
 
 
 def tokens_of(folder: Path, tokenizer: Tokenizer, most: int = 64) -> Tensor:
-    """Tokens (B, L, D) of images from all over a folder."""
+    """The tokens (B, L, D) of up to about `most` images, chosen from all over a folder."""
     import torch
 
     from seriatim.core.errors import UsageError

@@ -1,4 +1,4 @@
-"""`seriatim demo`: from nothing to generated digits, with proof, in one command."""
+"""`seriatim demo` trains a small model, generates digits and checks them against real ones, in one command."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import typer
 from seriatim.cli.output import JsonFlag, print_json, print_table
 from seriatim.core.terminal import say
 
-NAME = "mar-digits"  # of the recipe
+NAME = "mar-digits"  # the recipe
 PER_CLASS = 16
-REAL_DRAWS = 10  # draws of real digits whose mean Frechet distance is reported
+REAL_DRAWS = 10  # the Frechet distance of real digits is a mean over this many random subsets
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures, the report and the model.")] = Path("demo"),
-    images: Annotated[int | None, typer.Option(help="Training images to see; fewer is faster and worse.")] = None,
-    seed: Annotated[int, typer.Option(help="Of training and sampling.")] = 0,
+    out: Annotated[Path, typer.Option(help="The folder for the pictures, the report and the model.")] = Path("demo"),
+    images: Annotated[
+        int | None, typer.Option(help="The number of images seen in training; fewer is faster and worse.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The seed of training and sampling.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Train a MAR on handwritten digits on the CPU, draw 160 of them, and check them against real ones."""
+    """Train a MAR on handwritten digits on the CPU, generate 160 digits, and check them against real ones."""
     from seriatim.core.files import writable_folder, write_json
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.training.config import read_recipe
@@ -94,13 +96,13 @@ def demo(
     ]
     print_table(("MAR on 8x8 digits", f"{report['samples']} samples"), rows)
     say(f"look at {out / 'grid.png'} and {out / 'training.png'}")
-    say(f"draw more: seriatim sample {shlex.quote(str(out / 'model'))} --label 7 --num-images-per-label 8 --out sevens")
+    say(f"make more: seriatim sample {shlex.quote(str(out / 'model'))} --label 7 --num-images-per-label 8 --out sevens")
 
 
 def is_demo(out: Path) -> bool:
-    """Whether `out` holds a demo, finished or interrupted, which the next one replaces; refuses what is anything else.
+    """Whether `out` holds a demo, finished or interrupted, which the next demo may replace.
 
-    A demo that was trained longer afterwards is a run of the user's own.
+    Raises UsageError if it holds anything else. A demo that was trained longer afterwards counts as the user's own run.
     """
     from seriatim.core.errors import UsageError
     from seriatim.core.ownership import first_file, json_of
@@ -108,8 +110,8 @@ def is_demo(out: Path) -> bool:
     from seriatim.training.run_folder import DEMO, RECIPE, begun, is_run
 
     if not out.is_dir():
-        return False  # what is a file is refused where the folder is made
-    report = json_of(out / "report.json")  # release 0.1 left no other mark
+        return False  # a file is refused later, where the folder is created
+    report = json_of(out / "report.json")  # release 0.1 marked its demos by this file alone
     says = json_of(out / DEMO) or (report if "recognised_real" in report else {})
     if says and is_run(out):
         recipe = read_any(str(out / RECIPE))
@@ -124,11 +126,11 @@ def is_demo(out: Path) -> bool:
 
 
 def judge(pixels: Any, labels: Any) -> dict[str, Any]:
-    """Samples (n, 64) in [0, 1] and the classes asked for, against real digits.
+    """The figures of samples (n, 64) in [0, 1] and the classes that were asked for, compared with real digits.
 
-    recognised              share that a classifier of real training digits assigns to the class asked for
-    frechet, frechet_real   distance in pixel space to held-out digits, of the samples and of equally many real ones
-    within_class_variance   of the samples, divided by that of real training digits
+    recognised              the share that a classifier trained on real digits assigns to the class asked for
+    frechet, frechet_real   the distance in pixel space to held-out digits, of the samples and of as many real digits
+    within_class_variance   the variance of the samples within a class, divided by that of real training digits
     """
     import numpy as np
     import torch

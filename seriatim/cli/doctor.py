@@ -1,4 +1,4 @@
-"""`seriatim doctor`: what this machine is, and what would go wrong on it."""
+"""`seriatim doctor` reports what this machine is, and what would go wrong on it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from seriatim.cli.output import JsonFlag, print_json, print_table
 from seriatim.core.terminal import say
 
 PACKAGES = ("torch", "numpy", "pillow", "safetensors", "huggingface_hub", "diffusers", "scikit-learn", "pydantic")
-LITTLE_DISK = 5e9  # bytes
+LITTLE_DISK = 5e9  # free bytes below which a problem is reported
 
 
 def doctor(
-    path: Annotated[Path, typer.Option(help="Folder whose disk to check.")] = Path(),
+    path: Annotated[Path, typer.Option(help="A folder on the disk to check.")] = Path(),
     json: JsonFlag = False,
 ) -> None:
-    """Versions, device, threads, bf16, a broken torchvision, disk: paste it into a bug report."""
+    """Report versions, device, threads, bf16 speed, torchvision and disk; include the output in a bug report."""
     report = examine(path)
     if json:
         print_json(report)
@@ -39,7 +39,7 @@ def doctor(
 
 
 def examine(path: Path) -> dict[str, Any]:
-    """Everything that `doctor` reports."""
+    """A mapping with everything that `doctor` reports."""
     import platform
     import shutil
     from importlib.metadata import PackageNotFoundError, version
@@ -87,7 +87,7 @@ def examine(path: Path) -> dict[str, Any]:
 
 
 def bf16_speedup(device: Any) -> float:
-    """Seconds of a float32 matrix product over those of a bfloat16 one: above 1, bf16 is the faster."""
+    """How many times faster a matrix product is in bfloat16 than in float32."""
     import time
 
     import torch
@@ -106,7 +106,10 @@ def bf16_speedup(device: Any) -> float:
 
 
 def check_torchvision() -> str:
-    """ "absent" (nothing here needs it), its version, or "broken: why". Imported in a process of its own."""
+    """The version of torchvision, or why there is none: "absent ..." or "broken: ...".
+
+    It is imported in another process, because a broken one would leave its traces in this one.
+    """
     import importlib.util
     import subprocess
     import sys

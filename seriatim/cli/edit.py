@@ -1,4 +1,4 @@
-"""`seriatim edit`: repaint a part of a picture."""
+"""`seriatim edit` repaints a part of a picture."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ from seriatim.cli.threads import ThreadsOption, drawing_with
 def edit(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
-    image: Annotated[Path, typer.Argument(help="The picture, of the size that the model draws.")],
-    mask: Annotated[Path, typer.Option(help="A picture of the same size: white is repainted.")],
+    image: Annotated[Path, typer.Argument(help="The picture to edit, which must have the model's size.")],
+    mask: Annotated[Path, typer.Option(help="A picture of the same size; its white pixels are repainted.")],
     label: Annotated[
-        list[str] | None, typer.Option(help="The class to paint, by name or number; repeat it. Default: none.")
+        list[str] | None,
+        typer.Option(help="The class to paint, by name or number. Repeat it for several. Default: no class."),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="The number of images generated at once.")] = None,
     threads: ThreadsOption = None,
-    out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png.")] = Path("edited"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder for the PNG files and grid.png.")] = Path("edited"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace earlier images of the same names in --out.")
+    ] = False,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="The dtype of the backbone: auto, float32 or bfloat16.")] = "auto",
     json: JsonFlag = False,
 ) -> None:
-    """Inpaint, outpaint inside the frame, change the class of a region: black pixels of the mask stay as they are."""
+    """Repaint the white part of a mask: inpaint, outpaint inside the frame, or change the class of a region.
+
+    Pixels under black keep their exact values.
+    """
     from seriatim.core.errors import UsageError
     from seriatim.core.files import writable_folder
     from seriatim.core.flatten import BLACK

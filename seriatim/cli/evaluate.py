@@ -1,4 +1,4 @@
-"""`seriatim evaluate`: a model's samples, or a tokenizer's reconstructions, against real images."""
+"""`seriatim evaluate` compares a model's samples, or a tokenizer's reconstructions, with real images."""
 
 from __future__ import annotations
 
@@ -20,15 +20,21 @@ if TYPE_CHECKING:
     from seriatim.evaluation.blocks import Share
     from seriatim.evaluation.reference import Images, Statistics
 
-NUM = ("--num", "--num-images")  # torchrun takes the short one for an abbreviation of its own --numa-binding
+NUM = ("--num", "--num-images")  # the long name is for torchrun, which takes --num for its own --numa-binding
 DataOption = Annotated[
-    str, typer.Option(help="The reference: a folder of images, a reference .npz, or a data section in YAML.")
+    str,
+    typer.Option(help="The real images to compare with: a folder, a reference .npz, or the data section of a recipe."),
 ]
 RealOption = Annotated[
-    str | None, typer.Option(help="Other real images, such as a test set. Default: half of --data is set aside.")
+    str | None,
+    typer.Option(help="More real images, such as a test set, to show how real ones score. Default: half of --data."),
 ]
 FeaturesOption = Annotated[
-    str, typer.Option(help="inception, pixels, a registered name, NAME:PATH, a classifier's folder, a weights file.")
+    str,
+    typer.Option(
+        help="The features to compare: inception, pixels, a registered name, NAME:PATH, a classifier's folder, or a "
+        "weights file."
+    ),
 ]
 
 
@@ -37,45 +43,58 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
     data: DataOption,
     num: Annotated[
-        int, typer.Option(*NUM, help="Samples to draw, class after class; of a tokenizer, images to encode.")
+        int,
+        typer.Option(
+            *NUM,
+            help="The number of samples to generate, spread over the classes; for a tokenizer, of images to encode.",
+        ),
     ],
     real_data: RealOption = None,
     features: FeaturesOption = "inception",
     figures: Annotated[
         list[str] | None,
         typer.Option(
-            help="frechet, kernel, manifold, score, accuracy, diversity, nearest; repeat it. Default: what can be had."
+            help="A figure to compute: frechet, kernel, manifold, score, accuracy, diversity or nearest. Repeat it for "
+            "several. Default: all that the features allow."
         ),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other field of a request, such as solver=dpm++; repeat it.")
+        list[str] | None,
+        typer.Option("--set", help="Another sampling setting, such as solver=dpm++. Repeat it for several."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Image i has the seed hash(seed, i).")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for features and results.json; the same goes on.")] = Path(
-        "evaluation"
-    ),
-    cache: Annotated[Path | None, typer.Option(help="Folder for features of real images. Default: --out.")] = None,
+    seed: Annotated[int, typer.Option(help="The seed; image i has the seed hash(seed, i).")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="The number of images generated at once.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="The folder for features and results.json. Name the same folder to continue after a stop."),
+    ] = Path("evaluation"),
+    cache: Annotated[
+        Path | None, typer.Option(help="The folder for features of real images. Default: the folder of --out.")
+    ] = None,
     shard: Annotated[
-        str | None, typer.Option(help="This process's share, such as 0/2. Default: torchrun's, or all.")
+        str | None,
+        typer.Option(help="The share of this process, such as 0/2. Default: the one that torchrun assigns, or all."),
     ] = None,
     neighbours: Annotated[
-        int, typer.Option(min=0, help="Also draw the samples nearest to training images, so many of them.")
+        int,
+        typer.Option(min=0, help="Also show this many samples that are nearest to training images, beside those."),
     ] = 0,
     tokenizer: Annotated[
-        bool, typer.Option("--tokenizer", help="Measure a model's tokenizer; a tokenizer folder needs no such word.")
+        bool,
+        typer.Option("--tokenizer", help="Evaluate the tokenizer of a model. A tokenizer folder needs no such option."),
     ] = False,
     noise: Annotated[
-        list[float] | None, typer.Option(help="Of a tokenizer's tokens, in standard deviations; repeat it.")
+        list[float] | None,
+        typer.Option(help="Noise added to a tokenizer's tokens, in standard deviations. Repeat it for several levels."),
     ] = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="The dtype of the backbone: auto, float32 or bfloat16.")] = "auto",
     threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Measure samples against real images, beside as many real ones; resumable, and shared between processes.
+    """Compare samples with real images, and as many other real images for scale. It can be resumed and shared out.
 
-    Of a tokenizer folder: what it loses, and what its tokens are like, or how its codes are used.
+    For a tokenizer it reports what the reconstructions lose, and how its tokens are distributed or its codes used.
     """
     share = share_of(shard)
     of_model = {
@@ -133,16 +152,16 @@ def evaluate(
 
 
 def refuse_given(options: dict[str, Any], what: str) -> None:
-    """Refuse options that mean nothing here, rather than leave them out in silence."""
+    """Raise UsageError if an option was given that has no meaning here, rather than ignore it silently."""
     from seriatim.core.errors import UsageError
 
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"{name}: is not for the evaluation of {what}; leave it out")
+            raise UsageError(f"{name}: has no meaning in the evaluation of {what}; leave it out")
 
 
 def is_tokenizer(folder: Path) -> bool:
-    """A folder with a tokenizer's weights and no model's."""
+    """Whether the folder holds the weights of a tokenizer but not of a model."""
     return (folder / "tokenizer.safetensors").is_file() and not (folder / "model.safetensors").exists()
 
 
@@ -202,7 +221,7 @@ def evaluate_tokenizer(
 
 
 def say_missing(out: Path, missing: int, json: bool) -> None:
-    say(f"this share is done; {missing:,} images are left to the others: who ends last writes results.json")
+    say(f"this share is done; other processes still have {missing:,} images; the last to finish writes results.json")
     if json:
         print_json({"folder": str(out), "missing": missing})
 
@@ -222,19 +241,19 @@ def print_figures(report: dict[str, Any], title: str) -> None:
 
 
 def share_of(shard: str | None) -> Share:
-    """`1/4`, or what torchrun says."""
+    """The share from a text such as `1/4`, or from torchrun's environment variables."""
     from seriatim.core.errors import UsageError
     from seriatim.evaluation.blocks import Share
 
     text = shard or f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
     found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if not found or not int(found[1]) < int(found[2]):
-        raise UsageError(f"shard: {text!r} is not allowed; give number/processes, the first of two is 0/2")
+        raise UsageError(f"shard: {text!r} is not allowed; give number/processes, such as 0/2 for the first of two")
     return Share(int(found[1]), int(found[2]))
 
 
 def device_of(device: str) -> str:
-    """Of torchrun's processes on one machine, each takes the accelerator of its own number."""
+    """The device; under torchrun, "auto" gives each process on a machine an accelerator of its own."""
     if device != "auto" or "LOCAL_RANK" not in os.environ:
         return device
 
@@ -247,7 +266,7 @@ def device_of(device: str) -> str:
 
 
 def fields(given: list[str]) -> dict[str, Any]:
-    """`["solver=dpm++", "order=3,1,0,2"]` as settings of a request."""
+    """The settings of a request from texts such as `["solver=dpm++", "order=3,1,0,2"]`."""
     from seriatim.core.errors import UsageError
     from seriatim.pipeline.request import request_fields
 
@@ -261,7 +280,7 @@ def fields(given: list[str]) -> dict[str, Any]:
 
 
 def field_value(name: str, text: str, known: Any) -> Any:
-    """A request's field from the command line: an order is a name or positions, all else YAML."""
+    """The value of a setting from its text on the command line: a name or positions for `order`, otherwise YAML."""
     from seriatim.core.errors import UsageError, nearest, shown
     from seriatim.core.reading import Unreadable, parse_yaml
 
@@ -278,9 +297,10 @@ def field_value(name: str, text: str, known: Any) -> Any:
 def open_data(
     text: str, argument: str, size: tuple[int, int], channels: int, background: Colour | None = None
 ) -> Images | Statistics:
-    """A folder, a reference `.npz`, the name of a source, or its section of a recipe: `{kind: hf, path: cifar10}`.
+    """The images or statistics that `text` names.
 
-    `background` is that of the model: what transparent parts of its training images showed.
+    It is a folder, a reference `.npz`, the name of a source, or its section of a recipe: `{kind: hf, path: cifar10}`.
+    `background` is the model's: what transparent parts of its training images showed.
     """
     from seriatim.core.errors import UsageError, shown
     from seriatim.core.reading import Unreadable, parse_yaml

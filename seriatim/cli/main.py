@@ -1,6 +1,6 @@
-"""`seriatim`: how a command line becomes an exit code, and an error one line.
+"""The entry point of `seriatim`: it turns a command line into an exit code, and every error into one line.
 
-Nothing heavy is imported before the process is ready for signals and for streams that are closed.
+Nothing heavy is imported before the process can handle signals and closed streams.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from seriatim.core.errors import ResourceError, SeriatimError, Stopped, is_out_o
 from seriatim.core.terminal import say
 
 INTERRUPTED = 130
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]  # as Windows has
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]  # Windows lacks some
 PLAIN = {"\u2026": "...", "\u00b1": "+/-", "\u00d7": "x", "\u2013": "-", "\u2014": "-", "\u2019": "'"}
 
 
 class Interrupted(BaseException):
-    """A signal asked this process to stop. No `except Exception` holds it up, and every `finally` cleans up."""
+    """A signal asked this process to stop. It is a BaseException so that no `except Exception` catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -41,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
             from seriatim.cli.app import app
 
             code = int(app(list(arguments), prog_name="seriatim", standalone_mode=False) or 0)
-            if code == INTERRUPTED:  # typer has turned Ctrl-C into an exit code
+            if code == INTERRUPTED:  # typer turns Ctrl-C into this exit code
                 say("stopped")
             return code
         except BaseException as error:
@@ -60,7 +62,7 @@ def explain(error: BaseException) -> int:
     if isinstance(error, SeriatimError):
         say(one_line(error) if isinstance(error, Stopped) else f"error: {one_line(error)}")
         return error.exit_code
-    if hasattr(error, "format_message"):  # the argument parser's own; its classes are private to typer
+    if hasattr(error, "format_message"):  # an error of the argument parser, whose classes are private to typer
         text = error.format_message()
         if text:
             say(f"error: {one_line(Exception(text)).rstrip('.')}; see `seriatim --help`")
@@ -87,7 +89,7 @@ def explain(error: BaseException) -> int:
 
 
 def stop(number: int, _: FrameType | None) -> None:
-    """The first signal is raised where the process is, so that it cleans up; after it a second stops it at once."""
+    """Raise Interrupted at the first signal, so that `finally` blocks clean up; a second signal stops at once."""
     for each in SIGNALS:
         if signal.getsignal(each) is stop:
             signal.signal(each, stop_at_once)
@@ -99,19 +101,19 @@ def stop_at_once(number: int, _: FrameType | None) -> None:
 
 
 def heed_signals() -> None:
-    """Stop with one line on Ctrl-C, SIGTERM and SIGHUP; where SIGHUP is ignored (`nohup`) it stays ignored."""
+    """Stop with a one-line message on Ctrl-C, SIGTERM and SIGHUP; if SIGHUP is ignored (`nohup`), it stays ignored."""
     for number in SIGNALS:
         if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, stop)
 
 
 def open_streams() -> None:
-    """Where a standard stream is closed, what is written to it goes nowhere; no file may take its number."""
+    """Replace closed standard streams by the null device, because otherwise a file could get their number."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # it takes the lowest free number, which is this one
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
     if sys.stderr is None:
@@ -119,7 +121,7 @@ def open_streams() -> None:
 
 
 def plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What an encoding lacks, in ASCII."""
+    """ASCII text for characters that the encoding of standard output lacks; a codec error handler."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
@@ -134,9 +136,9 @@ def main() -> NoReturn:
         sys.stdout.reconfigure(errors="seriatim.plain")
     try:
         code = run(sys.argv[1:])
-    except Interrupted as error:  # the signal came between the lines of `run`
+    except Interrupted as error:  # the signal came outside the `try` of `run`
         code = explain(error)
-    for number in SIGNALS:  # the interpreter's own end has nothing to clean up
+    for number in SIGNALS:  # nothing is left to clean up while the interpreter exits
         if signal.getsignal(number) in (stop, stop_at_once):
             signal.signal(number, signal.SIG_DFL)
     sys.exit(code)

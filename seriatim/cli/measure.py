@@ -1,4 +1,4 @@
-"""`seriatim measure-latents`: statistics of an autoencoder's latents over a recipe's images."""
+"""`seriatim measure-latents` measures the statistics of an autoencoder's latents over the images of a recipe."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from seriatim.core.terminal import say
 
 def measure_latents(
     recipe: Annotated[str, typer.Argument(help="A packaged recipe (seriatim recipes list) or a YAML file.")],
-    out: Annotated[Path, typer.Option(help="Tokenizer folder to make; a recipe takes it as tokenizer.from.")],
+    out: Annotated[Path, typer.Option(help="The tokenizer folder to create. A recipe uses it as tokenizer.from.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, such as data.path=photos tokenizer.patch=2.")
     ] = None,
-    num: Annotated[int, typer.Option(help="About how many images to look at.")] = 10_000,
-    statistics: Annotated[str, typer.Option(help="channel: mean and std of each; scale: one std for all.")] = "channel",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a tokenizer that is there.")] = False,
+    num: Annotated[int, typer.Option(help="About how many images to measure.")] = 10_000,
+    statistics: Annotated[
+        str,
+        typer.Option(help="channel: a mean and a standard deviation for each; scale: one standard deviation for all."),
+    ] = "channel",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing tokenizer in --out.")] = False,
     device: DeviceOption = "auto",
     json: JsonFlag = False,
 ) -> None:
-    """Measure mean and variance of a tokenizer's latents; write the tokenizer with them."""
+    """Measure the mean and variance of a tokenizer's latents, and write a tokenizer that normalises by them."""
     from seriatim.core.errors import UsageError, nearest
     from seriatim.training.config import read_recipe
 

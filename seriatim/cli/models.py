@@ -1,4 +1,4 @@
-"""`seriatim models`: the presets, with what their authors published and what is proven here."""
+"""`seriatim models` lists the presets, with what their authors published and what is proven here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from seriatim.core.terminal import say
 
 
 def models(json: JsonFlag = False) -> None:
-    """Each preset: exact parameter count, tokens, the authors' figures, what is proven here."""
+    """List the presets: their parameters, their tokens, the figures of their authors, and what is proven here."""
     from seriatim.zoo import PRESETS
 
     if json:

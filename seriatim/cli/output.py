@@ -1,4 +1,4 @@
-"""What a verb prints: tables for people, JSON for programs, one line for what went wrong."""
+"""Print the result of a command: a table for people, or JSON for programs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from seriatim.core.files import json_text
 from seriatim.core.names import printable
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
-WIDE = 1000  # columns of what is no terminal: a line of a table there is a line
+WIDE = 1000  # the width of output that is not a terminal, where table rows must not wrap
 
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps, ...")]
+DeviceOption = Annotated[str, typer.Option(help="The device to use: auto, cpu, cuda, cuda:1, mps, ...")]
 
 
 def print_json(value: Any) -> None:
@@ -21,16 +21,16 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
-    """A table; the columns of numbers are the caller's to format."""
+    """Print a table; the caller formats the numbers."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold")  # on a narrow terminal a word goes on below, none is cut
+        table.add_column(column, overflow="fold")  # a narrow terminal wraps long words and cuts none
     for row in rows:
         table.add_row(*(printable(str(cell)) for cell in row))
-    console = Console(highlight=False, markup=False)  # a figure is called FD[pixels]
+    console = Console(highlight=False, markup=False)  # names such as FD[pixels] are not markup
     if not console.is_terminal:
         console.width = WIDE
     console.print(table)

@@ -1,4 +1,4 @@
-"""`seriatim recipes`: what can be trained out of the box."""
+"""`seriatim recipes` lists, shows and copies the training recipes that come with the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Name = Annotated[str, typer.Argument(help="A packaged recipe or a YAML file.")]
 
 @recipes.command("list")
 def list_recipes(json: JsonFlag = False) -> None:
-    """Name and description of each packaged recipe."""
+    """List the name and description of each packaged recipe."""
     from seriatim.training.config import packaged, read_any
 
     rows = [{"name": name, "description": read_any(name).description} for name in packaged()]
@@ -31,7 +31,7 @@ def list_recipes(json: JsonFlag = False) -> None:
 
 @recipes.command("show")
 def show(name: Name, json: JsonFlag = False) -> None:
-    """A recipe with every default filled in."""
+    """Print a recipe with every default filled in."""
     from seriatim.training.config import dump, read_any
 
     recipe = read_any(name)
@@ -43,9 +43,10 @@ def show(name: Name, json: JsonFlag = False) -> None:
 
 @recipes.command("copy")
 def copy(
-    name: Name, to: Annotated[Path | None, typer.Argument(help="File to write; default NAME.yaml here.")] = None
+    name: Name,
+    to: Annotated[Path | None, typer.Argument(help="The file to write. Default: NAME.yaml in this folder.")] = None,
 ) -> None:
-    """Copy a recipe, comments included, to edit it."""
+    """Copy a recipe with its comments, so that you can edit it."""
     from seriatim.core.errors import ConfigError, UsageError
     from seriatim.core.files import write_text
     from seriatim.core.reading import YAML_BYTES, read_or_raise, read_text

@@ -1,4 +1,4 @@
-"""`seriatim sample`: images from a model folder."""
+"""`seriatim sample` generates images with a model."""
 
 from __future__ import annotations
 
@@ -18,30 +18,38 @@ if TYPE_CHECKING:
     from seriatim.pipeline.pipeline import Pipeline
     from seriatim.pipeline.request import SampleRequest
 
-NEARLY = 2  # levels of 255 by which rounding in another batch, thread count or version may move a pixel
+NEARLY = 2  # a repeated pixel may differ by this much, because another batch, thread count or version rounds otherwise
 
 
 def sample(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
     label: Annotated[
-        list[str] | None, typer.Option(help="A class by name or number, or none; repeat it. Default: every class.")
+        list[str] | None,
+        typer.Option(
+            help="A class by name or number, or `none` for no class. Repeat it for several. Default: every class."
+        ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="The number of images generated at once.")] = None,
     from_: Annotated[
-        Path | None, typer.Option("--from", help="A PNG drawn before: repeat it, and compare the pixels.")
+        Path | None,
+        typer.Option("--from", help="A PNG made by this command, which is generated again and compared by its pixels."),
     ] = None,
-    animate: Annotated[bool, typer.Option("--animate", help="Also write animation.gif: tokens appearing.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png; for samples.npy of arrays.")] = Path(
-        "samples"
-    ),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,
+    animate: Annotated[
+        bool, typer.Option("--animate", help="Also write animation.gif, which shows the tokens as they appear.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="The folder for the PNG files and grid.png, or samples.npy if they are not pictures.")
+    ] = Path("samples"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace earlier images of the same names in --out.")
+    ] = False,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="The dtype of the backbone: auto, float32 or bfloat16.")] = "auto",
     threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Draw images into a folder, and all of them into one picture, grid.png. What isn't given, the model decides."""
+    """Generate images into a folder, with an overview in grid.png. The model has defaults for all settings."""
     import time
 
     from seriatim.core.errors import UsageError
@@ -65,7 +73,7 @@ def sample(
         request = pipe.request(**settings)
     else:
         request = request_of(original[1], from_, pipe, list(settings))
-    steps = pipe.stream(request=request, batch_size=batch_size)  # checks everything before a folder is made
+    steps = pipe.stream(request=request, batch_size=batch_size)  # everything is checked before the folder is created
     if not pipe.tokenizer.pictures:
         return sample_arrays(pipe, request, out, batch_size, threads, animate=animate, overwrite=overwrite, json=json)
     names = [pipe.label_name(x) or "image" for x in request.image_labels()]
@@ -81,12 +89,12 @@ def sample(
     made = versions(pipe.device, pipe.dtype)
     columns = max(request.num_images_per_label, min(8, request.num_images))
     images: list[Image.Image] = []
-    frames: dict[int, list[Image.Image]] = {}  # of each step over the images
-    at = 0  # the step of a batch
+    frames: dict[int, list[Image.Image]] = {}  # the pictures of all images at each step
+    at = 0  # the current step of the batch
     bar = Progress(request.num_images, "sampling", "images", quiet=json)
     with no_empty_folder(out, new), using(count), bar:
         for step in steps:
-            if step.last:  # what is drawn is kept, whatever happens to the next batch
+            if step.last:  # finished images are saved at once, so that a failure in a later batch doesn't lose them
                 for i, image in zip(step.images, step.preview(), strict=True):
                     label_name = pipe.label_name(request.image_labels()[i])
                     save_image(image, files[i], recorded(image, request, i, label_name, pipe.bundle.sha256, made))
@@ -124,7 +132,7 @@ def sample(
 
 
 def say_replaced(files: list[Path]) -> None:
-    """Say what `--overwrite` is going to replace; each file is kept until the new one is whole."""
+    """Report which files `--overwrite` will replace; each is kept until the new one is completely written."""
     if files:
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         say(f"replacing {files[0]}{more}")
@@ -141,7 +149,7 @@ def sample_arrays(
     overwrite: bool,
     json: bool,
 ) -> None:
-    """The same of what is no picture: samples.npy, one array of all, and samples.json, their request."""
+    """`sample` for a model that does not generate pictures: write one array, samples.npy, and its samples.json."""
     import time
 
     from seriatim.core.errors import UsageError
@@ -150,7 +158,7 @@ def sample_arrays(
     from seriatim.training.precision import threads as using
 
     if animate:
-        raise UsageError("animate: this model's tokens are no pictures; leave it out")
+        raise UsageError("animate: this model generates no pictures; leave it out")
     say_replaced(check_samples_folder(out, [out / SAMPLES, out / SAYS], overwrite=overwrite))
     count = threads_of(pipe, threads)
     begin, before = time.monotonic(), 0
@@ -182,20 +190,22 @@ def sample_arrays(
 
 
 def read_repeatable(path: Path) -> tuple[Image.Image, Recorded]:
-    """A picture and its request; refuses one that its request alone does not make."""
+    """A picture and its metadata. Raises DataError if the picture can't be generated from its request alone."""
     from seriatim.core.errors import DataError
     from seriatim.pipeline.metadata import pixels_sha256, read_recorded
 
     image, says = read_recorded(path)
     if says.edited:
-        raise DataError(f"from: {path} was made from another picture; edit that one again with the same seed")
+        raise DataError(f"from: {path} was edited from another picture; edit that one again with the same seed")
     if pixels_sha256(image) != says.pixels_sha256:
-        raise DataError("from: the picture's pixels were changed after it was drawn; there is nothing to compare with")
+        raise DataError(
+            f"from: the pixels of {path} were changed later, so no comparison is possible; name an original"
+        )
     return image, says
 
 
 def request_of(says: Recorded, path: Path | None, pipe: Pipeline, given: list[str]) -> SampleRequest:
-    """The request that a picture carries, for the model that drew it."""
+    """The request in a picture's metadata, checked for the model that generated the picture."""
     from seriatim.core.errors import CheckpointError, UsageError
     from seriatim.pipeline.labels import label_of
 
@@ -207,14 +217,17 @@ def request_of(says: Recorded, path: Path | None, pipe: Pipeline, given: list[st
             f"model: its weights have sha256 {ours}..., {path} was drawn by {theirs}...; name the model that drew it"
         )
     request = says.sample_request()
-    if says.label in pipe.class_names:  # a number that was drawn before names in digits were told from numbers
+    if says.label in pipe.class_names:  # the name decides: in old metadata a number may also be a class's name
         number = pipe.class_names.index(says.label)
         request = request.model_copy(update={"class_labels": (label_of(number, pipe.class_names),)})
-    return pipe.checked(request)  # not `request`: the model's own defaults have no say
+    return pipe.checked(request)  # `pipe.request` would mix in the model's defaults
 
 
 def compared(original: tuple[Image.Image, Recorded], image: Image.Image, made: dict[str, str]) -> str:
-    """How the repeated picture's pixels compare; raises NumericsError where they are another picture's."""
+    """A text that compares the pixels of the repeated picture with the original's.
+
+    Raises NumericsError if they differ by more than rounding explains.
+    """
     import numpy as np
 
     from seriatim.core.errors import NumericsError
@@ -226,9 +239,13 @@ def compared(original: tuple[Image.Image, Recorded], image: Image.Image, made: d
     other = [f"{key} {says.versions.get(key)} then, {value} now" for key, value in made.items()
              if says.versions.get(key) != value]  # fmt: skip
     if before.size != image.size or before.mode != image.mode:
-        raise NumericsError(f"from: drawn again it is {image.size}, {image.mode}, not {before.size}, {before.mode}")
+        raise NumericsError(
+            f"from: the repeated picture is {image.size}, {image.mode}, not {before.size}, {before.mode}"
+        )
     difference = np.abs(np.asarray(before).astype(int) - np.asarray(image).astype(int))
     found = f"largest difference {difference.max()} of 255, in {(difference > 0).mean():.1%} of the values"
     if difference.max() > NEARLY:
-        raise NumericsError(f"from: drawn again it differs: {found} ({'; '.join(other) or 'another batch or threads'})")
+        raise NumericsError(
+            f"from: the repeated picture differs: {found} ({'; '.join(other) or 'another batch or threads'})"
+        )
     return found

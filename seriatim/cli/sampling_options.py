@@ -1,8 +1,8 @@
-"""The settings of a request as options of a verb: one for each field of `SampleRequest` and of the heads' `Options`.
+"""Command-line options for the settings of a request: one for each field of `SampleRequest` and of heads' `Options`.
 
-A verb that is registered with `cls=SamplingVerb` takes them all, and finds those that were given in `context.obj`. They
-are looked up when the verb is run or explains itself, since the heads need torch and `seriatim --help` should not. So
-the options of a head of one's own are there too, as soon as it is in `HEADS`.
+A command registered with `cls=SamplingVerb` has all of these options, and finds those that the user gave in
+`context.obj`. The options are made when the command runs or prints its help, because the heads need torch and
+`seriatim --help` should not load it. A head of your own has its options here too once it is in `HEADS`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import typer
 from typer.core import TyperCommand
 
 PLAIN = (bool, int, float, str)
-OWN = ("class_labels", "seeds", "head_options")  # a verb has options of its own in the place of these
+OWN = ("class_labels", "seeds", "head_options")  # commands define other options in the place of these
 
 
 class SamplingVerb(TyperCommand):
-    """A verb that takes the settings of a request."""
+    """A command that has the settings of a request as options."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         own = super().get_params(ctx)
@@ -37,7 +37,7 @@ class SamplingVerb(TyperCommand):
 
 
 def setting_options() -> list[Any]:
-    """An option for each setting, with its help and the panel that it is listed in."""
+    """A list with an option for each setting, with its help text and its panel in the help."""
     from seriatim.models.registry import HEADS
     from seriatim.pipeline.request import SampleRequest
 
@@ -47,7 +47,7 @@ def setting_options() -> list[Any]:
             extra = field.json_schema_extra
             panel = extra.get("panel") if isinstance(extra, dict) else None
             annotations[name] = option(field.annotation, field.description or "", str(panel or "Images"))
-    said: dict[str, dict[str, list[str]]] = {}  # of each option of a head: what it does, and which heads say so
+    said: dict[str, dict[str, list[str]]] = {}  # option -> help text -> the heads with that text
     for kind, head in HEADS.items():
         for name, annotation in typing.get_type_hints(head.Options, include_extras=True).items():
             text = next((str(each) for each in getattr(annotation, "__metadata__", ())), "")
@@ -72,7 +72,7 @@ def setting_options() -> list[Any]:
 
 
 def option(annotation: Any, text: str, panel: str) -> Any:
-    """An option of the setting's type."""
+    """The annotation of an option that takes values of the setting's type."""
     kind = as_written(annotation)
     if kind is not None:
         return Annotated[kind | None, typer.Option(help=text, rich_help_panel=panel)]
@@ -81,7 +81,7 @@ def option(annotation: Any, text: str, panel: str) -> Any:
 
 
 def as_written(annotation: Any) -> Any:
-    """The type of a setting, or the only one beside None; None where it is one of several, or a list."""
+    """The plain type of a setting that may also be None; None if it can have several types, or is a list."""
     if typing.get_origin(annotation) is Annotated:
         return as_written(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -91,7 +91,7 @@ def as_written(annotation: Any) -> Any:
 
 
 def name_or_numbers(text: str) -> str | list[int]:
-    """A name, or whole numbers with commas between them, such as the positions of an order."""
+    """The value of a text: a list if it holds integers separated by commas, otherwise the text as a name."""
     if not re.fullmatch(r"\s*-?[0-9]{1,18}\s*(,\s*-?[0-9]{1,18}\s*)*", text):
         return text
     return [int(number) for number in text.split(",")]

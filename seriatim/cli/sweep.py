@@ -1,4 +1,4 @@
-"""`seriatim sweep`: evaluations over the values of a request's fields, as curves."""
+"""`seriatim sweep` evaluates a model at several values of its sampling settings and draws curves."""
 
 from __future__ import annotations
 
@@ -28,34 +28,44 @@ from seriatim.core.terminal import say
 def sweep(
     model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
     values: Annotated[
-        list[str], typer.Argument(help="A field of a request and its values: guidance_scale=1,1.5,2,3. Or several.")
+        list[str],
+        typer.Argument(help="One or more sampling settings, each with its values: guidance_scale=1,1.5,2,3."),
     ],
     data: DataOption,
-    num: Annotated[int, typer.Option(*NUM, help="Samples to draw at each point, class after class.")],
+    num: Annotated[
+        int, typer.Option(*NUM, help="The number of samples to generate at each point, spread over the classes.")
+    ],
     real_data: RealOption = None,
     features: FeaturesOption = "inception",
     figures: Annotated[
         list[str] | None,
         typer.Option(
-            help="frechet, kernel, manifold, score, accuracy, diversity, nearest; repeat it. Default: what can be had."
+            help="A figure to compute: frechet, kernel, manifold, score, accuracy, diversity or nearest. Repeat it for "
+            "several. Default: all that the features allow."
         ),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the request that is the same everywhere; repeat it.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="A setting with one value at all points, such as solver=dpm++. Repeat it for several."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Image i has the seed hash(seed, i) at every point.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the points, sweep.json and curves.png.")] = Path("sweep"),
-    cache: Annotated[Path | None, typer.Option(help="Folder for features of real images. Default: --out.")] = None,
+    seed: Annotated[int, typer.Option(help="The seed; image i has the seed hash(seed, i) at every point.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="The number of images generated at once.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder for the points, sweep.json and curves.png.")] = Path("sweep"),
+    cache: Annotated[
+        Path | None, typer.Option(help="The folder for features of real images. Default: the folder of --out.")
+    ] = None,
     shard: Annotated[
-        str | None, typer.Option(help="This process's share, such as 0/2. Default: torchrun's, or all.")
+        str | None,
+        typer.Option(help="The share of this process, such as 0/2. Default: the one that torchrun assigns, or all."),
     ] = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="The dtype of the backbone: auto, float32 or bfloat16.")] = "auto",
     threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Evaluate a model at every value of a field, with the same seeds; resumable, and shared between processes."""
+    """Evaluate a model at every value of a setting, with the same seeds. It can be resumed and shared out."""
     share = share_of(shard)
     swept = {name: several(name, text) for name, text in map(parted, values)}
 
@@ -86,7 +96,7 @@ def sweep(
             **fields(set_ or []),
         )
     if done.missing:
-        say(f"this share is done; {done.missing:,} images are left to the others: who ends last writes {JSON}")
+        say(f"this share is done; other processes still have {done.missing:,} images; the last to finish writes {JSON}")
         return print_json({"folder": str(out), "missing": done.missing}) if json else None
     if json:
         return typer.echo((out / JSON).read_text(encoding="utf-8"), nl=False)
@@ -113,7 +123,7 @@ def parted(text: str) -> tuple[str, str]:
 
 
 def several(name: str, text: str) -> list[Any]:
-    """Values with commas between them; commas in brackets belong to a value: guidance_interval=[0.1,0.8],[0.2,1]."""
+    """The values in a text, separated by commas outside of brackets: guidance_interval=[0.1,0.8],[0.2,1]."""
     import re
 
     from seriatim.core.errors import UsageError

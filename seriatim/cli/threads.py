@@ -1,4 +1,4 @@
-"""How many CPU threads a verb draws with."""
+"""Choose how many CPU threads a command uses for sampling."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ if TYPE_CHECKING:
     from seriatim.pipeline.pipeline import Pipeline
 
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU. Default: all, one for small models.")
+    int | None,
+    typer.Option(min=1, max=MOST_THREADS, help="The number of CPU threads. Default: all, but one for small models."),
 ]
-# Parameters below which one thread draws: nearly as fast on an idle machine, ninety times faster on a busy one where
-# threads wait for each other (docs/log.md). A rule, not a measurement: the same command gives the same bits.
+# A model with fewer parameters samples on one thread. That is nearly as fast on an idle machine, and ninety times
+# faster on a busy one, where threads wait for each other (docs/log.md). It is a fixed rule and not measured at run
+# time, so that the same command gives the same bits.
 SMALL = 4_000_000
 
 
 def threads_of(pipe: Pipeline, given: int | None) -> int:
-    """As many as given; else all, or one for a small model."""
+    """The number of threads: `given` if it is not None, otherwise one for a small model and all for others."""
     import torch
 
     from seriatim.models.build import parameter_count
@@ -30,7 +32,7 @@ def threads_of(pipe: Pipeline, given: int | None) -> int:
 
 
 def drawing_with(pipe: Pipeline, given: int | None) -> contextlib.AbstractContextManager[None]:
-    """Inside, torch uses that many."""
+    """A context in which torch uses `threads_of(pipe, given)` threads."""
     from seriatim.training.precision import threads
 
     return threads(threads_of(pipe, given))

@@ -1,4 +1,4 @@
-"""`seriatim train`: a recipe, overridden, into a run folder."""
+"""`seriatim train` trains a recipe, with overrides, into a run folder."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, such as training.images=5000 model.depth=4.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder to make; default runs/NAME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest whole checkpoint.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The run folder to create. Default: runs/NAME.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest complete checkpoint of the run.")
+    ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the run in --out; it is kept until the new one is whole.")
+        bool, typer.Option("--overwrite", help="Replace the run in --out, which is kept until the new one is finished.")
     ] = False,
     device: DeviceOption = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, build the model, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and build the model, but don't train.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train a recipe into a run folder; `seriatim sample` takes it, or `--features` that of a classifier."""
+    """Train a recipe into a run folder, which `seriatim sample` takes, or `--features` if it is a classifier."""
     from seriatim.training.config import Recipe, read_any
 
     chosen = read_any(recipe, overrides or ())

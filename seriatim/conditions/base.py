@@ -28,12 +28,13 @@ class Condition:
         return len(self.vectors)
 
     def select(self, rows: Tensor | slice) -> Condition:
-        """The condition of the images `rows`, which may repeat; a slice shares memory."""
-        valid = None if self.valid is None else self.valid[rows]
+        """The condition of the images `rows`: a slice, which shares memory, or indices on the host."""
+        there = rows if isinstance(rows, slice) else rows.to(self.vectors.device, non_blocking=True)
+        valid = None if self.valid is None else self.valid[there]
         if self.names is None:
-            return Condition(self.vectors[rows], valid)
+            return Condition(self.vectors[there], valid)
         chosen = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
-        return Condition(self.vectors[rows], valid, [self.names[i] for i in chosen])
+        return Condition(self.vectors[there], valid, [self.names[i] for i in chosen])
 
     def join(self, other: Condition) -> Condition:
         """The condition of the images of this condition followed by those of `other`."""

@@ -1,1 +1,1 @@
-"""Data: what is read, in which order, and what is kept of it on the disk."""
+"""Data sources, the order in which training reads them, and caches of them on the disk."""

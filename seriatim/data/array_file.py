@@ -1,6 +1,6 @@
-"""Tokens given as they are, in a .npy or .safetensors file: any sequence that is no picture.
+"""The data source for tokens in a .npy or .safetensors file, such as sequences that are not pictures.
 
-N sequences, L tokens of D features (N, L, D) in floating point, or L codes (N, L) as integers; labels (N,).
+Shapes: N sequences, L tokens of D features (N, L, D) in floating point, or L codes (N, L) as integers; labels (N,).
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from seriatim.data.base import ImageData
 from seriatim.tokenizers.arrays import Arrays
 from seriatim.tokenizers.base import Tokenizer
 
-TOKENS, LABELS = "tokens", "labels"  # in a safetensors file
-MOST_TOKENS = 1 << 20  # of a sequence, and features of a token
+TOKENS, LABELS = "tokens", "labels"  # the names of the tensors in a safetensors file
+MOST_TOKENS = 1 << 20  # the limit for the tokens of a sequence, and for the features of a token
 MOST_CLASSES = 1 << 20
-AT_ONCE = 1 << 22  # numbers looked at, to bound memory
+AT_ONCE = 1 << 22  # numbers that are checked at once, to bound memory
 
 
 class ArrayData(ImageData):
-    """The tokens of `path`: an array of a .npy file, or `tokens` (and `labels`) of a .safetensors file.
+    """The tokens in `path`: the array of a .npy file, or the tensors `tokens` and `labels` of a .safetensors file.
 
-    `labels` names a .npy file of whole numbers from 0. Its "images" are moments (B, D, 1, L), or codes (B, 1, 1, L), of
-    the tokenizer `arrays`. Every number is looked at before training begins. A .npy file may be larger than memory.
+    `labels` names a .npy file of whole numbers from 0. The "images" of this source are moments (B, D, 1, L), or codes
+    (B, 1, 1, L), for the tokenizer `arrays`. Every number is checked before training begins. A .npy file may be larger
+    than memory.
     """
 
     cached = True
@@ -48,9 +49,9 @@ class ArrayData(ImageData):
             raise DataError(f"data.path: {self.root} holds {kind}; tokens are floating-point features or integer codes")
         if len(shape) != (3 if floats else 2):
             wanted = "(sequences, tokens, features)" if floats else "(sequences, tokens)"
-            raise DataError(f"data.path: {self.root} has shape {shape} of {kind}; {wanted} is wanted: reshape it")
+            raise DataError(f"data.path: {self.root} has shape {shape} of {kind}; reshape it to {wanted}")
         if not all(shape):
-            raise DataError(f"data.path: {self.root} has shape {shape}: no tokens at all")
+            raise DataError(f"data.path: {self.root} has shape {shape}: no tokens at all; name another file")
         if shape[1] > MOST_TOKENS or shape[-1] > MOST_TOKENS:
             raise DataError(f"data.path: {self.root} has shape {shape}; a row has at most {MOST_TOKENS:,} tokens")
         self.codes, self.count, self.size = whole, shape[0], (1, shape[1])
@@ -68,7 +69,7 @@ class ArrayData(ImageData):
         self.class_names = [] if self._labels is None else [str(i) for i in range(int(self._labels.max()) + 1)]
 
     def _look_over(self) -> tuple[int, int]:
-        """The least and the largest code, 0 of features, all of which are finite."""
+        """The least and the largest code; both are 0 for features. Raises DataError if a feature is not finite."""
         size = max(1, AT_ONCE // (self.size[1] * self.channels))
         least, most = 0, 0
         for first in range(0, self.count, size):
@@ -86,7 +87,7 @@ class ArrayData(ImageData):
         found = self._rows[rows]
         if not isinstance(found, Tensor):
             wanted = np.int64 if self.codes else np.float32
-            with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite, and is named
+            with np.errstate(over="ignore"):  # too large a number becomes infinite, which is reported later
                 found = torch.from_numpy(np.array(found, dtype=wanted))
         return found.to(torch.int64 if self.codes else torch.float32)
 
@@ -111,7 +112,7 @@ class ArrayData(ImageData):
         return labels
 
     def images(self, index: Tensor) -> Tensor:
-        """index (B,) -> moments (B, D, 1, L) float32, or codes (B, 1, 1, L) int64."""
+        """The moments (B, D, 1, L) float32, or codes (B, 1, 1, L) int64, of the rows `index` (B,)."""
         rows = self._read(index.numpy())
         return rows[:, None, None] if self.codes else rows.transpose(1, 2)[:, :, None]
 
@@ -121,7 +122,7 @@ class ArrayData(ImageData):
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         if not isinstance(tokenizer, Arrays):
             raise ConfigError(
-                f"tokenizer: {type(tokenizer).__name__} takes pictures, {self.root} holds tokens; use kind: arrays"
+                f"tokenizer: {type(tokenizer).__name__} takes pictures, but {self.root} holds tokens; use kind: arrays"
             )
         if not self.codes and tokenizer.vocab is not None:
             raise ConfigError(f"tokenizer.vocab: {self.root} holds features, not codes; leave it out")
@@ -130,20 +131,20 @@ class ArrayData(ImageData):
         if self.codes and tokenizer.vocab is not None and not 0 <= self.least <= self.most < tokenizer.vocab:
             raise DataError(
                 f"data.path: {self.root} holds codes from {self.least} to {self.most}, outside the vocabulary of "
-                f"{tokenizer.vocab}; set tokenizer.vocab, or mend them"
+                f"{tokenizer.vocab}; set tokenizer.vocab, or correct the codes"
             )
 
     def name(self, i: int) -> str:
         return f"row {i}"
 
     def fingerprint(self) -> str:
-        """sha256 of the files."""
+        """The sha256 of the files."""
         files = [self.root, *([self._label_file] if self._label_file else [])]
         return hashlib.sha256(" ".join(sha256(file) for file in files).encode()).hexdigest()
 
 
 def read(path: Path, argument: str) -> dict[str, Any]:
-    """The arrays of a file by name: `tokens` where it is a .npy, which is mapped into memory."""
+    """The arrays of a file by name. The array of a .npy file is named `tokens`, and is mapped into memory."""
     if path.suffix not in (".npy", ".safetensors"):
         raise DataError(f"{argument}: {path} is neither .npy nor .safetensors; save the array as one of these")
     if not path.is_file():
@@ -151,16 +152,16 @@ def read(path: Path, argument: str) -> dict[str, Any]:
     try:
         if path.suffix == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if not isinstance(array, np.ndarray):  # an archive of arrays, whatever its name says
+            if not isinstance(array, np.ndarray):  # it is an archive of arrays in spite of its name
                 array.close()
                 raise ValueError("it is an archive, not one array")
             return {TOKENS: array}
         with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
+            return {name: file.get_tensor(name) for name in file.keys()}  # the handle itself can't be iterated
     except MemoryError:
         raise
     except Exception as error:  # numpy's parsers raise a dozen kinds for a damaged header
         reason = one_line(error)
         if "allow_pickle" in reason:
-            reason = "it holds Python objects, which could run any program; nothing of it was run"
+            reason = "it holds Python objects, which could run any program; none was run"
         raise DataError(f"{argument}: {path} can't be read ({reason[:160]})") from error

@@ -1,6 +1,6 @@
-"""Where training images come from, and in which order.
+"""The contract of data sources, and the order in which training reads images.
 
-B images, c channels, H x W pixels in [-1, 1].
+Shapes: B images, c channels, H x W pixels in [-1, 1].
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from seriatim.core.flatten import WHITE, Colour
 from seriatim.core.random import derive_seed, generator
 from seriatim.tokenizers.base import Tokenizer
 
-TIMES = "times of change"  # of files: a copy has others, unless it was told to keep them
+TIMES = "times of change"  # a trait of files that copies lose unless they are made to preserve it
 
 
 class ImageData:
-    """What every source is: a number of images with labels, read by index; or a `StreamData`, read from its front.
+    """The base class of data sources. Images with labels are read by index, or in order from a `StreamData`.
 
-    A subclass sets, in its constructor,
-      count         how many images
+    The constructor of a subclass sets
+      count         the number of images
       size          (H, W)
       channels      c
-      class_names   the name of each class; empty where there are none
-    and, where they apply,
-      flips         mirror half of the images at random
-      bad           pictures left out because they can't be read, with reasons
+      class_names   the name of each class; empty if there are no classes
+    and may set
+      flips         whether half of the images are mirrored at random
+      bad           pictures that are left out because they can't be read, with reasons
       passed_over   other files and folders that are not used, with reasons
-      background    what the transparent parts of pictures show
-      cached        its "images" are a tokenizer's moments (B, m, h, w), float32 or int64 codes, ready for `tokens`
-      pictures      False where they are sequences of another kind: (1, L) of D features
+      background    the colour that transparent parts of pictures show
+      cached        whether the "images" are a tokenizer's moments (B, m, h, w), float32 or int64 codes
+      pictures      False if the data are other sequences, of size (1, L) with D features
     """
 
     count: int
@@ -49,49 +49,49 @@ class ImageData:
     pictures = True
 
     def images(self, index: Tensor) -> Tensor:
-        """index (B,) -> (B, c, H, W): uint8, or float in [-1, 1]."""
+        """The images `index` (B,): (B, c, H, W) uint8, or float in [-1, 1]."""
         raise NotImplementedError(f"{type(self).__name__} lacks images()")
 
     def mirrored(self, index: Tensor, chosen: Tensor) -> Tensor:
-        """images(index), the chosen (B,) of them mirrored left to right."""
+        """The images `index` (B,), of which those in the mask `chosen` (B,) are mirrored left to right."""
         return mirror(self.images(index), chosen)
 
     def labels(self, index: Tensor) -> Tensor | None:
-        """index (B,) -> (B,), None where there are no classes."""
+        """The labels (B,) of the images `index` (B,); None if there are no classes."""
         raise NotImplementedError(f"{type(self).__name__} lacks labels()")
 
     def some(self, most: int, size: int) -> Iterator[Tensor]:
-        """At most about `most` images from all over the data, `size` at a time: for measuring statistics."""
+        """Batches of `size` images, about `most` in all, from all over the data; statistics are measured on them."""
         index = torch.arange(self.count)[:: max(1, self.count // most)]
         return (self.images(part) for part in index.split(size))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Refuse a tokenizer whose moments these are not; of images, `setup.build` checks the shape."""
+        """Raise ConfigError or DataError if this data can't be used with the tokenizer; sizes are checked elsewhere."""
 
     def name(self, i: int) -> str:
-        """What a person calls image i."""
+        """The name of image i in messages."""
         return str(i)
 
     def fingerprint(self) -> str:
-        """Changes when the images or their order do: a run resumes on what it began with."""
+        """A text that changes if the images or their order change; a run only resumes with the same one."""
         return f"{type(self).__name__} {self.count}"
 
     def traits(self) -> dict[str, str]:
-        """What the fingerprint is made of, each by itself: where it changes, a person is told what did."""
+        """The parts of the fingerprint by name, so that a message can say which of them changed."""
         return {}
 
     def images_fingerprint(self) -> str:
-        """That of the images themselves, where these are made from them."""
+        """The fingerprint of the original images, which differs from `fingerprint` if this is a cache of them."""
         return self.fingerprint()
 
 
 def mirror(images: Tensor, chosen: Tensor) -> Tensor:
-    """Images (B, c, H, W), the chosen (B,) of them mirrored left to right."""
+    """The images (B, c, H, W), of which those in the mask `chosen` (B,) are mirrored left to right."""
     return torch.where(chosen.view(-1, 1, 1, 1), images.flip(-1), images)
 
 
 class Position(NamedTuple):
-    """A place in a stream: how many times it was read to its end, and how many of its rows since."""
+    """A place in a stream: the number of complete passes, and the number of rows read in the current pass."""
 
     epoch: int = 0
     row: int = 0
@@ -103,24 +103,24 @@ BEGINNING = Position()
 class Row(NamedTuple):
     """One row of a stream."""
 
-    pixels: Any  # (c, H, W) uint8; None where it can't be used
+    pixels: Any  # (c, H, W) uint8; None if the row can't be used
     label: int
     name: str
-    why: str | None  # why it can't be used
-    after: Position  # where the next row is
+    why: str | None  # the reason if the row can't be used
+    after: Position  # the position of the next row
 
 
 class StreamData(ImageData):
-    """A source that can only be read from its front, such as a data set of the hub that no disk holds.
+    """A source that can only be read from the beginning, such as a data set of the hub that is too large for the disk.
 
-    `count` is 0 where nobody knows it. Rows come in an order that depends on (seed, position) alone.
+    `count` is 0 if it is unknown. The order of the rows depends on (seed, position) alone.
     """
 
-    max_bad: float  # share of rows that may be unusable
-    bad: dict[str, str]  # rows met that were
+    max_bad: float  # the share of rows that may be unusable
+    bad: dict[str, str]  # the unusable rows met so far, with reasons
 
     def rows(self, seed: int, begin: Position) -> Iterator[Row]:
-        """Rows from a position on, again and again without end."""
+        """Yield the rows from a position on, pass after pass without end."""
         raise NotImplementedError(f"{type(self).__name__} lacks rows()")
 
     def some(self, most: int, size: int) -> Iterator[Tensor]:
@@ -135,7 +135,7 @@ class StreamData(ImageData):
 class Digits(ImageData):
     """The handwritten digits that come with scikit-learn: 1797 images of 8x8, 17 grey levels, 10 classes.
 
-    A fifth, in the proportion of the classes, is held out; `held_out=True` is that part.
+    A fifth of each class is held out; `held_out=True` selects that part.
     """
 
     LEVELS = 17
@@ -160,19 +160,20 @@ class Digits(ImageData):
 
 
 class Order:
-    """Which image is the g-th of a run: a new permutation every epoch, a function of (seed, g) alone.
+    """The order of a run's images: a new permutation in every epoch.
 
-    A run that resumes at image g goes on as if it had never stopped, whatever its batch size.
+    The g-th image depends on (seed, g) alone, so that a run that resumes at image g continues as if it had never
+    stopped, whatever its batch size.
     """
 
     def __init__(self, count: int, seed: int) -> None:
         if count < 1:
-            raise UsageError(f"count: {count!r} images; training needs at least one")
+            raise UsageError(f"count: {count!r} is not allowed; training needs at least one image")
         self.count, self.seed = count, seed
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
     def __call__(self, first: int, length: int) -> Tensor:
-        """Indices of the images first, ..., first + length - 1 of the run: (length,)."""
+        """The indices (length,) of the images first, ..., first + length - 1 of the run."""
         parts = []
         while length:
             epoch, offset = divmod(first, self.count)

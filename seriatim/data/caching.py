@@ -1,9 +1,9 @@
-"""Writing a latent cache: shard after shard, stopped and gone on with at will, by several processes at once.
+"""Write a latent cache shard by shard. It can be stopped and continued, and several processes may work on it at once.
 
-B images, c channels, H x W pixels, m x h x w moments of an image.
+Shapes: B images, c channels, H x W pixels, m x h x w moments of an image.
 
-A shard is whole when the file beside it, written after it, names its bytes and sha256. Whoever holds a shard's lock
-encodes it, unless it is whole; whoever has seen all of them whole writes the manifest.
+A shard is complete when the sidecar file, written after it, states its bytes and sha256. The process that holds a
+shard's lock encodes the shard unless it is complete; a process that has seen all shards complete writes the manifest.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from seriatim.data.store import STATED
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import tokenizer_config
 
-WAIT_SECONDS = 0.2  # between looks at shards that other processes hold
+WAIT_SECONDS = 0.2  # between checks of shards that other processes hold
 LOCK = ".cache.lock"
-LOOKED_AT = 100  # files beside shards that may prove whose a folder is
-SETTINGS = {  # what a folder that was begun must agree on: field -> what a user calls it
+LOOKED_AT = 100  # at most this many sidecars are read to find out whether a folder is a cache
+SETTINGS = {  # the fields that must equal those of an unfinished cache -> the names that users know
     "format": "format", "size": "data.size", "channels": "data.channels", "moments_fingerprint": "tokenizer",
     "moments": "tokenizer (the shape of its moments)", "crop": "crop", "flip": "data.flip", "dtype": "dtype",
     "shard_images": "shard_images", "images": "data (its count)", "class_names": "data (its classes)",
@@ -61,12 +61,12 @@ SETTINGS = {  # what a folder that was begun must agree on: field -> what a user
 @dataclass(frozen=True)
 class CacheResult:
     folder: Path
-    images: int  # in the cache
-    encoded: int  # of them by this call
+    images: int  # the number in the cache
+    encoded: int  # the number that this call encoded
     shards: int
     bytes: int
     seconds: float
-    images_per_second: float  # of those encoded
+    images_per_second: float  # the speed of encoding
 
 
 def write_cache(
@@ -81,12 +81,12 @@ def write_cache(
     workers: int = 0,
     quiet: bool = False,
 ) -> CacheResult:
-    """Encode all of `data` into the folder `out`, or go on where another call stopped or was killed.
+    """Encode all of `data` into the folder `out`, or continue where another call stopped or was killed.
 
-    Moments are kept as `dtype`, codes as the smallest integers that hold the vocabulary.
-    Several processes or machines may do so at once. Raises ConfigError where `out` was begun with other settings,
-    naming the first that differs; ResourceError where the disk is full; Stopped on SIGTERM or SIGINT. Each leaves the
-    whole shards as they are.
+    Moments are stored as `dtype`, codes as the smallest integers that hold the vocabulary. Several processes or
+    machines may work on one cache at once. Raises ConfigError if `out` was begun with other settings and names the
+    first that differs, ResourceError if the disk is full, and Stopped on SIGTERM or SIGINT. Complete shards are kept in
+    all of these cases.
     """
     for name, value, least, most in (
         ("batch_size", batch_size, 1, MOST_AT_ONCE),
@@ -107,7 +107,7 @@ def write_cache(
     out, where = writable_folder(out), pick_device(device)
     tokenizer.to(where).eval()
     first = encode(tokenizer, to_float(data.images(torch.tensor([0])).to(where)))
-    if not first.is_floating_point():  # codes are whole numbers, of which a float16 holds few
+    if not first.is_floating_point():  # codes are integers, and float16 holds only small ones exactly
         dtype = "int16" if (tokenizer.vocab or 1 << 31) <= 1 << 15 else "int32"
     info = CacheInfo(
         tokenizer=tokenizer_config(tokenizer),
@@ -153,7 +153,7 @@ def write_cache(
                         bar.skip(info.count(number))
                     hashes[f"{shard_name(number)}.safetensors"] = found
                     encoder.done = len(hashes)
-            if busy == todo:  # all that is left is in other hands, which may finish it or die
+            if busy == todo:  # other processes hold all that is left; they may finish it or die
                 time.sleep(WAIT_SECONDS)
             todo = busy
     with claimed(out / LOCK, wait=True):
@@ -168,7 +168,7 @@ def write_cache(
 
 @dataclass
 class Encoder:
-    """Images of a shard to its tensors."""
+    """Encodes the images of a shard into its tensors."""
 
     data: ImageData
     tokenizer: Tokenizer
@@ -178,10 +178,10 @@ class Encoder:
     workers: int
     stop: StopRequest
     bar: Progress
-    done: int = 0  # whole shards
+    done: int = 0  # complete shards
 
     def shard(self, number: int) -> dict[str, Tensor]:
-        """What a shard holds: its batches begin with it, so that they are the same whoever encodes it."""
+        """The tensors of a shard. Its batches start at its first image, so that all processes encode it equally."""
         info, first, count = self.info, number * self.info.shard_images, self.info.count(number)
         names = ("moments", "moments_flip") if info.flip else ("moments",)
         tensors = {name: torch.empty(count, *info.moments, dtype=(DTYPES | CODES)[info.dtype]) for name in names}
@@ -198,7 +198,7 @@ class Encoder:
                     if not bool(torch.isfinite(tensors[name][place]).all()):
                         raise NumericsError(
                             f"the {name} of images {self.data.name(int(batch.index[0]))}, ... are not finite as "
-                            f"{info.dtype}; nothing of them was written; use dtype float32 or another tokenizer"
+                            f"{info.dtype}, so they were not written; use dtype float32 or another tokenizer"
                         )
                 if batch.labels is not None:
                     labels.append(batch.labels.long())
@@ -209,13 +209,13 @@ class Encoder:
         if self.stop.requested:
             raise Stopped(
                 f"{self.stop.requested}: stopped with {self.done} of {self.info.shards} shards whole; "
-                "the same command goes on with the rest"
+                "repeat the command to encode the rest"
             )
 
 
 @torch.no_grad()
 def encode(tokenizer: Tokenizer, images: Tensor) -> Tensor:
-    """Images (B, c, H, W) -> moments (B, m, h, w) on the CPU: float32, or a discrete tokenizer's codes."""
+    """The moments (B, m, h, w) of images (B, c, H, W) on the CPU: float32, or the codes of a discrete tokenizer."""
     moments = tokenizer.moments(images).cpu()
     return moments.float() if moments.is_floating_point() else moments
 
@@ -228,7 +228,7 @@ def lock_of(out: Path, number: int) -> Path:
 
 
 def is_cache(folder: Path) -> bool:
-    """Whether a cache was begun in the folder, as any of its files proves that is whole."""
+    """Whether a cache was begun in the folder. Any of its files proves it if that file is intact."""
     for name in (CACHE, SOURCES):
         with contextlib.suppress(CheckpointError):
             return bool(read_sealed(folder / name))
@@ -239,17 +239,17 @@ def is_cache(folder: Path) -> bool:
 
 
 def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> None:
-    """Write what the cache is, or check that it is this one."""
+    """Write the description of the cache, or check that the folder holds the same cache already."""
     with claimed(out / LOCK, wait=True):
         for name in (CACHE, SOURCES, MANIFEST):
-            sweep(out, {name}.__contains__)  # what one that was killed left half-written
+            sweep(out, {name}.__contains__)  # temporary files of a process that was killed
         there = {path.name for path in out.iterdir() if not path.name.startswith((".", "shard-"))}
         foreign = sorted(there - {CACHE, SOURCES, MANIFEST})
         if foreign:
-            raise UsageError(f"out: {out} holds {foreign[0]!r}, which is no part of a cache; choose another folder")
+            raise UsageError(f"out: {out} holds {foreign[0]!r}, which is not part of a cache; choose another folder")
         if sealed(out / CACHE):
             refuse_other(read_info(out / CACHE), info, tokenizer, out)
-        else:  # each shard there may be knows by its key whether it belongs to what is written now
+        else:  # shards that exist already are used only if their key fits
             write_sealed(out / CACHE, info.model_dump(mode="json"))
         if not sealed(out / SOURCES):
             names = [data.name(i) for i in range(data.count)]
@@ -259,7 +259,7 @@ def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> 
 
 
 def sealed(path: Path) -> bool:
-    """Whether the file is there and whole; says so where it is there and isn't."""
+    """Whether the file exists and is intact. A damaged file is reported, because it will be written again."""
     try:
         read_sealed(path)
     except CheckpointError as error:
@@ -270,7 +270,7 @@ def sealed(path: Path) -> bool:
 
 
 def refuse_other(before: CacheInfo, now: CacheInfo, tokenizer: Tokenizer, out: Path) -> None:
-    """Go on with the same settings only; name the first that differs."""
+    """Raise ConfigError if an unfinished cache has other settings than this one; it names the first that differs."""
     theirs, ours = before.model_dump(mode="json"), now.model_dump(mode="json")
     for field, name in SETTINGS.items():
         if field == "moments_fingerprint":

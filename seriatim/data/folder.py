@@ -1,6 +1,6 @@
-"""A folder of images: one folder for each class, or all in one (unconditional).
+"""The data source for a folder of images, with a folder for each class, or all in one (unconditional).
 
-B images, c channels, H x W pixels.
+Shapes: B images, c channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 
 class Folder(ImageData):
-    """Images of `path`, sorted by class and name; every file is decoded once before training begins.
+    """The images in `path`, sorted by class and name. Every file is decoded once before training begins.
 
-    Pictures that can't be read are dropped then and there, so that counts and order don't depend on luck: `bad` lists
-    them with reasons, and more than `max_bad` of all is an error. `passed_over` lists what else is not used. One line
-    on stderr says how much there is of either.
+    Pictures that can't be read are left out at that time, so that count and order are fixed in training. `bad` lists
+    them with reasons; if their share exceeds `max_bad`, DataError is raised. `passed_over` lists other files that are
+    not used. One line on stderr reports the number of both.
     """
 
     def __init__(
@@ -43,18 +43,18 @@ class Folder(ImageData):
         channels: int = 3,
         *,
         flip: bool = True,  # mirror half of the images at random, left to right
-        max_bad: float = 0.01,  # share of files that may be unusable
-        check: bool = True,  # decode every file at the start; False finds damage only when it is met
-        background: str | Sequence[int] = "white",  # what transparent parts show: a name, "#rrggbb" or [r, g, b]
-        max_pixels: int = MAX_PIXELS,  # a picture of more is refused from its header
-        loose: Literal["refuse", "ignore"] = "refuse",  # pictures beside class folders
-        empty: Literal["refuse", "ignore"] = "refuse",  # class folders without pictures
+        max_bad: float = 0.01,  # the share of files that may be unusable
+        check: bool = True,  # decode every file at the start; False finds damaged files only during training
+        background: str | Sequence[int] = "white",  # the colour of transparent parts: a name, "#rrggbb" or [r, g, b]
+        max_pixels: int = MAX_PIXELS,  # larger pictures are refused by their header, without decoding
+        loose: Literal["refuse", "ignore"] = "refuse",  # what to do with pictures beside class folders
+        empty: Literal["refuse", "ignore"] = "refuse",  # what to do with class folders without pictures
     ) -> None:
         self.root = Path(path).expanduser()
         self.background, self.max_pixels = as_colour(background), check_max_pixels(max_pixels)
         self.size, self.channels, self.flips = square(size, channels), channels, flip
         if not self.root.is_dir():
-            raise DataError(f"data.path: {self.root} is not a folder; name one that holds images, or a folder a class")
+            raise DataError(f"data.path: {self.root} is not a folder; name one that holds images or class folders")
         found = list_folder(self.root, loose=loose, empty=empty)
         self.passed_over = found.passed_over
         self.bad: dict[str, str] = {}
@@ -70,7 +70,7 @@ class Folder(ImageData):
         self._labels = torch.tensor([entry.label for entry in self.entries])
 
     def _leave_out_empty(self, empty: str) -> None:
-        """Leave out classes of which no picture can be read, or refuse them."""
+        """Leave out classes without readable pictures, or raise DataError if `empty` is "refuse"."""
         left = sorted({entry.label for entry in self.entries})
         lost = [name for label, name in enumerate(self.class_names) if label not in set(left)]
         if lost and empty == "refuse":
@@ -81,7 +81,7 @@ class Folder(ImageData):
             self.entries = [replace(entry, label=number[entry.label]) for entry in self.entries]
 
     def fingerprint(self) -> str:
-        """sha256 of which files there are, in which order, of which size and age."""
+        """The sha256 of the list of files with their order, sizes and times of change."""
         listing: list[Any] = [[e.path, e.label, *e.stamp] for e in self.entries]
         if self.background != WHITE:
             listing.append(["background", *self.background])
@@ -98,7 +98,7 @@ class Folder(ImageData):
         }
 
     def images(self, index: Tensor) -> Tensor:
-        """index (B,) -> (B, c, H, W) uint8."""
+        """The images (B, c, H, W) uint8 with the numbers `index` (B,)."""
         return torch.from_numpy(np.stack([self._load(int(i)) for i in index]))
 
     def _decode(self, entry: Entry) -> Any:
@@ -109,7 +109,7 @@ class Folder(ImageData):
             return self._decode(self.entries[i])
         except BadImage as error:
             path = self.root / self.entries[i].path
-            raise DataError(f"{path}: {error}; it was whole when training began, or data.check is off") from error
+            raise DataError(f"{path}: {error}; it was damaged after training began, or data.check is off") from error
 
     def labels(self, index: Tensor) -> Tensor | None:
         return self._labels[index] if self.class_names else None
@@ -119,7 +119,7 @@ class Folder(ImageData):
 
 
 def square(size: int | Sequence[int], channels: int) -> tuple[int, int]:
-    """(H, W) from one number or two; both arguments checked."""
+    """(H, W) from one number or two. Raises UsageError if `size` or `channels` is not allowed."""
     pair = (size, size) if isinstance(size, int) else tuple(int(side) for side in size)
     if len(pair) != 2 or min(pair) < 1:
         raise UsageError(f"size: {size!r} is not allowed; it must be a side in pixels, or [height, width]")
@@ -129,7 +129,7 @@ def square(size: int | Sequence[int], channels: int) -> tuple[int, int]:
 
 
 def check_all(items: Sequence[T], load: Callable[[T], object]) -> list[str | None]:
-    """Load every item once, several at a time; why each can't be used, or None."""
+    """Load every item once, several at a time, and return for each the reason why it can't be used, or None."""
 
     def reason(item: T) -> str | None:
         try:
@@ -138,7 +138,7 @@ def check_all(items: Sequence[T], load: Callable[[T], object]) -> list[str | Non
             return str(error)
         return None
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow decodes without holding the interpreter
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow releases the interpreter lock while it decodes
         return list(track(pool.map(reason, items), len(items), "checking images", "images"))
 
 
@@ -150,16 +150,16 @@ def refuse_bad(
     left: int,
     passed_over: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise DataError where nothing is left, or where more than the share `max_bad` can't be used."""
+    """Raise DataError if no image is left, or if more than the share `max_bad` of all files can't be used."""
     if not 0 <= max_bad <= 1:
         raise UsageError(f"max_bad: {max_bad!r} is not allowed; it must be a share from 0 to 1")
     if not left:
         kinds = ", ".join(sorted(suffixes()))
-        why = f"{total} files, none usable: {summary(bad.values())}" if bad else f"no file of {kinds}"
+        why = f"{total} files, none usable: {summary(bad.values())}" if bad else f"no file ends in {kinds}"
         others = f"; not used: {summary(passed_over.values())}" if passed_over else ""
         raise DataError(f"data.path: {path} holds no images that can be read ({why}{others}); name a folder that does")
     if len(bad) > max_bad * total:
         raise DataError(
             f"data.path: {len(bad)} of {total} files can't be used ({summary(bad.values())}); more than "
-            f"data.max_bad={max_bad:g}; first: {next(iter(bad))}; mend or remove them, or raise it"
+            f"data.max_bad={max_bad:g}; first: {next(iter(bad))}; repair or remove them, or raise data.max_bad"
         )

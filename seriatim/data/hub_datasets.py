@@ -1,6 +1,6 @@
-"""Whatever Hugging Face `datasets` loads: image folders, parquet, WebDataset tars, the hub; on the disk or streamed.
+"""Data sources for all that Hugging Face `datasets` can load: parquet, WebDataset tars, the hub; local or streamed.
 
-B images, c channels, H x W pixels.
+Shapes: B images, c channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from seriatim.data.base import ImageData, Position, Row, StreamData
 from seriatim.data.folder import check_all, refuse_bad, square
 from seriatim.data.listing import say_unused
 
-LABELS = ("label", "labels", "cls", "class", "fine_label")  # looked for where none is named
+LABELS = ("label", "labels", "cls", "class", "fine_label")  # the columns to look for if no column is named
 
 
 class HuggingFace(ImageData):
-    """`datasets.load_dataset(path, data_dir=..., data_files=..., split=...)`, images read as safely as files."""
+    """The images of `datasets.load_dataset(path, data_dir=..., data_files=..., split=...)`, decoded within bounds."""
 
     def __init__(
         self,
-        path: str,  # "imagefolder", "parquet", "webdataset", a folder, or a repository of the hub
+        path: str,  # "imagefolder", "parquet", "webdataset", a folder, or a hub repository
         size: int | Sequence[int] = 256,
         channels: int = 3,
         *,
@@ -37,8 +37,8 @@ class HuggingFace(ImageData):
         split: str = "train",
         data_dir: str | None = None,
         data_files: str | Sequence[str] | Mapping[str, str] | None = None,
-        image: str | None = None,  # column of images; None: the first that holds any
-        label: str | None = None,  # column of classes; None: a usual name, or unconditional
+        image: str | None = None,  # the column of images; None takes the first that holds images
+        label: str | None = None,  # the column of classes; None looks for a usual name; "none" means unconditional
         flip: bool = True,
         max_bad: float = 0.01,
         check: bool = True,
@@ -70,11 +70,13 @@ class HuggingFace(ImageData):
         return f"row {row}" + file_name(self.rows[row][self.image])
 
     def images(self, index: Tensor) -> Tensor:
-        """index (B,) -> (B, c, H, W) uint8."""
+        """The images (B, c, H, W) uint8 with the numbers `index` (B,)."""
         try:
             return torch.from_numpy(np.stack([self._load(self.kept[int(i)]) for i in index]))
         except BadImage as error:
-            raise DataError(f"data: an image can't be read any more ({error}), or data.check is off") from error
+            raise DataError(
+                f"data: an image can't be read ({error}); it was damaged after training began, or data.check is off"
+            ) from error
 
     def labels(self, index: Tensor) -> Tensor | None:
         return None if self._labels is None else self._labels[index]
@@ -87,10 +89,11 @@ class HuggingFace(ImageData):
 
 
 class HuggingFaceStream(StreamData):
-    """The same, read as it comes: nothing is downloaded beforehand, nothing kept.
+    """The images of a streamed data set: nothing is downloaded beforehand, and nothing is stored.
 
-    Shuffled through a buffer of `buffer` rows, anew each time the stream ends. What can't be used is met on the way:
-    it is left out and listed, and more than `max_bad` of the rows is an error. One worker at most reads ahead.
+    Rows are shuffled through a buffer of `buffer` rows, with a new seed for each pass over the stream. Unusable rows
+    are met during training; they are left out and listed, and DataError is raised if their share exceeds `max_bad`. At
+    most one worker can read ahead.
     """
 
     def __init__(
@@ -105,8 +108,8 @@ class HuggingFaceStream(StreamData):
         data_files: str | Sequence[str] | Mapping[str, str] | None = None,
         image: str | None = None,
         label: str | None = None,
-        classes: Sequence[str] | None = None,  # names; needed where the stream doesn't tell them itself
-        buffer: int = 1000,  # rows among which one is drawn
+        classes: Sequence[str] | None = None,  # the names of the classes, if the data set doesn't state them
+        buffer: int = 1000,  # each row is drawn at random among this many
         flip: bool = True,
         max_bad: float = 0.01,
         background: str | Sequence[int] = "white",
@@ -119,7 +122,7 @@ class HuggingFaceStream(StreamData):
         if buffer < 1:
             raise UsageError(f"buffer: {buffer!r} is not allowed; it must be a number of rows, 1 or more")
         loaded, self.source = open_data(path, name, split, data_dir, data_files, streaming=True)
-        if loaded.features is None:  # some formats tell their columns only by their rows
+        if loaded.features is None:  # some formats state their columns only in their rows
             loaded = loaded._resolve_features()
         self.image, self.label = columns(loaded.features, image, label)
         self.stream, self.buffer = as_bytes(loaded, self.image), buffer
@@ -128,7 +131,7 @@ class HuggingFaceStream(StreamData):
         names = getattr(loaded.features[self.label], "names", None) if self.label else None
         if self.label and not (classes or names):
             raise UsageError(
-                f"classes: column {self.label!r} has no names of its classes and a stream can't be searched for them; "
+                f"classes: column {self.label!r} has no class names, and a stream can't be searched for them; "
                 "give data.classes=[first, second, ...], or data.label=none for a model without classes"
             )
         self.class_names = [str(n) for n in (classes or names or [])] if self.label else []
@@ -141,7 +144,7 @@ class HuggingFaceStream(StreamData):
         return f"{self.source} buffer={self.buffer} {self.image} {self.label} {self.class_names}{over(self)}"
 
     def rows(self, seed: int, begin: Position) -> Iterator[Row]:
-        """Rows from a position on: the same for the same (seed, position)."""
+        """Yield the rows from a position on; they depend on (seed, position) alone."""
         epoch, first = begin
         while True:
             shuffled = self.stream.shuffle(seed=derive_seed(seed, "stream", epoch) % 2**32, buffer_size=self.buffer)
@@ -163,7 +166,7 @@ class HuggingFaceStream(StreamData):
         if self.label is None:
             return 0
         given = value[self.label]
-        if given is None or given == -1:  # how data sets say that a row has no class
+        if given is None or given == -1:  # data sets mark rows without a class by -1
             return -1
         if isinstance(given, int) and 0 <= given < len(self.class_names):
             return given
@@ -181,14 +184,14 @@ def open_data(
     *,
     streaming: bool,
 ) -> tuple[Any, str]:
-    """The library's data set, and a line that says which it is."""
+    """The data set as the library loads it, and a text that identifies it."""
     try:
         import datasets
     except ImportError as error:
         raise ConfigError('data.kind: hf needs the library datasets; pip install ".[data]"') from error
     files = data_files if data_files is None or isinstance(data_files, (str, Mapping)) else list(data_files)
     try:
-        datasets.disable_progress_bars()  # ours are one line
+        datasets.disable_progress_bars()  # Seriatim shows its own
         loaded = datasets.load_dataset(
             path, name, split=split, data_dir=data_dir, data_files=files, streaming=streaming
         )
@@ -198,27 +201,27 @@ def open_data(
 
 
 def columns(features: Mapping[str, Any], image: str | None, label: str | None) -> tuple[str, str | None]:
-    """The columns of images and of classes: as named, or found."""
+    """The names of the columns of images and of classes, which are searched for if they are not given."""
     found = image or next((name for name, kind in features.items() if type(kind).__name__ == "Image"), None)
     if found is None or found not in features:
-        raise UsageError(f"image: {image!r} is no column of images{nearest(str(image), features)}")
+        raise UsageError(f"image: {image!r} is not a column of images{nearest(str(image), features)}")
     if label == "none":
         return found, None
     label = label or next((c for c in LABELS if c in features), None)
     if label is not None and label not in features:
-        raise UsageError(f"label: {label!r} is no column{nearest(label, features)}")
+        raise UsageError(f"label: {label!r} is not a column{nearest(label, features)}")
     return found, label
 
 
 def as_bytes(loaded: Any, image: str) -> Any:
-    """The data set with its images as they are stored: `images.py` decodes them, with bounds."""
+    """The data set with encoded images, because `core/images.py` decodes them within bounds."""
     import datasets
 
     return loaded.cast_column(image, datasets.Image(decode=False))
 
 
 def decode(value: Mapping[str, Any] | None, data: HuggingFace | HuggingFaceStream) -> Any:
-    """(c, H, W) uint8 of a stored image, as the data set's settings say; raises BadImage."""
+    """The pixels (c, H, W) uint8 of a stored image, decoded with the settings of `data`. Raises BadImage."""
     source: Source | None = (value or {}).get("bytes") or (value or {}).get("path")
     if not source:
         raise BadImage("no image")
@@ -226,25 +229,25 @@ def decode(value: Mapping[str, Any] | None, data: HuggingFace | HuggingFaceStrea
 
 
 def over(data: ImageData) -> str:
-    """The background as a part of a fingerprint; nothing where it is white."""
+    """The background as a part of a fingerprint; an empty text if it is white."""
     return "" if data.background == WHITE else f" over {data.background}"
 
 
 def file_name(value: Mapping[str, Any] | None) -> str:
-    """ " (name.jpg)" where the stored image came from a file."""
+    """The file name of a stored image as " (name.jpg)"; an empty text if it did not come from a file."""
     path = (value or {}).get("path")
     return f" ({Path(path).name})" if path else ""
 
 
 def classes_of(loaded: Any, label: str | None) -> tuple[list[str], list[int]]:
-    """Names of the classes and the class of each row (-1: none), from a ClassLabel, from integers or from text."""
+    """The names of the classes, and the class of each row (-1 for none), from a ClassLabel, integers or text."""
     if label is None:
         return [], []
     values = list(loaded[label])
     for row, value in enumerate(values):
         if value is not None and not isinstance(value, (int, str)):
             raise UsageError(
-                f"label: column {label!r} has {value!r} in row {row}, which is no number or name of a class"
+                f"label: column {label!r} has {value!r} in row {row}, which is not a number or name of a class"
             )
     names = getattr(loaded.features[label], "names", None)
     if names:

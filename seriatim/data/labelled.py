@@ -1,6 +1,6 @@
-"""Images with labels, held in memory: those a classifier learns from, moved about at random, and those that test it.
+"""Images with labels in memory, to train and test a classifier, and the augmentation of the training images.
 
-B images, c channels, H x W pixels.
+Shapes: B images, c channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from seriatim.data.base import ImageData, StreamData
 from seriatim.data.loader import to_float
 from seriatim.data.sources import build_data
 
-MOST_BYTES = 4 << 30  # of images in memory
-AT_ONCE = 256  # images read by a thread
+MOST_BYTES = 4 << 30  # the limit for all images in memory
+AT_ONCE = 256  # images that a thread reads at once
 
 
 class InMemory(ImageData):
-    """Some images of another source, read once: decoding every file for every pass would take longer than learning."""
+    """Images of another source, read once, because decoding all files in every pass would take longer than training."""
 
     def __init__(self, source: ImageData, index: Tensor | None = None, *, quiet: bool = False) -> None:
         self.source, self.index = source, torch.arange(source.count) if index is None else index
@@ -38,7 +38,7 @@ class InMemory(ImageData):
         self._images = first.new_empty(self.count, *first.shape[1:])
         places = torch.arange(self.count).split(AT_ONCE)
         with (
-            ThreadPoolExecutor(os.cpu_count() or 1) as pool,  # Pillow decodes without holding the interpreter
+            ThreadPoolExecutor(os.cpu_count() or 1) as pool,  # Pillow releases the interpreter lock while it decodes
             Progress(self.count, "reading images", "images", quiet=quiet) as bar,
         ):
             for place, images in zip(places, pool.map(lambda p: source.images(self.index[p]), places), strict=True):
@@ -66,7 +66,7 @@ class InMemory(ImageData):
 
 
 def check_room(count: int, images: Tensor) -> None:
-    """Refuse what would take too much memory, once the first image is read."""
+    """Raise ConfigError if `count` images like the first would take too much memory."""
     size = count * images[0].numel() * images.element_size()
     if size > MOST_BYTES:
         shape = " x ".join(str(side) for side in images.shape[1:])
@@ -77,8 +77,10 @@ def check_room(count: int, images: Tensor) -> None:
 
 
 def build_labelled(config: Mapping[str, Any], seed: int, *, quiet: bool = False) -> tuple[InMemory, InMemory]:
-    """What to train on and what to test on: `test_path` is another place of the same kind and classes; where there is
-    none, the share `test_share` of each class is held out.
+    """The images to train on and the images to test on.
+
+    The test images are in `test_path`, which has the same kind and classes as `path`. If it is not given, the share
+    `test_share` of each class is held out. Raises ConfigError or DataError.
     """
     rest = dict(config)
     test_path, share = rest.pop("test_path", None), rest.pop("test_share", 0.1)
@@ -100,22 +102,22 @@ def build_labelled(config: Mapping[str, Any], seed: int, *, quiet: bool = False)
     if match_names(other.class_names, source.class_names) != list(range(len(source.class_names))):
         odd = sorted(set(other.class_names) ^ set(source.class_names))
         where = "data.test_path" if odd and odd[0] in other.class_names else "data.path"
-        which = f"{odd[0]!r} is in {where} alone" if odd else "their order differs"
+        which = f"{odd[0]!r} is only in {where}" if odd else "their order differs"
         raise DataError(f"data.test_path: its classes are not those of data.path ({which}); name images of the same")
     return InMemory(source, quiet=quiet), InMemory(other, quiet=quiet)
 
 
 def check_classes(data: ImageData) -> None:
-    """Refuse what a classifier can't learn from."""
+    """Raise ConfigError or DataError if a classifier can't be trained on the data."""
     if isinstance(data, StreamData) or data.cached:
         raise ConfigError("data.kind: a classifier holds its images in memory; use a folder or hf")
     if len(data.class_names) < 2:
         found = f"the one class {data.class_names[0]!r}" if data.class_names else "no classes"
-        raise DataError(f"data.path: has {found}; a classifier needs two or more, a folder of images for each")
+        raise DataError(f"data.path: has {found}; a classifier needs two or more, each with a folder of images")
 
 
 def held_out_share(data: ImageData, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and to test on, each class in proportion, at least one image of it on either side."""
+    """The indices to train on and to test on. Each class is split by `share`, with at least one image on each side."""
     labels = data.labels(torch.arange(data.count))
     assert labels is not None, "check_classes has refused data without classes"
     kept, held_out = [], []
@@ -123,8 +125,8 @@ def held_out_share(data: ImageData, share: float, seed: int) -> tuple[Tensor, Te
         members = (labels == label).nonzero()[:, 0]
         if len(members) < 2:
             raise DataError(
-                f"data.path: class {name!r} has {len(members)} usable images, none can be held out for testing; "
-                "give it more, or name test images with data.test_path"
+                f"data.path: class {name!r} has {len(members)} usable images, so none can be held out for testing; "
+                "add more, or name test images with data.test_path"
             )
         members = members[torch.randperm(len(members), generator=generator(derive_seed(seed, "held out", label)))]
         count = min(len(members) - 1, max(1, round(share * len(members))))
@@ -133,14 +135,15 @@ def held_out_share(data: ImageData, share: float, seed: int) -> tuple[Tensor, Te
     return torch.cat(kept).sort().values, torch.cat(held_out).sort().values
 
 
-# --- moving images about --------------------------------------------------------------------------------------------
+# --- augmentation ---------------------------------------------------------------------------------------------------
 
 
 def augmented(images: Tensor, draws: Tensor, crop: int, cutout: int) -> Tensor:
-    """Images (B, c, H, W) moved by up to `crop` pixels each way, a square of side `cutout` greyed; in [-1, 1].
+    """The images (B, c, H, W) shifted at random by up to `crop` pixels each way, with a grey square; in [-1, 1].
 
-    The border is mirrored (-1 is 1), which looks more like an image than black. Cutout: DeVries & Taylor 2017,
-    the square's centre anywhere. One number a draw (B,) decides everything.
+    Shifting mirrors the border (pixel -1 is pixel 1), which looks more like an image than black. The square has the
+    side `cutout` and its centre anywhere (Cutout, DeVries & Taylor 2017). `draws` (B,) has one random number for each
+    image, which decides everything.
     """
     B, _, H, W = images.shape
     n = 2 * crop + 1
@@ -159,10 +162,10 @@ def augmented(images: Tensor, draws: Tensor, crop: int, cutout: int) -> Tensor:
 
 
 def mirrored_index(index: Tensor, size: int) -> Tensor:
-    """Positions outside 0, ..., size - 1 mirrored at the first and the last: -1 -> 1, size -> size - 2."""
+    """The positions with those outside 0, ..., size - 1 mirrored at the border: -1 -> 1, size -> size - 2."""
     return (size - 1) - ((size - 1) - index.abs()).abs()
 
 
 def draws_of(seed: int, first: int, count: int) -> Tensor:
-    """63 random bits for each of the run's images first, ..., first + count - 1: (count,); a function of its number."""
+    """63 random bits (count,) for the images first, ..., first + count - 1 of a run, which depend on these numbers."""
     return torch.tensor([derive_seed(seed, "augment", g) for g in range(first, first + count)])

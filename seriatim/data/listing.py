@@ -1,6 +1,6 @@
-"""Which files of a folder are pictures of which class, and why each other file is not used.
+"""List which files of a folder are pictures of which class, and why other files are not used.
 
-Links to files and folders are followed; each folder is read once for each class, so that links in a circle end.
+Links to files and folders are followed. Each folder is read only once for each class, so that circular links end.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from seriatim.core.names import as_text, twins
 from seriatim.core.terminal import say
 
 HIDDEN = "hidden or of the system"
-SYSTEM = {  # files and folders that systems and archivers leave behind, in lower case; so are all that begin with a dot
+SYSTEM = {  # files and folders, in lower case, that operating systems and archivers leave behind
     "__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "#recycle", "@recycle",
     "system volume information", "lost+found",
 }  # fmt: skip
-SPLIT = re.compile(  # names of parts of one data set
+SPLIT = re.compile(  # folder names that mean parts of one data set, not classes
     r"(train|training|val|valid|validation|dev|test|testing|eval)[-_ ]?(set|split|data|images?|photos)?[-_ ]?\d*"
 )
 NOWHERE, CIRCLE, AGAIN = "a link that leads nowhere", "a link back to where it is", "a folder that was read already"
@@ -34,16 +34,16 @@ UNREAD_PICTURES = {f"the suffix {suffix} is not read" for suffix in UNREAD}
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the index, relative to its folder."""
+    """A picture: its path relative to the folder, and its class."""
 
     path: str
     label: int
-    stamp: tuple[int, int]  # bytes, time of change: another file is noticed
+    stamp: tuple[int, int]  # bytes and time of change, by which a changed file is noticed
 
 
 @dataclass
 class Listing:
-    """What was found in a folder."""
+    """The pictures and classes found in a folder."""
 
     entries: list[Entry] = field(default_factory=list)
     class_names: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ def hidden(name: str) -> bool:
 
 
 class Walk:
-    """Reads a folder; `passed_over` says why what was met is not used, by its name relative to the root."""
+    """Reads folders below `root`. `passed_over` maps each file or folder that is not used to the reason."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -65,7 +65,7 @@ class Walk:
         return os.path.relpath(path, self.root).replace(os.sep, "/")
 
     def folders(self) -> list[str]:
-        """Paths of the folders in the root."""
+        """The paths of the folders directly in the root."""
         root = str(self.root)
         found = [path for path, status in self.listed(root) if stat.S_ISDIR(status.st_mode)]
         circles = [path for path in found if leads_up(path, root)]
@@ -73,7 +73,10 @@ class Walk:
         return [path for path in found if path not in circles]
 
     def listed(self, folder: str) -> Iterator[tuple[str, os.stat_result]]:
-        """What is in a folder, links followed; what leads nowhere or is hidden is passed over."""
+        """Yield the path and status of all that is in a folder, with links followed.
+
+        Hidden files and broken links are passed over.
+        """
         try:
             names = sorted(os.listdir(folder))
         except OSError as error:
@@ -90,7 +93,7 @@ class Walk:
                 self.passed_over[self.name(path)] = NOWHERE if os.path.islink(path) else str(error.strerror)
 
     def pictures(self, folder: str, deep: bool = True) -> list[tuple[str, tuple[int, int]]]:
-        """(name, stamp) of the pictures in a folder, and in the folders below it, sorted folder by folder."""
+        """A sorted list of (name, stamp) of the pictures in a folder and, with `deep`, in all folders below it."""
         found: list[tuple[str, tuple[int, int]]] = []
         seen, todo = {identity(os.stat(folder))}, [folder]
         while todo:
@@ -117,14 +120,14 @@ def identity(status: os.stat_result) -> tuple[int, int]:
 
 
 def leads_up(path: str, place: str) -> bool:
-    """Whether the folder `path` is the folder `place` or above it, where that is named or where it really lies."""
+    """Whether the folder `path` is `place` or one of its parents, by its path as given or with links resolved."""
     target = Path(os.path.realpath(path))
     named, real = Path(os.path.realpath(os.path.dirname(place))), Path(os.path.realpath(place))
     return target in (named, real, *named.parents, *real.parents)
 
 
 def unused(path: str, status: os.stat_result) -> str | None:
-    """Why a file is no picture that is read; None where it is one."""
+    """The reason why a file is not read as a picture; None if it is read."""
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
     suffix = os.path.splitext(path)[1].lower()
@@ -132,10 +135,10 @@ def unused(path: str, status: os.stat_result) -> str | None:
 
 
 def list_folder(root: Path, *, loose: str = "refuse", empty: str = "refuse") -> Listing:
-    """All pictures, sorted: in class folders where there are any, else in `root` itself.
+    """All pictures, sorted: those in class folders if there are any, otherwise those in `root` itself.
 
-    Raises DataError, naming the way out, where it isn't clear what the folders mean: pictures beside class folders,
-    class folders without pictures, folders called train and val.
+    Raises DataError, which names a remedy, if the meaning of the folders is unclear: pictures beside class folders,
+    class folders without pictures, or folders called train and val.
     """
     walk = Walk(root)
     folders = walk.folders()
@@ -162,31 +165,31 @@ def list_folder(root: Path, *, loose: str = "refuse", empty: str = "refuse") -> 
     for first, second in twins([as_text(os.path.basename(folder)) for folder in full]):
         raise DataError(
             f"data.path: the class folders {first!a} and {second!a} of {root} differ only in how Unicode "
-            "spells them; rename one of them, or put their pictures together"
+            "spells them; rename one of them, or move all pictures into one"
         )
     entries = [Entry(name, label, stamp) for label, (_, folder) in enumerate(named) for name, stamp in inside[folder]]
     return Listing(entries, [name for name, _ in named], walk.passed_over)
 
 
 def as_class(folder: str) -> str:
-    """The class that a folder's name stands for: composed (NFC), so that it is the same from every system."""
+    """The class name of a folder in composed Unicode (NFC), so that it is the same on every operating system."""
     return unicodedata.normalize("NFC", as_text(folder))
 
 
 def refuse_splits(root: Path, names: list[str]) -> None:
-    """Refuse the parent of train/ and val/, which would make two classes of them."""
+    """Raise DataError for the parent folder of train/ and val/, which would become two classes."""
     splits = [name for name in names if SPLIT.fullmatch(name.lower())]
     if len(splits) > 1 or splits == names:
         first = next((name for name in splits if name.lower().startswith("train")), splits[0])
         listed = " and ".join(f"{name}/" for name in splits)
         raise DataError(
-            f"data.path: {root} holds {listed}, which are parts of a data set and no classes; name one of them: "
+            f"data.path: {root} holds {listed}, which are parts of a data set and not classes; name one of them: "
             f"data.path={root / first}"
         )
 
 
 def refuse_empty(root: Path, names: Sequence[str], why: Mapping[str, str]) -> None:
-    """Refuse class folders without pictures, since the classes that are left mean something else."""
+    """Raise DataError for class folders without pictures, because leaving them out would renumber the classes."""
     if names:
         inside = summary(reason for name, reason in why.items() if name.startswith(f"{names[0]}/"))
         shown = ", ".join(f"{name}/" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -197,14 +200,14 @@ def refuse_empty(root: Path, names: Sequence[str], why: Mapping[str, str]) -> No
 
 
 def summary(reasons: Iterable[str]) -> str:
-    """`3 x hidden or of the system, 1 x the suffix .txt is not read`: the commonest reasons."""
+    """The most common reasons as text: `3 x hidden or of the system, 1 x the suffix .txt is not read`."""
     common = Counter(reasons).most_common()
     more = f", {sum(count for _, count in common[4:])} for other reasons" if len(common) > 4 else ""
     return ", ".join(f"{count} x {why}" for why, count in common[:4]) + more
 
 
 def say_unused(where: str, bad: Mapping[str, str], passed_over: Mapping[str, str]) -> None:
-    """Say on one line what is not used, where there is anything."""
+    """Report on one line which files are not used, if there are any."""
     parts = [
         f"{len(why)} {what} ({summary(why.values())}; such as {next(iter(why))})"
         for why, what in ((bad, "left out"), (passed_over, "passed over"))

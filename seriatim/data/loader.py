@@ -1,6 +1,6 @@
-"""Batches ahead of time, in the order of the run, the same with any number of workers.
+"""Load batches ahead of time, in the order of the run. They are the same with any number of workers.
 
-B images, c channels, H x W pixels.
+Shapes: B images, c channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from seriatim.core.random import derive_seed
 from seriatim.core.terminal import say
 from seriatim.data.base import BEGINNING, ImageData, Order, Position, Row, StreamData, mirror
 
-MOST_AT_ONCE = 1 << 20  # images of a batch
-MOST_WORKERS = 256  # processes
-ENOUGH = 100  # rows of a stream before the share of unusable ones is judged
-GRACE = 60.0  # seconds that a worker lives after SIGTERM, while the trainer finishes its step and saves
+MOST_AT_ONCE = 1 << 20  # the limit for the images of a batch
+MOST_WORKERS = 256  # the limit for the number of processes
+ENOUGH = 100  # rows of a stream that are read before the share of unusable ones is judged
+GRACE = 60.0  # seconds that a worker survives SIGTERM, so that the trainer can finish its step and save
 
 
 @dataclass(frozen=True)
 class Batch:
-    first: int  # the run's image that comes first
-    images: Tensor  # (B, c, H, W): uint8, or float in [-1, 1]; moments (B, m, h, w) of cached data
+    first: int  # the number in the run of the first image
+    images: Tensor  # (B, c, H, W): uint8, or float in [-1, 1]; moments (B, m, h, w) if the data are cached
     labels: Tensor | None  # (B,)
-    index: Tensor  # (B,) of the data set; of a stream, how many images of the run came before
-    names: tuple[str, ...] = ()  # of a stream's images; others are asked by index
-    after: Position = BEGINNING  # where a stream goes on
+    index: Tensor  # (B,) the numbers in the data set; for a stream, the numbers in the run
+    names: tuple[str, ...] = ()  # the names of a stream's images; other data know them by index
+    after: Position = BEGINNING  # the position of a stream after this batch
     left_out: Mapping[str, str] = field(default_factory=dict)  # rows of a stream that can't be used, with reasons
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class Batch:
 
 
 class Batches(Dataset[Batch]):
-    """Batch number n as a function of (data, seed, n) alone: images first + n B, ..., mirrored as their number says."""
+    """The batches of a run. Batch n holds the images first + n B, ... and depends on (data, seed, n) alone."""
 
     def __init__(self, data: ImageData, seed: int, first: int, total: int, batch_size: int) -> None:
         self.data, self.seed, self.first, self.total, self.batch_size = data, seed, first, total, batch_size
@@ -65,7 +65,7 @@ class Batches(Dataset[Batch]):
 
 
 class InOrder(Batches):
-    """The images first, ..., total - 1 of the data, one after another, none mirrored."""
+    """Batches of the images first, ..., total - 1 in the order of the data, none of them mirrored."""
 
     def __init__(self, data: ImageData, first: int, total: int, batch_size: int) -> None:
         super().__init__(data, 0, first, total, batch_size)
@@ -77,7 +77,7 @@ class InOrder(Batches):
 
 
 class StreamBatches(IterableDataset[Batch]):
-    """The same of a stream: batch n as a function of (data, seed, n), read from `position` on."""
+    """The batches of a run on a stream, read from `position` on. Batch n depends on (data, seed, n) alone."""
 
     def __init__(
         self, data: StreamData, seed: int, first: int, total: int, batch_size: int, position: Position = BEGINNING
@@ -100,7 +100,7 @@ class StreamBatches(IterableDataset[Batch]):
                 if read >= ENOUGH and bad > self.data.max_bad * read:
                     raise DataError(
                         f"data: {bad} of {read} rows can't be used (the last: {row.name}: {row.why}); more than "
-                        f"data.max_bad={self.data.max_bad:g}; mend or remove them, or raise it"
+                        f"data.max_bad={self.data.max_bad:g}; repair or remove them, or raise data.max_bad"
                     )
             images = torch.from_numpy(np.stack([row.pixels for row in good]))
             if self.data.flips:
@@ -112,7 +112,7 @@ class StreamBatches(IterableDataset[Batch]):
 
 
 def coins(seed: int, first: int, count: int) -> Tensor:
-    """Which images of a run are mirrored, half of them: (count,); it depends on their number in the run."""
+    """A mask (count,) of the images of a run that are mirrored: a random half, which depends on their numbers alone."""
     return torch.tensor([derive_seed(seed, "flip", g) & 1 == 1 for g in range(first, first + count)])
 
 
@@ -126,16 +126,16 @@ def batches_of(
 
 
 class WorkerLost(ResourceError):
-    """A process that reads images is gone. It is raised where the next batch is asked for, between two steps."""
+    """A worker process died. The loader raises this between two steps, where the next batch is asked for."""
 
 
 class Loader:
-    """Iterates over batches; `waited` is how many seconds the loop has waited for them."""
+    """Iterates over batches. `waited` is the number of seconds that the training loop has waited for them."""
 
     def __init__(self, batches: Batches | StreamBatches, workers: int) -> None:
         if isinstance(batches, StreamBatches) and workers > 1:
             raise ConfigError(
-                f"training.workers: {workers} is not allowed; a stream is read by one at most, set 0 or 1"
+                f"training.workers: {workers} is not allowed; at most one worker can read a stream: set 0 or 1"
             )
         self.batches, self.workers = batches, workers
         self.waited = 0.0
@@ -143,16 +143,16 @@ class Loader:
     def __iter__(self) -> Generator[Batch]:
         source: Any = DataLoader(
             self.batches,
-            batch_size=None,  # the data set makes whole batches
+            batch_size=None,  # the data set returns whole batches
             sampler=range(len(self.batches)) if isinstance(self.batches, Batches) else None,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             worker_init_fn=leave_signals_to_the_trainer,
-            generator=torch.Generator(),  # so that torch's own is left alone
+            generator=torch.Generator(),  # otherwise torch's global generator would be used
         )
         ready: Any = iter(source)
-        # Torch's handler raises its error wherever the trainer is, in the middle of an update too. Without it the loss
-        # of a worker is noticed where the next batch is asked for.
+        # Torch's handler for dead workers could raise in the middle of an update. Without it the loss of a worker is
+        # noticed where the next batch is asked for.
         torchs = silence_child_signals() if self.workers else None
         try:
             while (batch := self._next(ready)) is not None:
@@ -162,7 +162,7 @@ class Loader:
                         self.batches.data.bad[name] = why
                 yield batch
         finally:
-            if self.workers:  # now: an exception may hold on to them, and at exit Python would wait for their end
+            if self.workers:  # at once: an exception may keep them alive, and Python would wait for them at exit
                 ready._shutdown_workers()
             if torchs is not None:
                 signal.signal(signal.SIGCHLD, torchs)
@@ -178,7 +178,7 @@ class Loader:
                 "training.workers: a process that reads images was killed, as a rule because memory ran out; set "
                 f"training.workers=0, or fewer than {self.workers}, or a smaller training.batch_size"
             ) from error
-        except DataError as error:  # from a worker it comes with the worker's traceback around it
+        except DataError as error:  # torch puts the worker's traceback before the message, which is the last line
             last = str(error).strip().splitlines()[-1]
             raise DataError(last.removeprefix(f"{DataError.__module__}.DataError: ")) from None
         finally:
@@ -186,20 +186,20 @@ class Loader:
 
 
 def silence_child_signals() -> Any:
-    """Let no handler hear that a child process has ended; return the one that did, None where none can be set."""
+    """Remove the handler for ended child processes and return it; None if this thread can't set handlers."""
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
         return None
     return signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def lost_worker(error: Exception) -> bool:
-    """Whether the data loader says that one of its processes is gone; it notices in one of several places."""
+    """Whether an error of the data loader means that a worker died. It can take one of several forms."""
     said = any(words in str(error) for words in ("DataLoader worker", "received 0 items of ancdata", "shared memory"))
     return said or isinstance(error, (ConnectionError, EOFError))
 
 
 def leave_signals_to_the_trainer(_: int) -> None:
-    """Ctrl-C and SIGTERM reach the whole process group: a worker must live until the trainer has saved, no longer."""
+    """Keep a worker alive on signals until the trainer has saved, because signals reach the whole process group."""
 
     def end(*_: object) -> None:
         timer = threading.Timer(GRACE, os._exit, (0,))
@@ -209,10 +209,10 @@ def leave_signals_to_the_trainer(_: int) -> None:
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, end)  # Python sends it at exit and waits, so it must not go unheard
+    signal.signal(signal.SIGTERM, end)  # ignoring it would make Python wait for ever at exit
     torch.set_num_threads(1)
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1]; float images are in that range already."""
+    """The images as floats in [-1, 1]; float images are in that range already."""
     return images.float() / 127.5 - 1.0 if images.dtype == torch.uint8 else images

@@ -1,4 +1,4 @@
-"""The table of data sources: name -> class. Register one of your own with `DATASETS["mine"] = Mine`."""
+"""The table that maps names to data source classes. Register one of your own with `DATASETS["mine"] = Mine`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATASETS: dict[str, type[ImageData]] = {
 
 
 def build_data(config: Mapping[str, Any]) -> ImageData:
-    """`{"kind": "folder", "path": "photos/"}` -> a source of images, or of other sequences."""
+    """The data source for a config such as `{"kind": "folder", "path": "photos/"}`."""
     check_sizes(config, "data")
     kind, rest = pop_kind(config, DATASETS, "data")
     return construct(DATASETS[kind], rest, "data")

@@ -1,10 +1,9 @@
-"""Shards: numbered files of tensors, each beside a small file that says what it is; for caches and evaluations.
+"""Shards: numbered files of tensors, each with a small sidecar file that describes it; for caches and evaluations.
 
     FOLDER/NAME.safetensors  the tensors
-    FOLDER/NAME.json         {"images", "bytes", "sha256", "key"}, written after the tensors
+    FOLDER/NAME.json         the sidecar {"images", "bytes", "sha256", "key"}, written after the tensors
 
-A shard is whole where both files are there and agree. What was interrupted or damaged is made anew by whoever comes
-next.
+A shard is whole if both files exist and agree. The next process makes interrupted or damaged shards again.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ STATED = {"images", "bytes", "sha256", "key"}  # the keys of a sidecar
 
 @dataclass(frozen=True)
 class Shards:
-    """The shards of a folder. `key` tells what they are part of: one of another key doesn't pass for one of these."""
+    """The shards of a folder. `key` identifies what they are part of; a shard with another key is not accepted."""
 
     folder: Path
-    name: Callable[[int], str]  # of a shard by its number, without a suffix
-    images: Callable[[int], int]  # in a shard
+    name: Callable[[int], str]  # the name of a shard by its number, without a suffix
+    images: Callable[[int], int]  # the number of images in a shard
     key: str
 
     def path(self, number: int) -> Path:
@@ -44,7 +43,7 @@ class Shards:
         return self.folder / f"{self.name(number)}.json"
 
     def there(self, number: int) -> bool:
-        """Whether a shard was written, which its sidecar, written last, tells. Whether it is whole takes reading it."""
+        """Whether a shard was written, without reading it to find out whether it is whole."""
         return self.sidecar(number).is_file() and self.path(number).is_file()
 
     def _as_it_is(self, number: int) -> dict[str, Any]:
@@ -52,7 +51,7 @@ class Shards:
         return {"images": self.images(number), "bytes": path.stat().st_size, "sha256": sha256(path), "key": self.key}
 
     def whole(self, number: int) -> str | None:
-        """The sha256 of a shard that is what its sidecar says; None where it has to be made, which is said."""
+        """The sha256 of a shard that agrees with its sidecar; None if it has to be made. Damage is reported."""
         if not self.sidecar(number).is_file():
             return None
         with contextlib.suppress(Unreadable, OSError):
@@ -64,18 +63,18 @@ class Shards:
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> str:
         """Write a shard and then its sidecar; return its sha256."""
-        self.sidecar(number).unlink(missing_ok=True)  # that of a damaged one must not be taken for this one's
+        self.sidecar(number).unlink(missing_ok=True)  # the sidecar of a damaged shard must not describe this one
         atomic_write(self.path(number), partial(write_tensors, tensors=dict(tensors)))
         stated = self._as_it_is(number)
         write_json(self.sidecar(number), stated)
         return str(stated["sha256"])
 
     def read(self, number: int) -> dict[str, Tensor]:
-        """The tensors of a shard; raises CheckpointError where it is not whole."""
+        """The tensors of a shard. Raises CheckpointError if it is not whole."""
         if self.whole(number) is None:
-            raise CheckpointError(f"{self.path(number)} is damaged; the same command makes it again")
+            raise CheckpointError(f"{self.path(number)} is damaged; repeat the command to mend it")
         return load(self.path(number).read_bytes())
 
     def sweep(self, number: int) -> None:
-        """Remove what a process that was killed left half-written of a shard."""
+        """Remove half-written files of a shard that a killed process left behind."""
         sweep(self.folder, {self.path(number).name, self.sidecar(number).name}.__contains__)

@@ -227,9 +227,9 @@ class Nested(Head):
             return self._joined(parts, sound)
 
     def _joined(self, parts: Tensor, sound: Tensor | None) -> Tensor:
-        """Parts (N, T, g) as tokens (N, D), NaN where something on the way was not finite (`sound`, a bool).
+        """The tokens (N, D) of parts (N, T, g). All are NaN if `sound`, a bool on the device, is False.
 
-        Nothing is asked of the device here: the sampler over the image looks once at the tokens of a batch.
+        Nothing waits for the device here, because the sampler over the image checks the tokens of a batch once.
         """
         tokens = self.split.join(parts)
         return tokens if sound is None else torch.where(sound, tokens, math.nan)

@@ -1,1 +1,1 @@
-"""The pipeline: from a request to images with their metadata."""
+"""The pipeline turns a request into images with their metadata."""

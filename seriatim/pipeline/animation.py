@@ -1,7 +1,4 @@
-"""Tokens appearing, as one moving picture.
-
-B images, S steps.
-"""
+"""Save the steps of a generation as an animated picture."""
 
 from __future__ import annotations
 
@@ -14,15 +11,16 @@ from PIL import Image
 from seriatim.core.errors import UsageError
 from seriatim.core.files import atomic_write
 
-LONGEST = 6.0  # seconds
-SLOWEST, QUICKEST = 200, 40  # milliseconds of a frame
-HOLD = 2000  # milliseconds of the last one
+LONGEST = 6.0  # seconds that an animation lasts at most, unless QUICKEST frames take longer
+SLOWEST, QUICKEST = 200, 40  # milliseconds that a frame is shown, at most and at least
+HOLD = 2000  # milliseconds that the last frame is shown
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path | str, *, overwrite: bool = False) -> Path:
-    """Frames of one size as .gif, or as .png (which keeps all colours); the last is held, then it begins again.
+    """Write frames of one size as an animated .gif, or .png (which keeps all colours), and return the path.
 
-    A file that is there is refused, unless it is to be replaced.
+    The animation holds its last frame and repeats without end. Raises UsageError if the file exists and `overwrite` is
+    False.
     """
     path = Path(path)
     if os.path.lexists(path) and not overwrite:

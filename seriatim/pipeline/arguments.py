@@ -1,7 +1,7 @@
-"""The keyword arguments of sampling, for type checkers and editors.
+"""The types of the keyword arguments of sampling, for type checkers and editors.
 
-They are the fields of `SampleRequest` and the options of the packaged heads; a test compares. At run time the request
-decides what is allowed. Options of a head of your own go into `head_options`.
+They are the fields of `SampleRequest` and the options of the packaged heads; a test keeps them equal. At run time the
+request decides what is allowed. Put the options of a head of your own into `head_options`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 
 class SettingsArgs(TypedDict, total=False):
-    """Settings of a request but for `class_labels`; `help(seriatim.SampleRequest)` has units, ranges and defaults."""
+    """The settings of a request except `class_labels`; `help(seriatim.SampleRequest)` tells units and defaults."""
 
     # What to draw
     num_images_per_label: int

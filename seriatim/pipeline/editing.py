@@ -1,9 +1,9 @@
-"""Editing is sampling with known tokens: which tokens a mask repaints, and what stays of the picture.
+"""Editing is sampling with known tokens. This module says which tokens a mask repaints, and keeps the other pixels.
 
-White is repainted, as in diffusers. A token is redrawn when any of its pixels is; all other tokens stay bitwise equal,
-and in the end all other pixels do, because the old ones are put back.
+White pixels of a mask are repainted, as in diffusers. A token is generated anew if any of its pixels is white; all
+other tokens stay bitwise equal. Black pixels also stay equal, because the original pixels are put back at the end.
 
-B images, c channels, H x W pixels, h x w = L tokens.
+Shapes: B images, c channels, H x W pixels, h x w = L tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from seriatim.core.images import BadImage, as_seen
 from seriatim.models.base import SequenceModel
 from seriatim.tokenizers.base import Tokenizer, to_uint8
 
-GREY = 128  # of a mask's 256 levels: this and brighter is repainted
+GREY = 128  # pixels of a mask with this value or a brighter one are repainted
 
 
 def pixel_mask(mask: Any, size: tuple[int, int], images: int) -> Tensor:
-    """One mask for all images or one for each -> (B, H, W) bool.
+    """The mask (B, H, W) bool of the pixels to repaint, from one mask for all images or one for each.
 
-    PIL pictures (white is repainted, transparent is not), arrays or tensors (H, W) or (B, H, W): bool, uint8 or float
-    in [0, 1].
+    A mask is a PIL picture (white is repainted, transparent is not), or an array or tensor (H, W) or (B, H, W) of bool,
+    uint8, or floats in [0, 1]. Raises UsageError if it has another size, or is all black or all white.
     """
     many = list(mask) if isinstance(mask, (list, tuple)) else [mask]
     planes = [plane for one in many for plane in as_planes(one)]
@@ -40,73 +40,73 @@ def pixel_mask(mask: Any, size: tuple[int, int], images: int) -> Tensor:
                 f"mask: {plane.shape[0]}x{plane.shape[1]} pixels is not the image's {size[0]}x{size[1]}; resize it"
             )
     if len(planes) not in (1, images):
-        raise UsageError(f"mask: {len(planes)} given for {images} images; give one for all, or one for each")
+        raise UsageError(f"mask: {len(planes)} masks given for {images} images; give one for all, or one for each")
     result = torch.stack(planes * images if len(planes) == 1 else planes)
     for i, plane in enumerate(result):
         which = f" of image {i}" if len(planes) > 1 else ""
         if not bool(plane.any()):
-            raise UsageError(f"mask{which}: is empty, nothing would be repainted; paint white what shall change")
+            raise UsageError(f"mask{which}: is all black, so nothing would be repainted; paint white what shall change")
         if bool(plane.all()):
-            raise UsageError(f"mask{which}: is full, nothing would be kept; draw a new image instead")
+            raise UsageError(f"mask{which}: is all white, so nothing would be kept; generate a new image instead")
     return result
 
 
 def as_planes(mask: Any) -> list[Tensor]:
-    """A picture, array or tensor -> bool planes (H, W)."""
+    """The bool planes (H, W) of a picture, array or tensor."""
     if isinstance(mask, Image.Image):
         return [torch.from_numpy(np.asarray(seen(mask, 1, BLACK, "mask")) >= GREY)]
     try:
         values = mask.cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask))
     except TypeError:
-        raise UsageError(f"mask: {type(mask).__name__} is no picture, array or tensor") from None
+        raise UsageError(f"mask: {type(mask).__name__} is not a picture, array or tensor") from None
     if values.is_complex():
         raise UsageError(f"mask: {values.dtype} is not allowed; give bool, uint8, or floats in [0, 1]")
     if values.ndim not in (2, 3):
         raise UsageError(f"mask: shape {tuple(values.shape)} is not (H, W) or (B, H, W)")
     if values.dtype != torch.bool:
         if not values.is_floating_point() and values.numel() and int(values.max()) == 1:
-            raise UsageError("mask: holds 0 and 1 as integers, of which white is 255; make it bool")
+            raise UsageError("mask: holds only 0 and 1 as integers, though white is 255; convert it to bool")
         values = values >= (0.5 if values.is_floating_point() else GREY)
     return list(values) if values.ndim == 3 else [values]
 
 
 def token_mask(mask: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Pixels (B, H, W) to repaint -> tokens (B, L) to redraw: those that hold any of them."""
+    """The tokens (B, L) bool that hold any of the pixels (B, H, W) to repaint."""
     (h, w), cell = tokenizer.grid, tokenizer.cell
     padded = F.pad(mask.float(), (0, w * cell[1] - mask.shape[2], 0, h * cell[0] - mask.shape[1]))
     return F.max_pool2d(padded[:, None], cell)[:, 0].flatten(1) > 0  # (B, h, w) -> (B, L)
 
 
 def token_pixels(tokens: Tensor, tokenizer: Tokenizer) -> Tensor:
-    """Tokens (B, L) -> the pixels (B, H, W) that they cover."""
+    """The pixels (B, H, W) bool that the chosen tokens (B, L) cover."""
     (h, w), cell, (H, W) = tokenizer.grid, tokenizer.cell, tokenizer.size
     image = tokens.view(-1, h, w).repeat_interleave(cell[0], dim=1).repeat_interleave(cell[1], dim=2)
     return image[:, :H, :W]
 
 
 def as_images(images: Any, tokenizer: Tokenizer, background: Colour = WHITE) -> Tensor:
-    """PIL pictures, arrays (B, H, W, c) uint8 or tensors (B, c, H, W) in [-1, 1] -> (B, H, W, c) uint8.
+    """Images (B, H, W, c) uint8 from PIL pictures, arrays (B, H, W, c) uint8, or tensors (B, c, H, W) in [-1, 1].
 
-    Transparent parts of PIL pictures show `background`.
+    Transparent parts of PIL pictures show `background`. Raises UsageError if the size is not the model's.
     """
     if not tokenizer.pictures:
-        raise UsageError("image: this model's tokens are no pictures, which editing needs; use `regenerate`")
+        raise UsageError("image: this model generates no pictures, which `edit` needs; use `regenerate`")
     many = list(images) if isinstance(images, (list, tuple)) else [images]
     if not many:
-        raise UsageError("image: none given")
+        raise UsageError("image: the list is empty; give at least one image")
     arrays = [array for one in many for array in as_arrays(one, tokenizer.channels, background)]
     H, W = tokenizer.size
     for array in arrays:
         if array.shape[:2] != (H, W):
             raise UsageError(
-                f"image: {array.shape[0]}x{array.shape[1]} pixels (height x width), the model draws {H}x{W}; "
+                f"image: {array.shape[0]}x{array.shape[1]} pixels (height x width), but the model generates {H}x{W}; "
                 "crop or scale it first"
             )
     return torch.from_numpy(np.stack(arrays))
 
 
 def seen(picture: Image.Image, channels: int, background: Colour, argument: str) -> Image.Image:
-    """A picture as a person sees it, which is how files are read too."""
+    """The picture as a viewer shows it (orientation, transparency, colours); image files are read the same way."""
     try:
         return as_seen(picture, channels, background)
     except BadImage as error:
@@ -114,14 +114,14 @@ def seen(picture: Image.Image, channels: int, background: Colour, argument: str)
 
 
 def as_arrays(image: Any, channels: int, background: Colour) -> list[Any]:
-    """One picture, or a batch of them -> arrays (H, W, c) uint8."""
+    """A list of arrays (H, W, c) uint8 from one picture or a batch of pictures."""
     if isinstance(image, Image.Image):
         array = np.asarray(seen(image, channels, background, "image"))
         return [array[..., None] if channels == 1 else array]
     if isinstance(image, Tensor):
         tensor = image[None] if image.ndim == 3 else image
         if tensor.ndim == 4 and tensor.shape[1] == channels and tensor.is_floating_point():
-            if not bool((tensor.abs() <= 1.001).all()):  # NaN neither
+            if not bool((tensor.abs() <= 1.001).all()):  # written so that NaN is refused too
                 raise UsageError("image: a tensor's values must be in [-1, 1]; scale them")
             return list(to_uint8(tensor).numpy())
         raise UsageError(f"image: a tensor must be (B, {channels}, H, W) in [-1, 1], not {tuple(image.shape)}")
@@ -134,31 +134,31 @@ def as_arrays(image: Any, channels: int, background: Colour) -> list[Any]:
 
 
 def chosen_tokens(tokens: Any, images: int, count: int) -> Tensor:
-    """Tokens to redraw, (L,) or (B, L) bool, or indices for all images alike -> (B, L) bool."""
+    """The tokens to generate anew, (B, L) bool, from a bool mask (L,) or (B, L), or from indices for all images."""
     try:
         values = torch.as_tensor(tokens).cpu()
     except (TypeError, ValueError, RuntimeError):
         kind = type(tokens).__name__
         raise UsageError(f"tokens: {kind} is not a list of indices, or a bool mask (L,) or (B, L)") from None
     if not values.numel():
-        raise UsageError("tokens: none are chosen, nothing would be redrawn")
+        raise UsageError("tokens: none are chosen, so nothing would be redrawn; choose at least one")
     if values.dtype != torch.bool:
         if values.ndim != 1 or values.is_floating_point():
             raise UsageError(f"tokens: shape {tuple(values.shape)} is not a list of indices, or a bool mask (B, L)")
         if len(values) and (int(values.min()) < 0 or int(values.max()) >= count):
             worst = int(values.max()) if int(values.max()) >= count else int(values.min())
-            raise UsageError(f"tokens: {worst} is not allowed; they are 0 to {count - 1}")
+            raise UsageError(f"tokens: {worst} is not allowed; indices are 0 to {count - 1}")
         values = torch.zeros(count, dtype=torch.bool).scatter(0, values.long(), True)
     if values.shape not in ((count,), (images, count)):
         raise UsageError(f"tokens: shape {tuple(values.shape)} is not ({count},) or ({images}, {count})")
     result = values.expand(images, count).clone()
     if not bool(result.any()):
-        raise UsageError("tokens: none are chosen, nothing would be redrawn")
+        raise UsageError("tokens: none are chosen, so nothing would be redrawn; choose at least one")
     return result
 
 
 def replacement(returned: Any, model: SequenceModel, images: int) -> Tensor | None:
-    """What a callback gives back in place of the tokens: a mapping with "tokens", or nothing."""
+    """The tokens with which a callback replaces those of a step: "tokens" of the mapping it returned, or None."""
     name = "callback_on_step_end"
     if returned is None:
         return None
@@ -180,14 +180,14 @@ def replacement(returned: Any, model: SequenceModel, images: int) -> Tensor | No
 
 
 def composite(drawn: Tensor, kept: Tensor, mask: Tensor) -> Tensor:
-    """uint8 (B, H, W, c): drawn where mask (B, H, W) is set, kept elsewhere, exactly."""
+    """The pixels of `drawn` where mask (B, H, W) is set and exactly those of `kept` elsewhere: uint8 (B, H, W, c)."""
     return torch.where(mask[..., None], drawn, kept)
 
 
 def broadcast(images: Tensor, labels: Sequence[Any]) -> int:
-    """How many pictures an edit makes of so many images and labels: one side may be one."""
+    """The number of pictures that an edit makes. One image may have many labels, and one label many images."""
     if len(images) != len(labels) and 1 not in (len(images), len(labels)):
         raise UsageError(
-            f"class_labels: {len(labels)} given for {len(images)} images; give one for all, or one for each"
+            f"class_labels: {len(labels)} labels given for {len(images)} images; give one for all, or one for each"
         )
     return max(len(images), len(labels))

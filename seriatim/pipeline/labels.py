@@ -1,7 +1,7 @@
-"""Which class a label means: its name, in any Unicode form, or its number.
+"""Find the class that a label means: a label is the name of a class, in any Unicode form, or its number.
 
-Digits mean the same as a string and as a number, from Python and from the command line. Where they could name one class
-and number another, neither is guessed: `number:3` says that a number is meant.
+Digits mean the same as a string and as a number, from Python and from the command line. If they are the name of one
+class and the number of another, the label is refused as ambiguous; `number:3` says that a number is meant.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.names import as_text, find_name
 
-NONE = "none"  # no class, on a command line
+NONE = "none"  # stands for no class on a command line
 NUMBER = "number:"
-LONGEST = 18  # digits of a number that is looked at
+LONGEST = 18  # a number with more digits counts as larger than any class
 
 
 def class_number(label: int | str | None, classes: int, names: Sequence[str]) -> int:
-    """The number of a class given by number or name; -1 for no class, which is None or "none"."""
+    """The number of the class with this number or name; -1 for no class, which is None or "none".
+
+    Raises UsageError if the model has no such class, or if the label is ambiguous.
+    """
     if label is None or (label == NONE and label not in names):
         return -1
     text = as_text(str(label))
@@ -30,7 +33,7 @@ def class_number(label: int | str | None, classes: int, names: Sequence[str]) ->
     named = [] if explicit else find_name(text, names)
     if value is not None and not explicit and not named:
         named = digits(tuple(names)).get(value, [])  # "2" may mean the class "02"
-    only_a_name = text in names and text != str(value)  # nobody writes the number 2 as "02"
+    only_a_name = text in names and text != str(value)  # "02" is a name, since the number is "2"
     numbered = [] if value is None or only_a_name or not 0 <= value < classes else [value]
     readings = list(dict.fromkeys([*named, *numbered]))
     if len(readings) == 1:
@@ -47,7 +50,7 @@ def class_number(label: int | str | None, classes: int, names: Sequence[str]) ->
 
 
 def value_of(text: str) -> int | None:
-    """The number that a text is, in digits of any script; one too long for any class counts as the largest."""
+    """The number that a text of digits (of any script) spells, at most 10**LONGEST; None if it is not a number."""
     if not re.fullmatch(r"-?\d+", text):
         return None
     return int(text) if len(text) <= LONGEST else 10**LONGEST
@@ -55,7 +58,7 @@ def value_of(text: str) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def digits(names: tuple[str, ...]) -> dict[int, list[int]]:
-    """Value -> the classes whose names are that number in digits, such as "2" or "02"."""
+    """A map from each number to the classes whose names spell it in digits, such as "2" or "02"."""
     found: dict[int, list[int]] = {}
     for place, name in enumerate(names):
         value = value_of(name)
@@ -69,5 +72,5 @@ def name_of(number: int, names: Sequence[str]) -> str:
 
 
 def label_of(number: int, names: Sequence[str]) -> int | str:
-    """The label of a class by its number that can't be taken for the name of another class."""
+    """A label for class `number` that can't be mistaken for the name of another class."""
     return number if digits(tuple(names)).get(number, [number]) == [number] else f"{NUMBER}{number}"

@@ -1,7 +1,7 @@
-"""What a PNG says of itself: the request that made it, the model's hash, versions; enough to draw it again.
+"""The metadata of a saved PNG: its request, the model's hash and the versions, which suffice to generate it again.
 
-It is one text chunk named `seriatim`, JSON. What is read back comes from anywhere: its size is bounded, it is parsed as
-plain data and validated like any request, and it only ever asks for one image.
+The metadata is JSON in one text chunk named `seriatim`. A PNG may come from anywhere, so reading is careful: the size
+of the chunk is bounded, it is parsed as plain data and validated like any request, and it may ask for one image only.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from seriatim.core.validation import Strict, parse
 from seriatim.pipeline.request import Label, SampleRequest
 
 KEY = "seriatim"
-LONGEST = 64 * 1024  # characters of the chunk: a request is a few hundred
+LONGEST = 64 * 1024  # characters of the chunk at most; a request has a few hundred
 MOST_PIXELS = 1 << 25
 
 
 class Recorded(Strict):
-    """The chunk."""
+    """The content of the text chunk."""
 
     format: Literal[1] = 1
-    request: dict[str, Any]  # that this image alone repeats
-    label: str | None = None  # the class by name
-    model_sha256: str = Field("", max_length=64)  # of the weights
+    request: dict[str, Any]  # a request that generates this image alone
+    label: str | None = None  # the name of the class
+    model_sha256: str = Field("", max_length=64)  # the sha256 of the weights
     pixels_sha256: str = Field(max_length=64)
-    edited: bool = False  # from another picture: that and the mask are needed to repeat it
+    edited: bool = False  # an edited image can't be generated from the request without the original and the mask
     versions: dict[str, str] = Field(default_factory=dict)
 
     def sample_request(self) -> SampleRequest:
@@ -57,7 +57,7 @@ def pixels_sha256(image: Image.Image) -> str:
 
 
 def alone(request: SampleRequest, i: int) -> dict[str, Any]:
-    """The request for image i of `request` and no other, as plain data: all of it, since defaults may change."""
+    """A request for image i of `request` alone, as plain data. It states every setting, since defaults may change."""
     label: Label = request.image_labels()[i]
     update = {"class_labels": (label,), "num_images_per_label": 1, "seeds": (request.image_seeds()[i],)}
     order = getattr(request, "order", None)
@@ -73,10 +73,10 @@ def chunk(recorded: Recorded) -> PngImagePlugin.PngInfo:
 
 
 def read_recorded(path: Path | str) -> tuple[Image.Image, Recorded]:
-    """A picture and what it says of itself; raises DataError, one line, where it says nothing that can be used."""
+    """A picture and its metadata. Raises DataError if it is not a PNG or has no metadata that can be used."""
     path = Path(path)
     if not path.is_file():
-        raise UsageError(f"from: {path} is no file; name a PNG that `seriatim sample` has written")
+        raise UsageError(f"from: {path} is not a file; name a PNG that `seriatim sample` has written")
     try:
         with Image.open(path, formats=("PNG",)) as image:
             if image.width * image.height > MOST_PIXELS:
@@ -85,18 +85,18 @@ def read_recorded(path: Path | str) -> tuple[Image.Image, Recorded]:
             text = image.text.get(KEY)  # type: ignore[attr-defined]
     except SeriatimError:
         raise
-    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, ... for what is no whole PNG
+    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, ... for a damaged PNG
         raise DataError(f"{path}: is not a readable PNG ({one_line(error)[:120]})") from error
     if text is None:
-        raise DataError(f"{path}: carries no request: it was not written by `seriatim sample`, or lost it on the way")
+        raise DataError(f"{path}: has no metadata: `seriatim sample` did not write it, or another program removed it")
     if len(text) > LONGEST:
-        raise DataError(f"{path}: its request is {len(text)} characters long, at most {LONGEST} are read")
+        raise DataError(f"{path}: its request is {len(text)} characters long; at most {LONGEST} are read")
     try:
         values = parse_json(text, dict)
     except Unreadable as error:
-        raise DataError(f"{path}: its request {error}; there is nothing to repeat") from error
+        raise DataError(f"{path}: its request {error}; the image can't be repeated") from error
     recorded = parse(Recorded, values, where=str(path), error=DataError)
     request = recorded.sample_request()
     if request.num_images != 1:
-        raise DataError(f"{path}: its request asks for {request.num_images} images; a picture is one")
+        raise DataError(f"{path}: its request asks for {request.num_images} images; that of a picture asks for one")
     return image, recorded

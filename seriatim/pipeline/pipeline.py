@@ -1,4 +1,4 @@
-"""A `Pipeline`: a model with its tokenizer, which is called, streamed or saved."""
+"""A `Pipeline` joins a model and its tokenizer; it can be called for images, streamed step by step, and saved."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ from seriatim.pipeline.sampler import sampled
 from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.base import to_uint8
 
-BATCH_TOKENS = 1 << 14  # tokens of a batch unless the caller says how many images
+BATCH_TOKENS = 1 << 14  # tokens of a batch when the caller gives no batch_size
 
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
 class Pipeline:
-    """A model with its tokenizer, ready to draw.
+    """A model with its tokenizer, ready to generate images.
 
     pipe = seriatim.load("demo/model")
     result = pipe(class_labels=[3, 8], num_images_per_label=4, seed=7)
     result.images[0].save("three.png")
 
-    A bundle that the caller owns keeps its device and its modes: both are as before after every call. `load` makes a
-    pipeline that owns its model, whose weights are laid out for sampling.
+    A pipeline made from a bundle leaves the bundle's device and training modes unchanged after every call. `load` makes
+    a pipeline that owns its model and lays the weights out for sampling.
     """
 
     def __init__(
@@ -63,9 +63,9 @@ class Pipeline:
         dtype: str | torch.dtype = "auto",
         source: str = "",
     ) -> None:
-        """`device` None means where the model is; another one moves the model there, in place."""
+        """Use `bundle` on `device`. None keeps the model's device; any other value moves the model in place."""
         self.bundle, self.source = bundle, source
-        self.owned = False  # whether nobody else trains this model: then it stays in evaluation mode
+        self.owned = False  # an owned model is never trained and stays in evaluation mode
         self.model, self.tokenizer = bundle.model, bundle.tokenizer
         self.device = self.model.device if device is None else pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
@@ -74,19 +74,19 @@ class Pipeline:
             self.tokenizer.to(self.device)
 
     def prepare(self) -> Pipeline:
-        """Lay the model's weights out for sampling alone, in place, as `load` does: faster, but not trainable."""
+        """Lay the model's weights out for sampling, in place, as `load` does. It is then faster but not trainable."""
         self.owned = True
         self.model.eval()
         self.tokenizer.eval()
-        prepare(self.model.backbone, self.dtype, keep=("token_embed",))  # what meets tokens stays in float32
+        prepare(self.model.backbone, self.dtype, keep=("token_embed",))  # it takes tokens, which are float32
         prepare(self.model.head)
         return self
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
-        """Inside, model and tokenizer are in evaluation mode, and torch is as this package's code expects it.
+        """A context in which model and tokenizer are in evaluation mode and torch has the settings this package needs.
 
-        Afterwards every module is in the mode it was in, and torch as the caller had it.
+        Afterwards every module is back in its former mode, and torch has the caller's settings.
         """
         if self.owned:
             with plain_torch():
@@ -108,18 +108,18 @@ class Pipeline:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The sampling settings that the model was saved with; an argument of a call goes before them."""
+        """The sampling settings that the model was saved with; arguments of a call override them."""
         return dict(self.bundle.sampling)
 
     # --- asking ---------------------------------------------------------------------------------------------------
 
     def request(self, **settings: Any) -> SampleRequest:
-        """The request that a call with these arguments makes: defaults filled in, everything checked."""
+        """The request that a call with these arguments makes, with defaults filled in and everything checked."""
         defaults, settings = self.defaults, {k: plain(v) for k, v in settings.items() if v is not None}
         if settings.get("guidance_schedule", defaults.get("guidance_schedule")) != defaults.get("guidance_schedule"):
-            for option in GUIDANCE_OPTIONS.values():  # these belong to the schedule that the call replaces
+            for option in GUIDANCE_OPTIONS.values():  # they belong to the schedule that this call replaces
                 defaults.pop(option, None)
-        labels = settings.get("class_labels", defaults.get("class_labels"))  # None: one image of no class
+        labels = settings.get("class_labels", defaults.get("class_labels"))  # None means one image of no class
         if labels is None:
             settings["class_labels"] = (None,)
         elif isinstance(labels, (str, int, float)):
@@ -130,7 +130,7 @@ class Pipeline:
         return request
 
     def checked(self, request: SampleRequest) -> SampleRequest:
-        """A request made elsewhere, as this model follows it; refuses what the model can't do."""
+        """A request made elsewhere, completed for this model. Raises UsageError if the model can't follow it."""
         self.check_labels(request)
         options = {f.name for f in dataclasses.fields(self.model.head.Options)}
         for name in request.head_options:
@@ -143,9 +143,9 @@ class Pipeline:
             self.label_index(label)
 
     def label_index(self, label: Label) -> int:
-        """The number of a class given by number or name; -1 for None, which "none" stands for on a command line.
+        """The number of the class with this number or name; -1 for no class, which is None or "none".
 
-        Digits that name one class and number another are refused; "number:3" is a number.
+        Digits that are the name of one class and the number of another are refused; "number:3" is always a number.
         """
         return class_number(label, self.model.classes, self.class_names)
 
@@ -153,7 +153,7 @@ class Pipeline:
         index = self.label_index(label)
         return None if index < 0 else name_of(index, self.class_names)
 
-    # --- drawing --------------------------------------------------------------------------------------------------
+    # --- sampling -------------------------------------------------------------------------------------------------
 
     def stream(
         self,
@@ -164,10 +164,10 @@ class Pipeline:
         request: SampleRequest | None = None,
         **settings: Unpack[SettingsArgs],
     ) -> Iterator[Step]:
-        """Yield a `Step` after every step over the images; `step.preview()` decodes it. Close it to cancel.
+        """Yield a `Step` after every sampling step; `step.preview()` decodes it. Close the iterator to cancel.
 
-        A batch of `batch_size` images is finished before the next begins. `generator` (one, or one for each image)
-        stands in for `seed`: a seed for each image is drawn from it. Otherwise arguments are those of a
+        A batch of `batch_size` images is finished before the next begins. `generator`, one for all images or one for
+        each, replaces `seed`: the seed of each image is drawn from it. The other arguments are those of a
         `SampleRequest`.
         """
         given: dict[str, Any] = dict(settings)
@@ -189,7 +189,7 @@ class Pipeline:
         return request.model_copy(update={"seeds": seeds_of(given, request.num_images)})
 
     def _steps(self, request: SampleRequest, batch_size: int | None, start: Start | None = None) -> Iterator[Step]:
-        """The steps of a request; what is wrong with `batch_size` is said now, not when the first step is asked for."""
+        """The steps of a request. A wrong `batch_size` raises at once, not when the first step is asked for."""
         if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
             raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be an integer of at least 1")
         labels = torch.tensor([self.label_index(label) for label in request.image_labels()], device="cpu")
@@ -208,19 +208,20 @@ class Pipeline:
         progress: bool = True,
         **settings: Unpack[SettingsArgs],
     ) -> Result:
-        """Draw images: `pipe([3, 8])` draws one of each class, `pipe()` one image of no class.
+        """Generate images: `pipe([3, 8])` generates one of each class, and `pipe()` one image of no class.
 
         The settings are those of a `SampleRequest`, with diffusers' names where it has them; options of the head
         (`num_diffusion_steps`, `top_k`, ...) may be given beside them. `output_type` is "pil"; "np", (B, H, W, c)
-        float32 in [0, 1]; "pt", (B, c, H, W) float32 in [0, 1]; or "tokens", the model's tokens (B, L, D). What is no
-        picture comes as the tokenizer's decode() gives it: a tensor with "pt", an array otherwise.
+        float32 in [0, 1]; "pt", (B, c, H, W) float32 in [0, 1]; or "tokens", the model's tokens (B, L, D). If the model
+        does not generate pictures, the result is what the tokenizer's decode() returns: a tensor with "pt", otherwise
+        an array.
 
         `callback_on_step_end(pipeline, index, total, {"tokens", "known"})` is called after each step; "tokens" in the
-        mapping that it may return replace the known ones, and sampling goes on from those. Whatever lasts more than two
+        mapping that it may return replace those of the step, and sampling continues from them. A call of more than two
         seconds shows a progress bar on standard error, unless `progress` is False.
 
-        Raises UsageError, one line, where a setting is not allowed or would have no effect, and NumericsError where the
-        sampled tokens are not finite.
+        Raises UsageError if a setting is not allowed or would have no effect, and NumericsError if the sampled tokens
+        are not finite.
         """
         check_output(output_type)
         check_callback(callback_on_step_end)
@@ -237,11 +238,11 @@ class Pipeline:
         steps: Iterator[Step],
         output_type: str,
         callback_on_step_end: StepCallback | None = None,
-        keep: tuple[Tensor, Tensor] | None = None,  # pixels (B, H, W, c) uint8, and where (B, H, W) others replace them
-        edited: bool = False,  # the request alone does not make these images
+        keep: tuple[Tensor, Tensor] | None = None,  # original pixels (B, H, W, c) uint8; mask (B, H, W) to repaint
+        edited: bool = False,  # whether these images can't be generated from the request alone
         progress: bool = True,
     ) -> Result:
-        """Run the steps; decode each batch when it is finished, so that pictures leave the device batch by batch."""
+        """Run the steps, and decode each finished batch at once so that the device holds pictures of one batch only."""
         pictures: list[Any] = []
         finished: list[Tensor] = []
         with Progress(request.num_images, "sampling", "images", quiet=not progress) as bar:
@@ -267,7 +268,7 @@ class Pipeline:
         return Result(images, names, request.image_seeds(), request, tokens, self.bundle.sha256, made, edited, keep)
 
     def _output(self, tokens: Tensor, output_type: str, keep: tuple[Tensor, Tensor] | None) -> Any:
-        """What a caller gets of the tokens of one batch."""
+        """The tokens of one batch, decoded and converted to `output_type`."""
         decoded = self._decode(tokens)
         return converted(decoded, output_type, keep) if self.tokenizer.pictures else arrays_of(decoded, output_type)
 
@@ -286,13 +287,13 @@ class Pipeline:
         progress: bool = True,
         **settings: Unpack[SettingsArgs],
     ) -> Result:
-        """Repaint where `mask` is white: inpaint, outpaint inside the frame, or change the class of a region.
+        """Repaint an image where `mask` is white: inpaint, outpaint inside the frame, or change the class of a region.
 
-        `image`: one picture or several, of the model's size: PIL, arrays (B, H, W, c) uint8, tensors (B, c, H, W) in
-        [-1, 1]. `mask`: one for all or one for each: PIL, or (H, W), (B, H, W) arrays. `class_labels`: one for all or
-        one for each; None is no class. Several labels for one picture make several pictures. A token with a white pixel
-        is redrawn; all other tokens stay bitwise equal, and black pixels stay exactly as they were. The other arguments
-        are those of a call.
+        `image` is one picture or several of the model's size: PIL, arrays (B, H, W, c) uint8, or tensors (B, c, H, W)
+        in [-1, 1]. `mask` is one for all or one for each: PIL, or arrays (H, W) or (B, H, W). `class_labels` is one for
+        all or one for each; None means no class. Several labels for one picture make several pictures. A token with a
+        white pixel is generated anew, all other tokens stay bitwise equal, and black pixels keep their exact values.
+        The other arguments and the errors are those of a call.
         """
         check_output(output_type)
         check_callback(callback_on_step_end)
@@ -310,7 +311,7 @@ class Pipeline:
         batch_size: int | None = None,
         **settings: Unpack[SettingsArgs],
     ) -> Iterator[Step]:
-        """The steps of an edit, as `stream` yields those of a request; previews show the model's pixels everywhere."""
+        """Yield a `Step` after every step of an edit. Previews show the model's pixels everywhere, even under black."""
         request, start, _ = self._edit(image, mask, class_labels, generator, dict(settings))
         return self._steps(request, batch_size, start)
 
@@ -318,7 +319,7 @@ class Pipeline:
     def _edit(
         self, image: Any, mask: Any, class_labels: Any, generator: Any, settings: dict[str, Any]
     ) -> tuple[SampleRequest, Start, tuple[Tensor, Tensor]]:
-        """The request of an edit, the tokens it begins from, and the pixels that are put back at the end."""
+        """The request of an edit, the tokens it begins from, and the pixels and the mask for the end of `_result`."""
         originals = as_images(image, self.tokenizer, self.bundle.background)  # (n, H, W, c)
         labels = tuple(class_labels) if isinstance(class_labels, (list, tuple)) else (class_labels,)
         count = broadcast(originals, labels)
@@ -330,7 +331,7 @@ class Pipeline:
         originals = originals.repeat_interleave(each, dim=0)  # (B, H, W, c)
         floats = originals.permute(0, 3, 1, 2).float().to(self.device) / 127.5 - 1
         with self.sampling():
-            tokens = self.tokenizer.tokens(self.tokenizer.moments(floats))  # (B, L, D), the mode
+            tokens = self.tokenizer.tokens(self.tokenizer.moments(floats))  # (B, L, D)
         return request, Start(tokens, ~token_mask(white, self.tokenizer)), (originals, white)
 
     def regenerate(
@@ -345,23 +346,23 @@ class Pipeline:
         progress: bool = True,
         **settings: Unpack[SettingsArgs],
     ) -> Result:
-        """Redraw chosen tokens of a result: indices, or a bool mask (L,) or (B, L). The others stay bitwise equal.
+        """Generate chosen tokens of a result anew; all other tokens stay bitwise equal.
 
-        Settings are those of the result's request but for the seed, unless given. The other arguments are those of a
-        call.
+        `tokens` are indices, or a bool mask (L,) or (B, L). Settings that are not given are those of the result's
+        request, except for the seed, which is random. The other arguments and the errors are those of a call.
         """
         check_output(output_type)
         check_callback(callback_on_step_end)
         count, L = result.tokens.shape[:2]
         redraw = chosen_tokens(tokens, count, L)
         given = {k: plain(v) for k, v in settings.items() if v is not None}
-        before = result.request.model_dump(exclude={"seed", "seeds"})  # all of it: the model's defaults have no say
+        before = result.request.model_dump(exclude={"seed", "seeds"})  # complete, so the model's defaults don't apply
         request = resolved({**given, "seed": given.get("seed", secrets.randbits(32))}, before, self.model)
         request = self._resolve(generator, request, {})
         if request.num_images != count:
             raise UsageError(f"class_labels: the request is for {request.num_images} images, the result has {count}")
         keep = None
-        if result.kept is not None:  # what an edited picture kept still is kept, but for the tokens redrawn
+        if result.kept is not None:  # pixels that the edit kept are kept again, except in tokens generated anew
             originals, white = result.kept
             keep = (originals, white | token_pixels(redraw, self.tokenizer))
         steps = self._steps(request, batch_size, Start(result.tokens, ~redraw))
@@ -373,13 +374,13 @@ class Pipeline:
 
     def _pil(self, tokens: Tensor, known: Tensor | None = None) -> list[Image.Image]:
         if not self.tokenizer.pictures:
-            raise UsageError("preview: this model's tokens are no pictures; look at step.tokens")
+            raise UsageError("preview: this model generates no pictures; use step.tokens")
         return as_pil(to_uint8(self._decode(tokens, known)))
 
-    # --- keeping --------------------------------------------------------------------------------------------------
+    # --- saving ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write a model folder that `load` takes back."""
+        """Write a model folder that `load` can read, and return its path."""
         return save_bundle(self.bundle, Path(folder))
 
 

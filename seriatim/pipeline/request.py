@@ -1,4 +1,4 @@
-"""The request: everything that affects an image, and nothing else."""
+"""A request holds everything that affects an image, and nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from seriatim.models.registry import HEADS
 from seriatim.sampling.draw import STEPS as HEAD_STEPS
 from seriatim.sampling.parallel import STEPS
 
-MOST_IMAGES = 1 << 20  # of a request: their tokens stay in memory together
+MOST_IMAGES = 1 << 20  # in one request, because all their tokens are in memory together
 
 Label = Annotated[
     Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | str | None,
@@ -33,17 +33,17 @@ Images = Annotated[StrictInt, Field(ge=1, le=MOST_IMAGES)]
 
 
 def head_option_names() -> set[str]:
-    """The options of all registered heads. They may be given beside the settings, as in `pipe(top_k=5)`."""
+    """The names of the options of all registered heads. A call may give them as settings, as in `pipe(top_k=5)`."""
     return {f.name for head in HEADS.values() for f in dataclasses.fields(head.Options)}
 
 
 def request_fields() -> list[str]:
-    """The names of all settings of a request, head options included."""
+    """The names of all settings of a request, including head options."""
     return [*SampleRequest.model_fields, *sorted(head_option_names())]
 
 
 def gathered(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    """The same settings, with those that are head options moved into `head_options`; None stands for not given."""
+    """The settings with head options, those in `names`, moved into `head_options`; an option of None is left out."""
     result = {name: value for name, value in values.items() if name not in names}
     options = {name: value for name, value in values.items() if name in names and value is not None}
     if options:
@@ -52,14 +52,14 @@ def gathered(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 class SampleRequest(Settings):
-    """What to draw, and how. The same request gives the same images."""
+    """What to generate, and how. The same request gives the same images."""
 
     class_labels: tuple[Label, ...] = Field(
-        (None,), description="A class for each image: its number, its name, or None for no class."
+        (None,), description="The classes to generate: each a number, a name, or None for no class."
     )
-    num_images_per_label: Images = Field(1, description="Images of each label.")
-    seed: Seed = Field(0, description="Image i is drawn from the seed (seed, i), unless `seeds` names one for each.")
-    seeds: tuple[Seed, ...] | None = Field(None, description="A seed for each image, in the place of `seed`.")
+    num_images_per_label: Images = Field(1, description="The number of images of each class in class_labels.")
+    seed: Seed = Field(0, description="The seed; image i depends on the pair (seed, i) unless `seeds` is given.")
+    seeds: tuple[Seed, ...] | None = Field(None, description="A seed for each image; replaces `seed`.")
 
     @model_validator(mode="before")
     @classmethod
@@ -69,10 +69,10 @@ class SampleRequest(Settings):
     @model_validator(mode="after")
     def _of_these_images(self) -> SampleRequest:
         if not self.class_labels:
-            raise ValueError("class_labels: is empty; name at least one class, or None")
+            raise ValueError("class_labels: is empty; give at least one class, or None")
         if self.num_images > MOST_IMAGES:
             raise ValueError(
-                f"num_images_per_label: {self.num_images:,} images in all; at most {MOST_IMAGES:,} at once"
+                f"num_images_per_label: {self.num_images:,} images in all; ask for at most {MOST_IMAGES:,} at once"
             )
         self.check_order()
         if self.seeds is not None and len(self.seeds) != self.num_images:
@@ -80,12 +80,12 @@ class SampleRequest(Settings):
         return self
 
     def check_order(self, tokens: int | None = None) -> None:
-        """Refuse positions that are no permutation of a model's tokens, or are for another number of images."""
+        """Raise UsageError if `order` lists positions for another number of images, or not each token once."""
         if self.order is None or isinstance(self.order, str):
             return
         rows = [row for row in self.order if not isinstance(row, int)]
         if rows and len(rows) != self.num_images:
-            raise UsageError(f"order: {len(rows)} given for {self.num_images} images; give one, or one for each")
+            raise UsageError(f"order: {len(rows)} orders given for {self.num_images} images; give one, or one for each")
         if tokens is not None:
             for i, row in enumerate(rows):
                 check_permutation(row, tokens, f"order[{i}]")
@@ -97,31 +97,31 @@ class SampleRequest(Settings):
         return len(self.class_labels) * self.num_images_per_label
 
     def image_seeds(self) -> list[int]:
-        """The seed of each image."""
+        """A list with the seed of each image."""
         if self.seeds is not None:
             return list(self.seeds)
         return [derive_seed(self.seed, i) for i in range(self.num_images)]
 
     def image_labels(self) -> list[Label]:
-        """The label of each image: all of the first label, then all of the second, ..."""
+        """A list with the label of each image: all images of the first label come first, then those of the second."""
         return [label for label in self.class_labels for _ in range(self.num_images_per_label)]
 
 
 def seeds_of(generators: Any, images: int) -> tuple[int, ...]:
-    """A seed for each image, drawn from torch's generators: one for all, or a list with one for each image."""
+    """Seeds for `images` images, drawn from one torch.Generator, or from a list with one for each image."""
     many = list(generators) if isinstance(generators, (list, tuple)) else [generators] * images
     if not all(isinstance(each, torch.Generator) for each in many):
-        raise UsageError(f"generator: {generators!r} is not allowed; give one of torch's, or a list with one an image")
+        raise UsageError(f"generator: {generators!r} is not allowed; give a torch.Generator, or one for each image")
     if len(many) != images:
-        raise UsageError(f"generator: {len(many)} given for {images} images; give one, or one for each")
+        raise UsageError(f"generator: {len(many)} generators given for {images} images; give one, or one for each")
     return tuple(int(torch.randint(2**62, (), generator=each, device=each.device).item()) for each in many)
 
 
 def resolved(values: Mapping[str, Any], defaults: Mapping[str, Any], model: SequenceModel) -> SampleRequest:
-    """The request that a caller's settings make of a model, with its defaults filled in and everything checked.
+    """The request for a model from a caller's settings, with the model's defaults filled in and everything checked.
 
-    A setting that the caller gave and that would have no effect is refused by name; so is a head option that the
-    model's head does not have. Defaults that the head does not have are left out.
+    Raises UsageError that names the setting if it would have no effect, or is a head option that the model's head does
+    not have. Defaults that the head does not have are left out.
     """
     options = {f.name for f in dataclasses.fields(model.head.Options)}
     given = gathered(values, options | head_option_names())
@@ -144,7 +144,7 @@ def resolved(values: Mapping[str, Any], defaults: Mapping[str, Any], model: Sequ
 
 
 def fitted(request: SampleRequest, model: SequenceModel, given: set[str]) -> SampleRequest:
-    """The request as the model follows it: steps and order filled in; `given` are the settings that a caller named."""
+    """The request with steps and order filled in for this model; `given` names the settings that the caller gave."""
     check_effects(request, model, given)
     request.check_order(model.tokens)
     model.check_settings(request)
@@ -166,7 +166,7 @@ def fitted(request: SampleRequest, model: SequenceModel, given: set[str]) -> Sam
 
 
 def check_effects(request: SampleRequest, model: SequenceModel, given: set[str]) -> None:
-    """Refuse settings that a caller gave and that would have no effect on this model."""
+    """Raise UsageError if a setting that the caller gave would have no effect on this model."""
     first = request.head_options.get(HEAD_STEPS)
     anneals = HEAD_STEPS in {f.name for f in dataclasses.fields(model.head.Options)}
     unconditional = not model.classes and not request_has_condition(model)
@@ -177,14 +177,14 @@ def check_effects(request: SampleRequest, model: SequenceModel, given: set[str])
     }
     for name, reason in reasons.items():
         if name in given and reason and getattr(request, name) is not None:
-            raise UsageError(f"{name}: would have no effect, {reason}; leave it out")
+            raise UsageError(f"{name}: would have no effect ({reason}); leave it out")
     last = request.num_diffusion_steps_last
     if last is not None and anneals:
         begins = getattr(model.head.options(**({} if first is None else {HEAD_STEPS: first})), HEAD_STEPS)
         if last > begins:
-            raise UsageError(f"num_diffusion_steps_last: {last} is not allowed; at most {HEAD_STEPS}, {begins}")
+            raise UsageError(f"num_diffusion_steps_last: {last} is more than {HEAD_STEPS}; give at most {begins}")
 
 
 def request_has_condition(model: SequenceModel) -> bool:
-    """Whether the model has a condition other than classes, such as captions."""
+    """Whether the model has captions as its condition."""
     return "caption_dim" in model.conditioner.config

@@ -1,4 +1,4 @@
-"""What a call gives: images, and all that is needed to draw them again."""
+"""The result of a call: images, and all that is needed to generate them again."""
 
 from __future__ import annotations
 
@@ -26,29 +26,32 @@ OUTPUT_TYPES = ("pil", "np", "pt", "tokens")
 
 @dataclass(frozen=True)
 class Result:
-    """Images in the order of the labels, and their tokens."""
+    """Images in the order of the labels, and their tokens.
 
-    images: Any  # a list of PIL images; (B, H, W, c) or (B, c, H, W) in [0, 1]; or tokens (B, L, D)
-    # What is no picture: (B, L, D) in its own units, or codes (B, L)
-    labels: list[str | None]  # the class of each image, by name
-    seeds: list[int]  # of each image
+    `images` depends on output_type: a list of PIL images; (B, H, W, c) or (B, c, H, W) in [0, 1]; or tokens (B, L, D).
+    A model that does not generate pictures gives (B, L, D) in the units of its data, or codes (B, L).
+    """
+
+    images: Any
+    labels: list[str | None]  # the name of each image's class
+    seeds: list[int]  # the seed of each image
     request: SampleRequest
     tokens: Tensor  # (B, L, D)
-    model_sha256: str = ""  # of the weights
+    model_sha256: str = ""  # the sha256 of the weights
     versions: dict[str, str] = field(default_factory=dict)
-    edited: bool = False  # made from other pictures or tokens: the request alone does not repeat it
-    kept: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # of an edit: pixels, and where others replace
+    edited: bool = False  # the request alone can't repeat images made from other pictures or tokens
+    kept: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # an edit's original pixels and mask
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
-        """Write the images as PNG files that carry their request; `seriatim sample MODEL --from FILE` repeats one.
+        """Write the images as PNG files that hold their request; `seriatim sample MODEL --from FILE` repeats one.
 
-        What is no picture becomes samples.npy, an array, and samples.json, its request. The folder is new, empty or
-        one of samples. Raises UsageError, before anything is written, where it is another, or where a file of the same
-        name is there; with `overwrite` samples of the same names are replaced.
+        If the model does not generate pictures, an array samples.npy and its request samples.json are written. The
+        folder must be new, empty, or hold samples already. Raises UsageError, before anything is written, if it holds
+        something else, or if a file of the same name exists; `overwrite` replaces samples of the same names.
         """
         arrays = isinstance(self.images, np.ndarray) and self.images.ndim < 4
         if not arrays and not isinstance(self.images, list):
-            raise UsageError("output_type: only PIL images are saved; call with output_type='pil'")
+            raise UsageError("output_type: only PIL images can be saved; call with output_type='pil'")
         root = Path(folder)
         files = [root / name for name in ((SAMPLES, SAYS) if arrays else file_names(self.labels))]
         check_samples_folder(root, files, overwrite=overwrite)
@@ -69,7 +72,7 @@ class Result:
         return [save_array(self.images, folder / SAMPLES), write_json(folder / SAYS, says)]
 
     def recorded(self, i: int) -> Recorded:
-        """What the PNG of image i says of it."""
+        """The metadata for the PNG of image i."""
         return recorded(
             self.images[i], self.request, i, self.labels[i], self.model_sha256, self.versions, edited=self.edited
         )
@@ -85,7 +88,7 @@ def recorded(
     *,
     edited: bool = False,
 ) -> Recorded:
-    """What the PNG of image i of a request says of it."""
+    """The metadata for the PNG of image i of a request."""
     return Recorded(
         request=alone(request, i),
         label=label,
@@ -101,20 +104,20 @@ def save_image(image: Image.Image, path: Path | str, says: Recorded) -> Path:
 
 
 def save_array(array: Any, path: Path | str) -> Path:
-    """A .npy file."""
+    """Write a .npy file and return its path."""
 
     def write(file: Path) -> None:
-        with open(file, "wb") as stream:  # given a name, numpy would append its own suffix
+        with open(file, "wb") as stream:  # given a name instead, numpy would append .npy to it
             np.save(stream, array, allow_pickle=False)
 
     return atomic_write(path, write)
 
 
 def converted(pictures: Tensor, output_type: str, keep: tuple[Tensor, Tensor] | None) -> Any:
-    """Decoded pictures (B, c, H, W) in [-1, 1] as a call was asked for, off the device; the values are diffusers'.
+    """Decoded pictures (B, c, H, W) in [-1, 1], converted to an output type (named as in diffusers) and on the CPU.
 
-    "pil": a list; "np": (B, H, W, c) float32 in [0, 1]; "pt": (B, c, H, W) float32 in [0, 1], not rounded to 8 bits
-    unless an edit puts pixels back. `keep`: the pixels that an edit puts back, and where others replace them.
+    "pil" gives a list; "np" gives (B, H, W, c) float32 in [0, 1]; "pt" gives (B, c, H, W) float32 in [0, 1], which is
+    rounded to 8 bits only if an edit puts pixels back. `keep` holds the original pixels of an edit and its mask.
     """
     if keep is None and output_type == "pt":
         return ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
@@ -127,14 +130,14 @@ def converted(pictures: Tensor, output_type: str, keep: tuple[Tensor, Tensor] | 
 
 
 def gathered(parts: list[Any]) -> Any:
-    """The pictures of all batches: lists, arrays or tensors put one after another."""
+    """The pictures of all batches, concatenated: lists, arrays or tensors."""
     if isinstance(parts[0], list):
         return [image for part in parts for image in part]
     return torch.cat(parts) if isinstance(parts[0], Tensor) else np.concatenate(parts)
 
 
 def finite(images: Tensor) -> Tensor:
-    """Decoded images; they are refused where they are not finite, which as 8-bit pixels would look like black."""
+    """The decoded images. Raises NumericsError if they are not finite, which 8-bit pixels would show as black."""
     if images.is_floating_point() and not bool(torch.isfinite(images).all()):
         raise NumericsError(
             "the decoded images are not finite, though their tokens are: the tokenizer's decoder overflows, or its "
@@ -144,22 +147,22 @@ def finite(images: Tensor) -> Tensor:
 
 
 def arrays_of(decoded: Tensor, output_type: str) -> Any:
-    """What is no picture (B, L, D) or (B, L): a tensor for "pt", an array otherwise."""
+    """Decoded tokens that are not pictures, (B, L, D) or (B, L): a tensor for "pt", otherwise an array."""
     return decoded if output_type == "pt" else decoded.cpu().numpy()
 
 
 def file_names(labels: Sequence[str | None]) -> list[str]:
-    """The name of each image's file: its number and its class."""
+    """The file name of each image, made of its number and its class."""
     return [f"{i:04d}-{safe_name(label or 'image')}.png" for i, label in enumerate(labels)]
 
 
 def safe_name(name: str) -> str:
-    """A class name as part of a file name: letters, digits, - and _ of any script; at most 40."""
+    """A class name made safe for a file name: at most 40 characters, all letters or digits of any script, - or _."""
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:40] or "image"
 
 
 def as_pil(arrays: Tensor) -> list[Image.Image]:
-    """(B, H, W, c) uint8 -> pictures."""
+    """A list of PIL images from (B, H, W, c) uint8."""
     return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays.numpy()]
 
 

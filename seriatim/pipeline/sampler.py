@@ -1,4 +1,4 @@
-"""A request, run batch by batch: the steps of its images, each batch finished before the next begins."""
+"""Run a request batch by batch. Each batch of images is finished before the next begins."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def sampled(
 ) -> Iterator[Step]:
     """Yield the steps of a resolved request, in batches of `size` images.
 
-    labels (B,), on the host: the class of each image, -1 for none. `grid` is the tokenizer's, for orders by name.
-    `start` holds tokens of all B images. Whatever touches the model runs inside `sampling()`; between steps the model
+    `labels` (B,), on the host, holds the class of each image, -1 for none. `grid` is the tokenizer's, which named
+    orders need. `start` holds tokens of all B images. The model runs only inside `sampling()`, so that between steps it
     is as its owner left it. `decode` makes previews.
     """
     seeds = request.image_seeds()
@@ -59,7 +59,7 @@ def sampled(
 
 
 def positions(request: SampleRequest, grid: tuple[int, int], images: slice) -> Tensor | None:
-    """The order of these images as positions on the grid, (L,) or (B, L); None where it is up to the model."""
+    """The order of these images as positions on the grid, (L,) or (B, L); None if the model chooses it."""
     if request.order is None or request.order in (RANDOM, CONFIDENCE):
         return None
     if isinstance(request.order, str):

@@ -1,4 +1,4 @@
-"""Folders that samples are saved to: whose they are, and what in them may be replaced."""
+"""Check the folder that samples are saved to, so that nothing but earlier samples is ever replaced."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from seriatim.core.errors import UsageError
 from seriatim.core.ownership import json_of, owned
 from seriatim.pipeline.metadata import KEY
 
-SAMPLES, SAYS = "samples.npy", "samples.json"  # of what is no picture
+SAMPLES, SAYS = "samples.npy", "samples.json"  # the files of a model that does not generate pictures
 GRID, ANIMATION = "grid.png", "animation.gif"
-LOOKED_AT = 100  # pictures of a folder in which the request of one is searched for
+LOOKED_AT = 100  # at most this many pictures of a folder are searched for a request
 
 
 def is_sample(path: Path) -> bool:
-    """Whether a PNG carries the request that made it; its pixels are not decoded."""
+    """Whether a PNG holds the request that made it. Its pixels are not decoded."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             return KEY in image.info
-    except Exception:  # Pillow raises OSError, ValueError, SyntaxError, ... for what is no PNG
+    except Exception:  # Pillow raises OSError, ValueError, SyntaxError, ... for other files
         return False
 
 
 def holds_samples(folder: Path) -> bool:
-    """Whether samples were saved to the folder, as they prove themselves."""
+    """Whether samples were saved to the folder. Their metadata must prove it, not just their names."""
     if {"request", "model_sha256", "seeds"} <= json_of(folder / SAYS).keys():
         return True
     names = (path for path in folder.iterdir() if re.fullmatch(r"[0-9]{4,}-.+\.png", path.name))
@@ -37,10 +37,10 @@ def holds_samples(folder: Path) -> bool:
 
 
 def check_samples_folder(folder: Path, files: Sequence[Path], *, overwrite: bool) -> list[Path]:
-    """Refuse to save `files` to a folder that is neither new nor empty nor one of samples; touches nothing.
+    """The files that saving `files` to the folder would replace; nothing is written yet.
 
-    A file that is there is refused too, unless it is to be replaced and a sample was saved under that name. Returns
-    those that will be replaced.
+    Raises UsageError if the folder is neither new nor empty nor one of samples, or if a file exists already. With
+    `overwrite` an existing file is allowed if it is a sample.
     """
     owned(folder, "folder of samples", holds_samples)
     taken = [file for file in files if os.path.lexists(file)]
@@ -49,5 +49,7 @@ def check_samples_folder(folder: Path, files: Sequence[Path], *, overwrite: bool
     for file in taken:
         ours = file.name in (SAMPLES, SAYS, GRID, ANIMATION) or is_sample(file)
         if not ours or file.is_symlink() or not file.is_file():
-            raise UsageError(f"out: {file} is no sample that Seriatim wrote and would be lost; choose another folder")
+            raise UsageError(
+                f"out: {file} is not a sample that Seriatim wrote and would be lost; choose another folder"
+            )
     return taken

@@ -58,7 +58,7 @@ class GuidedPasses:
         if not torch.equal(chosen, self.chosen):
             there = chosen.to(tokens.device)
             self.chosen, self.index, self.index_there = chosen, chosen % self.images, there % self.images
-            self.condition = self.both.select(there) if len(chosen) < len(self.both) else self.both
+            self.condition = self.both.select(chosen) if len(chosen) < len(self.both) else self.both
         z = self.backbone.z(
             self.condition, tokens[self.index_there], known[self.index], ask[self.index], self.neighbours
         )

@@ -49,7 +49,7 @@ def parallel_steps(
     temperature: float | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Step]:
-    """Yield a `Step` after each sampling step; the last one holds all tokens. `checked` looks at their numbers.
+    """Yield a `Step` after each sampling step; the last one holds all tokens. `checked` refuses bad numbers.
 
     `condition` and `null` hold B images each, and `keys` has B rows on the host. `order`, (L,) or (B, L), lists
     positions and overrides settings.order; `scale` (B) and `temperature` (B,) override the settings for each image. The

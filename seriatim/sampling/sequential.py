@@ -42,7 +42,7 @@ def sequential_steps(
     temperature: float | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Step]:
-    """Yield a `Step` after each token of the images; the last one holds all tokens. `checked` looks at their numbers.
+    """Yield a `Step` after each token of the images; the last one holds all tokens. `checked` refuses bad numbers.
 
     `vectors` (B, L), on the host, lists the positions of each image in the order of generation, known positions first.
     The other arguments are those of `parallel_steps`.
@@ -132,9 +132,9 @@ class CachedPasses:
     def _start(self, rows: Tensor, both: bool) -> object:
         there = rows.to(self.vectors.device)
         whole = len(rows) == len(self.condition)
-        condition = self.condition if whole else self.condition.select(there)
+        condition = self.condition if whole else self.condition.select(rows)
         if both:
-            condition = condition.join(self.null if whole else self.null.select(there))
+            condition = condition.join(self.null if whole else self.null.select(rows))
         order = self.vectors[there] if self.backbone.any_order else None
         return self.backbone.start(condition, order if order is None or not both else order.repeat(2, 1))
 
@@ -182,11 +182,11 @@ def dense(
     guidance: Callable[[int], Guidance | None],
     temperature: Callable[[int], float | Tensor],
 ) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, L, D), or codes (B, L), generated in raster order from nothing; and of codes, whether all are codes.
+    """Tokens (B, L, D), or codes (B, L), generated in raster order from nothing; and whether all codes are valid.
 
     Nested heads use this loop inside a token: it is faster because it has no masks, no gathers and no `Step`. keys[i]
     has B rows on the device; guidance(i) and temperature(i) apply to token i. `null` is None if no token is guided.
-    The second result is a bool on the device, None with features, which are NaN themselves where something was.
+    The second result is a bool on the device. It is None for features, which show an invalid value by being NaN.
     """
     B = len(condition)
     state = backbone.start(condition if null is None else condition.join(null))
@@ -198,7 +198,7 @@ def dense(
         now = guidance(i)
         z_null = None if now is None else z[B:]
         drawn = head.sample(z[:B], keys[i], plan, z_null, now, temperature(i))
-        if sound is not None:  # logits that are not finite give `head.output`, which is no code
+        if sound is not None:  # logits that are not finite give the invalid code `head.output`
             sound = sound & (drawn < head.output).all()
             drawn = drawn.clamp(max=head.output - 1)
         tokens[:, i] = drawn

@@ -92,12 +92,11 @@ def begin(spec: TokenSpec, images: int, device: torch.device, start: Start | Non
         raise UsageError(f"known: {known.dtype} of shape {shape} is not allowed; give bool ({images}, {spec.count})")
     spec.check(tokens, images)
     host = known.to("cpu", copy=True)  # samplers write into it, so it must not be the caller's tensor
-    there = host.to(device)
-    tokens = tokens.to(device, blank.dtype)
-    tokens = torch.where(there if tokens.ndim == 2 else there[..., None], tokens, blank)
+    there = host.to(tokens.device)  # the check is made where the tokens are: on the host it waits for nothing
+    tokens = torch.where(there if tokens.ndim == 2 else there[..., None], tokens, tokens.new_zeros(()))
     if not bool(torch.isfinite(tokens).all()):
         raise UsageError("tokens: a known one is not finite; check the images that they come from")
-    return tokens, host
+    return tokens.to(device, blank.dtype), host
 
 
 def check_finite(tokens: Tensor, sound: Tensor | None) -> None:
@@ -114,9 +113,9 @@ def check_finite(tokens: Tensor, sound: Tensor | None) -> None:
 
 
 def checked(steps: Iterator[Step]) -> Iterator[Step]:
-    """The same steps. The last one is refused where its tokens are not finite, before anybody decodes them.
+    """Yield the same steps. Raises NumericsError before the last one if its tokens are not finite.
 
-    This is the one time in a batch that a sampler waits for an accelerator.
+    This is the only time in a batch that a sampler waits for an accelerator.
     """
     for step in steps:
         if step.last:

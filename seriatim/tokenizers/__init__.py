@@ -1,4 +1,4 @@
-"""Tokenizers: images to tokens and back."""
+"""Tokenizers turn images into tokens and back."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Tokens given as they are: sequences that are no pictures, or what somebody else's tokenizer made.
+"""The tokenizer for data that are tokens already: sequences other than pictures, or tokens from another tokenizer.
 
-B sequences, L tokens of D features, or L codes of a vocabulary of V.
+Shapes: B sequences, L tokens of D features, or L codes of a vocabulary of V.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
 from seriatim.tokenizers.base import Tokenizer
 
-FLOOR = 1e-6  # of a feature's standard deviation, beside its mean: one that never varies stays what it is
+FLOOR = 1e-6  # least standard deviation relative to the mean, so that a constant feature is not divided by almost 0
 
 
 class Arrays(Tokenizer):
-    """The identity. Features are normalised to zero mean and unit variance, which `fit` measures once; codes stay.
+    """Normalises features to zero mean and unit variance, which `fit` measures once; codes are left as they are.
 
-    What `decode` gives are tokens again, (B, L, D) in their own units or codes (B, L): not pictures. `size` is (1, L),
-    `channels` D, as the data has them; of codes, 1.
+    `decode` returns (B, L, D) in the units of the data, or codes (B, L), and never pictures. `size` is (1, L) and
+    `channels` is D, as in the data; codes have 1 channel.
     """
 
     pictures = False
@@ -30,14 +30,14 @@ class Arrays(Tokenizer):
     def __init__(self, size: Sequence[int], channels: int = 1, *, vocab: int | None = None) -> None:
         super().__init__()
         if len(size) != 2 or size[0] != 1 or size[1] < 1:
-            raise UsageError(f"size: {list(size)!r} is not allowed; of arrays it is [1, tokens]")
+            raise UsageError(f"size: {list(size)!r} is not allowed; for arrays it must be [1, tokens]")
         if channels < 1 or (vocab is not None and channels != 1):
             raise UsageError(
-                f"channels: {channels!r} is not allowed; of arrays it is the features of a token, of codes 1"
+                f"channels: {channels!r} is not allowed; it must be the number of features of a token, or 1 for codes"
             )
         if vocab is not None and vocab < 2:
             raise UsageError(
-                f"vocab: {vocab!r} is not allowed; it must be at least 2, or absent where tokens are features"
+                f"vocab: {vocab!r} is not allowed; it must be at least 2, or absent if tokens are features"
             )
         self.size = self.grid = (1, int(size[1]))
         self.channels = self.dim = channels
@@ -51,9 +51,9 @@ class Arrays(Tokenizer):
         self.register_buffer("measured", torch.tensor(False, device="cpu"))
 
     def moments(self, images: Tensor) -> Tensor:
-        """Tokens (B, L, D) or codes (B, L), as the arrays have them -> (B, D, 1, L) or (B, 1, 1, L)."""
+        """The moments (B, D, 1, L) of tokens (B, L, D), or (B, 1, 1, L) of codes (B, L)."""
         moments = images[:, None] if images.ndim == 2 else images.transpose(1, 2)
-        return self.check_moments(moments[:, :, None])  # float32 of features, int64 of codes
+        return self.check_moments(moments[:, :, None])  # float32 for features, int64 for codes
 
     @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
@@ -71,22 +71,24 @@ class Arrays(Tokenizer):
 
     @override
     def embeddings(self, codes: Tensor) -> Tensor:
-        raise UsageError("tokenizer: arrays of codes come without codewords; use the tokenizer that made them")
+        raise UsageError("tokenizer: arrays of codes come without codewords; use the tokenizer that made the codes")
 
     @override
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
-        raise UsageError("tokenizer: arrays of codes come without codewords; use the tokenizer that made them")
+        raise UsageError("tokenizer: arrays of codes come without codewords; use the tokenizer that made the codes")
 
     def check_moments(self, moments: Tensor) -> Tensor:
-        """The moments on the tokenizer's device; refuses another shape, features for codes, codes for features, and
+        """The moments on the tokenizer's device.
+
+        Raises DataError if they have another shape, are features in the place of codes or the other way round, or are
         codes outside the vocabulary.
         """
         wanted = (self.channels, *self.size)
         if moments.ndim != 4 or tuple(moments.shape[1:]) != wanted:
             length, features = moments.shape[-1], moments.shape[1]
             raise DataError(
-                f"arrays: {length} tokens of {features} features, the tokenizer takes {self.count} of {self.channels}; "
-                "name arrays of that shape"
+                f"arrays: {length} tokens of {features} features, but the tokenizer takes {self.count} of "
+                f"{self.channels}; name arrays of that shape"
             )
         if self.vocab is None:
             if not moments.is_floating_point():
@@ -105,7 +107,7 @@ class Arrays(Tokenizer):
         if self.measured or self.vocab is not None:
             return
         count, mean, squares = 0, torch.zeros(self.dim, dtype=torch.float64), torch.zeros(self.dim, dtype=torch.float64)
-        for batch in batches:  # Chan et al. 1983: means and squares around them, joined; no digits are lost
+        for batch in batches:  # Chan et al. 1983: joining means and squared deviations keeps all digits
             x = self.check_moments(batch).detach().cpu().double().transpose(0, 1).flatten(1)  # (D, n)
             new, total = x.mean(dim=1), count + x.shape[1]
             shift = new - mean

@@ -1,4 +1,4 @@
-"""The table of tokenizers: name -> class. Register one of your own with `TOKENIZERS["mine"] = Mine`."""
+"""The table that maps names to tokenizer classes. Register one of your own with `TOKENIZERS["mine"] = Mine`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.pretrained import Pretrained
 from seriatim.tokenizers.vq import VQ
 
-PLACES = ("path", "subfolder")  # keys of a recipe that say where a tokenizer is found
+PLACES = ("path", "subfolder")  # the keys of a recipe that name a place outside of a saved folder
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "arrays": Arrays,
@@ -28,10 +28,10 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 
 
 def build_tokenizer(config: Mapping[str, Any], *, stored: bool = False) -> Tokenizer:
-    """`{"kind": "pixels", "size": 8, ...}` -> a tokenizer with fresh statistics.
+    """A tokenizer with fresh statistics from a config such as `{"kind": "pixels", "size": 8, ...}`.
 
-    A config that was `stored` in a folder is complete: it must name no other place, such as a repository of the hub,
-    or whoever wrote the folder would decide what is fetched and read here.
+    A config that was `stored` in a folder must not name another place, such as a hub repository; otherwise whoever
+    wrote the folder would decide what is downloaded and read here. Raises ConfigError.
     """
     check_sizes(config, "tokenizer")
     kind, rest = pop_kind(config, TOKENIZERS, "tokenizer")
@@ -45,7 +45,7 @@ def build_tokenizer(config: Mapping[str, Any], *, stored: bool = False) -> Token
 
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The config that `build_tokenizer` takes back."""
+    """The config from which `build_tokenizer` makes a tokenizer like this one."""
     for kind, cls in TOKENIZERS.items():
         if type(tokenizer) is cls:
             return {"kind": kind, **tokenizer.config}

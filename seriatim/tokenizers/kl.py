@@ -1,6 +1,6 @@
-"""Continuous latents of a variational autoencoder with a KL term (LDM; MAR's KL-16), on diffusers' AutoencoderKL.
+"""Continuous latents of a variational autoencoder with a KL term (LDM; MAR's KL-16), using diffusers' AutoencoderKL.
 
-c channels, z channels of a latent, n levels: level 0 is at full resolution, each next one at half.
+Shapes: c channels, z channels of a latent, n levels. Level 0 has the full resolution, and each next level half of it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from torch import nn
 from seriatim.core.errors import UsageError
 from seriatim.tokenizers.latent import Latent, Statistics, given_scale
 
-GROUPS = 32  # of every group norm
+GROUPS = 32  # the number of groups of every group norm
 
 
 class KL(Latent):
-    """The defaults are MAR's KL-16: encoder attention at the last level, none in the decoder, 66,456,019 parameters.
+    """A KL autoencoder as a tokenizer. The defaults are MAR's KL-16 with 66,456,019 parameters.
 
-    Both halves have attention in the middle too. Weights are random until others are loaded.
+    Its encoder has attention at the last level and in the middle, its decoder in the middle only. Weights are random
+    until others are loaded.
     """
 
     def __init__(
@@ -32,8 +33,8 @@ class KL(Latent):
         latent_channels: int = 16,
         block_out_channels: Sequence[int] = (128, 128, 256, 256, 512),
         layers_per_block: int = 2,
-        attention: Sequence[int] | None = None,  # levels where the encoder attends; None: the last
-        decoder_attention: Sequence[int] = (),  # levels where the decoder does
+        attention: Sequence[int] | None = None,  # levels where the encoder has attention; None means the last
+        decoder_attention: Sequence[int] = (),  # levels where the decoder has attention
     ) -> None:
         widths = [int(width) for width in block_out_channels]
         levels = range(len(widths))
@@ -78,8 +79,8 @@ def autoencoder_kl(
     attention: list[int],
     decoder_attention: list[int],
 ) -> nn.Module:
-    """diffusers' AutoencoderKL with random weights."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # takes seconds
+    """An AutoencoderKL of diffusers with random weights."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # this import takes seconds
 
     n = len(widths)
     network: nn.Module = AutoencoderKL(

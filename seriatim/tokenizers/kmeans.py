@@ -1,6 +1,6 @@
-"""Patches of pixels as codes: the nearest of V typical patches, found by k-means. No network.
+"""Patches of pixels as codes without a network: the code of a patch is the nearest of V centres found by k-means.
 
-B images, c channels, H x W pixels, p patch side, h x w = L codes, D = c p p features of a patch, V typical patches.
+Shapes: B images, c channels, H x W pixels, p patch side, h x w = L codes, D = c p p features of a patch, V centres.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of, sides
 from seriatim.tokenizers.quantise import nearest_codes
 
-MOST_PATCHES = 1 << 17  # that k-means learns from, drawn from all that it is shown
-AT_ONCE = 4096  # patches of a step of k-means
+MOST_PATCHES = 1 << 17  # k-means learns from at most this many random patches, to bound time and memory
+AT_ONCE = 4096  # patches in a mini-batch of k-means
 
 
 class KMeans(Tokenizer):
-    """Each p x p patch is the code of the nearest of `vocab` centres, which is what a code decodes to.
+    """Encodes each p x p patch as the code of the nearest of `vocab` centres, and decodes a code to its centre.
 
-    `fit` finds the centres, once: they travel with the tokenizer, as do weights. They are sorted from dark to light.
-    The same images and `seed` give the same centres. A side that p does not divide is continued by its last row or
-    column and cut off again by `decode`.
+    `fit` finds the centres once and sorts them from dark to light; they are saved with the tokenizer like weights. The
+    same images and `seed` give the same centres. An image side that p does not divide is padded by repeating the last
+    row or column, which `decode` crops again.
     """
 
     vocab: int
@@ -43,7 +43,7 @@ class KMeans(Tokenizer):
         *,
         levels: int = 256,
         vocab: int = 512,
-        seed: int = 0,  # of the draws that k-means makes
+        seed: int = 0,  # the seed of k-means
     ) -> None:
         super().__init__()
         H, W = sides(size)
@@ -76,7 +76,7 @@ class KMeans(Tokenizer):
         return self.patch, self.patch
 
     def moments(self, images: Tensor) -> Tensor:
-        """(B, c, H, W) -> (B, c, h p, w p): the pixels, from which centres are found."""
+        """The pixels of images (B, c, H, W), padded to (B, c, h p, w p)."""
         H, W = self.size
         bottom, right = self.grid[0] * self.patch - H, self.grid[1] * self.patch - W
         return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
@@ -85,7 +85,7 @@ class KMeans(Tokenizer):
     @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         if not self.measured:
-            raise UsageError("tokenizer: k-means has seen no images; call fit(batches), or load one that was trained")
+            raise UsageError("tokenizer: k-means has no centres yet; call fit(batches), or load a trained tokenizer")
         patches = patchify(moments.to(self.device, torch.float32), self.patch)  # (B, L, D)
         return nearest_codes(patches.flatten(0, 1), self.centres).view(patches.shape[:2])
 
@@ -103,7 +103,7 @@ class KMeans(Tokenizer):
 
     def moments_config(self) -> dict[str, Any]:
         h, w = self.grid
-        padded = f"padded to {h * self.patch} x {w * self.patch}"  # all that the patch does to the pixels
+        padded = f"padded to {h * self.patch} x {w * self.patch}"  # moments depend on the patch only by the padding
         return {"size": list(self.size), "channels": self.channels, "patch": padded}
 
     def moments_fingerprint(self) -> str:
@@ -112,7 +112,7 @@ class KMeans(Tokenizer):
     # --- finding the centres --------------------------------------------------------------------------------------
 
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Find the centres, unless they are known."""
+        """Find the centres, unless they were found before."""
         if not self.measured:
             super().fit(batches)
 
@@ -125,7 +125,7 @@ class KMeans(Tokenizer):
         if len(different) < self.vocab:
             raise UsageError(
                 f"vocab: {self.vocab} codes are more than the {len(different)} different patches of the images; lower "
-                "it, or show more images"
+                "vocab, or give more images"
             )
         centres = cluster(patches, different, self.vocab, self.seed)
         self.centres.copy_(centres[centres.mean(dim=1).argsort(stable=True)])
@@ -133,16 +133,15 @@ class KMeans(Tokenizer):
 
 
 def sample_of(batches: Iterable[Tensor], seed: int) -> tuple[Tensor, Tensor]:
-    """Patches to learn from, float32 on the CPU, out of batches (n, D).
+    """A random sample of patches, and the set of different patches, from batches (n, D); float32 on the CPU.
 
-    The first tensor (N, D) holds at most MOST_PATCHES rows, each patch being as likely to be among them as any other.
-    The second (M, D) holds each different patch once, however rare it is. Where there are more than MOST_PATCHES
-    different ones, it holds the different ones among the first tensor.
+    The sample (N, D) is uniform and has at most MOST_PATCHES rows. The set (M, D) has each different patch once,
+    however rare it is; if there are more than MOST_PATCHES, it has the different patches of the sample only.
     """
     random = torch.Generator().manual_seed(seed)
     kept, keys = torch.empty(0), torch.empty(0, dtype=torch.float64)
     different: Tensor | None = torch.empty(0)
-    for batch in batches:  # those with the largest random keys so far
+    for batch in batches:  # keep the rows with the largest random keys so far, which is a uniform sample
         rows = batch.detach().cpu().float()
         drawn = torch.rand(len(rows), dtype=torch.float64, generator=random)
         kept, keys = torch.cat([kept.view(-1, rows.shape[1]), rows]), torch.cat([keys, drawn])
@@ -156,9 +155,10 @@ def sample_of(batches: Iterable[Tensor], seed: int) -> tuple[Tensor, Tensor]:
 
 
 def cluster(patches: Tensor, different: Tensor, vocab: int, seed: int) -> Tensor:
-    """Patches (N, D), and each different one once (M, D), M >= V -> centres (V, D), each the nearest of some patch.
+    """The centres (V, D) of patches (N, D), each of them nearest to some patch.
 
-    On one thread: the sums of several would come in any order.
+    `different` (M, D), M >= V, holds each different patch once. K-means runs on one thread, because several would add
+    numbers in a random order and results could not be reproduced.
     """
     if len(different) == vocab:
         return different
@@ -172,12 +172,12 @@ def cluster(patches: Tensor, different: Tensor, vocab: int, seed: int) -> Tensor
 
 
 def all_used(centres: Tensor, different: Tensor) -> Tensor:
-    """Centres (V, D) of which each is the nearest of some patch, among different patches (M, D), M >= V.
+    """The centres (V, D) changed so that each is nearest to some of the different patches (M, D), M >= V.
 
-    Mini-batches leave centres that no patch is nearest to, or two in one place. Such a centre moves to the patch that
-    is farthest from all centres: the error falls with every move, so that the moves come to an end.
+    Mini-batch k-means may leave centres that are nearest to no patch, or two in one place. Such a centre moves to the
+    patch that is farthest from all centres. The error falls with every move, so the loop ends.
     """
-    centres, different = centres.double(), different.double()  # exact enough that a moved centre is the nearest
+    centres, different = centres.double(), different.double()  # so that a moved centre is nearest to its patch
     while True:
         codes = nearest_codes(different, centres)
         free = (torch.bincount(codes, minlength=len(centres)) == 0).nonzero()[:, 0]

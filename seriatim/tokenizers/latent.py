@@ -1,7 +1,7 @@
-"""Latents as tokens: a frozen autoencoder, statistics that normalise its latents, patches of them.
+"""Tokens that are patches of a frozen autoencoder's latents, normalised by measured or given statistics.
 
-B images, c channels, H x W pixels, s stride, z channels of a latent, h' x w' latents of an image (h' = H/s, w' = W/s),
-p patch side, h x w = L tokens (h = h'/p, w = w'/p), D = z p p features, channel-major.
+Shapes: B images, c channels, H x W pixels, s stride, z channels of a latent, h' x w' latents of an image (h' = H/s,
+w' = W/s), p patch side, h x w = L tokens (h = h'/p, w = w'/p), D = z p p features, channel-major.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from seriatim.tokenizers.base import Tokenizer, digest_of, sides
 
 Statistics = Literal["fixed", "scale", "channel"]
 
-LOGVAR = (-30.0, 20.0)  # where a log-variance is clamped, when it is used
-STD_FLOOR = 0.02  # a channel that hardly varies beside the others is not blown up to unit variance
-CHUNK = 1 << 20  # pixels that go through the autoencoder at a time, to bound memory
+LOGVAR = (-30.0, 20.0)  # the range to which log-variances are clamped when they are used
+STD_FLOOR = 0.02  # least standard deviation relative to all channels, so that a nearly constant one is not amplified
+CHUNK = 1 << 20  # pixels that pass through the autoencoder at once, to bound memory
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What `Latent.measure` saw; latents are samples of the posterior."""
+    """The statistics of latents, sampled from the posterior, that `Latent.measure` found."""
 
     images: int
     mean: Tensor  # (z,)
@@ -38,14 +38,14 @@ class Measured:
 
 
 class Latent(Tokenizer):
-    """Base of tokenizers that are an autoencoder of diffusers, which is frozen and computes in float32.
+    """The base class of tokenizers that use an autoencoder of diffusers, frozen and computed in float32.
 
-    token = patch of (latent - mean) / std, by channel. `statistics` says where mean and std come from:
-      fixed    given to the constructor; never measured
-      scale    `fit` measures one standard deviation for all channels; nothing is subtracted (MAR's 0.2325 is 1 / std)
+    A token is a patch of (latent - mean) / std, by channel. `statistics` says where mean and std come from:
+      fixed    they are given to the constructor and never measured
+      scale    `fit` measures one standard deviation for all channels; the mean is 0 (MAR's 0.2325 is 1 / std)
       channel  `fit` measures mean and standard deviation of each channel
-    `fit` measures once: the buffer `measured` travels with mean and std, through checkpoints and model folders, so that
-    a run that begins with a measured tokenizer keeps its statistics.
+    `fit` measures once. The buffer `measured` is saved with mean and std in checkpoints and model folders, so that a
+    run that begins with a measured tokenizer keeps its statistics.
     """
 
     mean: Tensor  # (z,)
@@ -62,9 +62,9 @@ class Latent(Tokenizer):
         *,
         stride: int,
         latent_channels: int,
-        gaussian: bool,  # the posterior has a variance; otherwise it is a point
+        gaussian: bool,  # whether the posterior has a variance; otherwise it is a point
         statistics: Statistics,
-        given: tuple[Sequence[float], Sequence[float]],  # mean and std, (z,) each, until others are measured
+        given: tuple[Sequence[float], Sequence[float]],  # mean and std, (z,) each, used until others are measured
     ) -> None:
         super().__init__()
         H, W = sides(size)
@@ -83,7 +83,7 @@ class Latent(Tokenizer):
         self.dim = latent_channels * patch * patch
         self.config = {"size": [H, W], "patch": patch, "channels": channels, "statistics": statistics}
         self.autoencoder = autoencoder.requires_grad_(False).eval()
-        # Weights may be on the meta device, to be replaced; these few numbers are always real.
+        # While loading, the constructor runs on the meta device; these few numbers must be real even then.
         self._given = torch.tensor(given, dtype=torch.float32, device="cpu")  # (2, z)
         self.register_buffer("mean", self._given[0].clone())
         self.register_buffer("std", self._given[1].clone())
@@ -91,21 +91,24 @@ class Latent(Tokenizer):
 
     def train(self, mode: bool = True) -> Latent:
         super().train(mode)
-        self.autoencoder.eval()  # frozen, whatever the module around it does
+        self.autoencoder.eval()  # it is frozen, so it stays in evaluation mode
         return self
 
     # --- images to tokens and back --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """(B, c, H, W) -> (B, 2z, h', w'): mean and log-variance, not clamped; (B, z, h', w') of a point posterior."""
+        """The mean and log-variance, not clamped, of the latents of images (B, c, H, W): (B, 2z, h', w').
+
+        A point posterior has no log-variance: (B, z, h', w').
+        """
         images = self.check_images(images)
         with full_float32(images.device):
             parts = [self.autoencoder.encode(part, return_dict=False)[0] for part in images.split(self._chunk)]
         return torch.cat([part.parameters if self.gaussian else part for part in parts])
 
     def posterior(self, moments: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments -> mean and standard deviation, (B, z, h', w') each, on the tokenizer's device."""
+        """The mean and standard deviation of the posterior, (B, z, h', w') each, on the tokenizer's device."""
         wanted = (
             self.latent_channels * (2 if self.gaussian else 1),
             self.size[0] // self.stride,
@@ -141,7 +144,7 @@ class Latent(Tokenizer):
         return torch.cat(parts).clamp(-1, 1)  # (B, c, H, W)
 
     def moments_config(self) -> dict[str, Any]:
-        """The autoencoder's and the images'; scale, statistics and patch act on moments."""
+        """The settings of autoencoder and images. Scale, statistics and patch are applied after the moments."""
         return {k: v for k, v in self.config.items() if k not in ("patch", "scale", "shift", "statistics")}
 
     def moments_fingerprint(self) -> str:
@@ -154,7 +157,7 @@ class Latent(Tokenizer):
     # --- statistics -----------------------------------------------------------------------------------------------
 
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Measure if the config says so and nobody has; otherwise no image is encoded."""
+        """Measure the statistics if the config asks for it and they were not measured before."""
         if self.config["statistics"] != "fixed" and not self.measured:
             self.measure(batches, self.config["statistics"])
 
@@ -163,18 +166,18 @@ class Latent(Tokenizer):
             self.measure_moments(batches, self.config["statistics"])
 
     def measure(self, batches: Iterable[Tensor], statistics: Statistics) -> Measured:
-        """`measure_moments` of images."""
+        """Measure the statistics over batches of images, as `measure_moments` does over moments."""
         return self.measure_moments((self.moments(images) for images in batches), statistics)
 
     def measure_moments(self, batches: Iterable[Tensor], statistics: Statistics) -> Measured:
         """Measure mean and variance of latents over batches of moments, and normalise by them from now on.
 
-        The variance is that of posterior samples, exactly: the variance of the means plus the mean of the variances.
+        The variance is exactly that of posterior samples: the variance of the means plus the mean of the variances.
         """
         if statistics not in ("scale", "channel"):
             raise UsageError(f"statistics: {statistics!r} can't be measured; choose 'channel' or 'scale'")
         images = latents = 0
-        sums = torch.zeros(3, self.latent_channels, dtype=torch.float64)  # of means, their squares, variances
+        sums = torch.zeros(3, self.latent_channels, dtype=torch.float64)  # of means, of their squares, and of variances
         for batch in batches:
             mean, std = (part.cpu().double() for part in self.posterior(batch))
             sums += torch.stack([part.sum(dim=(0, 2, 3)) for part in (mean, mean.square(), std.square())])
@@ -186,7 +189,7 @@ class Latent(Tokenizer):
         mean, square, variance = sums / latents  # (z,) each
         std = (square - mean.square() + variance).clamp(min=0).sqrt()
         whole = float(((square + variance).mean() - mean.mean().square()).clamp(min=0).sqrt())
-        whole = max(whole, 1e-6)  # all images and latents equal: nothing to normalise by
+        whole = max(whole, 1e-6)  # if all latents are equal, the standard deviation is 0
         found = Measured(images, mean.float(), std.float(), 1 / whole)
         if statistics == "channel":
             self._set(mean, std.clamp(min=STD_FLOOR * whole), measured=True)
@@ -196,7 +199,7 @@ class Latent(Tokenizer):
         return found
 
     def forget_statistics(self) -> None:
-        """Back to the mean and std that the constructor was given."""
+        """Restore the mean and std that the constructor was given."""
         self._set(*self._given, measured=False)
 
     def _set(self, mean: Tensor, std: Tensor, *, measured: bool) -> None:
@@ -206,7 +209,7 @@ class Latent(Tokenizer):
 
 
 def given_scale(scale: Any, latent_channels: int) -> tuple[list[float], list[float]]:
-    """Mean and std, (z,) each, of tokens that are the latents times one number."""
+    """The mean and std, (z,) each, that normalise latents by multiplying them with `scale`."""
     if not (isinstance(scale, (int, float)) and math.isfinite(scale) and scale > 0):
         raise UsageError(f"scale: {scale!r} is not allowed; it must be positive, 1 / standard deviation of the latents")
     return [0.0] * latent_channels, [1 / scale] * latent_channels

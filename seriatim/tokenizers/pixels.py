@@ -1,6 +1,6 @@
-"""Pixels as tokens: p x p patches, no network.
+"""Tokens that are patches of p x p pixels, without a network.
 
-B images, c channels, H x W pixels, p patch side, h x w = L tokens, D = c p p features.
+Shapes: B images, c channels, H x W pixels, p patch side, h x w = L tokens, D = c p p features.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of, sides
 
-STD_FLOOR = 0.02  # a feature that hardly varies (a black border) is not blown up to unit variance
+STD_FLOOR = 0.02  # least standard deviation, so that a nearly constant feature (a black border) is not amplified
 
 
 class Pixels(Tokenizer):
-    """Patches of pixels, each feature normalised to zero mean and unit variance over the training images.
+    """Patches of pixels whose features are normalised to zero mean and unit variance over the training images.
 
-    A side that p does not divide is continued by its last row or column and cut off again by `decode`.
+    An image side that p does not divide is padded by repeating the last row or column, which `decode` crops again.
 
     Neighbouring pixels are so alike that nearly all of a patch's variance lies in a few directions, its mean colour
-    first; all other features are fine grain that a model must learn to draw as well. `components` keeps the first
-    principal components alone (decoding is then no longer exact). `whiten` divides component i by its standard
-    deviation to that power: 0 leaves their spread as it is, 1 makes it the same. The mean variance of a feature is 1.
+    first. The other directions are fine grain, which a model must also learn to generate. `components` keeps only the
+    first principal components (decoding is then no longer exact). `whiten` divides each component by its standard
+    deviation to that power: 0 leaves the variances as they are, 1 makes them equal. Features have mean variance 1.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Pixels(Tokenizer):
         channels: int = 3,
         *,
         levels: int = 256,
-        components: int | None = None,  # features of a token; None: all of the patch
+        components: int | None = None,  # the number of features of a token; None keeps all of the patch
         whiten: float = 0.0,
     ) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Pixels(Tokenizer):
         if levels < 2:
             raise UsageError(f"levels: {levels!r} is not allowed; a pixel has at least 2 values")
         if not 0 <= whiten <= 1:
-            raise UsageError(f"whiten: {whiten!r} is not allowed; it must be from 0 (not at all) to 1 (wholly)")
+            raise UsageError(f"whiten: {whiten!r} is not allowed; it must be from 0 (not at all) to 1 (fully)")
         features = channels * patch * patch
         if components is not None and not 1 <= components <= features:
             raise UsageError(f"components: {components!r} is not allowed; a patch has 1 to {features}")
@@ -61,7 +61,7 @@ class Pixels(Tokenizer):
         self.dim = components or features
         self.rotated = bool(components or whiten)
         self.config = {"size": [H, W], "patch": patch, "channels": channels, "levels": levels}
-        if self.rotated:  # absent in folders written before there was a choice
+        if self.rotated:  # otherwise the keys stay out, so that older folders have the same fingerprint
             self.config |= {"components": components, "whiten": whiten}
         self.mean: Tensor
         self.std: Tensor
@@ -69,14 +69,14 @@ class Pixels(Tokenizer):
         self.register_buffer("std", torch.ones(self.dim))
         self.basis: Tensor
         if self.rotated:
-            self.register_buffer("basis", torch.eye(features)[:, : self.dim])  # principal components, one a column
+            self.register_buffer("basis", torch.eye(features)[:, : self.dim])  # one principal component per column
 
     @property
     def cell(self) -> tuple[int, int]:
         return self.patch, self.patch
 
     def moments(self, images: Tensor) -> Tensor:
-        """(B, c, H, W) -> (B, c, h p, w p): the pixels themselves; their posterior is a point."""
+        """The pixels of images (B, c, H, W), padded to (B, c, h p, w p). Their posterior is a point."""
         H, W = self.size
         bottom, right = self.grid[0] * self.patch - H, self.grid[1] * self.patch - W
         return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
@@ -96,7 +96,7 @@ class Pixels(Tokenizer):
 
     def moments_config(self) -> dict[str, Any]:
         h, w = self.grid
-        padded = f"padded to {h * self.patch} x {w * self.patch}"  # all that the patch does to the pixels
+        padded = f"padded to {h * self.patch} x {w * self.patch}"  # moments depend on the patch only by the padding
         return {"size": list(self.size), "channels": self.channels, "patch": padded}
 
     def moments_fingerprint(self) -> str:
@@ -107,7 +107,7 @@ class Pixels(Tokenizer):
         size = len(self.mean)
         total, products = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
         for moments in batches:
-            features = patchify(moments.cpu(), self.patch).flatten(0, 1).double()  # (B L, D); not every device has it
+            features = patchify(moments.cpu(), self.patch).flatten(0, 1).double()  # (B L, D); float64 needs the CPU
             count += len(features)
             total += features.sum(dim=0)
             products += features.T @ features
@@ -122,6 +122,6 @@ class Pixels(Tokenizer):
         variance, basis = (t.flip(-1)[..., : self.dim] for t in torch.linalg.eigh(covariance))  # largest first
         deviation = variance.clamp(min=0).sqrt().clamp(min=STD_FLOOR)
         largest = basis.abs().argmax(dim=0, keepdim=True)
-        self.basis.copy_(basis * basis.gather(0, largest).sign())  # a component's sign is arbitrary: fixed here
+        self.basis.copy_(basis * basis.gather(0, largest).sign())  # the sign is arbitrary, so one is fixed
         std = deviation**self.whiten
         self.std.copy_(std * (deviation / std).square().mean().sqrt())  # the mean variance of a feature is 1

@@ -1,6 +1,6 @@
-"""Any image autoencoder of diffusers as a tokenizer: from a folder or the hub, or rebuilt from a saved config.
+"""Image autoencoders of diffusers as tokenizers: read from a folder or the hub, or rebuilt from a saved config.
 
-c channels, z channels of a latent.
+Shapes: c channels, z channels of a latent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from seriatim.core.hub import fetch, repository
 from seriatim.core.reading import Unreadable, read_json
 from seriatim.tokenizers.latent import Latent, Statistics, given_scale
 
-AUTOENCODERS = {  # class -> module; one image in, one grid of continuous latents out
+AUTOENCODERS = {  # class -> module; each encodes one image as one grid of continuous latents
     "AsymmetricAutoencoderKL": "diffusers.models.autoencoders.autoencoder_asym_kl",
     "AutoencoderDC": "diffusers.models.autoencoders.autoencoder_dc",
     "AutoencoderKL": "diffusers.models.autoencoders.autoencoder_kl",
@@ -29,17 +29,18 @@ AUTOENCODERS = {  # class -> module; one image in, one grid of continuous latent
     "AutoencoderKLHunyuanImage": "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage",
     "AutoencoderTiny": "diffusers.models.autoencoders.autoencoder_tiny",
 }
-POINTS = ("AutoencoderDC", "AutoencoderTiny")  # whose posterior has no variance
+POINTS = ("AutoencoderDC", "AutoencoderTiny")  # the classes whose posterior has no variance
 CLASS, CONFIG = "_class_name", "config.json"
 MEAN, STD = "latents_mean", "latents_std"
-WEIGHTS = "diffusion_pytorch_model*.safetensors*"  # and the index of those in several files
+WEIGHTS = "diffusion_pytorch_model*.safetensors*"  # includes the index of weights in several files
 
 
 class Pretrained(Latent):
-    """An autoencoder named by `path`, a folder or a hub repository; `subfolder` is its place in there.
+    """The autoencoder in `path`, which is a folder or a hub repository, or in its folder `subfolder`.
 
-    token = (latent - shift_factor) * scaling_factor of the autoencoder's own config, unless `scale` or `statistics` say
-    otherwise. `config` holds the autoencoder's own config in place of the path: what is saved needs neither again.
+    A token is (latent - shift_factor) * scaling_factor with the numbers of the autoencoder's config, unless `scale` or
+    `statistics` say otherwise. `config` holds the autoencoder's config and not the path, so that a saved tokenizer does
+    not need the path again.
     """
 
     def __init__(
@@ -50,9 +51,9 @@ class Pretrained(Latent):
         *,
         path: str | None = None,
         subfolder: str | None = None,
-        scale: float | None = None,  # None: what the autoencoder's config says
+        scale: float | None = None,  # None takes the factor of the autoencoder's config
         statistics: Statistics = "fixed",
-        autoencoder: Mapping[str, Any] | None = None,  # its config: built anew, to be given weights
+        autoencoder: Mapping[str, Any] | None = None,  # its config, from which it is built with random weights
     ) -> None:
         if (path is None) == (autoencoder is None):
             what = "is required" if path is None else "is given together with autoencoder"
@@ -83,7 +84,7 @@ class Pretrained(Latent):
 
 
 def class_of(config: Mapping[str, Any], where: str) -> Any:
-    """The class of diffusers that a config names, if it is one of AUTOENCODERS."""
+    """The class of diffusers that a config names. Raises CheckpointError if it is not in AUTOENCODERS."""
     name = config.get(CLASS)
     if not isinstance(name, str) or name not in AUTOENCODERS:
         raise CheckpointError(f"{where}: {shown(name)} is not an image autoencoder{nearest('', AUTOENCODERS)}")
@@ -91,7 +92,7 @@ def class_of(config: Mapping[str, Any], where: str) -> Any:
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """An autoencoder with random weights from what `describe` wrote."""
+    """An autoencoder with random weights from a config that `describe` made."""
     cls = class_of(config, "autoencoder")
     taken = inspect.signature(cls).parameters.keys()
     arguments = {name: value for name, value in config.items() if name in taken or name not in (CLASS, MEAN, STD)}
@@ -103,7 +104,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 
 def describe(network: Any) -> dict[str, Any]:
-    """Class and arguments of an autoencoder as plain data, and what it keeps of its latents in a batch norm."""
+    """The class and arguments of an autoencoder as plain data, and the statistics of its batch norm if it has one."""
     taken = inspect.signature(type(network)).parameters
     arguments = {name: value for name, value in network.config.items() if name in taken}
     if (norm := getattr(network, "bn", None)) is not None and not norm.running_mean.is_meta:
@@ -113,14 +114,14 @@ def describe(network: Any) -> dict[str, Any]:
 
 
 def channel_statistics(norm: Any, z: int) -> dict[str, list[float]]:
-    """Mean and std of each channel from FLUX.2's batch norm over patches of latents, channel-major (z p p,)."""
+    """The mean and std of each channel from FLUX.2's batch norm over patches of latents, channel-major (z p p,)."""
     means, variances = (t.double().view(z, -1) for t in (norm.running_mean, norm.running_var + norm.eps))
-    variance = variances.mean(dim=1) + means.var(dim=1, unbiased=False)  # within places of a patch, and between them
+    variance = variances.mean(dim=1) + means.var(dim=1, unbiased=False)  # within and between the places of a patch
     return {MEAN: means.mean(dim=1).tolist(), STD: variance.sqrt().tolist()}
 
 
 def read(path: str, subfolder: str | None) -> nn.Module:
-    """An autoencoder with its weights; raises CheckpointError, one line, where there is none or it is not whole."""
+    """An autoencoder with its weights. Raises CheckpointError if there is none or it is incomplete."""
     if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise UsageError(f"subfolder: {shown(subfolder)} leads out of {path}; name a folder inside of it")
     root = Path(path).expanduser()
@@ -145,11 +146,11 @@ def read(path: str, subfolder: str | None) -> nn.Module:
             )
     except Exception as error:  # diffusers raises a dozen kinds: no safetensors, truncated, another shape, ...
         raise CheckpointError(f"path: {folder} can't be loaded as {cls.__name__} ({one_line(error)[:200]})") from error
-    # diffusers only warns of these, and the images would be silently wrong
+    # These must be errors, because diffusers only warns of them and the images would be silently wrong.
     for verb, key in (("lacks", "missing_keys"), ("has an unknown", "unexpected_keys"), ("misfits", "mismatched_keys")):
         if report[key]:
             name = report[key][0]
-            raise CheckpointError(f"path: {folder} {verb} tensor {name!r}: its weights are not those of its {CONFIG}")
+            raise CheckpointError(f"path: {folder} {verb} tensor {name!r}: its weights don't belong to its {CONFIG}")
     for name, tensor in network.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"path: {folder}: tensor {name!r} has values that are not finite")
@@ -157,14 +158,14 @@ def read(path: str, subfolder: str | None) -> nn.Module:
 
 
 def download(path: str, subfolder: str | None) -> Path:
-    """A hub repository's autoencoder, in the hub's own cache."""
+    """The folder of a hub repository's autoencoder, which is downloaded into the hub's cache."""
     prefix = f"{subfolder}/" if subfolder else ""
     return fetch(repository(path, "path"), [prefix + CONFIG, prefix + WEIGHTS], "path", ["*.fp16.*", "*non_ema*"])
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep diffusers from printing advice; what matters is raised."""
+    """A context in which diffusers does not print advice; errors are still raised."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
@@ -176,7 +177,7 @@ def quiet() -> Iterator[None]:
 
 
 def stride_of(config: Mapping[str, Any]) -> int:
-    """Pixels along a side of one latent."""
+    """The side of one latent in pixels."""
     if config[CLASS] == "AutoencoderKLHunyuanImage":
         return int(config["spatial_compression_ratio"])
     if config[CLASS] == "AsymmetricAutoencoderKL":
@@ -192,7 +193,7 @@ def stride_of(config: Mapping[str, Any]) -> int:
 
 
 def own_statistics(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Mean and std, (z,) each, by which diffusers normalises the latents of this autoencoder."""
+    """The mean and std, (z,) each, by which diffusers normalises the latents of this autoencoder."""
     z, scale = int(config["latent_channels"]), config.get("scaling_factor") or 1.0
     if config.get(MEAN) and config.get(STD):
         return list(config[MEAN]), [std / scale for std in config[STD]]

@@ -1,6 +1,6 @@
-"""A codebook: the nearest codeword of each vector, what training it minimises, and how much of it is used.
+"""A codebook: it finds the nearest codeword of each vector, has the losses that train it, and measures its usage.
 
-N vectors of C features, V codewords.
+Shapes: N vectors of C features, V codewords.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from seriatim.core.device import full_float32
 from seriatim.core.errors import UsageError
 
-MOST_DISTANCES = 1 << 24  # N x V of them at a time, to bound memory
-SHARPNESS = 0.01  # temperature of the entropy term
-LOG_FLOOR = 1e-5  # of the official entropy term
+MOST_DISTANCES = 1 << 24  # at most this many of the N x V distances are computed at once, to bound memory
+SHARPNESS = 0.01  # the temperature of the entropy term
+LOG_FLOOR = 1e-5  # added to probabilities before the logarithm, as in the official entropy term
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What a quantiser makes of vectors."""
+    """Quantised vectors, their codes and the losses."""
 
-    values: Tensor  # (..., C): codewords, through which the gradient goes straight to the vectors
+    values: Tensor  # (..., C): codewords; the gradient passes straight through to the vectors
     codes: Tensor  # (...) int64
     losses: dict[str, Tensor] = field(default_factory=dict)  # codebook, commitment, entropy: () each, weighted
 
 
 def nearest_codes(vectors: Tensor, codewords: Tensor) -> Tensor:
-    """Vectors (N, C), codewords (V, C) -> (N,) int64: the least squared distance; of equal ones the first.
+    """The code (N,) int64 of the codeword (V, C) nearest to each vector (N, C); the first of equally near ones.
 
-    |z - e|^2 = |z|^2 + |e|^2 - 2 z e, as published codes compute it: near-ties fall as they do there. Autocast would
-    flip them.
+    The distance is |z - e|^2 = |z|^2 + |e|^2 - 2 z e, as in published code, so that near-ties are decided as there.
+    Autocast is off, because it would decide some of them otherwise.
     """
     with full_float32(vectors.device):
         square = codewords.square().sum(dim=1)  # (V,)
@@ -44,10 +44,10 @@ def nearest_codes(vectors: Tensor, codewords: Tensor) -> Tensor:
 
 
 class Quantiser(nn.Module):
-    """V codewords of C features (van den Oord et al. 2017, arXiv 1711.00937).
+    """A codebook of V codewords of C features (van den Oord et al. 2017, arXiv 1711.00937).
 
-    With `l2` both vectors and codewords count by direction alone (Yu et al. 2022, arXiv 2110.04627): they are
-    normalised whenever they are used, for what is stored drifts in training.
+    With `l2` only the directions of vectors and codewords matter (Yu et al. 2022, arXiv 2110.04627). Both are
+    normalised whenever they are used, because the stored codewords drift in training.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class Quantiser(nn.Module):
         return F.normalize(vectors, dim=-1) if self.l2 else vectors
 
     def codes(self, vectors: Tensor) -> Tensor:
-        """(..., C) -> the code of each: (...)."""
+        """The code (...) of each vector (..., C)."""
         flat = self.normalised(vectors.flatten(0, -2))
         return nearest_codes(flat, self.normalised(self.codebook)).view(vectors.shape[:-1])
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes (...) -> codewords (..., C)."""
+        """The codewords (..., C) of codes (...)."""
         return F.embedding(codes, self.normalised(self.codebook))
 
     def forward(self, vectors: Tensor) -> Quantised:
-        """Vectors (..., C) -> codewords with a gradient, and the losses (1711.00937, eq. 3)."""
+        """The codewords of vectors (..., C), with a straight-through gradient, and the losses (1711.00937, eq. 3)."""
         z, e = self.normalised(vectors), self.normalised(self.codebook)
         with torch.no_grad():
             codes = nearest_codes(z.flatten(0, -2), e).view(z.shape[:-1])
@@ -89,9 +89,10 @@ class Quantiser(nn.Module):
 
 
 def entropy_loss(vectors: Tensor, codewords: Tensor) -> Tensor:
-    """Vectors (N, C), codewords (V, C) -> (): entropy of a vector's soft code, minus that of all together.
+    """The mean entropy of each vector's soft code minus the entropy of the mean soft code: ().
 
-    It falls when each vector is sure of its code and all codes are used. The temperature is 0.01.
+    `vectors` is (N, C), `codewords` (V, C). The loss falls as each vector prefers one code and as all codes are used.
+    The temperature is 0.01.
     """
     square = vectors.square().sum(dim=1, keepdim=True) + codewords.square().sum(dim=1)
     logits = -(square - 2 * vectors @ codewords.T) / SHARPNESS  # (N, V)
@@ -103,7 +104,7 @@ def entropy_loss(vectors: Tensor, codewords: Tensor) -> Tensor:
 
 
 class Usage:
-    """How often each of V codes occurs, added batch by batch."""
+    """Counts how often each of V codes occurs, batch by batch."""
 
     def __init__(self, vocab: int) -> None:
         self.counts = torch.zeros(vocab, dtype=torch.int64)
@@ -112,11 +113,13 @@ class Usage:
         self.counts += torch.bincount(codes.detach().flatten().cpu(), minlength=len(self.counts))
 
     def summary(self) -> dict[str, float]:
-        """codes        of the vocabulary
-        used         share of them that occur at all
-        perplexity   exp of the entropy: as many equally frequent codes say as much
-        bits         of a code, its entropy
-        largest      share of all tokens that have the most frequent code
+        """A mapping of figures:
+
+        codes        the size of the vocabulary
+        used         the share of codes that occur at all
+        perplexity   exp of the entropy: this many equally frequent codes would have the same entropy
+        bits         the entropy of a code in bits
+        largest      the share of all tokens that have the most frequent code
         """
         p = self.counts.double() / max(1, int(self.counts.sum()))
         entropy = float(torch.special.entr(p).sum())  # nats

@@ -1,7 +1,7 @@
-"""Codes of an autoencoder with a codebook (VQGAN; LlamaGen's VQ-16 and VQ-8), on diffusers' Encoder and Decoder.
+"""Codes of an autoencoder with a codebook (VQGAN; LlamaGen's VQ-16 and VQ-8), using diffusers' Encoder and Decoder.
 
-B images, c channels, H x W pixels, n levels, z channels of a latent, C features of a codeword, V codewords,
-h x w = L codes of an image. Level 0 is at full resolution, each next one at half.
+Shapes: B images, c channels, H x W pixels, n levels, z channels of a latent, C features of a codeword, V codewords,
+h x w = L codes of an image. Level 0 has the full resolution, and each next level half of it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from seriatim.tokenizers.quantise import Quantised, Quantiser
 
 
 class VQ(Tokenizer):
-    """The defaults are LlamaGen's VQ-16 (Sun et al. 2024, arXiv 2406.06525): 71,883,403 parameters.
+    """A VQ autoencoder as a tokenizer. The defaults are LlamaGen's VQ-16 (Sun et al. 2024, arXiv 2406.06525).
 
-    VQ-8 has block_out_channels (128, 256, 256, 512): 70,109,835. Both halves attend after every block of the last
-    level, and in the middle. Weights are random until others are loaded, and frozen.
+    VQ-16 has 71,883,403 parameters. VQ-8 has block_out_channels (128, 256, 256, 512) and 70,109,835 parameters. Encoder
+    and decoder have attention after every block of the last level, and in the middle. Weights are frozen, and random
+    until others are loaded.
 
-    Moments are the codes themselves, (B, 1, h, w): there is nothing to draw, so a latent cache keeps 2 bytes for each
-    token where features would take 4 C, and training from it looks up no codeword.
+    Moments are the codes themselves, (B, 1, h, w), because nothing is sampled. A latent cache thus keeps 2 bytes for
+    each token instead of 4 C, and training from it looks up no codewords.
     """
 
     vocab: int
@@ -44,9 +45,9 @@ class VQ(Tokenizer):
         code_dim: int = 8,
         latent_channels: int = 256,
         block_out_channels: Sequence[int] = (128, 128, 256, 256, 512),
-        decoder_block_out_channels: Sequence[int] | None = None,  # None: those of the encoder
-        layers_per_block: int = 2,  # of the encoder; the decoder has one more
-        l2: bool = True,  # codewords count by direction alone
+        decoder_block_out_channels: Sequence[int] | None = None,  # None takes those of the encoder
+        layers_per_block: int = 2,  # in the encoder; the decoder has one more
+        l2: bool = True,  # whether only the directions of codewords matter
     ) -> None:
         super().__init__()
         widths = [int(width) for width in block_out_channels]
@@ -90,7 +91,7 @@ class VQ(Tokenizer):
     # --- images to codes and back ---------------------------------------------------------------------------------
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, c, H, W) -> (B, C, h, w), before they are quantised."""
+        """The features (B, C, h, w) of images (B, c, H, W) before they are quantised."""
         images = self.check_images(images)
         with full_float32(images.device):
             parts = [self.quant_conv(self.encoder(part)) for part in images.split(self._chunk)]
@@ -98,7 +99,7 @@ class VQ(Tokenizer):
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """(B, c, H, W) -> codes (B, 1, h, w) int64."""
+        """The codes (B, 1, h, w) int64 of images (B, c, H, W)."""
         return self.quantiser.codes(self.features(images).permute(0, 2, 3, 1))[:, None]
 
     @override
@@ -124,13 +125,16 @@ class VQ(Tokenizer):
         return self.decode_embeddings(self.embeddings(tokens))
 
     def draw(self, quantised: Tensor) -> Tensor:
-        """Codewords (B, C, h, w) -> (B, c, H, W), not clamped."""
+        """The images (B, c, H, W), not clamped, of codewords (B, C, h, w)."""
         with full_float32(quantised.device):
             parts = [self.decoder(self.post_quant_conv(part)) for part in quantised.split(self._chunk)]
         return torch.cat(parts)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantised]:
-        """Reconstructions, not clamped, and what the quantiser says; with gradients once `requires_grad_(True)`."""
+        """The reconstructions, not clamped, and the quantiser's output.
+
+        They have gradients only after `requires_grad_(True)`, because the weights are frozen at first.
+        """
         found = self.quantiser(patchify(self.features(images), 1))  # (B, L, C)
         return self.draw(unpatchify(found.values, 1, *self.grid)), found
 
@@ -141,7 +145,7 @@ class VQ(Tokenizer):
     # --- what moments depend on -----------------------------------------------------------------------------------
 
     def moments_config(self) -> dict[str, Any]:
-        """All but the decoder's."""
+        """All settings except those of the decoder."""
         return {key: value for key, value in self.config.items() if key != "decoder_block_out_channels"}
 
     def moments_fingerprint(self) -> str:
@@ -156,8 +160,8 @@ class VQ(Tokenizer):
 def halves(
     channels: int, latent_channels: int, widths: list[int], decoder: list[int], layers: int
 ) -> tuple[nn.Module, nn.Module]:
-    """diffusers' Encoder and Decoder with random weights."""
-    from diffusers.models.autoencoders.vae import Decoder, Encoder  # takes seconds
+    """An Encoder and a Decoder of diffusers with random weights."""
+    from diffusers.models.autoencoders.vae import Decoder, Encoder  # this import takes seconds
 
     n = len(widths)
     return (

@@ -1,1 +1,1 @@
-"""Training: recipes, data, the loop."""
+"""Training: recipes, the training loop, and what it writes."""

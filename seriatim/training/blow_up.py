@@ -1,4 +1,4 @@
-"""What to do when numbers go wrong: a loss that blows up is noticed, and every message names what helps."""
+"""Notice when the loss blows up, and name the remedies in every message about numbers that go wrong."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from seriatim.training.config import Common, Training
 from seriatim.training.state import RunState
 
 GROWTH = 1000.0  # a loss this many times its recent mean has blown up
-SHARE = 0.01  # of each step in that mean, which so spans about a hundred steps
+SHARE = 0.01  # the weight of each step in that mean, which thus spans about a hundred steps
 TINY = 1e-12
 
 
 def way_out(settings: Common, out: Path) -> str:
-    """What a run whose numbers went wrong can do: `--resume` allows exactly these settings to change."""
+    """The remedies for a run whose numbers went wrong. `--resume` allows exactly these settings to change."""
     float32 = "" if settings.dtype == "float32" else ", or training.dtype=float32"
-    anew = f"; or begin another run with training.init_from={out}, or with an older one of its checkpoints"
+    anew = f"; or begin another run with training.init_from={out}, or with one of its older checkpoints"
     return (
         f"go on with --resume and a lower training.learning_rate (now {settings.learning_rate:g}) or training.clip "
         f"(now {settings.clip:g}){float32}{anew if isinstance(settings, Training) else ''}"
@@ -26,10 +26,10 @@ def way_out(settings: Common, out: Path) -> str:
 
 
 def growth(run: RunState, loss: float) -> float:
-    """How many times larger a step's loss is than its own recent mean, which then takes it in.
+    """The factor by which a step's loss exceeds its recent mean; the mean is then updated with this loss.
 
-    The mean is that of logarithms of absolute values: a few large losses on the way up don't hide the growth, and it is
-    there for losses that may be negative.
+    The mean is taken over logarithms of absolute values, so that a few large losses on the way up don't hide the
+    growth, and so that it also exists for losses that may be negative.
     """
     size = math.log(max(abs(loss), TINY))
     if run.recent is None:
@@ -40,13 +40,13 @@ def growth(run: RunState, loss: float) -> float:
 
 
 class BlowUpGuard:
-    """Looks at the loss of each step before the weights are updated; warns once for each time that it blows up."""
+    """Checks the loss of each step before the weights are updated, and warns once each time that it blows up."""
 
     def __init__(self, settings: Common, out: Path) -> None:
         self.settings, self.out, self.warned = settings, out, False
 
     def check(self, run: RunState, loss: float) -> None:
-        """Raise NumericsError where `training.on_blow_up` is "stop"."""
+        """Warn if the loss has blown up, or raise NumericsError if `training.on_blow_up` is "stop"."""
         grown = growth(run, loss)
         if grown <= GROWTH:
             self.warned = False

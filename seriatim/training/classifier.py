@@ -1,6 +1,6 @@
-"""Training a classifier on images in memory: what it adds to the engine.
+"""Train a classifier on images in memory, with the engine that trains generators too.
 
-B images, c channels, H x W pixels, K classes.
+Shapes: B images, c channels, H x W pixels, K classes.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from seriatim.training.optim import averaged, sgd
 from seriatim.training.state import RunState, Trainables
 
 TEST_BATCH = 500
-LOOK_PIXELS = 2_000_000  # at which the stem's filters are measured
+LOOK_PIXELS = 2_000_000  # about how many pixels the whitening filters of the stem are measured on
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The shares of test images recognised."""
+    """The shares of test images that are recognised."""
 
     plain: float
-    mirrored: float  # from the mean logits of an image and its mirror image
-    classes: dict[str, float]  # of each class, plain
+    mirrored: float  # using the mean logits of an image and its mirror image
+    classes: dict[str, float]  # the plain share of each class
 
 
 @dataclass(frozen=True)
 class ClassifierResult:
-    folder: Path  # the run; `folder / "model"` is a classifier's folder
+    folder: Path  # the run folder; `folder / "model"` is a classifier folder
     images: int
-    seconds: float  # in the loop
+    seconds: float  # the time in the training loop
     images_per_second: float
-    loss: float  # mean of the last logged stretch
+    loss: float  # the mean in the last line of the log
     accuracy: Accuracy
     test_images: int
     parameters: int
@@ -61,7 +61,7 @@ class ClassifierResult:
 
 
 class ClassifierTask(Task):
-    """A residual network that names the class of an image."""
+    """Trains a residual network that classifies images."""
 
     files, what = PARTS, "a classifier"
 
@@ -72,12 +72,12 @@ class ClassifierTask(Task):
         self.net.to(where).train()
         optimiser = sgd(self.net, settings.learning_rate, settings.momentum, settings.weight_decay)
         self.parts = Trainables(self.net, averaged(self.net, settings.ema), optimiser)
-        # Batch norm wants whole batches.
+        # The total is rounded up to whole batches, because batch norm needs them.
         self.total = -(-settings.images // settings.batch_size) * settings.batch_size
-        self.accuracy: Accuracy | None = None  # at the end
+        self.accuracy: Accuracy | None = None  # set when training ends
 
     def begin(self, stop: StopRequest) -> None:
-        """The network measures its images when it is built."""
+        """Do nothing, because the network measures its images when it is built."""
 
     def batches(self, run: RunState) -> Generator[Batch]:
         batches = Batches(self.data, self.recipe.seed, run.seen, self.total, self.recipe.training.batch_size)
@@ -85,7 +85,7 @@ class ClassifierTask(Task):
 
     def trial(self) -> Callable[[torch.dtype], Loss]:
         probe = Batches(self.data, self.recipe.seed, 0, self.total, self.recipe.training.batch_size)[0]
-        net = copy.deepcopy(self.net)  # its batch norms remember what they see
+        net = copy.deepcopy(self.net)  # a trial must leave no trace in the batch norms
         return lambda dtype: self.loss_of(net, probe, dtype)
 
     def nominal(self, batch: Batch) -> float:
@@ -95,9 +95,9 @@ class ClassifierTask(Task):
         return self.loss_of(self.net, batch, dtype)
 
     def loss_of(self, net: nn.Module, batch: Batch, dtype: torch.dtype) -> Loss:
-        """Cross-entropy of a batch, and how many images are recognised."""
+        """The cross-entropy of a batch, with the number of recognised images as the term "accuracy"."""
         settings = self.recipe.training
-        # Every draw depends on the image's number in the run alone: a resumed run draws what it would have drawn.
+        # Every random number depends on the image's number in the run alone, so that resuming is bitwise.
         draws = draws_of(self.recipe.seed, batch.first, len(batch))
         images = augmented(batch.images, draws, settings.crop, settings.cutout).to(self.where)
         labels = cast(Tensor, batch.labels).to(self.where)
@@ -140,13 +140,14 @@ def train_classifier(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> ClassifierResult:
-    """Train a classifier into the folder `out`, stopped and resumed as `loop.train` is, bitwise.
+    """Train a classifier into the folder `out`. It can be stopped and resumed bitwise, like `loop.train`.
 
-        out/results.json      accuracy on the test images, of each class too
-        out/accuracy.png      accuracy on training and test images over images seen
+        out/results.json      the accuracy on the test images, in all and of each class
+        out/accuracy.png      the accuracy on training and test images over images seen
         out/model/            the averaged weights, ready for `load_classifier`
 
-    and recipe.yaml, data.json, environment.json, metrics.jsonl, training.png, checkpoints/ as there.
+    The other files (recipe.yaml, data.json, environment.json, metrics.jsonl, training.png, checkpoints/) and the errors
+    are those of `loop.train`.
     """
     out = Path(out)
 
@@ -162,7 +163,7 @@ def train_classifier(
 
 
 def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, InMemory, ResNet]:
-    """Training images, test images and the network of a recipe; weights depend on its seed alone."""
+    """The training images, the test images and the network of a recipe. Initial weights depend on its seed alone."""
     data, test = build_labelled(recipe.data, recipe.seed, quiet=quiet)
     check_class_names(data.class_names, len(data.class_names))
     side = min(data.size)
@@ -187,7 +188,7 @@ def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, I
 
 @torch.no_grad()
 def judged(net: nn.Module, test: InMemory, where: torch.device, dtype: torch.dtype, *, mirror: bool = False) -> Tensor:
-    """Logits (n, K) of all test images, or of their mirror images; batch norms are at rest meanwhile."""
+    """The logits (n, K) of all test images, or of their mirror images, in evaluation mode."""
     training = net.training
     net.eval()
     logits = []
@@ -200,12 +201,12 @@ def judged(net: nn.Module, test: InMemory, where: torch.device, dtype: torch.dty
 
 
 def recognised(logits: Tensor, test: InMemory) -> Tensor:
-    """(n,) 1 where the largest of logits (n, K) is that of the image's class, else 0."""
+    """A tensor (n,) of 1 where the largest of the logits (n, K) is that of the image's class, and 0 elsewhere."""
     return (logits.argmax(dim=1) == test.labels(torch.arange(test.count))).double()
 
 
 def accuracy(net: nn.Module, test: InMemory, where: torch.device) -> Accuracy:
-    """On the test images, in float32."""
+    """The accuracy on the test images, computed in float32."""
     logits, mirror = (judged(net, test, where, torch.float32, mirror=m) for m in (False, True))
     hit, labels = recognised(logits, test), test.labels(torch.arange(test.count))
     classes = {name: hit[labels == k].mean().item() for k, name in enumerate(test.class_names) if (labels == k).any()}

@@ -1,6 +1,6 @@
-"""Recipes: YAML, validated; dotted overrides; the ones that come with the package.
+"""Recipes: read from YAML files or the package, changed by dotted overrides, and validated.
 
-A recipe names its data, tokenizer, model, training and sampling settings, or those of a classifier; `docs/recipes.md`
+A recipe has the settings of data, tokenizer, model, training and sampling, or those of a classifier. `docs/recipes.md`
 lists the keys.
 """
 
@@ -20,16 +20,16 @@ from seriatim.core.reading import Unreadable, parse_yaml, read_or_raise, read_ya
 from seriatim.core.validation import Strict, parse
 from seriatim.data.loader import MOST_AT_ONCE, MOST_WORKERS
 
-LONGEST_NAME = 100  # bytes of a recipe's name, which names a folder
-PathText = Annotated[Any, PlainValidator(lambda value: str_of(value))]  # pydantic's own refuses such bytes
+LONGEST_NAME = 100  # the limit in bytes for a recipe's name, which becomes the name of a folder
+PathText = Annotated[Any, PlainValidator(lambda value: str_of(value))]  # pydantic refuses paths that are not UTF-8
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
-MOST_IMAGES = 10**13  # seen in all: ten million passes over a million images
+MOST_IMAGES = 10**13  # the limit for images seen: ten million passes over a million images
 MOST_SIDE = 1 << 14  # pixels
 
 
 def thread_count(value: Any) -> Any:
-    """Refuse what is neither "auto" nor a number of threads that a machine can start."""
+    """The value. Raises ValueError if it is neither "auto" nor a number of threads that a machine can start."""
     if value != "auto" and not (type(value) is int and 1 <= value <= MOST_THREADS):
         raise ValueError(f"must be 'auto' or a whole number from 1 to {MOST_THREADS}")
     return value
@@ -42,38 +42,38 @@ def str_of(value: Any) -> str | None:
 
 
 class Common(Strict):
-    """What every training has. Amounts are in images, so that another batch size means the same run."""
+    """The settings of every training. Amounts are in images, so that they don't depend on the batch size."""
 
-    images: StrictInt = Field(ge=1, le=MOST_IMAGES)  # images seen in all
+    images: StrictInt = Field(ge=1, le=MOST_IMAGES)  # the number of images seen in all
     batch_size: StrictInt = Field(64, ge=1, le=MOST_AT_ONCE)
     learning_rate: float = Field(1e-3, gt=0, lt=1e35)
     warmup_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = Field(0.02, ge=0, lt=1e35)
-    clip: float = Field(3.0, gt=0, lt=1e35)  # norm of the gradient
-    ema: float = Field(0.9999, ge=0, lt=1)  # decay of the weight average that is saved
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: whichever is faster here
-    # Of the CPU; auto: all, or one where that is faster
+    clip: float = Field(3.0, gt=0, lt=1e35)  # the largest norm of the gradient
+    ema: float = Field(0.9999, ge=0, lt=1)  # the decay of the weight average that is saved
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto takes whichever is faster on this machine
+    # The number of CPU threads; auto takes all, or one if that is faster.
     threads: Annotated[int | str, BeforeValidator(thread_count)] = "auto"
-    log_images: StrictInt = Field(2048, ge=1, le=MOST_IMAGES)  # a line of metrics this often
-    save_images: StrictInt = Field(20_000, ge=0, le=MOST_IMAGES)  # a checkpoint this often; 0: only when stopped
-    keep: StrictInt = Field(2, ge=1, le=MOST_IMAGES)  # newest checkpoints that stay, besides the best
-    on_blow_up: Literal["warn", "stop"] = "warn"  # when the loss is a thousand times its own recent mean
+    log_images: StrictInt = Field(2048, ge=1, le=MOST_IMAGES)  # images between lines of metrics
+    save_images: StrictInt = Field(20_000, ge=0, le=MOST_IMAGES)  # images between checkpoints; 0: only when stopped
+    keep: StrictInt = Field(2, ge=1, le=MOST_IMAGES)  # how many newest checkpoints are kept, besides the best
+    on_blow_up: Literal["warn", "stop"] = "warn"  # when the loss exceeds its recent mean a thousand times
     tensorboard: bool = False  # also write metrics for TensorBoard
 
 
 class Training(Common):
     """How to train a generator."""
 
-    accumulate: StrictInt = Field(1, ge=1, le=MOST_AT_ONCE)  # parts in which a batch is computed, to save memory
+    accumulate: StrictInt = Field(1, ge=1, le=MOST_AT_ONCE)  # the parts into which a batch is split, to save memory
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     workers: StrictInt = Field(0, ge=0, le=MOST_WORKERS)  # processes that read images ahead
-    sample_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # a grid of samples at fixed seeds this often; 0: never
-    init_from: PathText | None = None  # a model folder whose weights to begin with; its classes may differ
+    sample_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between sample grids at fixed seeds; 0: never
+    init_from: PathText | None = None  # a model folder with the initial weights; its classes may differ
 
 
 class ClassifierTraining(Common):
-    """How to train a classifier: SGD with Nesterov's momentum on cross-entropy."""
+    """How to train a classifier, with cross-entropy and SGD with Nesterov's momentum."""
 
     batch_size: StrictInt = Field(512, ge=2, le=MOST_AT_ONCE)
     learning_rate: float = Field(0.3, gt=0, lt=1e35)
@@ -81,22 +81,22 @@ class ClassifierTraining(Common):
     momentum: float = Field(0.9, gt=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0, lt=1e35)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    crop: StrictInt = Field(4, ge=0, le=MOST_SIDE)  # pixels by which images are moved at random, mirrored at the border
-    cutout: StrictInt = Field(0, ge=0, le=MOST_SIDE)  # side of a square that is greyed at random; 0: none
+    crop: StrictInt = Field(4, ge=0, le=MOST_SIDE)  # images are shifted at random by up to this many pixels
+    cutout: StrictInt = Field(0, ge=0, le=MOST_SIDE)  # the side of a random grey square in each image; 0: none
     ema: float = Field(0.99, ge=0, lt=1)
     log_images: StrictInt = Field(25_000, ge=1, le=MOST_IMAGES)
     save_images: StrictInt = Field(200_000, ge=0, le=MOST_IMAGES)
-    test_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # accuracy on the test images this often; 0: at the end
+    test_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between tests of the accuracy; 0: at the end
 
 
 def plain_name(name: str) -> str:
-    """Refuse a name that would be a path, since a run's folder is called by it."""
+    """The name. Raises ValueError if it would be a path, because it becomes the name of the run's folder."""
     try:
         length = len(name.encode("utf-8"))
     except UnicodeEncodeError:
         raise ValueError("must be text that UTF-8 can hold") from None
     if not name.strip() or length > LONGEST_NAME:
-        raise ValueError(f"must have 1 to {LONGEST_NAME} bytes, and not blanks alone")
+        raise ValueError(f"must have 1 to {LONGEST_NAME} bytes, and not only blanks")
     if any(c in "/\\:" or not c.isprintable() for c in name) or name.startswith(".") or ".." in name:
         raise ValueError(
             "must be a plain name, without /, \\, :, control characters, a leading dot or two dots in a row"
@@ -105,13 +105,13 @@ def plain_name(name: str) -> str:
 
 
 class Described(Strict):
-    """What every recipe begins with."""
+    """The keys that every recipe has."""
 
     name: Annotated[str, AfterValidator(plain_name)]
     description: str = ""
     seed: StrictInt = Field(0, ge=0, lt=2**63)
     data: dict[str, Any]
-    changes: list[str] = Field(default_factory=list)  # settings that were changed when the run was resumed; not yours
+    changes: list[str] = Field(default_factory=list)  # records settings changed on resuming; not for users
 
 
 class Recipe(Described):
@@ -124,7 +124,7 @@ class Recipe(Described):
 
 
 class ClassifierRecipe(Described):
-    """Everything that decides the training of a classifier: `kind: classifier`."""
+    """Everything that decides the training of a classifier, marked by `kind: classifier`."""
 
     kind: Literal["classifier"]
     model: dict[str, Any]
@@ -139,19 +139,19 @@ RECIPES: dict[str, type[Recipe] | type[ClassifierRecipe]] = {"generator": Recipe
 
 
 def recipe_folder() -> Path:
-    """Where the packaged recipes are: inside the installed package, or beside it in a checkout."""
+    """The folder of the packaged recipes, which is in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
 def packaged() -> dict[str, Path]:
-    """name -> file of each recipe that comes with the package."""
+    """A map from the name of each packaged recipe to its file."""
     return {path.stem: path for path in sorted(recipe_folder().glob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
-    """A file, or the name of a packaged recipe."""
+    """The file of a recipe, given its path or the name of a packaged recipe. Raises UsageError if there is none."""
     path = Path(name)
     if path.is_file():
         return path
@@ -164,21 +164,21 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """`read_any` of a generator's recipe; a classifier's is refused."""
+    """The recipe of a generator, as `read_any` reads it. Raises UsageError if it is a classifier's."""
     recipe = read_any(name, overrides)
     if not isinstance(recipe, Recipe):
         raise UsageError(
-            f"recipe: {name!r} trains a classifier, which `seriatim train` alone takes; name a generator's"
+            f"recipe: {name!r} trains a classifier, which `seriatim train` alone takes; name a generator's recipe"
         )
     return recipe
 
 
 def read_any(name: str, overrides: Iterable[str] = ()) -> AnyRecipe:
-    """Read, override and validate a recipe; anything wrong is one line that names the key."""
+    """The recipe `name` with overrides applied, validated. Raises ConfigError, one line that names the key."""
     path = find_recipe(name)
     data = read_or_raise(lambda: read_yaml(path), path, ConfigError, "see `seriatim recipes show mar-digits` for one")
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{path}: is not a mapping of keys; see `seriatim recipes show mar-digits` for one")
+        raise ConfigError(f"{path}: is not a mapping of keys; see `seriatim recipes show mar-digits` for an example")
     kind = data.get("kind", "generator")
     if not isinstance(kind, str) or kind not in RECIPES:
         raise ConfigError(f"{path.name}: kind: {shown(kind)} is not known{nearest(str(kind), RECIPES)}")
@@ -191,13 +191,13 @@ def read_any(name: str, overrides: Iterable[str] = ()) -> AnyRecipe:
 def override(
     data: Mapping[str, Any], overrides: Iterable[str], sections: Iterable[str] = Recipe.model_fields
 ) -> dict[str, Any]:
-    """Apply `section.key=value` settings; values are YAML."""
+    """The recipe's data with overrides such as `section.key=value` applied; values are YAML."""
     sections = list(sections)
     result: dict[str, Any] = copy.deepcopy(dict(data))
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"{text!r} is no override; write section.key=value, such as training.images=5000")
+            raise ConfigError(f"{text!r} is not an override; write section.key=value, such as training.images=5000")
         parts = key.strip().split(".")
         if parts[0] not in sections:
             raise ConfigError(f"unknown key {key.strip()!r}{nearest(parts[0], sections)}")
@@ -215,7 +215,7 @@ def override(
 
 
 def dump(recipe: AnyRecipe) -> str:
-    """The recipe as YAML that `read_any` takes back, every default filled in."""
+    """The recipe as YAML that `read_any` can read, with every default filled in."""
     values = recipe.model_dump(mode="json")
     if not recipe.changes:
         del values["changes"]

@@ -1,10 +1,11 @@
-"""The training loop, for every kind of model: one function, read top to bottom.
+"""The training loop for every kind of model, in one function that reads from top to bottom.
 
-What a kind of model adds is a `Task`: its batches, its loss, and what it leaves behind. Everything else is here once:
-resuming, which is bitwise; dtype and threads that are measured; accumulation; values that are not finite; checkpoints,
-logs and curves; the answer to a signal. `gradients` alone serves loops that keep no folder, as those of benchmarks.
+A kind of model is a `Task`, which has the batches, the loss and what is written at the end. The loop does everything
+else: it resumes bitwise, measures dtype and threads, accumulates gradients, checks for values that are not finite,
+writes checkpoints, logs and curves, and stops on a signal. Loops without a run folder, such as benchmarks, use
+`gradients` alone.
 
-B images of a batch.
+Shapes: B images of a batch.
 """
 
 from __future__ import annotations
@@ -46,69 +47,69 @@ from seriatim.training.state import RunState, Trainables
 
 
 class Task(ABC):
-    """A kind of model and its data, as the engine trains them."""
+    """A kind of model and its data, in the form that the engine trains."""
 
-    recipe: Any  # the engine replaces it by one in which everything measured or changed is written down
+    recipe: Any  # the engine replaces it by one that records everything measured or changed
     data: ImageData
     parts: Trainables
-    total: int  # images of the whole run
-    accumulate = 1  # passes forward and backward of each update
-    files: tuple[str, ...] = PARTS  # of the folder `model` that `finish` writes
-    what = "a model"  # which that folder holds
+    total: int  # the number of images of the whole run
+    accumulate = 1  # the number of forward and backward passes of each update
+    files: tuple[str, ...] = PARTS  # the files in the folder `model` that `finish` writes
+    what = "a model"  # what that folder holds, for messages
 
     @abstractmethod
     def begin(self, stop: StopRequest) -> None:
-        """Measure or read what training needs before its first step. A resumed run does not call it."""
+        """Measure or read what training needs before its first step. It is not called when a run is resumed."""
 
     @abstractmethod
     def batches(self, run: RunState) -> Generator[Batch]:
-        """The batches that follow where a run stands."""
+        """Yield the batches that remain for the state `run`."""
 
     @abstractmethod
     def loss(self, batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
-        """The loss of some images of a batch. Its `parts` are logged under their names, averaged as the loss is."""
+        """The loss of the images `part` of a batch. Its `parts` are averaged like the loss and logged by name."""
 
     @abstractmethod
     def trial(self) -> Callable[[torch.dtype], Loss]:
-        """The loss of a first batch, which may be taken in several dtypes, and leaves no trace."""
+        """A function that computes the loss of a first batch in a given dtype and has no side effects."""
 
     @abstractmethod
     def nominal(self, batch: Batch) -> float:
-        """The count of a batch's loss as known beforehand; gradients are scaled to the true one before clipping."""
+        """The expected count of a batch's loss; gradients are scaled to the true count before clipping."""
 
     @abstractmethod
     def finish(self, run: RunState, log: MetricsLog) -> None:
-        """Write the trained model and what else is to be kept."""
+        """Write the trained model and other results."""
 
     @abstractmethod
     def curves(self, log: MetricsLog) -> None:
-        """Draw the curves of what was logged."""
+        """Draw the curves of the log."""
 
     def config(self, run: RunState) -> Mapping[str, Any] | None:  # noqa: ARG002
-        """What a checkpoint says about its model, so that it can be used without the run; None: nothing."""
+        """The config of the model for checkpoints, so that they can be used without the run; None writes no config."""
         return None
 
     def tested(self, run: RunState, *, last: bool) -> dict[str, float]:  # noqa: ARG002
-        """Figures on images that are not trained on, for the next line of the log."""
+        """Figures on test images for the next line of the log; empty if none are due."""
         return {}
 
     def look(self, before: int, run: RunState, stop: StopRequest) -> None:  # noqa: ARG002
-        """Draw pictures, where they are due between `before` images and now."""
+        """Draw sample pictures if they are due since `before` images were seen."""
         return None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where a run ended."""
+    """The result of a run."""
 
-    task: Any  # the `Task`, with its trained parts
+    task: Any  # the `Task` with its trained parts
     run: RunState
-    seconds: float  # in the loop
+    seconds: float  # the time in the training loop
     images_per_second: float
 
     @property
     def loss(self) -> float:
-        """The mean of the last logged stretch."""
+        """The mean loss in the last line of the log."""
         return math.nan if self.run.loss is None else self.run.loss
 
 
@@ -122,13 +123,14 @@ def fit(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Outcome:
-    """Train into the folder `out`; with `resume`, go on bitwise from the newest whole checkpoint in it.
+    """Train into the folder `out`, or with `resume` continue bitwise from the newest whole checkpoint in it.
 
-    Without, `out` is new or empty; with `overwrite` a run in it is replaced, and kept until the new one is whole.
+    Without `resume`, `out` must be new or empty. With `overwrite` a run in it is replaced, and kept until the new one
+    is finished.
 
-    Raises UsageError where `out` holds anything but the run that is to be resumed or overwritten, where there is no run
-    to resume, or where another process trains there; NumericsError when the loss or its gradient is not finite, before
-    anything is updated; Stopped, after saving, on SIGTERM or SIGINT.
+    Raises UsageError if `out` holds anything but the run to resume or overwrite, if there is no run to resume, or if
+    another process is training there; NumericsError if the loss or its gradient is not finite, before anything is
+    updated; and Stopped on SIGTERM or SIGINT, after saving.
     """
     refuse_many_processes()
     check_out(out, resume=resume, overwrite=overwrite)
@@ -149,12 +151,12 @@ def fit(
             run = RunState(dtype=chosen.dtype, threads=chosen.threads)
             parts.model.zero_grad(set_to_none=True)
         refuse_fewer_images(total, run.seen, out)
-        changes = changes_of(out, recipe, run.seen)  # none where the run begins: its recipe was just written
+        changes = changes_of(out, recipe, run.seen)  # empty for a new run, whose recipe was just written
         if settings.dtype != "auto":
             run.dtype = settings.dtype
         settings = settings.model_copy(update={"dtype": run.dtype, "threads": run.threads})
         task.recipe = recipe = recipe.model_copy(update={"training": settings, "changes": changes})
-        write_text(out / "recipe.yaml", dump(recipe))  # what was measured included: it repeats this run
+        write_text(out / "recipe.yaml", dump(recipe))  # with all measured values, so that it repeats this run
         dtype = DTYPES[run.dtype]
         stack.enter_context(threads(run.threads))
         log = MetricsLog(out / "metrics.jsonl", run.seen, settings.tensorboard)
@@ -194,7 +196,7 @@ def fit(
                 run.sums = {name: run.sums.get(name, 0.0) + value for name, value in means.items()}
                 run.steps_since += 1
                 last = run.seen >= total
-                # --- once in a while
+                # --- periodically
                 if run.seen - run.since >= settings.log_images or last:
                     now = time.monotonic()
                     means = {name: value / run.steps_since for name, value in run.sums.items()}
@@ -233,11 +235,12 @@ def fit(
 def gradients(
     trained: Sequence[Tensor], losses: Iterable[Loss], nominal: float, clip: float
 ) -> tuple[dict[str, float], float]:
-    """The clipped gradients of a loss that comes in parts; returns its mean, those of its terms, and their norm before.
+    """Compute the clipped gradients of a loss that comes in parts.
 
-    Each part is a sum over its own count. It is divided by the nominal count before the pass backward, and the
-    gradients by what that was wrong by once all counts are known, so the result does not depend on the parts. The
-    device is waited for once for each part, and once for the norm.
+    Returns the means of the loss and its terms, and the norm of the gradients before clipping. Each part is a sum over
+    its own count. It is divided by the nominal count before the backward pass, and the gradients are corrected once all
+    counts are known, so that the result does not depend on how the batch is split. The device is waited for once for
+    each part, and once for the norm.
     """
     sums: dict[str, float] = {}
     for loss in losses:
@@ -253,7 +256,10 @@ def gradients(
 
 
 def restore(out: Path, parts: Trainables) -> RunState | None:
-    """The newest whole checkpoint into `parts`; says which, and which newer ones were damaged and are set aside."""
+    """Load the newest whole checkpoint into `parts` and return its state; None if there is none.
+
+    Newer checkpoints that are damaged are set aside. Both are reported.
+    """
     folder = out / "checkpoints"
     checkpoints.sweep(folder)
     for says in checkpoints.set_damaged_aside(folder):
@@ -268,18 +274,18 @@ def restore(out: Path, parts: Trainables) -> RunState | None:
 
 
 def slices(size: int, parts: int) -> list[slice]:
-    """`size` images in at most `parts` equal parts, the last perhaps smaller."""
+    """Slices that split `size` images into at most `parts` equal parts, of which the last may be smaller."""
     step = -(-size // parts)
     return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
 def crossed(before: int, now: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (before, now]; never for 0."""
+    """Whether a multiple of `every` lies in (before, now]; False if `every` is 0."""
     return bool(every) and now // every > before // every
 
 
 def check_finite(what: str, value: float, seen: int, batch: Batch, data: ImageData, cure: str) -> None:
-    """Raise NumericsError that names the images of a batch, unless the value is finite."""
+    """Raise NumericsError, which names images of the batch, if the value is not finite."""
     if not math.isfinite(value):
         names = batch.names[:8] or [data.name(int(i)) for i in batch.index[:8]]
         named = ", ".join(names) + (", ..." if len(batch) > 8 else "")

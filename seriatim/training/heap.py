@@ -1,7 +1,7 @@
-"""Memory of a long training on a CPU: what oneDNN and the C library keep for later is bounded.
+"""Bound the memory that oneDNN and the C library keep during a long training on a CPU.
 
-A masked model asks for another number of tokens in each batch. Every new shape of a product is compiled by oneDNN and
-kept, and it leaves gaps in the heap that the C library does not return by itself (docs/performance.md).
+A masked model asks for another number of tokens in each batch. OneDNN compiles a matrix product for every new shape and
+keeps it, and this leaves gaps in the heap that the C library does not return by itself (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -12,20 +12,21 @@ import sys
 from collections.abc import Callable
 from functools import lru_cache
 
-# Of oneDNN's 1,024, about half a megabyte each. A step needs fewer, the encoder of an autoencoder included.
+# OneDNN would keep 1,024 compiled products of about half a megabyte each. A training step, with the encoder of an
+# autoencoder, needs fewer than this many.
 COMPILED = 256
 
 
 def bound_compiled_products() -> None:
-    """Let oneDNN keep this many compiled products; it reads the variable when a process multiplies the first time.
+    """Let oneDNN keep only COMPILED products. It reads this variable at the first matrix product of a process.
 
-    What is set already stays as it is.
+    A value that the user has set is kept.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(COMPILED))
 
 
 def return_heap() -> None:
-    """Give memory that is free back to the system, where the C library can be asked to."""
+    """Return free memory to the operating system if the C library can do it."""
     trim = heap_trimmer()
     if trim is not None:
         trim(0)
@@ -33,7 +34,7 @@ def return_heap() -> None:
 
 @lru_cache(maxsize=1)
 def heap_trimmer() -> Callable[[int], int] | None:
-    """glibc's malloc_trim; None where there is none (musl, macOS, Windows)."""
+    """The function malloc_trim of glibc; None if there is none (musl, macOS, Windows)."""
     if not sys.platform.startswith("linux"):
         return None
     try:

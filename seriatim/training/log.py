@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.jsonl, the loss curve, the environment."""
+"""Write what people read about a run: metrics.jsonl, the curves, the environment, the model card."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from seriatim.training.precision import Choice
 
 
 class MetricsLog:
-    """One JSON object a line, handed to the system line by line: a killed run keeps what it has measured."""
+    """A log with one JSON object per line, each written at once so that a killed run keeps its measurements."""
 
     def __init__(self, path: Path, seen: int = 0, tensorboard: bool = False) -> None:
-        """Begin after `seen` images: lines of a run that got further before it was killed are dropped."""
+        """Continue the log after `seen` images; later lines, which a killed run may have written, are dropped."""
         self.path = path
         self.rows = rows_until(seen, path) if seen and path.exists() else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -50,7 +50,7 @@ class MetricsLog:
 
 
 def rows_until(seen: int, path: Path) -> list[dict[str, Any]]:
-    """The lines of the first `seen` images. Where some are damaged, the file as it was is kept beside the new one."""
+    """The lines of the first `seen` images. If some lines are damaged, a copy of the old file is kept."""
     rows: list[dict[str, Any]] = []
     raw = path.read_bytes()
     damaged = 0
@@ -58,7 +58,7 @@ def rows_until(seen: int, path: Path) -> list[dict[str, Any]]:
         try:
             row = parse_json(line.decode("utf-8"), dict)
             if type(row.get("images")) is not int or not all(type(value) in (int, float) for value in row.values()):
-                raise Unreadable("is no line of metrics")
+                raise Unreadable("is not a line of metrics")
         except (Unreadable, UnicodeDecodeError):
             damaged += line.endswith(b"\n")  # the last line of a killed run may be half a line
             continue
@@ -72,7 +72,7 @@ def rows_until(seen: int, path: Path) -> list[dict[str, Any]]:
 
 
 def board(folder: Path) -> Any:
-    """TensorBoard's writer, or an error that says how to get it."""
+    """The writer of TensorBoard. Raises ConfigError, which says how to install it, if it is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -81,7 +81,7 @@ def board(folder: Path) -> Any:
 
 
 def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
-    """Draw the loss over images seen, and its terms, as a PNG."""
+    """Draw the loss and its terms over images seen as a PNG, and return its path."""
     figure, axes = empty_figure()
     terms = [key for key in rows[-1] if key == "loss" or key.startswith("loss_")] if rows else []
     least = math.inf
@@ -91,17 +91,17 @@ def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> P
         width = 2 if key == "loss" else 1
         axes.plot(*zip(*points, strict=True), label=key.replace("loss_", ""), linewidth=width)
     axes.set(xlabel="images seen", ylabel="loss, mean since the last point")
-    axes.set_title(title, parse_math=False)  # a name may hold a dollar
+    axes.set_title(title, parse_math=False)  # a name may contain a dollar sign
     if terms and least > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
     if terms:
-        axes.legend(loc="upper right")  # "best" searches for seconds over a long run, and warns
+        axes.legend(loc="upper right")  # "best" takes seconds for a long run, and warns
     return atomic_write(path, lambda file: figure.savefig(file, format="png"))
 
 
 def accuracy_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
-    """Draw accuracy over images seen, on training and on test images, as a PNG."""
+    """Draw the accuracy on training and test images over images seen as a PNG, and return its path."""
     figure, axes = empty_figure()
     for key, label, style in (("accuracy", "training, augmented", "-"), ("test_accuracy", "test", "o-")):
         points = [(row["images"], 100 * row[key]) for row in rows if key in row]
@@ -116,7 +116,7 @@ def accuracy_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") 
 
 
 def empty_figure() -> tuple[Any, Any]:
-    """A figure and its axes, with no window and no global state."""
+    """A figure and its axes, made without a window and without matplotlib's global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -126,7 +126,7 @@ def empty_figure() -> tuple[Any, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for a run folder."""
+    """The versions and the machine, for environment.json of a run folder."""
     return {
         "seriatim": __version__,
         "python": platform.python_version(),
@@ -138,7 +138,7 @@ def environment() -> dict[str, Any]:
 
 
 def record_choice(folder: Path, choice: Choice) -> None:
-    """Say once what dtype and threads were chosen by, and write it to environment.json."""
+    """Report the measurements by which dtype and threads were chosen, and write them to environment.json."""
     if choice.seconds:
         say(f"training in {choice}")
         chosen = {"dtype": choice.dtype, "threads": choice.threads, "seconds": choice.seconds}
@@ -146,7 +146,7 @@ def record_choice(folder: Path, choice: Choice) -> None:
 
 
 def model_card(recipe: Recipe, seen: int, parameters: int, rows: Sequence[dict[str, Any]], data: ImageData) -> str:
-    """README.md of a model folder: what it is, what it was trained on, how to draw from it."""
+    """The text of README.md for a model folder: what the model is, what it was trained on, how to sample from it."""
     kind = "unconditional-image-generation" if data.pictures else "other"
     classes = first_names(data)
     plain = next((name for name in data.class_names if name.isprintable()), None)
@@ -198,7 +198,7 @@ def first_names(data: ImageData, most: int = 20) -> str:
 def classifier_card(
     recipe: ClassifierRecipe, seen: int, parameters: int, data: ImageData, tested: int, accuracy: Mapping[str, float]
 ) -> str:
-    """README.md of a classifier's folder: what it is, what it recognises, how to use it."""
+    """The text of README.md for a classifier folder: what the classifier is, what it recognises, how to use it."""
     mirrored = accuracy["test_with_mirror_images"]
     return f"""---
 library_name: seriatim

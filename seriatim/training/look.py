@@ -1,4 +1,4 @@
-"""What a run looks like as it learns: samples at fixed seeds, and all of them in time as one picture."""
+"""Show how a run learns: samples at fixed seeds, and a picture of their progress over time."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.result import save_array
 
 IMAGES, COLUMNS = 32, 8
-SIDE = 32  # small images are enlarged to about this in a grid
+SIDE = 32  # small images are enlarged to about this side in a grid
 
 
 class Interrupted(Exception):
-    """The process was asked to stop while samples were drawn."""
+    """The process was asked to stop while samples were generated."""
 
 
 def draw_samples(bundle: Bundle, folder: Path, seen: int, seed: int, stop: StopRequest | None = None) -> Path | None:
-    """Write `folder/<images seen>.png`: the same seeds and classes every time; then the timeline.
+    """Write samples to `folder/<images seen>.png`, with the same seeds and classes every time, and the timeline.
 
-    Of sequences that are no pictures, `folder/<seen>.npy`. When `stop` is requested meanwhile, nothing is written.
+    Returns the path of the samples. If the model does not generate pictures, they go to `folder/<images seen>.npy`. If
+    `stop` is requested meanwhile, nothing is written and None is returned.
     """
 
     def look(*_: object) -> None:
         if stop is not None and stop.requested:
             raise Interrupted
 
-    pipe = Pipeline(bundle)  # where the averaged weights are
+    pipe = Pipeline(bundle)  # on the device of the averaged weights
     classes = pipe.model.classes
     labels = [label_of(i % classes, pipe.class_names) if classes else None for i in range(IMAGES)]
     try:
@@ -46,7 +47,7 @@ def draw_samples(bundle: Bundle, folder: Path, seen: int, seed: int, stop: StopR
 
 
 def timeline(folder: Path, most: int = 12) -> Path:
-    """The first row of each grid, oldest on top, as `timeline.png`; at most `most`, evenly chosen."""
+    """Write `timeline.png`, which stacks the first rows of at most `most` grids, evenly chosen, the oldest on top."""
     files = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
     if len(files) > most:
         files = [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]

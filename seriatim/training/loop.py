@@ -1,6 +1,6 @@
-"""Training a generator: what it adds to the engine.
+"""Train a generator: the task that the engine runs, and the public function `train`.
 
-B images of a batch, L tokens, D features.
+Shapes: B images of a batch, L tokens, D features.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from seriatim.training.state import RunState, Trainables
 
 @dataclass(frozen=True)
 class TrainingResult:
-    folder: Path  # the run; `folder / "model"` is a model folder
+    folder: Path  # the run folder; `folder / "model"` is a model folder
     images: int
-    seconds: float  # in the loop
+    seconds: float  # the time in the training loop
     images_per_second: float
-    loss: float  # mean of the last logged stretch
+    loss: float  # the mean in the last line of the log
     parameters: int
     dtype: str
     threads: int
 
 
 class GeneratorTask(Task):
-    """A sequence model and its tokenizer."""
+    """Trains a sequence model on the tokens of a tokenizer."""
 
     def __init__(self, recipe: Recipe, out: Path, where: torch.device, *, quiet: bool) -> None:
         settings = recipe.training
@@ -63,7 +63,7 @@ class GeneratorTask(Task):
         folder = self.recipe.training.init_from
         if folder:
             initialise_from(folder, self.model, self.tokenizer, self.data.class_names)
-            self.data.check_tokenizer(self.tokenizer)  # which now has that model's weights
+            self.data.check_tokenizer(self.tokenizer)  # again, since it now has that model's weights
         else:
             fit_tokenizer(self.tokenizer, self.data, quiet=self.quiet, stop=stop)
 
@@ -83,9 +83,9 @@ class GeneratorTask(Task):
         return float(len(batch) * self.model.tokens)
 
     def loss(self, batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
-        # Every draw depends on (seed, first) alone, dropout's too: a resumed run draws what it would have drawn.
+        # Every random number, also of dropout, depends on (seed, first) alone, so that resuming is bitwise.
         first, size = batch.first + part.start, part.stop - part.start
-        keys = self.keys.fold(torch.arange(first, first + size))  # image g of the run has (seed, "train", g)
+        keys = self.keys.fold(torch.arange(first, first + size))  # image g of the run has the key (seed, "train", g)
         images = batch.images[part].to(self.where)
         labels = None if batch.labels is None else batch.labels[part]
         with torch.random.fork_rng(devices=[] if self.where.type == "cpu" else None):
@@ -97,14 +97,14 @@ class GeneratorTask(Task):
                 loss: Loss = self.model(tokens, labels, keys, self.step_keys.fold(batch.first))
         return Loss(loss.sum, loss.count, {f"loss_{name}": value for name, value in loss.parts.items()})
 
-    # --- what a run leaves behind ---------------------------------------------------------------------------------
+    # --- results of a run -----------------------------------------------------------------------------------------
 
     @cached_property
     def trained_on(self) -> dict[str, Any]:
         return {"count": self.data.count, "fingerprint": self.data.images_fingerprint()}
 
     def bundle(self, run: RunState) -> Bundle:
-        """The averaged weights, and where they come from."""
+        """A bundle of the averaged weights with their provenance."""
         provenance = {"recipe": self.recipe.model_dump(mode="json"), "images": run.seen, "data": self.trained_on}
         trained, data = cast(SequenceModel, self.parts.average.module), self.data
         return Bundle(
@@ -118,7 +118,7 @@ class GeneratorTask(Task):
         if crossed(before, run.seen, self.recipe.training.sample_images):
             try:
                 draw_samples(self.bundle(run), self.out / "samples", run.seen, self.recipe.seed, stop)
-            except NumericsError as error:  # training goes on: later weights may do better
+            except NumericsError as error:  # training continues, since later weights may do better
                 say(f"no samples after {run.seen} images: {error}")
 
     def curves(self, log: MetricsLog) -> None:
@@ -139,12 +139,13 @@ def train(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> TrainingResult:
-    """Train a recipe into the folder `out`; with `resume`, go on bitwise from the newest whole checkpoint in it.
+    """Train a recipe into the folder `out`, or with `resume` continue bitwise from the newest whole checkpoint in it.
 
-    Without, `out` is new or empty; with `overwrite` a run in it is replaced, and kept until the new one is whole.
+    Without `resume`, `out` must be new or empty. With `overwrite` a run in it is replaced, and kept until the new one
+    is finished.
 
         out/recipe.yaml       the recipe with every default filled in
-        out/data.json         how many images, their fingerprint, and which files were left out and why
+        out/data.json         the number of images, their fingerprint, and the files that were left out with reasons
         out/environment.json  versions and machine
         out/metrics.jsonl     loss, learning rate, images/s
         out/training.png      the loss curve
@@ -152,7 +153,7 @@ def train(
         out/checkpoints/      all that resuming needs (training.save_images)
         out/model/            the averaged weights, ready for `seriatim.load`
 
-    Errors are those of `engine.fit`.
+    The errors are those of `engine.fit`.
     """
     out = Path(out)
 

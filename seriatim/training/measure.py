@@ -1,4 +1,4 @@
-"""Statistics of latents, measured once over the images of a recipe and kept in a tokenizer folder."""
+"""Measure the statistics of latents once over the images of a recipe, and save them in a tokenizer folder."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from seriatim.tokenizers.latent import Latent, Measured, Statistics
 from seriatim.training.config import Recipe
 from seriatim.training.setup import build_inputs, look_over
 
-BATCH = 32  # images at a time
+BATCH = 32  # images that are encoded at once
 
 
 @dataclass(frozen=True)
 class Measurement:
     folder: Path  # the tokenizer folder
     measured: Measured
-    sha256: str  # of the statistics
+    sha256: str  # the sha256 of the statistics
 
 
 def measure_latents(
@@ -32,9 +32,10 @@ def measure_latents(
     device: str = "auto",
     quiet: bool = False,
 ) -> Measurement:
-    """Measure the recipe's tokenizer over about `images` of its images; write it, statistics included, to `out`.
+    """Measure the recipe's tokenizer over about `images` of its images, and write it with its statistics to `out`.
 
-    Statistics that it had already are measured anew. A recipe takes the folder as `tokenizer: {from: OUT}`.
+    Earlier statistics are replaced. A recipe uses the folder as `tokenizer: {from: OUT}`. Raises ConfigError if the
+    tokenizer has no latents.
     """
     if images < 1:
         raise UsageError(f"num: {images!r} is not allowed; it must be at least 1")
@@ -42,7 +43,7 @@ def measure_latents(
     data, tokenizer = build_inputs(recipe)
     if not isinstance(tokenizer, Latent):
         raise ConfigError(
-            f"tokenizer.kind: {recipe.tokenizer.get('kind')!r} has no latents; it is measured when training begins"
+            f"tokenizer.kind: {recipe.tokenizer.get('kind')!r} has no latents to measure; name kl or pretrained"
         )
     tokenizer.to(pick_device(device))
     measured = tokenizer.measure(look_over(data, images, BATCH, quiet=quiet), statistics)
@@ -63,7 +64,7 @@ def measure_latents(
 
 
 def statistics_sha256(tokenizer: Latent) -> str:
-    """sha256 of mean and std, float32."""
+    """The sha256 of mean and std in float32."""
     digest = hashlib.sha256()
     for values in (tokenizer.mean, tokenizer.std):
         digest.update(values.cpu().contiguous().numpy().tobytes())

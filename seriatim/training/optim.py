@@ -1,4 +1,4 @@
-"""AdamW with MAR's parameter groups, SGD for classifiers, and the weight average that warms up."""
+"""AdamW with MAR's parameter groups, SGD for classifiers, and a weight average whose decay warms up."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from seriatim.core.schedules import ema_decay
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: decayed, and not.
+    """Two groups of parameters, with and without weight decay.
 
-    Not decayed: vectors (norms and biases) and everything in the head (Li et al. 2024, official training code);
-    decayed: the rest, embeddings and positions included.
+    Vectors (norms and biases) and everything in the head are not decayed (Li et al. 2024, official training code). The
+    rest is, including embeddings and positions.
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -31,16 +31,18 @@ def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], we
 
 
 def sgd(model: nn.Module, learning_rate: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
-    """With Nesterov's momentum; vectors (norms and biases) are not decayed."""
+    """SGD with Nesterov's momentum; vectors (norms and biases) are not decayed."""
     groups = parameter_groups(model, weight_decay)
     return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=True)
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of the weights, whose rate warms up: call `update_parameters` after each step."""
+    """The exponential moving average of the weights. Its decay warms up; call `update_parameters` after each step."""
 
     @torch.no_grad()
-    def update(average: Any, current: Any, updates: Tensor | int) -> None:
-        torch._foreach_lerp_(average, current, 1 - ema_decay(int(updates), decay))
+    def update(average: Any, current: Any, _: Tensor | int) -> None:
+        # The number of updates that torch hands over is on the device of the weights; this one is on the host.
+        torch._foreach_lerp_(average, current, 1 - ema_decay(int(made.n_averaged), decay))
 
-    return AveragedModel(model, multi_avg_fn=update)
+    made = AveragedModel(model, multi_avg_fn=update)
+    return made

@@ -1,4 +1,4 @@
-"""In which dtype and with how many CPU threads to train: measured, where it isn't said."""
+"""Choose the dtype and the number of CPU threads for training by measuring them, unless they are given."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from seriatim.core.device import DTYPES
 from seriatim.models.base import Loss
 
-ROUNDS, FEWEST = 5, 3  # timed passes forward and backward of each candidate
-ENOUGH = 10.0  # seconds of timed passes after which no more rounds than the fewest are begun
+ROUNDS, FEWEST = 5, 3  # the largest and smallest number of timed passes of each candidate
+ENOUGH = 10.0  # seconds of timed passes in all, after which only FEWEST rounds are made
 
 
 class Choice(NamedTuple):
-    """What to train with, and what it was chosen by: the median seconds of each candidate, where there were several."""
+    """The chosen dtype and threads, and the median seconds of each candidate if there were several."""
 
     dtype: str
     threads: int
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
-    """`count` CPU threads inside; what there was before outside."""
+    """A context in which torch uses `count` CPU threads; the former number is restored afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -46,12 +46,12 @@ def threads(count: int) -> Iterator[None]:
 
 
 def fastest(dtype: str, count: int | str, device: torch.device, loss_of: Callable[[torch.dtype], Loss]) -> Choice:
-    """The dtype and the thread count to use; what is "auto" is the faster in a few passes.
+    """The dtype and the number of threads to use. A value of "auto" is replaced by the fastest in a few passes.
 
-    The candidates take turns, several times, and their medians are compared: a machine that is busy for a while slows
-    all of them alike, and one slow pass decides nothing. One thread is a candidate on a CPU: for small models it is
-    nearly as fast as all, and when another process wants a core, two threads that wait for each other can be a hundred
-    times slower (docs/log.md).
+    The candidates take turns several times and their medians are compared, so that a machine that is busy for a while
+    slows all of them alike, and one slow pass decides nothing. On a CPU, one thread is a candidate: for small models it
+    is nearly as fast as all threads, and if another process uses a core, two threads that wait for each other can be a
+    hundred times slower (docs/log.md).
     """
     every = torch.get_num_threads()
     dtypes = list(DTYPES) if dtype == "auto" else [dtype]
@@ -63,7 +63,7 @@ def fastest(dtype: str, count: int | str, device: torch.device, loss_of: Callabl
     if len(candidates) == 1:
         return Choice(*candidates[0], {})
     for candidate in candidates:
-        seconds(candidate, device, loss_of)  # what is made at the first pass is not timed
+        seconds(candidate, device, loss_of)  # the first pass also compiles and allocates, so it is not timed
     times: dict[tuple[str, int], list[float]] = {candidate: [] for candidate in candidates}
     for number in range(ROUNDS):
         if number >= FEWEST and sum(map(sum, times.values())) > ENOUGH:
@@ -76,7 +76,7 @@ def fastest(dtype: str, count: int | str, device: torch.device, loss_of: Callabl
 
 
 def seconds(candidate: tuple[str, int], device: torch.device, loss_of: Callable[[torch.dtype], Loss]) -> float:
-    """Seconds of one pass forward and backward."""
+    """The seconds of one forward and backward pass with a candidate."""
     name, count = candidate
     with threads(count):
         begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""The folder of a run: whose it is, one process at a time, what a crash left there, and replacing it.
+"""The folder of a run: check that it is one, hold it for one process, clean up after a crash, and replace it.
 
 RUN/                  a run, as `train` and `train_classifier` describe it
-.RUN.previous/        a run that is being replaced; it is deleted when the new one is whole
+.RUN.previous/        a run that is being replaced; it is deleted when the new one is finished
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from seriatim.training.state import CHECKPOINT
 
 GRID = re.compile(r"samples/([0-9]+\.(png|npy)|timeline\.png)")
 DATA = "data.json"
-DEMO = ".demo"  # the mark of a folder that `seriatim demo` makes
+DEMO = ".demo"  # this file marks a folder that `seriatim demo` made
 LOCK, ENVIRONMENT = ".lock", "environment.json"
 WRITTEN = {
     LOCK,
@@ -51,7 +51,7 @@ WRITTEN = {
     "report.json",
 }
 FOLDERS = {"model", "checkpoints", "samples", "tensorboard"}
-OURS = re.compile(  # every file that a run may hold, by its path
+OURS = re.compile(  # the path of every file that a run may hold
     "|".join(
         (
             "|".join(map(re.escape, sorted(WRITTEN))),
@@ -65,7 +65,7 @@ OURS = re.compile(  # every file that a run may hold, by its path
 
 
 def is_run(folder: Path) -> bool:
-    """Whether the folder holds a run: a recipe that can be read, beside the fingerprint of its images."""
+    """Whether the folder holds a run, which has a readable recipe and the fingerprint of its images."""
     if not (folder / RECIPE).is_file() or "fingerprint" not in json_of(folder / DATA):
         return False
     try:
@@ -76,7 +76,7 @@ def is_run(folder: Path) -> bool:
 
 
 def begun(folder: Path) -> set[str]:
-    """The files that we wrote to a folder before the recipe made it a run, where a start was interrupted."""
+    """The files that an interrupted start of a run left in a folder before it wrote the recipe."""
     proofs = {DATA: "fingerprint", ENVIRONMENT: "seriatim", DEMO: "training_images"}
     found = {name for name, key in proofs.items() if key in json_of(folder / name)}
     lock = folder / LOCK
@@ -87,12 +87,12 @@ def begun(folder: Path) -> set[str]:
 
 
 def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that can't be trained into or resumed; nothing but a run's own interrupted renaming is touched.
+    """Check that a folder can be trained into or resumed. Only an interrupted renaming of a run is repaired.
 
-    Raises UsageError where it is somebody else's, holds a run already, or holds none that could be resumed.
+    Raises UsageError if the folder holds something else, holds a run already, or holds no run that can be resumed.
     """
     if resume and overwrite:
-        raise UsageError("overwrite: can't go with resume, which goes on with what is there; leave one of them out")
+        raise UsageError("overwrite: can't go with resume, which continues the existing run; leave one of them out")
     previous = present_or_previous(out)
     if previous != out and is_run(previous):
         put_back(out)
@@ -107,7 +107,7 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def check_resumable(out: Path) -> None:
-    """Refuse to resume what is no run, naming what is missing."""
+    """Raise UsageError, which names what is missing, if the folder holds no run that can be resumed."""
     advice = "check the path, or leave out --resume to begin a run there"
     if not os.path.lexists(out):
         raise UsageError(f"out: there is no folder {out}, so there is no run to resume; {advice}")
@@ -126,14 +126,17 @@ def check_resumable(out: Path) -> None:
         )
     read_any(str(out / RECIPE))
     if "fingerprint" not in json_of(out / DATA):
-        raise DataError(f"data: {out / DATA} is damaged or not ours: it has no fingerprint; put the run's file back")
+        raise DataError(
+            f"data: {out / DATA} is damaged or not of a run: it has no fingerprint; put the run's file back"
+        )
 
 
 @contextlib.contextmanager
 def occupied(out: Path, parts: tuple[str, ...] = PARTS, what: str = "a model", *, overwrite: bool) -> Iterator[None]:
-    """Hold a run's folder, which `check_out` has seen, for this process: made, swept, a replaced run set aside.
+    """A context that holds a run's folder, which `check_out` has checked, for this process.
 
-    What is replaced is deleted when the block ends well, and is kept under its other name where it does not.
+    The folder is created, half-written files in it are removed, and a run that is to be replaced is set aside. If the
+    block ends well, the replaced run is deleted; otherwise it is kept under its other name.
     """
     if overwrite and is_run(out):
         make_room(out)
@@ -154,7 +157,7 @@ def occupied(out: Path, parts: tuple[str, ...] = PARTS, what: str = "a model", *
 
 
 def make_room(out: Path, what: str = "run") -> None:
-    """Rename the folder of a run that is to be replaced, and make an empty one in its place."""
+    """Rename the folder of a run that is to be replaced, so that its name becomes free."""
     with only_trainer(out):
         refuse_foreign(out)
         say(f"replacing the {what} in {out}, which is kept until the new one is whole")
@@ -162,14 +165,14 @@ def make_room(out: Path, what: str = "run") -> None:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Refuse to replace a run's folder in which somebody keeps anything else, or which can't be renamed."""
+    """Raise UsageError if a run's folder also holds other files, which would be lost, or can't be renamed."""
     for path in sorted(out.rglob("*")):
         inner = path.relative_to(out)
         if (path.is_dir() and not path.is_symlink()) or OURS.fullmatch(inner.as_posix()) or path.name in DROPPINGS:
             continue
-        if not any(target_of(out / part) for part in (*inner.parents, inner)):  # half-written ones are ours too
+        if not any(target_of(out / part) for part in (*inner.parents, inner)):  # half-written files of ours are allowed
             raise UsageError(
-                f"out: {path.parent} holds {path.name!r}, which is no part of a run and would be lost; move it away"
+                f"out: {path.parent} holds {path.name!r}, which is not part of a run and would be lost; move it away"
             )
     if Path.cwd().is_relative_to(out.resolve()):
         raise UsageError(f"out: {out} is the current folder or holds it and can't be replaced; go to another first")

@@ -1,4 +1,4 @@
-"""Before the first step: the parts of a recipe, the run folder, what a resumed run must agree on."""
+"""Prepare a run before its first step: build the parts of a recipe, write the run folder, compare a resumed run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
 from seriatim.training.log import environment
 from seriatim.training.run_folder import DATA, RECIPE, check_out
 
-# A resumed run may change these and nothing else: they don't affect a weight, or only how long it goes on.
+# A resumed run may change these settings, because they don't affect weights, or only how long training lasts.
 FREE = {
     "changes",
     "data.check",
@@ -60,18 +60,19 @@ FREE = {
     "training.test_images",
     "training.workers",
 }
-# ... and these, which do affect weights, because they are what helps a run whose loss blew up. recipe.yaml records it.
+# A resumed run may also change these, which affect weights, because they help a run whose loss blew up. recipe.yaml
+# records such a change.
 CURES = {"training.learning_rate", "training.clip", "training.dtype"}
-MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
+MEASURED = {"training.dtype", "training.threads"}  # "auto" means the value that the run measured and recorded
 CLASSES = "conditioner.class_embedding"
 
 
-FIT_BATCH = 512  # images at a time when the tokenizer measures its statistics
-FIT_IMAGES = 10_000  # as many as it looks at
+FIT_BATCH = 512  # images at once when the tokenizer measures its statistics
+FIT_IMAGES = 10_000  # about how many images it measures
 
 
 def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
-    """The data and the tokenizer of a recipe: `tokenizer: {from: FOLDER, ...}` is one that was saved."""
+    """The data and the tokenizer of a recipe. `tokenizer: {from: FOLDER, ...}` names a saved tokenizer."""
     data = build_data(recipe.data)
     given = {"size": list(data.size), "channels": data.channels, **recipe.tokenizer}
     source = given.pop("from", None)
@@ -79,40 +80,43 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
         raise ConfigError(f"tokenizer.from: {source!r} is not allowed; name a tokenizer, model or run folder")
     if source is None:
         check_kind(given.get("kind"), data)
-        if given.get("path") is None:  # else its weights are read, and their files tell their size
+        if given.get("path") is None:  # with a path, the files state the size of the weights
             check_room(lambda: build_tokenizer(given), given, "tokenizer")
         tokenizer = build_tokenizer(given)
         if isinstance(tokenizer, (KL, VQ)):
             raise ConfigError(
                 f"tokenizer.kind: {recipe.tokenizer['kind']!r} begins with random weights; name a tokenizer or model "
-                "folder whose weights are trained with tokenizer.from=FOLDER; that of training.init_from will do"
+                "folder with trained weights by tokenizer.from=FOLDER; the folder of training.init_from is possible too"
             )
     else:
         folder = Path(source).expanduser()
         if not folder.is_dir():
             raise ConfigError(
-                f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert`, or name a model's"
+                f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert`, or name a model folder"
             )
         tokenizer = load_tokenizer(folder, **given)
     data.check_tokenizer(tokenizer)
     if tokenizer.size != data.size or tokenizer.channels != data.channels:
         ours, theirs = (f"{x.channels} x {x.size[0]} x {x.size[1]}" for x in (tokenizer, data))
-        raise ConfigError(f"tokenizer: made for images of {ours}, the data has {theirs}")
+        raise ConfigError(f"tokenizer: made for images of {ours}, but the data has {theirs}; make the sizes equal")
     return data, tokenizer
 
 
 def check_kind(kind: Any, data: ImageData) -> None:
-    """Refuse a tokenizer of pictures for other sequences, and the other way round; an unknown kind is named later."""
+    """Raise ConfigError if the tokenizer takes pictures and the data has none, or the other way round.
+
+    An unknown kind is refused later.
+    """
     if isinstance(kind, str) and kind in TOKENIZERS and TOKENIZERS[kind].pictures != data.pictures:
         fitting = ", ".join(name for name, cls in TOKENIZERS.items() if cls.pictures == data.pictures)
         what = "pictures" if data.pictures else "arrays, no pictures"
-        raise ConfigError(f"tokenizer.kind: {kind!r} is not allowed; the data holds {what}, which take {fitting}")
+        raise ConfigError(f"tokenizer.kind: {kind!r} is not allowed; the data holds {what}, which need {fitting}")
 
 
 def fit_tokenizer(
     tokenizer: Tokenizer, data: ImageData, *, quiet: bool = False, stop: StopRequest | None = None
 ) -> None:
-    """Measure the statistics of tokens: the same from images and from a cache of their moments."""
+    """Measure the statistics of tokens. Images and a cache of their moments give the same result."""
     if data.cached:
         tokenizer.fit_moments(unless_stopped(data.some(FIT_IMAGES, FIT_BATCH), stop))
     else:
@@ -120,7 +124,7 @@ def fit_tokenizer(
 
 
 def unless_stopped(batches: Iterable[Tensor], stop: StopRequest | None) -> Iterator[Tensor]:
-    """The same batches, until the process is asked to stop."""
+    """Yield the batches; raise Stopped once the process is asked to stop."""
     for batch in batches:
         if stop is not None and stop.requested:
             raise Stopped(f"{stop.requested}: stopped before the first step; begin it again with --resume")
@@ -128,7 +132,7 @@ def unless_stopped(batches: Iterable[Tensor], stop: StopRequest | None) -> Itera
 
 
 def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> Iterator[Tensor]:
-    """About `most` images from all over the data, `size` at a time, in [-1, 1], with progress and time left."""
+    """Yield about `most` images from all over the data, `size` at a time, in [-1, 1], with a progress bar."""
     total = len(range(0, data.count, max(1, data.count // most)))
     if isinstance(data, StreamData):
         total = min(most, data.count or most)
@@ -139,7 +143,7 @@ def look_over(data: ImageData, most: int, size: int, *, quiet: bool = False) -> 
 
 
 def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, SequenceModel]:
-    """The data, tokenizer and model of a recipe; weights depend on its seed alone."""
+    """The data, tokenizer and model of a recipe. Initial weights depend on its seed alone."""
     data, tokenizer = build_inputs(recipe)
     check_class_names(data.class_names, len(data.class_names))
     sizes: dict[str, Any] = {"tokens": tokenizer.count, "classes": len(data.class_names)}
@@ -150,7 +154,7 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, SequenceModel]:
     check_room(lambda: build_model(recipe.model, **sizes), {**recipe.model, **sizes}, "model")
     with seeded(derive_seed(recipe.seed, "weights")):
         model = build_model(recipe.model, **sizes)
-    try:  # what every later request of this model begins with
+    try:  # wrong sampling defaults must be found now, not after training
         Pipeline(Bundle(model, tokenizer, data.class_names, dict(recipe.sampling))).request(seed=0)
     except UsageError as error:
         raise ConfigError(f"sampling: {one_line(error)}") from error
@@ -158,10 +162,10 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, SequenceModel]:
 
 
 def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool) -> None:
-    """Write what the run is made of, the recipe last, or check that what is to be resumed is the same run."""
+    """Write the description of a new run, with the recipe last, or check that a resumed run is the same."""
     if resume:
         return check_same_run(out, recipe, data)
-    check_out(out, resume=False, overwrite=False)  # another process may have begun one since
+    check_out(out, resume=False, overwrite=False)  # again, since another process may have begun a run meanwhile
     write_json(
         out / DATA,
         {
@@ -174,12 +178,12 @@ def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool) ->
         },
     )
     write_json(out / "environment.json", environment())
-    write_text(out / RECIPE, dump(recipe.model_copy(update={"changes": []})))  # those are another run's
+    write_text(out / RECIPE, dump(recipe.model_copy(update={"changes": []})))  # changes are those of another run
     return None
 
 
 def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
-    """Refuse to resume with other settings or other images, naming what differs."""
+    """Raise ConfigError or DataError, which names what differs, if the settings or images are not those of the run."""
     first = read_any(str(out / RECIPE))
     if type(first) is not type(recipe):
         kinds = ["generator" if isinstance(r, Recipe) else "classifier" for r in (first, recipe)]
@@ -191,10 +195,10 @@ def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
         if before.get(key) != now.get(key) and not free and not measured:
             raise ConfigError(
                 f"{key}: {before.get(key)!r} in {out / 'recipe.yaml'}, {now.get(key)!r} now; a resumed run keeps its "
-                f"settings, but for {', '.join(sorted(CURES))}: change it back, or begin another run"
+                f"settings, except for {', '.join(sorted(CURES))}: change it back, or begin another run"
             )
     path = out / DATA
-    remedy = "restore it, or begin another run with training.init_from: it says which images this one began with"
+    remedy = "restore it, or begin another run with training.init_from; it says which images the run began with"
     recorded = read_or_raise(lambda: read_json(path, dict, LISTING_BYTES), path, DataError, remedy)
     if not isinstance(recorded.get("fingerprint"), str):
         raise DataError(f"{path} lacks the fingerprint of the images; {remedy}")
@@ -206,7 +210,7 @@ def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
 
 
 def what_differs(recorded: Mapping[str, Any], data: ImageData) -> str:
-    """How the images of a run differ from those it began with, and what to do: `data.json` then, the data now."""
+    """A text that says how the data differs from that recorded in data.json, and what to do."""
     before, now = recorded.get("traits"), data.traits()
     changed = [name for name in now if isinstance(before, dict) and before.get(name) not in (None, now[name])]
     if changed == [TIMES]:
@@ -216,7 +220,7 @@ def what_differs(recorded: Mapping[str, Any], data: ImageData) -> str:
 
 
 def changes_of(out: Path, recipe: AnyRecipe, seen: int) -> list[str]:
-    """What was changed whenever a run was resumed, now included, after `seen` images."""
+    """A list of all changes of settings when the run was resumed, including those made now after `seen` images."""
     first = read_any(str(out / "recipe.yaml"))
     before, now = flat(first), flat(recipe)
     changed = [key for key in sorted(CURES) if before[key] != now[key] and now[key] != "auto"]
@@ -224,7 +228,7 @@ def changes_of(out: Path, recipe: AnyRecipe, seen: int) -> list[str]:
 
 
 def refuse_fewer_images(images: int, seen: int, out: Path) -> None:
-    """Refuse to end a run before where it stands."""
+    """Raise UsageError if a resumed run would end before the images that it has already seen."""
     if images < seen:
         raise UsageError(
             f"training.images: {images} is less than the {seen} images that the run in {out} has seen; to end it where "
@@ -233,7 +237,7 @@ def refuse_fewer_images(images: int, seen: int, out: Path) -> None:
 
 
 def flat(recipe: AnyRecipe) -> dict[str, Any]:
-    """`{"training.images": 5000, ...}`."""
+    """The recipe as a flat mapping such as `{"training.images": 5000, ...}`."""
 
     def walk(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         result = {}
@@ -246,22 +250,22 @@ def flat(recipe: AnyRecipe) -> dict[str, Any]:
 
 
 def initialise_from(folder: str, model: SequenceModel, tokenizer: Tokenizer, class_names: list[str]) -> None:
-    """Begin with another model's weights and token statistics; a class it has under the same name keeps its vector.
+    """Initialise a model with the weights and token statistics of another; classes of the same name keep their vectors.
 
-    Everything must have the same shapes but for the classes, and the grid of tokens, to which positions are
-    interpolated.
+    All shapes must be equal, except for the number of classes and the grid of tokens, to which positions are
+    interpolated. Raises ConfigError if they are not.
     """
     source: Bundle = load_bundle(folder)
     before, now = ({k: v for k, v in t.config.items() if k != "size"} for t in (source.tokenizer, tokenizer))
     if before != now:
         raise ConfigError(
             f"training.init_from: {folder} has the tokenizer {source.tokenizer.config}, the recipe {tokenizer.config}; "
-            "they may differ in their size alone"
+            "they may differ only in their size"
         )
-    heads = [m.backbone.config.get("heads") for m in (source.model, model)]  # which no shape shows
+    heads = [m.backbone.config.get("heads") for m in (source.model, model)]  # no shape depends on it
     if heads[0] != heads[1]:
         raise ConfigError(
-            f"training.init_from: {folder} has {heads[0]} attention heads, the recipe {heads[1]}; use its"
+            f"training.init_from: {folder} has {heads[0]} attention heads, the recipe {heads[1]}; use the same number"
         )
     theirs, ours = source.model.state_dict(), model.state_dict()
     theirs = model.backbone.resized(theirs, source.tokenizer.grid, tokenizer.grid)
@@ -272,13 +276,13 @@ def initialise_from(folder: str, model: SequenceModel, tokenizer: Tokenizer, cla
             shape = tuple(theirs[name].shape) if name in theirs else "none"
             raise ConfigError(
                 f"training.init_from: {folder} has {shape} for {name!r}, the recipe's model {tuple(tensor.shape)}; "
-                "use its width, depth, heads and buffer"
+                "use the same width, depth, heads and buffer"
             )
     merged = {name: theirs.get(name, tensor).clone() for name, tensor in ours.items()}
     if CLASSES in ours:
         merged[CLASSES] = ours[CLASSES].clone()
         if CLASSES in theirs:
-            # A new class begins at the mean of the old ones: nearer to an image than a random vector.
+            # A new class begins at the mean of the old ones, which gives better images than a random vector.
             merged[CLASSES][:] = theirs[CLASSES].mean(dim=0)
             for row, name in enumerate(class_names):
                 for place in find_name(name, source.class_names)[:1]:

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: all that resuming needs, whole or absent.
+"""Checkpoints of a run, which hold all that resuming needs and are written completely or not at all.
 
     RUN/checkpoints/000000123456/     one for each save, named by the images seen; damaged ones end in `.damaged`
-        config.json                   of a generator: what a model folder's says
+        config.json                   the same as in a model folder; generators only
         model.safetensors             weights
         average.safetensors           averaged weights
         optimiser.safetensors         the optimiser's moments, by the names of the parameters
@@ -9,7 +9,7 @@
         state.json                    images seen, updates, loss, running sums of the metrics
         manifest.json                 bytes and sha256 of these
 
-Random state is not among them: every draw of a run is a function of its seed and the number of images seen.
+There is no random state, because every random number of a run is a function of its seed and the images seen.
 """
 
 from __future__ import annotations
@@ -47,35 +47,35 @@ from seriatim.core.files import PREVIOUS, atomic_folder, put_back, verify_manife
 from seriatim.core.reading import Unreadable, read_json, read_or_raise
 from seriatim.core.validation import Strict, parse
 
-MOMENTS = {  # what each optimiser keeps of a parameter
-    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},  # AdamW is a kind of it
+MOMENTS = {  # the tensors that each optimiser keeps for a parameter
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},  # AdamW is a subclass
     torch.optim.SGD: {"momentum_buffer"},
 }
-CHECKPOINT = re.compile(r"(\.[0-9]+\.previous|[0-9]+(\.damaged(-[0-9]+)?)?)")  # the names of their folders
+CHECKPOINT = re.compile(r"(\.[0-9]+\.previous|[0-9]+(\.damaged(-[0-9]+)?)?)")  # the name of a checkpoint's folder
 
 Count = Annotated[StrictInt, Field(ge=0, lt=2**63)]
 
 
 class RunState(Strict):
-    """Where a run stands."""
+    """The state of a run besides its tensors."""
 
     model_config = ConfigDict(frozen=False)
 
-    seen: Count = 0  # images
+    seen: Count = 0  # the number of images seen
     steps: Count = 0
-    loss: float | None = None  # of the last line of metrics
-    dtype: str = Field("float32", pattern=f"^({'|'.join(DTYPES)})$")  # of the autocast
-    threads: StrictInt = Field(1, ge=1, le=MOST_THREADS)  # of the CPU
-    sums: dict[str, float] = Field(default_factory=dict)  # of the metrics since their last line
-    since: Count = 0  # images seen at that line
+    loss: float | None = None  # the loss in the last line of metrics
+    dtype: str = Field("float32", pattern=f"^({'|'.join(DTYPES)})$")  # the dtype of autocast
+    threads: StrictInt = Field(1, ge=1, le=MOST_THREADS)  # the number of CPU threads
+    sums: dict[str, float] = Field(default_factory=dict)  # the sums of the metrics since their last line
+    since: Count = 0  # the number of images seen at that line
     steps_since: Count = 0
-    recent: float | None = None  # logarithm of the loss, a mean over about the last hundred steps
-    position: list[Count] = Field([0, 0], min_length=2, max_length=2)  # of a stream: passes, and rows since
+    recent: float | None = None  # the logarithm of the loss, averaged over about the last hundred steps
+    position: list[Count] = Field([0, 0], min_length=2, max_length=2)  # a stream's complete passes, and rows since
 
 
 @dataclass(frozen=True)
 class Trainables:
-    """What a checkpoint holds besides numbers."""
+    """The modules and the optimiser whose tensors a checkpoint holds."""
 
     model: nn.Module
     average: AveragedModel
@@ -88,14 +88,17 @@ class Trainables:
         return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
 
     def update(self) -> None:
-        """Follow the gradients, which are dropped afterwards, and let the average follow."""
+        """Update the weights by the gradients, drop the gradients, and update the average."""
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.average.update_parameters(self.model)
 
 
 def save(folder: Path, parts: Trainables, state: RunState, config: Mapping[str, Any] | None = None) -> Path:
-    """Write the checkpoint of `state.seen` images; with the `config` of its model it can be used without the run."""
+    """Write a checkpoint for `state.seen` images and return its path.
+
+    With the `config` of its model, the checkpoint can be used without the run.
+    """
     check_finite_weights(parts.model, "model")
     check_finite_weights(parts.average.module, "average")
     path = folder / f"{state.seen:012d}"
@@ -112,14 +115,14 @@ def save(folder: Path, parts: Trainables, state: RunState, config: Mapping[str, 
 
 
 def names_of(parts: Trainables, written: int = FORMAT) -> list[str]:
-    """The name of each parameter of the optimiser, in the order that it had when `written` was the format."""
+    """The names of the optimiser's parameters in the order of format `written`."""
     name_of = {id(parameter): name for name, parameter in parts.model.named_parameters()}
     groups = [[name_of[id(p)] for p in group["params"]] for group in parts.optimiser.param_groups]
     return [name for group in groups for name in (in_order_of_format_1(group) if written == 1 else group)]
 
 
 def moments(parts: Trainables) -> dict[str, Tensor]:
-    """The optimiser's tensors as `<parameter>.<moment>`."""
+    """The optimiser's tensors, named `<parameter>.<moment>`."""
     names, state = names_of(parts), parts.optimiser.state_dict()["state"]
     return {
         f"{names[number]}.{moment}": torch.as_tensor(value)
@@ -129,7 +132,10 @@ def moments(parts: Trainables) -> dict[str, Tensor]:
 
 
 def load(path: Path, parts: Trainables) -> RunState:
-    """Read a checkpoint into `parts`; raises CheckpointError, before anything changes, where a file is not whole."""
+    """Read a checkpoint into `parts` and return its state.
+
+    Raises CheckpointError, before anything changes, if a file is damaged or does not fit.
+    """
     verify_manifest(path, FILES)
     state, written = read_state(path / STATE)
     moments = read_moments(path / "optimiser.safetensors", parts, written)
@@ -146,23 +152,25 @@ def load(path: Path, parts: Trainables) -> RunState:
 
 
 def read_state(path: Path) -> tuple[RunState, int]:
-    """Where the run stood, and the format of its files; raises CheckpointError where the file does not say so."""
+    """The state of the run and the format of its files. Raises CheckpointError if the file is damaged or unknown."""
     values = read_or_raise(lambda: read_json(path, dict), path, CheckpointError, "delete this checkpoint")
     written = values.pop("format", None)
     if type(written) is not int or written not in READABLE:
         raise CheckpointError(
-            f"{path}: format {shown(written)} is not known; another version of seriatim wrote it, resume with that one"
+            f"{path}: format {shown(written)} is not known; resume with the version of seriatim that wrote it"
         )
     state = parse(RunState, values, where=str(path), error=CheckpointError)
     if f"{state.seen:012d}" != path.parent.name:
-        raise CheckpointError(f"{path} is of {state.seen} images, its folder of {path.parent.name}; delete this one")
+        raise CheckpointError(
+            f"{path} states {state.seen} images, but its folder is named {path.parent.name}; delete this checkpoint"
+        )
     return state, written
 
 
 def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[str, Tensor]]:
-    """The optimiser's state as `load_state_dict` takes it, from a file of format `written`.
+    """The optimiser's state from a file of format `written`, in the form that `load_state_dict` takes.
 
-    Each parameter that has any of the optimiser's tensors has all of them, in its own shape.
+    Raises CheckpointError if a parameter has only some of the optimiser's tensors, or in another shape.
     """
     kept = next(kept for kind, kept in MOMENTS.items() if isinstance(parts.optimiser, kind))
     now, then = {name: number for number, name in enumerate(names_of(parts))}, names_of(parts, written)
@@ -186,7 +194,7 @@ def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[
 
 
 def best_of(folder: Path) -> Path | None:
-    """The whole checkpoint with the lowest loss."""
+    """The whole checkpoint with the lowest loss; None if there is none."""
     losses = []
     for path in all_checkpoints(folder):
         try:
@@ -199,9 +207,9 @@ def best_of(folder: Path) -> Path | None:
 
 
 def set_damaged_aside(folder: Path) -> list[str]:
-    """Rename the checkpoints that are newer than the newest whole one; return what is to be said of each.
+    """Rename the damaged checkpoints that are newer than the newest whole one, and return a message for each.
 
-    They are kept, since people may want to look at them, but they never count as checkpoints again.
+    They are kept, since people may want to inspect them, but they never count as checkpoints again.
     """
     says = []
     for path in reversed(all_checkpoints(folder)):
@@ -213,7 +221,7 @@ def set_damaged_aside(folder: Path) -> list[str]:
 
 
 def as_damaged(path: Path) -> Path:
-    """Rename a checkpoint so that its name says that it is damaged."""
+    """Rename a checkpoint so that its name says that it is damaged, and return the new path."""
     names = (path.with_name(f"{path.name}.damaged{f'-{n}' if n > 1 else ''}") for n in itertools.count(1))
     target = next(name for name in names if not name.exists())
     os.replace(path, target)
@@ -223,7 +231,7 @@ def as_damaged(path: Path) -> Path:
 def prune(folder: Path, keep: int, saved: Path | None = None) -> None:
     """Delete all but the newest `keep` whole checkpoints, the best one and the one just `saved`.
 
-    A damaged one among the newest counts for nothing: it is set aside, and the whole ones behind it are kept.
+    A damaged checkpoint among the newest is set aside and does not count, so that `keep` whole ones remain.
     """
     kept: list[Path] = [] if saved is None else [saved]
     surplus = []
@@ -244,18 +252,18 @@ def prune(folder: Path, keep: int, saved: Path | None = None) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint: renamed first, so that a crash leaves nothing that looks like a damaged one."""
+    """Delete a checkpoint. It is renamed first, so that a crash leaves nothing that looks like a damaged checkpoint."""
     doomed = path.with_name(f".{path.name}.~{secrets.token_hex(4)}")
     os.replace(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a killed run left half-written; put back a checkpoint whose replacement was interrupted."""
+    """Delete half-written files of a killed run, and put back a checkpoint whose replacement was interrupted."""
     if folder.is_dir():
         for path in list(folder.iterdir()):
             found = re.fullmatch(rf"\.([0-9]+)\.{PREVIOUS}", path.name)
             if found and path.is_dir():
                 put_back(folder / found[1])
-                shutil.rmtree(path, ignore_errors=True)  # it is still there only where the new one is whole
+                shutil.rmtree(path, ignore_errors=True)  # it still exists only if the new one is whole
         files.sweep(folder, str.isdigit)

@@ -245,7 +245,7 @@ def test_a_trunk_of_no_preset(folder: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--heads", "4", "--images", "images"], "images: tell how many heads"),
+        (["--heads", "4", "--images", "images"], "images: given together with heads"),
         (["--heads", "0"], "heads: 0 is not allowed"),
         (["--images", "nowhere"], "images: nowhere is not a folder"),
         (["--temperature-convention", "old"], "temperature_convention: 'old' is not known"),

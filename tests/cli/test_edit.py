@@ -66,12 +66,12 @@ def test_what_is_wrong_is_one_line(work: Path, capsys: pytest.CaptureFixture[str
     (work / "text.png").write_text("no picture")
     assert "text.png" in line("text.png", "--mask", "mask.png")
     Image.new("L", (16, 8)).save("wide.png")
-    assert "image: 8x16 pixels (height x width), the model draws 8x8" in line("wide.png", "--mask", "mask.png")
+    assert "image: 8x16 pixels (height x width), but the model generates 8x8" in line("wide.png", "--mask", "mask.png")
     assert "mask: 8x16 pixels is not the image's 8x8" in line("image.png", "--mask", "wide.png")
     Image.new("L", (8, 8), 0).save("black.png")
     Image.new("L", (8, 8), 255).save("white.png")
-    assert "mask: is empty" in line("image.png", "--mask", "black.png")
-    assert "mask: is full" in line("image.png", "--mask", "white.png")
+    assert "mask: is all black" in line("image.png", "--mask", "black.png")
+    assert "mask: is all white" in line("image.png", "--mask", "white.png")
     assert "did you mean 'horse'" in line("image.png", "--mask", "mask.png", "--label", "hors")
 
 

@@ -371,7 +371,7 @@ def test_samples_are_replaced_only_on_request(work: Path) -> None:
     assert (work / "out" / "0000-cat.png").read_bytes() != before["out/0000-cat.png"][0]
     (work / "out" / "0001-dog.png").write_bytes(b"painted by hand")
     before = contents(work)
-    with pytest.raises(UsageError, match=r"0001-dog\.png is no sample that Seriatim wrote and would be lost"):
+    with pytest.raises(UsageError, match=r"0001-dog\.png is not a sample that Seriatim wrote and would be lost"):
         first.save(work / "out", overwrite=True)
     assert contents(work) == before
 

@@ -119,9 +119,9 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     where = {"kind": "hf", "size": 8, **image_folder(tmp_path)}
     with pytest.raises(DataError, match=r"data\.path: 'imagefolder' can't be loaded"):
         build_data({**where, "split": "nosuch"})
-    with pytest.raises(UsageError, match="'lable' is no column; did you mean 'label'"):
+    with pytest.raises(UsageError, match="'lable' is not a column; did you mean 'label'"):
         build_data({**where, "label": "lable"})
-    with pytest.raises(UsageError, match="'img' is no column of images"):
+    with pytest.raises(UsageError, match="'img' is not a column of images"):
         build_data({**where, "image": "img"})
     with pytest.raises(DataError, match="can't be loaded"):
         build_data({"kind": "hf", "path": "nobody/nothing-at-all"})

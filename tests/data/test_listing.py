@@ -100,7 +100,7 @@ def test_the_parent_of_train_and_val(tmp_path: Path, names: tuple[str, ...]) -> 
     put(*(tmp_path / split / name / "0.png" for split in names for name in ("cat", "dog")))
     first = next((name for name in names if "train" in name.lower()), names[0])
     with pytest.raises(
-        DataError, match=rf"parts of a data set and no classes; name one of them: data\.path=.*/{first}$"
+        DataError, match=rf"parts of a data set and not classes; name one of them: data\.path=.*/{first}$"
     ):
         Folder(str(tmp_path), 8)
     assert Folder(str(tmp_path / first), 8).class_names == ["cat", "dog"]

@@ -37,7 +37,7 @@ def test_no_flipped_bit_passes(store: Shards, capsys: pytest.CaptureFixture[str]
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         assert store.whole(0) is None
-        with pytest.raises(CheckpointError, match=r"part-0.safetensors is damaged; the same command makes it again$"):
+        with pytest.raises(CheckpointError, match=r"part-0.safetensors is damaged; repeat the command to mend it$"):
             store.read(0)
     assert "mending: " in capsys.readouterr().err
     store.write(0, {"features": torch.arange(12.0).reshape(3, 4)})

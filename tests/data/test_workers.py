@@ -26,7 +26,7 @@ class Grey(ImageData):
     def images(self, index: Tensor) -> Tensor:
         self.drawn += len(index)
         if self.drawn > self.whole:
-            raise DataError("data: an image can't be read any more")
+            raise DataError("data: an image can't be read")
         return torch.zeros(len(index), 3, 8, 8, dtype=torch.uint8)
 
     @override
@@ -35,7 +35,7 @@ class Grey(ImageData):
 
 
 def test_an_error_ends_them_even_while_it_is_held() -> None:
-    with pytest.raises(DataError, match=r"^data: an image can't be read any more$") as caught:
+    with pytest.raises(DataError, match=r"^data: an image can't be read$") as caught:
         list(Loader(Batches(Grey(whole=20), 0, 0, 64, 8), 1))
     assert caught.value.__traceback__ is not None and not multiprocessing.active_children()
 

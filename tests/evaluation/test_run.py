@@ -464,7 +464,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
         (["--guidance-scale", "3"], 2, ["request.guidance_scale: 1.5", "settings.json"]),
         (["--shard", "2/2"], 2, ["shard: '2/2'"]),
         (["--set", "guidance_scal=2"], 2, ["guidance_scal", "did you mean 'guidance_scale'?"]),
-        (["--noise", "0.1"], 2, ["noise: is not for the evaluation of a model"]),
+        (["--noise", "0.1"], 2, ["noise: has no meaning in the evaluation of a model"]),
         (["--features", "no.pth"], 2, ["features: 'no.pth'"]),
         (["--real-data", "x.npz"], 2, ["x.npz is no file"]),
     ):

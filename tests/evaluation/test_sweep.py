@@ -212,7 +212,8 @@ def test_tokenizer_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, m
     assert "num: 40 images are too few for the 64 features" in capsys.readouterr().err
     for option in (["--guidance-scale", "2"], ["--batch-size", "2"], ["--neighbours", "2"]):
         assert (
-            main.run([*common, *option]) == 2 and "is not for the evaluation of a tokenizer" in capsys.readouterr().err
+            main.run([*common, *option]) == 2
+            and "has no meaning in the evaluation of a tokenizer" in capsys.readouterr().err
         )
 
 

@@ -69,10 +69,10 @@ def test_masks_of_every_kind() -> None:
     ("mask", "images", "words"),
     [
         (Image.new("L", (4, 8), 255), 1, "mask: 8x4 pixels is not the image's 8x8"),
-        (Image.new("L", (8, 8), 0), 1, "mask: is empty"),
-        (Image.new("L", (8, 8), 255), 1, "mask: is full"),
-        ([box(0, 0, 1, 1), Image.new("L", (8, 8))], 2, "mask of image 1: is empty"),
-        ([box(0, 0, 1, 1)] * 2, 3, "mask: 2 given for 3 images"),
+        (Image.new("L", (8, 8), 0), 1, "mask: is all black"),
+        (Image.new("L", (8, 8), 255), 1, "mask: is all white"),
+        ([box(0, 0, 1, 1), Image.new("L", (8, 8))], 2, "mask of image 1: is all black"),
+        ([box(0, 0, 1, 1)] * 2, 3, "mask: 2 masks given for 3 images"),
         (np.zeros(8), 1, "mask: shape (8,) is not"),
     ],
 )
@@ -144,11 +144,11 @@ def test_output_types(pipe: Pipeline, output_type: str) -> None:
 @pytest.mark.parametrize(
     ("image", "settings", "words"),
     [
-        (Image.new("L", (16, 8)), {}, "image: 8x16 pixels (height x width), the model draws 8x8"),
+        (Image.new("L", (16, 8)), {}, "image: 8x16 pixels (height x width), but the model generates 8x8"),
         (np.zeros((8, 8, 3), np.float32), {}, "image: an array must be (B, H, W, 1) uint8"),
         (torch.zeros(1, 3, 8, 8), {}, "image: a tensor must be (B, 1, H, W)"),
-        ([], {}, "image: none given"),
-        ([picture()] * 2, {"class_labels": [0, 1, 2]}, "class_labels: 3 given for 2 images"),
+        ([], {}, "image: the list is empty"),
+        ([picture()] * 2, {"class_labels": [0, 1, 2]}, "class_labels: 3 labels given for 2 images"),
         (picture(), {"class_labels": ["hors"]}, "'hors' is not a class of this model; did you mean 'horse'"),
         (picture(), {"output_type": "jpg"}, "output_type: 'jpg' is not known"),
     ],
@@ -180,7 +180,7 @@ def test_regenerate_draws_chosen_tokens_alone(pipe: Pipeline) -> None:
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
-        ([16], "tokens: 16 is not allowed; they are 0 to 15"),
+        ([16], "tokens: 16 is not allowed; indices are 0 to 15"),
         ([-1, 2], "tokens: -1 is not allowed"),
         ([], "tokens: none are chosen"),
         (torch.zeros(2, 16, dtype=torch.bool), "tokens: none are chosen"),
@@ -230,8 +230,8 @@ def test_a_callback_that_changes_tokens_is_recorded(pipe: Pipeline) -> None:
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
-        (None, "mask: NoneType is no picture"),
-        (np.eye(8, dtype=np.uint8), "mask: holds 0 and 1 as integers"),
+        (None, "mask: NoneType is not a picture"),
+        (np.eye(8, dtype=np.uint8), "mask: holds only 0 and 1 as integers"),
         (np.eye(8, dtype=complex), "mask: torch.complex128 is not allowed"),
     ],
 )

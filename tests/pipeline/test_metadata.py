@@ -69,7 +69,7 @@ def test_python_saves_the_same(tmp_path: Path) -> None:
     image, says = read_recorded(files[1])
     again = pipe(request=says.sample_request())
     assert np.abs(np.asarray(again.images[0]).astype(int) - np.asarray(image)).max() <= 1
-    with pytest.raises(UsageError, match="only PIL images are saved"):
+    with pytest.raises(UsageError, match="only PIL images can be saved"):
         pipe(seed=0, output_type="np").save(tmp_path)
 
 
@@ -80,7 +80,7 @@ def good(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda _says: None, "carries no request"),
+        (lambda _says: None, "has no metadata"),
         (lambda _says: "{", "is not JSON"),
         (lambda _says: "[" * 50_000, "nested deeper"),
         (lambda _says: "[]", "not a mapping"),
@@ -141,7 +141,7 @@ def test_what_can_not_be_repeated(drawn: Path, capsys: pytest.CaptureFixture[str
     before = path.read_bytes()
     assert run(["sample", "model", "--from", str(path), "--out", "out", "--overwrite"]) == 2
     assert "which would be replaced" in capsys.readouterr().err and path.read_bytes() == before
-    assert "is no file" in line("model", "--from", "nothing.png", code=2)
+    assert "is not a file" in line("model", "--from", "nothing.png", code=2)
     assert "seed: given together with --from" in line("model", "--from", str(path), "--seed", "3", code=2)
     (drawn / "text.png").write_text("no picture")
     assert "is not a readable PNG" in line("model", "--from", "text.png", code=3)
@@ -151,9 +151,9 @@ def test_what_can_not_be_repeated(drawn: Path, capsys: pytest.CaptureFixture[str
     says = good(path)
     Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     rewritten(path, json.dumps(says))
-    assert "pixels were changed after it was drawn" in line("model", "--from", str(path), code=3)
+    assert "were changed later" in line("model", "--from", str(path), code=3)
     rewritten(path, json.dumps({**says, "edited": True}))
-    assert "made from another picture" in line("model", "--from", str(path), code=3)
+    assert "edited from another picture" in line("model", "--from", str(path), code=3)
 
 
 def test_another_picture_is_told_from_rounding(drawn: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,4 +165,4 @@ def test_another_picture_is_told_from_rounding(drawn: Path, capsys: pytest.Captu
     inverted.save(path)
     rewritten(path, json.dumps({**says, "pixels_sha256": pixels_sha256(inverted), "versions": {"torch": "1.0"}}))
     assert run(["sample", "model", "--from", str(path), "--out", "again"]) == 5
-    assert "drawn again it differs: largest difference" in capsys.readouterr().err
+    assert "the repeated picture differs: largest difference" in capsys.readouterr().err

@@ -133,7 +133,7 @@ def test_generators_stand_in_for_seeds(pipe: Pipeline) -> None:
     many = pipe(class_labels=[0, 1], generator=[torch.Generator().manual_seed(s) for s in (1, 2)])
     again = pipe(class_labels=[0, 1], seeds=tuple(many.seeds))
     assert torch.equal(many.tokens, again.tokens), "the result names the seeds that give it again"
-    with pytest.raises(UsageError, match="generator: 1 given for 2 images"):
+    with pytest.raises(UsageError, match="generator: 1 generators given for 2 images"):
         tokens([torch.Generator()])
 
 
@@ -153,7 +153,7 @@ def test_generators_stand_in_for_seeds(pipe: Pipeline) -> None:
         ({"start_timestep": 5000}, "start_timestep: 5000"),
         ({"solver": "dmp++"}, "solver: 'dmp++' is not known; did you mean 'dpm++'"),
         ({"solver": "ddim", "temperature": 0.9}, "temperature: 0.9 is not allowed; the ddim solver is an ODE"),
-        ({"num_diffusion_steps_last": 7}, "num_diffusion_steps_last: 7 is not allowed; at most num_diffusion_steps, 6"),
+        ({"num_diffusion_steps_last": 7}, "num_diffusion_steps_last: 7 is more than num_diffusion_steps; give at most"),
         ({"num_diffusion_steps_last": 0}, "num_diffusion_steps_last"),
         ({"order": [0, 1, 2]}, "order: 3 positions given for 16 tokens; name each position from 0 to 15 once"),
         ({"order": [0, *range(15)]}, "order: position 0 is given twice"),

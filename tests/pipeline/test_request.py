@@ -99,7 +99,7 @@ def test_orders_survive_json(order: Any) -> None:
         ({"order": []}, "order: must be a name"),
         ({"order": [0, 1.5]}, "order: must be a name"),
         ({"order": [[0, 1], 2]}, "order: must be a name"),
-        ({"order": [[0, 1], [1, 0]]}, "order: 2 given for 1 images; give one, or one for each"),
+        ({"order": [[0, 1], [1, 0]]}, "order: 2 orders given for 1 images; give one, or one for each"),
         ({"guidance_schedule": "interval"}, "guidance_interval: is missing"),
         (
             {"guidance_schedule": "interval", "guidance_interval": (0.9, 0.1)},

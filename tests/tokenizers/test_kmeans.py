@@ -150,7 +150,7 @@ def test_what_cannot_be_is_one_line() -> None:
         KMeans(6, 2, 1, vocab=3).fit([torch.zeros(4, 1, 6, 6)])
     with pytest.raises(DataError, match="no images to measure"):
         KMeans(6, 2, 1).fit([])
-    with pytest.raises(UsageError, match="has seen no images"):
+    with pytest.raises(UsageError, match="has no centres yet"):
         KMeans(6, 2, 1).tokens(images)
 
 

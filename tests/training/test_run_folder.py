@@ -295,7 +295,7 @@ def test_overwrite_refuses_a_run_in_which_somebody_keeps_a_file(run: Path, name:
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text("mine")
     before = contents(run)
-    with pytest.raises(UsageError, match=rf"holds '{Path(name).name}', which is no part of a run and would be lost"):
+    with pytest.raises(UsageError, match=rf"holds '{Path(name).name}', which is not part of a run and would be lost"):
         train(tiny(), run, overwrite=True, quiet=True)
     assert contents(run) == before and [path.name for path in run.parent.iterdir()] == ["run"]
 
