@@ -158,7 +158,7 @@ def sample_arrays(
     from seriatim.training.precision import threads as using
 
     if animate:
-        raise UsageError("animate: this model does not generate pictures; leave it out")
+        raise UsageError("animate: this model generates no pictures; leave it out")
     say_replaced(check_samples_folder(out, [out / SAMPLES, out / SAYS], overwrite=overwrite))
     count = threads_of(pipe, threads)
     begin, before = time.monotonic(), 0

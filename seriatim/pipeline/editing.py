@@ -90,7 +90,7 @@ def as_images(images: Any, tokenizer: Tokenizer, background: Colour = WHITE) -> 
     Transparent parts of PIL pictures show `background`. Raises UsageError if the size is not the model's.
     """
     if not tokenizer.pictures:
-        raise UsageError("image: this model does not generate pictures, which `edit` needs; use `regenerate`")
+        raise UsageError("image: this model generates no pictures, which `edit` needs; use `regenerate`")
     many = list(images) if isinstance(images, (list, tuple)) else [images]
     if not many:
         raise UsageError("image: the list is empty; give at least one image")

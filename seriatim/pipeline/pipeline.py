@@ -374,7 +374,7 @@ class Pipeline:
 
     def _pil(self, tokens: Tensor, known: Tensor | None = None) -> list[Image.Image]:
         if not self.tokenizer.pictures:
-            raise UsageError("preview: this model does not generate pictures; use step.tokens")
+            raise UsageError("preview: this model generates no pictures; use step.tokens")
         return as_pil(to_uint8(self._decode(tokens, known)))
 
     # --- saving ---------------------------------------------------------------------------------------------------

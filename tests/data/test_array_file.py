@@ -113,8 +113,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "objects": (np.array([[{"a": 1}]], dtype=object), "Python objects"),
     "not finite": (np.where(np.arange(720).reshape(40, 6, 3) == 50, np.nan, 1.0), "row 2 has values that are not"),
     "too large": (np.full((2, 6, 3), 1e300), "row 0 has values that are not finite as float32"),
-    "rank of features": (np.zeros((40, 6)), "has shape (40, 6) of float64; (sequences, tokens, features) is wanted"),
-    "rank of codes": (np.zeros((4, 6, 3), dtype=int), "has shape (4, 6, 3) of int64; (sequences, tokens) is wanted"),
+    "rank of features": (np.zeros((40, 6)), "(40, 6) of float64; reshape it to (sequences, tokens, features)"),
+    "rank of codes": (np.zeros((4, 6, 3), dtype=int), "(4, 6, 3) of int64; reshape it to (sequences, tokens)"),
     "empty": (np.zeros((0, 6, 3)), "no tokens at all"),
     "kind": (np.zeros((2, 6, 3), dtype=complex), "holds complex128"),
     "bool": (np.zeros((2, 6), dtype=bool), "holds bool"),
@@ -205,14 +205,14 @@ def test_a_tokenizer_that_does_not_fit_is_one_line(
 
 
 def test_pictures_want_a_tokenizer_of_pictures() -> None:
-    with pytest.raises(ConfigError, match="the data holds pictures, which take"):
+    with pytest.raises(ConfigError, match="the data holds pictures, which need"):
         build_inputs(read_recipe("mar-digits", ["tokenizer={kind: arrays}"]))
 
 
 def test_tokens_of_another_shape_or_kind_are_refused() -> None:
     tokenizer, discrete = Arrays((1, 6), 3), Arrays((1, 6), vocab=12)
     for call, value, words in (
-        (tokenizer.moments, torch.zeros(2, 5, 3), "5 tokens of 3 features, the tokenizer takes 6 of 3"),
+        (tokenizer.moments, torch.zeros(2, 5, 3), "5 tokens of 3 features, but the tokenizer takes 6 of 3"),
         (tokenizer.moments, torch.zeros(2, 6, 3, dtype=torch.int64), "whole numbers"),
         (discrete.moments, torch.zeros(2, 6), "codes are whole numbers"),
         (discrete.moments, torch.full((2, 6), 12), "not all in the vocabulary"),

@@ -313,7 +313,7 @@ def test_a_signal_stops_with_143_and_the_next_call_goes_on(
     words += ["--out", str(tmp_path / "two"), "--shard-images", "5"]
     assert run([*words, "--batch-size", "3"]) == 143
     err = capsys.readouterr().err.splitlines()
-    assert err[-1] == "SIGTERM: stopped with 1 of 5 shards whole; the same command goes on with the rest"
+    assert err[-1] == "SIGTERM: stopped with 1 of 5 shards whole; repeat the command to encode the rest"
     left = {name for name in contents(tmp_path / "two")}
     assert left == {"cache.json", "sources.json", "shard-000000.json", "shard-000000.safetensors"}
     with pytest.raises(ConfigError, match=r"path: .* is an incomplete cache; complete it with `seriatim cache`$"):
@@ -438,10 +438,10 @@ def test_moments_that_are_not_finite(tmp_path: Path, pets: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("tokenizer.size=[10, 10]", r"^tokenizer\.size: .* was made with \[8, 8\], the recipe has \[10, 10\]"),
-        ("tokenizer.channels=1", r"^tokenizer\.channels: .* was made with 3, the recipe has 1"),
-        ("tokenizer.gain=2.0", r"^tokenizer\.gain: .* was made with 1\.5, the recipe has 2\.0"),
-        ("tokenizer={kind: pixels, patch: 2}", r"^tokenizer\.kind: .* was made with 'fuzzy', the recipe has 'pixels'"),
+        ("tokenizer.size=[10, 10]", r"^tokenizer\.size: .* was made with \[8, 8\], but the recipe has \[10, 10\]"),
+        ("tokenizer.channels=1", r"^tokenizer\.channels: .* was made with 3, but the recipe has 1"),
+        ("tokenizer.gain=2.0", r"^tokenizer\.gain: .* was made with 1\.5, but the recipe has 2\.0"),
+        ("tokenizer={kind: pixels, patch: 2}", r"^tokenizer\.kind: .* with 'fuzzy', but the recipe has 'pixels'"),
     ],
 )
 def test_training_with_another_tokenizer(tmp_path: Path, pets: Path, override: str, words: str) -> None:
@@ -452,7 +452,7 @@ def test_training_with_another_tokenizer(tmp_path: Path, pets: Path, override: s
 
 def test_training_with_another_padding(tmp_path: Path, pets: Path) -> None:
     make(pets, tmp_path / "c")
-    with pytest.raises(ConfigError, match=r"^tokenizer\.patch: .*'padded to 8 x 8', the recipe has 'padded to 9 x 9'"):
+    with pytest.raises(ConfigError, match=r"^tokenizer\.patch: .* 8 x 8', but the recipe has 'padded to 9 x 9'"):
         setup.build(recipe_of(cached(tmp_path / "c"), "tokenizer.patch=3"))
 
 
@@ -503,7 +503,7 @@ def test_training_with_a_tokenizer_that_needs_images(
 @pytest.mark.parametrize("there", [True, False])
 def test_training_on_what_is_no_cache(tmp_path: Path, there: bool) -> None:
     path = tmp_path if there else tmp_path / "none"
-    with pytest.raises(DataError, match=r"^data\.path: .* is no latent cache: it has no cache\.json; make one with"):
+    with pytest.raises(DataError, match=r"^data\.path: .* is not a latent cache, since it has no cache\.json; make"):
         Latents(str(path))
 
 

@@ -118,7 +118,7 @@ def test_too_many_bad_rows_are_an_error_of_one_line(tmp_path: Path, workers: int
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     where = {"kind": "hf-stream", "size": 8, **webdataset(tmp_path)}
-    with pytest.raises(UsageError, match=r"column 'cls' has no names .* data\.classes"):
+    with pytest.raises(UsageError, match=r"column 'cls' has no class names.* data\.classes"):
         build_data(where)
     assert build_data({**where, "label": "none"}).class_names == []
     with pytest.raises(UsageError, match="buffer: 0 is not allowed"):

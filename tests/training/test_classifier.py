@@ -301,7 +301,7 @@ def test_bad_data_is_one_line(tmp_path: Path) -> None:
 
     refused(DataError, "data.path: has no classes; a classifier needs two or more", path=str(flat))
     refused(DataError, "data.path: has the one class 'a'; a classifier needs two or more", path=str(one))
-    refused(DataError, "'b' is in data.path alone", path=str(two), test_path=str(other))
+    refused(DataError, "'b' is only in data.path", path=str(two), test_path=str(other))
     refused(DataError, "'b' is in data.test_path alone", path=str(other), test_path=str(two))
     refused(DataError, "data.test_path: ", path=str(two), test_path=str(tmp_path / "nowhere"))
     refused(DataError, "class 'a' has 1 usable images, so none can be held out", path=str(single))

@@ -74,7 +74,7 @@ def test_what_is_wrong_is_named(overrides: list[str], words: str) -> None:
         (["data.kind=digit"], "data.kind: 'digit' is not known; did you mean 'digits'"),
         (["data.helt_out=true"], "did you mean 'held_out'"),
         (["tokenizer.patch=9"], "tokenizer.patch: 9 is not allowed"),
-        (["tokenizer.size=16"], "tokenizer: made for images of 1 x 16 x 16, the data has 1 x 8 x 8"),
+        (["tokenizer.size=16"], "tokenizer: made for images of 1 x 16 x 16, but the data has 1 x 8 x 8"),
         (["model.classes=5"], "model.classes: 5 does not fit"),
         (["sampling.guidence_scale=2"], "did you mean 'guidance_scale'"),
         (["sampling.temperature=-1"], "sampling: temperature"),

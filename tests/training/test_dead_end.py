@@ -98,7 +98,7 @@ def test_a_cured_run_trains_with_its_new_settings(bad: Path) -> None:
 
 
 def test_other_settings_are_still_refused(bad: Path) -> None:
-    with pytest.raises(ConfigError, match=r"training\.ema: .*resumed run keeps its settings, but for training\.clip, "):
+    with pytest.raises(ConfigError, match=r"training\.ema: .*keeps its settings, except for training\.clip, "):
         train(tiny("training.dtype=bfloat16", "training.ema=0.5"), bad, resume=True, quiet=True)
 
 
