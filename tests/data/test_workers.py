@@ -50,7 +50,7 @@ def test_stopping_early_ends_them() -> None:
 def test_leaving_the_program_amid_batches_ends_them() -> None:
     code = """
 from seriatim.data import loader
-from training.test_workers import Batches, Grey, Loader
+from data.test_workers import Batches, Grey, Loader
 from typing_extensions import override
 loader.GRACE = 0.5
 held = iter(Loader(Batches(Grey(), 0, 0, 64, 8), 1))
