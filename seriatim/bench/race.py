@@ -24,11 +24,10 @@ from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
 from seriatim.bench.ours import Ours, prepared
 from seriatim.bench.timing import Stages, counting, matrix_peak, median, peak_resident_bytes, processor
 from seriatim.checkpoints.native import MODEL, find_bundle, load_bundle, opened, section
-from seriatim.core.construct import MOST_THREADS
+from seriatim.core.construct import MOST_AT_ONCE, MOST_THREADS
 from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, nearest
 from seriatim.core.progress import Progress
-from seriatim.data.loader import MOST_AT_ONCE
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
 from seriatim.models.nested import Nested

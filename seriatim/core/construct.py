@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MOST_AT_ONCE = 1 << 20  # images of a batch
+MOST_WORKERS = 256  # processes
 MOST_THREADS = 1024  # CPU threads; far more than this can end the process without an error message
 # The largest value of each named argument, at any level of a config.
 LARGEST = {

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from seriatim import __version__
+from seriatim.core.construct import MOST_AT_ONCE, MOST_WORKERS
 from seriatim.core.device import pick_device
 from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, Stopped, UsageError
 from seriatim.core.files import MANIFEST, read_manifest, sweep, writable_folder, write_manifest
@@ -42,7 +43,7 @@ from seriatim.data.latents import (
     shards_of,
     write_sealed,
 )
-from seriatim.data.loader import MOST_AT_ONCE, MOST_WORKERS, InOrder, Loader, to_float
+from seriatim.data.loader import InOrder, Loader, to_float
 from seriatim.data.store import STATED
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import tokenizer_config

@@ -23,8 +23,6 @@ from seriatim.core.random import derive_seed
 from seriatim.core.terminal import say
 from seriatim.data.base import BEGINNING, ImageData, Order, Position, Row, StreamData, mirror
 
-MOST_AT_ONCE = 1 << 20  # the limit for the images of a batch
-MOST_WORKERS = 256  # the limit for the number of processes
 ENOUGH = 100  # rows of a stream that are read before the share of unusable ones is judged
 GRACE = 60.0  # seconds that a worker survives SIGTERM, so that the trainer can finish its step and save
 

@@ -14,11 +14,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, StrictInt
 
-from seriatim.core.construct import MOST_THREADS
+from seriatim.core.construct import MOST_AT_ONCE, MOST_THREADS, MOST_WORKERS
 from seriatim.core.errors import ConfigError, UsageError, nearest, shown
 from seriatim.core.reading import Unreadable, parse_yaml, read_or_raise, read_yaml
 from seriatim.core.validation import Strict, parse
-from seriatim.data.loader import MOST_AT_ONCE, MOST_WORKERS
 
 LONGEST_NAME = 100  # the limit in bytes for a recipe's name, which becomes the name of a folder
 PathText = Annotated[Any, PlainValidator(lambda value: str_of(value))]  # pydantic refuses paths that are not UTF-8

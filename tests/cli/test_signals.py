@@ -34,7 +34,7 @@ SAVES = {**CODES, signal.SIGUSR1: {143}}  # of training, which batch systems war
 FEW = ["--num-inference-steps", "2", "--num-diffusion-steps", "2", "--seed", "1", "--threads", "1"]
 TRAIN = [
     "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
-    "training.batch_size=16", "training.dtype=float32", "training.threads=1", "training.images=960",
+    "training.batch_size=16", "training.dtype=float32", "training.threads=1", "training.images=640",
     "training.save_images=160",
 ]  # fmt: skip
 

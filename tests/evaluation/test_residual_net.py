@@ -143,7 +143,7 @@ def test_folders_that_are_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 2}, "format 2 is not 1"),
+        ({"format": 3}, "format 3 is not 2"),
         ({"class_names": ["cat"]}, "class_names: 1 given for 3 classes"),
         ({"classifier": {**SMALL, "classes": 4, "channels": 3}, "class_names": list("abcd")}, "classify.bias"),
         ({"classifier": {**SMALL, "kind": "mine"}}, "model.kind: 'mine' is not known"),

@@ -152,7 +152,7 @@ def test_generators_stand_in_for_seeds(pipe: Pipeline) -> None:
         ({"num_diffusion_steps": 2000}, "num_diffusion_steps: 2000"),
         ({"start_timestep": 5000}, "start_timestep: 5000"),
         ({"solver": "dmp++"}, "solver: 'dmp++' is not known; did you mean 'dpm++'"),
-        ({"solver": "ddim", "temperature": 0.9}, "temperature: 0.9 is not allowed; the ddim solver is an ODE"),
+        ({"solver": "ddim", "temperature": 0.9}, "temperature: 0.9 is not allowed; the ddim solver solves an ODE"),
         ({"num_diffusion_steps_last": 7}, "num_diffusion_steps_last: 7 is more than num_diffusion_steps; give at most"),
         ({"num_diffusion_steps_last": 0}, "num_diffusion_steps_last"),
         ({"order": [0, 1, 2]}, "order: 3 positions given for 16 tokens; name each position from 0 to 15 once"),

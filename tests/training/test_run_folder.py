@@ -25,6 +25,7 @@ from seriatim.cli.main import run as command_line
 from seriatim.core import files
 from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
 from seriatim.core.stopping import StopRequest
+from seriatim.pipeline.pipeline import Pipeline
 from seriatim.training import engine, setup, state
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
@@ -368,7 +369,7 @@ def test_kill_nine_at_each_rename_of_a_replacement_loses_no_run(finished: Path, 
 
 def test_a_signal_does_not_wait_for_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes while the grid is drawn, at the first of its eight steps: no other step is made."""
-    true, calls = seriatim.pipeline.Pipeline._steps, [0]
+    true, calls = Pipeline._steps, [0]
 
     def signalling(self: Any, *arguments: Any) -> Any:
         for step in true(self, *arguments):
@@ -376,7 +377,7 @@ def test_a_signal_does_not_wait_for_the_samples(tmp_path: Path, monkeypatch: pyt
             os.kill(os.getpid(), signal.SIGTERM)
             yield step
 
-    monkeypatch.setattr(seriatim.pipeline.Pipeline, "_steps", signalling)
+    monkeypatch.setattr(Pipeline, "_steps", signalling)
     recipe = tiny("training.sample_images=32", "sampling.num_inference_steps=8", "sampling.num_diffusion_steps=2")
     with pytest.raises(Stopped, match="SIGTERM: stopped after 32 images, saved"):
         train(recipe, tmp_path / "run", quiet=True)
