@@ -24,6 +24,7 @@ from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
 from seriatim.bench.ours import Ours
 from seriatim.bench.timing import Stages, counting, matrix_peak, median, peak_resident_bytes, processor
 from seriatim.checkpoints.native import MODEL, find_bundle, load_bundle, opened, section
+from seriatim.core.construct import MOST_THREADS
 from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, nearest
 from seriatim.core.progress import Progress
@@ -36,6 +37,7 @@ from seriatim.sampling.request import SampleRequest, clamped
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
+from seriatim.training.config import MOST_AT_ONCE
 from seriatim.training.precision import threads as with_threads
 from seriatim.zoo import PRESETS
 
@@ -166,8 +168,9 @@ def bench(
     Seconds are of one batch, without decoding, which is timed apart. Raises UsageError for what can't be benched.
     """
     for name, value in (("batch", batch), ("repetitions", repetitions), ("every", every), ("threads", threads)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name}: {value!r} is not allowed; it must be 1 or more")
+        most = MOST_THREADS if name == "threads" else MOST_AT_ONCE
+        if value is not None and not 1 <= value <= most:
+            raise UsageError(f"{name}: {value!r} is not allowed; it must be from 1 to {most:,}")
     ask: Ask = {
         "model": model, "official": official, "batch": batch, "num_inference_steps": num_inference_steps,
         "num_diffusion_steps": num_diffusion_steps, "guidance_scale": guidance_scale,

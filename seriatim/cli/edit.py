@@ -9,7 +9,7 @@ import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 from seriatim.cli.sample import order_or_positions, say_replaced
-from seriatim.cli.threads import drawing_with
+from seriatim.cli.threads import ThreadsOption, drawing_with
 
 
 def edit(
@@ -51,7 +51,7 @@ def edit(
     choice_temperature: Annotated[float | None, typer.Option(help="Noise on the order confidence.")] = None,
     start_timestep: Annotated[int | None, typer.Option(help="First timestep; 999 is as published.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images drawn at once.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
+    threads: ThreadsOption = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same images. Default: a new one, printed.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files and grid.png.")] = Path("edited"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,

@@ -12,7 +12,7 @@ import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 from seriatim.cli.sample import order_or_positions
-from seriatim.cli.threads import drawing_with
+from seriatim.cli.threads import ThreadsOption, drawing_with
 from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def evaluate(
     ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
+    threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Measure samples against real images, beside as many real ones; resumable, and shared between processes.
@@ -238,7 +238,7 @@ def share_of(shard: str | None) -> Share:
     from seriatim.evaluation.blocks import Share
 
     text = shard or f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
     if not found or not int(found[1]) < int(found[2]):
         raise UsageError(f"shard: {text!r} is not allowed; give number/processes, the first of two is 0/2")
     return Share(int(found[1]), int(found[2]))

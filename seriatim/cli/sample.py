@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
-from seriatim.cli.threads import threads_of
+from seriatim.cli.threads import ThreadsOption, threads_of
 from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def sample(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images of these names in --out.")] = False,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
+    threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Draw images into a folder, and all of them into one picture, grid.png. What isn't given, the model decides."""

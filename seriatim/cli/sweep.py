@@ -21,7 +21,7 @@ from seriatim.cli.evaluate import (
     share_of,
 )
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
-from seriatim.cli.threads import drawing_with
+from seriatim.cli.threads import ThreadsOption, drawing_with
 from seriatim.core.terminal import say
 
 
@@ -52,7 +52,7 @@ def sweep(
     ] = None,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="Of the backbone: auto, float32, bfloat16.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. Default: all, one for small models.")] = None,
+    threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
     """Evaluate a model at every value of a field, with the same seeds; resumable, and shared between processes."""

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from seriatim.core.construct import MOST_THREADS
 
 if TYPE_CHECKING:
     from seriatim.pipeline import Pipeline
 
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=MOST_THREADS, help="Of the CPU. Default: all, one for small models.")
+]
 # Parameters below which one thread draws: nearly as fast on an idle machine, ninety times faster on a busy one where
 # threads wait for each other (docs/log.md). A rule, not a measurement: the same command gives the same bits.
 SMALL = 4_000_000

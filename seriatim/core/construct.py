@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 import re
-import resource
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MOST_THREADS = 1024  # of the CPU: far more end the process without a word
 # The largest number that an argument of each name may have, wherever it stands in a config.
 LARGEST = {
     "tokens": 1 << 20, "dim": 1 << 20, "vocab": 1 << 24, "classes": 1 << 22, "grid": 1 << 20, "group": 1 << 20,
@@ -76,12 +76,12 @@ def numbers(value: Any, path: str, name: str = "") -> Iterator[tuple[str, str, f
             yield path, name, float(value)
 
 
-def check_room(build: Callable[[], nn.Module], config: Mapping[str, Any], where: str, copies: int = 1) -> None:
-    """Refuse a module whose weights this machine can't hold so many times, before memory is taken for them.
+def check_room(build: Callable[[], nn.Module], config: Mapping[str, Any], where: str) -> None:
+    """Refuse a module whose weights alone this machine can't hold, before memory is taken for them.
 
     It is built without memory first, which takes a second: only where the sizes in its config make that worth while.
     """
-    first, second = sorted((0, 0, *(value for _, name, value in numbers(config, where) if name != "seed")))[:-3:-1]
+    first, second = sorted((1, 1, *(value for _, name, value in numbers(config, where) if name != "seed")))[:-3:-1]
     if first * first * second < SMALL:
         return
 
@@ -90,7 +90,7 @@ def check_room(build: Callable[[], nn.Module], config: Mapping[str, Any], where:
     with torch.device("meta"):
         module = build()
     weights = itertools.chain(module.parameters(), module.buffers())
-    needed = copies * sum(t.numel() * t.element_size() for t in weights)
+    needed = sum(t.numel() * t.element_size() for t in weights)
     there = machine_memory()
     if needed > there:
         raise ResourceError(
@@ -99,11 +99,16 @@ def check_room(build: Callable[[], nn.Module], config: Mapping[str, Any], where:
         )
 
 
-def machine_memory() -> int:
-    """Bytes that this process may use at most."""
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return physical if limit == resource.RLIM_INFINITY else min(limit, physical)
+def machine_memory() -> float:
+    """Bytes that this process may use at most; infinite where the system does not tell."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return physical if limit == resource.RLIM_INFINITY else min(limit, physical)
+    except (ImportError, AttributeError, ValueError, OSError):  # Windows has neither
+        return math.inf
 
 
 def arguments(build: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from seriatim.core.errors import CheckpointError, ResourceError, UsageError, one_line
-from seriatim.core.names import SURROGATE
+from seriatim.core.names import BREAKS_A_LINE, SURROGATE
 from seriatim.core.reading import Unreadable, parse_json, read_text
 
 MANIFEST = "manifest.json"
@@ -92,9 +92,11 @@ def write_json(path: Path | str, value: Any) -> Path:
 
 
 def json_text(value: Any) -> str:
-    """JSON that can be encoded: bytes of a name that are not UTF-8 become escapes, which are read back as they were."""
+    """JSON that can be encoded and shown: bytes of a name that are not UTF-8, and what would steer a terminal, become
+    escapes, which are read back as they were.
+    """
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    return SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return BREAKS_A_LINE.sub(lambda found: "\n" if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 @contextlib.contextmanager

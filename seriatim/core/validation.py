@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from seriatim.core.errors import ConfigError, SeriatimError, nearest, shown
 
-MOST_THREADS = 1024  # of the CPU: far more end the process without a word
-
 
 class Strict(BaseModel):
     """Frozen settings; an unknown key is an error."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import UsageError, shown
 from seriatim.core.files import writable_folder, write_json
 from seriatim.core.random import derive_seed
 from seriatim.evaluation.base import FeatureExtractor, check_pictures
@@ -49,6 +49,8 @@ from seriatim.sampling.request import SampleRequest
 FORMAT = 1
 RESULTS, NEIGHBOURS = "results.json", "neighbours.json"
 OURS = ("class_labels", "num_images_per_label", "seeds", "generator")  # evaluation chooses these itself
+MOST_IMAGES = 10_000_000  # of an evaluation
+MOST_NEIGHBOURS = 1000  # rows of a picture
 READ_AT_ONCE = 64  # real images
 
 
@@ -98,6 +100,8 @@ def evaluate(
     folder = Path(out)
     check_folders(folder, None if cache is None else Path(cache))
     check_pictures(pipe.tokenizer)
+    if not 0 <= neighbours <= MOST_NEIGHBOURS:
+        raise UsageError(f"neighbours: {neighbours!r} is not allowed; it must be from 0 to {MOST_NEIGHBOURS}")
     request = asked(pipe, num, seed, settings)
     which = check_figures(figures)
     classes = pipe.model.classes
@@ -239,8 +243,8 @@ def asked(pipe: Pipeline, num: int, seed: int, settings: Mapping[str, Any]) -> S
     for name in OURS:
         if settings.get(name) is not None:
             raise UsageError(f"{name}: is not for evaluation, which draws every class alike; leave it out")
-    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
-        raise UsageError(f"num: {num!r} is not allowed; it must be an integer of at least 1")
+    if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= MOST_IMAGES:
+        raise UsageError(f"num: {shown(num)} is not allowed; it must be an integer from 1 to {MOST_IMAGES:,}")
     request = pipe.request(
         **{**settings, "seed": seed, "class_labels": (label_of(0, pipe.class_names) if pipe.model.classes else None,)}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from seriatim.evaluation.settings import holds_features, is_sweep
 from seriatim.pipeline import Pipeline
 from seriatim.sampling.request import SampleRequest
 
+MOST_POINTS = 10_000
 JSON, TABLE, CURVES = "sweep.json", "sweep.md", "curves.png"
 
 
@@ -54,6 +56,9 @@ def sweep(
     owned(Path(cache), "cache of features", holds_features, argument="cache")
     if not fields:
         raise UsageError("fields: is empty; name one with its values, such as guidance_scale=1,1.5,2,3")
+    count = math.prod(len(values) for values in fields.values())
+    if count > MOST_POINTS:
+        raise UsageError(f"{next(iter(fields))}: {count:,} points in all; sweep at most {MOST_POINTS:,}")
     combinations = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
     names = [point_name(combination) for combination in combinations]
     for name in fields:

@@ -26,7 +26,7 @@ from seriatim.evaluation.figures import Reference, Set, check_count, figures_of,
 from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_error
 from seriatim.evaluation.reference import Images, Part, as_many, described, halves, whole
 from seriatim.evaluation.rows import tokenizer_row
-from seriatim.evaluation.run import key, pictures
+from seriatim.evaluation.run import MOST_IMAGES, key, pictures
 from seriatim.evaluation.settings import SETTINGS, check_folders, same_settings
 from seriatim.sampling.metadata import versions
 from seriatim.tokenizers.base import Tokenizer
@@ -77,8 +77,8 @@ def evaluate_tokenizer(
     begin = time.monotonic()
     folder = Path(out)
     check_folders(folder, None if cache is None else Path(cache))
-    if num < 2:
-        raise UsageError(f"num: {num!r} is not allowed; it must be at least 2")
+    if not 2 <= num <= MOST_IMAGES:
+        raise UsageError(f"num: {num!r} is not allowed; it must be from 2 to {MOST_IMAGES:,}")
     check_pictures(tokenizer)
     if noise and tokenizer.vocab is not None:
         raise UsageError("noise: is for continuous tokens, this tokenizer's are codes; leave it out")

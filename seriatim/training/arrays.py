@@ -150,7 +150,11 @@ def read(path: Path, argument: str) -> dict[str, Any]:
         raise DataError(f"{argument}: there is no file {path}")
     try:
         if path.suffix == ".npy":
-            return {TOKENS: np.load(path, mmap_mode="r", allow_pickle=False)}
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if not isinstance(array, np.ndarray):  # an archive of arrays, whatever its name says
+                array.close()
+                raise ValueError("it is an archive, not one array")
+            return {TOKENS: array}
         with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
     except MemoryError:

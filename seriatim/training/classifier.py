@@ -39,7 +39,7 @@ from seriatim.training.loop import check_finite, crossed, restore
 from seriatim.training.optim import averaged, sgd
 from seriatim.training.precision import fastest, threads
 from seriatim.training.run_folder import check_out, occupied
-from seriatim.training.setup import COPIES, begin_run, changes_of, refuse_fewer_images
+from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
 from seriatim.training.stopping import StopRequest, refuse_many_processes
 
@@ -231,7 +231,7 @@ def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, I
             f"training.crop: {recipe.training.crop} is not allowed; it must be less than the side, {side}"
         )
     sizes = {"classes": len(data.class_names), "channels": data.channels}
-    check_room(lambda: build_classifier(recipe.model, **sizes), {**recipe.model, **sizes}, "model", COPIES)
+    check_room(lambda: build_classifier(recipe.model, **sizes), {**recipe.model, **sizes}, "model")
     with seeded(derive_seed(recipe.seed, "weights")):
         net = build_classifier(recipe.model, **sizes)
     if side < net.least:

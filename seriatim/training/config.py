@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, StrictInt
 
+from seriatim.core.construct import MOST_THREADS
 from seriatim.core.errors import ConfigError, UsageError, nearest, shown
 from seriatim.core.reading import Unreadable, parse_yaml, read_or_raise, read_yaml
-from seriatim.core.validation import MOST_THREADS, Strict, parse
+from seriatim.core.validation import Strict, parse
 
 LONGEST_NAME = 100  # bytes of a recipe's name, which names a folder
 PathText = Annotated[Any, PlainValidator(lambda value: str_of(value))]  # pydantic's own refuses such bytes

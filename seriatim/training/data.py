@@ -17,6 +17,8 @@ from seriatim.core.flatten import WHITE, Colour
 from seriatim.core.random import derive_seed, generator
 from seriatim.tokenizers.base import Tokenizer
 
+TIMES = "times of change"  # of files: a copy has others, unless it was told to keep them
+
 
 class ImageData:
     """What every source is: a number of images with labels, read by index; or a `StreamData`, read from its front.
@@ -73,6 +75,10 @@ class ImageData:
     def fingerprint(self) -> str:
         """Changes when the images or their order do: a run resumes on what it began with."""
         return f"{type(self).__name__} {self.count}"
+
+    def traits(self) -> dict[str, str]:
+        """What the fingerprint is made of, each by itself: where it changes, a person is told what did."""
+        return {}
 
     def images_fingerprint(self) -> str:
         """That of the images themselves, where these are made from them."""

@@ -22,7 +22,7 @@ from seriatim.core.errors import DataError, UsageError
 from seriatim.core.flatten import WHITE, as_colour
 from seriatim.core.images import MAX_PIXELS, BadImage, check_max_pixels, load_pixels, suffixes
 from seriatim.core.progress import track
-from seriatim.training.data import ImageData
+from seriatim.training.data import TIMES, ImageData
 from seriatim.training.listing import Entry, list_folder, refuse_empty, say_unused, summary
 
 T = TypeVar("T")
@@ -86,6 +86,16 @@ class Folder(ImageData):
         if self.background != WHITE:
             listing.append(["background", *self.background])
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+    def traits(self) -> dict[str, str]:
+        def digest(of: Callable[[Entry], Any]) -> str:
+            return hashlib.sha256(json.dumps([of(entry) for entry in self.entries]).encode()).hexdigest()[:16]
+
+        return {
+            "names": digest(lambda entry: [entry.path, entry.label]),
+            "sizes": digest(lambda entry: entry.stamp[0]),
+            TIMES: digest(lambda entry: entry.stamp[1]),
+        }
 
     def images(self, index: Tensor) -> Tensor:
         """index (B,) -> (B, c, H, W) uint8."""

@@ -61,6 +61,9 @@ class InMemory(ImageData):
         held_out = self.source.count - self.count
         return self.source.fingerprint() + (f" without {held_out}" if held_out else "")
 
+    def traits(self) -> dict[str, str]:
+        return self.source.traits()
+
 
 def check_room(count: int, images: Tensor) -> None:
     """Refuse what would take too much memory, once the first image is read."""

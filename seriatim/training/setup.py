@@ -27,7 +27,7 @@ from seriatim.tokenizers.build import TOKENIZERS, build_tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
 from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
-from seriatim.training.data import ImageData, StreamData
+from seriatim.training.data import TIMES, ImageData, StreamData
 from seriatim.training.loader import to_float
 from seriatim.training.log import environment
 from seriatim.training.run_folder import DATA, RECIPE, check_out
@@ -64,7 +64,6 @@ CURES = {"training.learning_rate", "training.clip", "training.dtype"}
 MEASURED = {"training.dtype", "training.threads"}  # "auto" stands for what the run measured and wrote down
 
 
-COPIES = 5  # of the weights while training: themselves, their average, their gradients, two moments
 FIT_BATCH = 512  # images at a time when the tokenizer measures its statistics
 FIT_IMAGES = 10_000  # as many as it looks at
 
@@ -146,7 +145,7 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, Model]:
     backbone = BACKBONES.get(str(recipe.model.get("backbone", recipe.model.get("kind"))))
     if recipe.model.get("positions") == "sincos" or (backbone is not None and backbone.causal):
         sizes["grid"] = list(tokenizer.grid)
-    check_room(lambda: build_model(recipe.model, **sizes), {**recipe.model, **sizes}, "model", COPIES)
+    check_room(lambda: build_model(recipe.model, **sizes), {**recipe.model, **sizes}, "model")
     with seeded(derive_seed(recipe.seed, "weights")):
         model = build_model(recipe.model, **sizes)
     try:  # what every later request of this model begins with
@@ -167,6 +166,7 @@ def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool) ->
             "images": data.count,
             "classes": data.class_names,
             "fingerprint": data.fingerprint(),
+            "traits": data.traits(),
             "left_out": dict(data.bad),
             "passed_over": dict(data.passed_over),
         },
@@ -198,9 +198,19 @@ def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
         raise DataError(f"{path} lacks the fingerprint of the images; {remedy}")
     if recorded["fingerprint"] != data.fingerprint():
         raise DataError(
-            f"data: its images are not those that {out} began with ({shown(recorded.get('images'))} then, "
-            f"{data.count} now, or files changed); restore them, or begin another run with training.init_from"
+            f"data: its images are not those that {out} began with: {what_differs(recorded, data)}, or begin another "
+            "run with training.init_from"
         )
+
+
+def what_differs(recorded: Mapping[str, Any], data: ImageData) -> str:
+    """How the images of a run differ from those it began with, and what to do: `data.json` then, the data now."""
+    before, now = recorded.get("traits"), data.traits()
+    changed = [name for name in now if isinstance(before, dict) and before.get(name) not in (None, now[name])]
+    if changed == [TIMES]:
+        return f"only the {TIMES} of the files differ, as those of copies do; copy them with times (cp -p, rsync -t)"
+    differ = f"the {' and '.join(changed)} of files differ" if changed else "or files changed"
+    return f"{shown(recorded.get('images'))} then, {data.count} now, {differ}; restore them"
 
 
 def changes_of(out: Path, recipe: AnyRecipe, seen: int) -> list[str]:

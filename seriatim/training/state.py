@@ -39,11 +39,12 @@ from seriatim.checkpoints.native import (
 )
 from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoints, why_not_whole
 from seriatim.core import files
+from seriatim.core.construct import MOST_THREADS
 from seriatim.core.device import DTYPES
 from seriatim.core.errors import CheckpointError
 from seriatim.core.files import PREVIOUS, atomic_folder, put_back, verify_manifest, write_json, write_manifest
 from seriatim.core.reading import Unreadable, read_json, read_or_raise
-from seriatim.core.validation import MOST_THREADS, Strict, parse
+from seriatim.core.validation import Strict, parse
 
 MOMENTS = {  # what each optimiser keeps of a parameter
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},  # AdamW is a kind of it

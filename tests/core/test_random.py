@@ -89,3 +89,9 @@ def test_replay_plays_in_order_and_checks_shapes() -> None:
         noise.normal(2)
     with pytest.raises(AssertionError, match="shape"):
         ReplayNoise(normal=[a]).normal(3)
+
+
+@pytest.mark.parametrize("owner", [[-1], [0, -2], [2], [0, 5]])
+def test_an_owner_that_is_none(owner: list[int]) -> None:
+    with pytest.raises(UsageError, match="owner: names images"):
+        Noise([torch.Generator(), torch.Generator()], torch.tensor(owner))

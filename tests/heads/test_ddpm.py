@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from seriatim.core.errors import UsageError
+from seriatim.core.random import Noise
 from seriatim.heads import ddpm
+from seriatim.heads.diffusion import Diffusion
 
 
 def test_cosine_chain() -> None:
@@ -76,3 +78,14 @@ def test_lookup() -> None:
 def test_bad_chains_are_refused(count: int, start: int | None) -> None:
     with pytest.raises(UsageError):
         ddpm.respaced(count, start)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 10, 40])
+def test_a_short_chain_is_sampled(steps: int) -> None:
+    head = Diffusion(dim=3, width=8, depth=1, train_steps=steps, z_dim=4)
+    head.check_options(num_diffusion_steps=steps)
+    for count in {1, 2, steps}:
+        drawn = head.sample(torch.zeros(5, 4), Noise.per_image(range(5)), num_diffusion_steps=count)
+        assert drawn.shape == (5, 3) and bool(drawn.isfinite().all())
+    with pytest.raises(UsageError, match=f"num_diffusion_steps: {steps + 1} is not allowed"):
+        head.check_options(num_diffusion_steps=steps + 1)
