@@ -161,7 +161,7 @@ def test_a_field_that_an_earlier_version_did_not_know_is_at_its_default(pipe: Pi
         run(pipe, tmp_path, choice_temperature=2.0)
     for damaged in ("[]", "{}", '{"request": 1}', "{"):
         path.write_text(damaged)
-        with pytest.raises(UsageError, match=r"is damaged|not a mapping|lacks the request"):
+        with pytest.raises(UsageError, match=r"is not JSON|not a mapping|lacks the request"):
             run(pipe, tmp_path)
 
 
