@@ -50,9 +50,9 @@ def theirs(head: Any, guidance: float) -> Call:
     return lambda z, z_null: head.sample(torch.cat([z, z_null]), cfg=guidance)
 
 
-def timed(calls: dict[str, Call], tokens: int, repetitions: int) -> dict[str, float]:
-    """Median seconds of each: in turn, so that what slows the machine down slows all of them."""
-    z, z_null = torch.randn(2, tokens, 768)
+def timed(calls: dict[str, Call], tokens: int, width: int, repetitions: int) -> dict[str, float]:
+    """Median seconds of each call on z of this width. They run in turn, to be slowed down alike."""
+    z, z_null = torch.randn(2, tokens, width)
     took: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(1 + repetitions):
         for name, call in calls.items():
@@ -62,22 +62,22 @@ def timed(calls: dict[str, Call], tokens: int, repetitions: int) -> dict[str, fl
     return {name: statistics.median(seconds[1:]) for name, seconds in took.items()}  # the first warms up
 
 
-def main() -> None:
+def main(command: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 64])
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--official", type=Path, help="a checkout of the original")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     torch.set_num_threads(arguments.threads)
     with seeded(0), torch.no_grad():
         model = build_model({**PRESETS["arinar-b"].model, "depth": 1}).eval()  # of the trunk, which is not run
-        head = model.head
+        head, width = model.head, model.backbone.z_dim
         calls: dict[str, Call] = {}
         if arguments.official is None:
             plain = {name: ours(head, options) for name, options in WAYS.items()}
-            found = {n: timed(plain, n, arguments.repetitions) for n in arguments.tokens}
+            found = {n: timed(plain, n, width, arguments.repetitions) for n in arguments.tokens}
         else:
             found = {n: {} for n in arguments.tokens}
             with contextlib.redirect_stdout(sys.stderr):  # what it prints
@@ -87,7 +87,7 @@ def main() -> None:
         calls |= {f"{name}, packed": ours(head, options) for name, options in WAYS.items()}
         with here(CPU):
             for n in arguments.tokens:
-                found[n] |= timed(calls, n, arguments.repetitions)
+                found[n] |= timed(calls, n, width, arguments.repetitions)
     if arguments.official is not None:
         for seconds in found.values():
             for name in WAYS:

@@ -33,13 +33,13 @@ def masks(H: int, W: int) -> list[Image.Image]:
     return [Image.fromarray(np.where(shape, 255, 0).astype(np.uint8)) for shape in shapes]
 
 
-def main() -> None:
+def main(command: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("pictures", help="digits, or a folder of class folders")
     parser.add_argument("out", type=Path)
     parser.add_argument("--classes", nargs="*", default=[], help="which, of the model's; default: the first three")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     torch.set_num_threads(1)
     pipe = load(arguments.model, device="cpu")
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels

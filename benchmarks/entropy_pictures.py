@@ -21,14 +21,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def main() -> None:
+def main(command: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("out", type=Path)
     parser.add_argument("--classes", nargs="*", default=[], help="which, of the model's; default: the first four")
     parser.add_argument("--per-class", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    a = parser.parse_args()
+    a = parser.parse_args(command)
     torch.set_num_threads(1)
     pipe = load(a.model, device="cpu")
     names = a.classes or pipe.class_names[:4]
@@ -41,7 +41,9 @@ def main() -> None:
         entropy = torch.where(drawn.isnan(), entropy, drawn)
     maps = entropy.unflatten(1, pipe.tokenizer.grid).numpy()  # (B, h, w)
     pictures = step.preview()
-    figure, panels = plt.subplots(2, len(pictures), figsize=(1.2 * len(pictures) + 1, 2.6), layout="constrained")
+    figure, panels = plt.subplots(
+        2, len(pictures), figsize=(1.2 * len(pictures) + 1, 2.6), layout="constrained", squeeze=False
+    )
     low, high = np.quantile(maps, (0.02, 0.98))
     for (above, below), picture, seen in zip(panels.T, pictures, maps, strict=True):
         above.imshow(picture, cmap="gray" if picture.mode == "L" else None)

@@ -284,12 +284,12 @@ def plot(rows: list[dict[str, object]], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
-def main() -> None:
+def main(command: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/known_mixture"))
     parser.add_argument("--plot", type=Path, help="default: solvers.png in --out")
     parser.add_argument("--updates", type=int, default=UPDATES, help="of training")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     arguments.out.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter(), time.process_time()
     rows = measure(arguments.out, arguments.updates)

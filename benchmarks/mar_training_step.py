@@ -41,7 +41,7 @@ class Fixed:
         return [self.value] * count
 
 
-def main() -> None:
+def main(command: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("official", type=Path)
     parser.add_argument("--model", default="mar-b")
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     torch.set_num_threads(arguments.threads)
 
     model = subject(arguments.model, decodes=False).model.train()

@@ -37,7 +37,7 @@ def orders(figure: Figure) -> None:
     for axes, (name, order) in zip(panels, all_orders.items(), strict=True):
         drawn = torch.empty(L, dtype=torch.long)
         drawn[torch.tensor(order)] = torch.arange(L)
-        shown = axes.imshow(drawn.view(SIDE, SIDE), cmap="viridis_r")
+        shown = axes.imshow(drawn.view(SIDE, SIDE).numpy(), cmap="viridis_r")
         first = torch.tensor(order[:FIRST])
         axes.plot(first % SIDE, first // SIDE, "o", markersize=4.5, color="white", markeredgecolor="black")
         axes.set(title=name, xticks=[], yticks=[])
@@ -85,10 +85,10 @@ def counts(figure: Figure) -> None:
     left.legend(fontsize="small")
 
 
-def main() -> None:
+def main(command: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("docs/images"))
-    out = parser.parse_args().out
+    out = parser.parse_args(command).out
     out.mkdir(parents=True, exist_ok=True)
     save(orders, out / "orders.png", (11, 3.1))
     save(guidance, out / "guidance.png", (8, 3.6))

@@ -49,7 +49,7 @@ def bare(recipe: Recipe, images: int) -> float:
         return images // size * size / (time.perf_counter() - begin)
 
 
-def main() -> None:
+def main(command: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     for dtype in arguments.dtypes:
         fixed = [
             f"training.dtype={dtype}",

@@ -5,6 +5,7 @@ from diffusion import respace
 from diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType, get_named_beta_schedule
 from torch import nn
 
+from seriatim.core.random import Noise
 from seriatim.heads.ddpm import spread
 
 
@@ -19,6 +20,11 @@ class DiffLoss(nn.Module):
             model_var_type=ModelVarType.LEARNED_RANGE,
             loss_type=LossType.MSE,
         )
+
+    def loss(self, z, target):
+        """z (N, C), target (N, D) -> (N,), with torch's own random numbers."""
+        found = self.net.loss(z, target, Noise.shared(int(torch.randint(1 << 30, ())), len(z)))
+        return found.sum / found.count
 
     def sample(self, z, temperature=1.0, cfg=1.0):
         """z (N, C), or (2 N, C) where guided -> tokens of as many rows."""

@@ -25,6 +25,13 @@ class Augment(Compose):
     pass
 
 
+class MaskRatio:
+    """Stands for scipy's distribution of the share of masked tokens."""
+
+    def rvs(self, count):
+        return np.random.uniform(0.7, 1.0, count)
+
+
 class MAR(nn.Module):
     def __init__(
         self,
@@ -62,6 +69,7 @@ class MAR(nn.Module):
         self.inner = MaskedModel(backbone, Diffusion(self.dim, diffloss_w, diffloss_d), classes=class_num)
         self.diffloss = DiffLoss(self.inner.head, self.dim, num_sampling_steps).cuda()
         self.decoder_norm = backbone.decoder_norm
+        self.mask_ratio_generator = MaskRatio()
 
     def load_state_dict(self, tensors):
         """Strictly, under the official names and shapes."""
@@ -104,3 +112,13 @@ class MAR(nn.Module):
             tokens[ask] = drawn[: int(ask.sum())]
             mask = later
         return tokens.transpose(1, 2).reshape(bsz, self.dim, self.side, self.side)
+
+    def forward(self, imgs, labels):
+        """imgs (B, D, side, side), labels (B,) -> the mean loss of the masked tokens; the head sees every token."""
+        x = imgs.flatten(2).transpose(1, 2)  # (B, L, D)
+        masked = math.ceil(self.seq_len * self.mask_ratio_generator.rvs(1)[0])
+        orders = self.sample_orders(len(x))
+        mask = torch.zeros(len(x), self.seq_len).scatter(1, orders[:, :masked], 1.0)
+        z = self.forward_mae_decoder(self.forward_mae_encoder(x, mask, self.inner.condition(labels, len(x))), mask)
+        loss = self.diffloss.loss(z.flatten(0, 1), x.flatten(0, 1))  # (B L,)
+        return (loss * mask.flatten()).sum() / mask.sum()

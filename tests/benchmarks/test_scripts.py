@@ -1,0 +1,229 @@
+"""Every script of benchmarks/ runs at toy size. A script without a toy run fails here."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_bundle, randomise, read_picture
+from PIL import Image
+
+from seriatim.backbones.masked import Masked
+from seriatim.bench import mar as bench_mar
+from seriatim.checkpoints.native import Bundle, save_bundle
+from seriatim.cli.main import run
+from seriatim.heads.mixture import Mixture
+from seriatim.models.build import seeded
+from seriatim.models.masked import MaskedModel
+from seriatim.tokenizers.pixels import Pixels
+from seriatim.training import loop
+from seriatim.zoo import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "benchmarks"
+sys.path.append(str(FOLDER))
+
+# These are run by files of their own, which have more to say about them: script -> test.
+ELSEWHERE = {
+    "ablation": "test_ablation.py::test_pictures_end_to_end",
+    "known_density": "test_known_density.py::test_it_trains_judges_and_goes_on",
+    "random_numbers": "test_random_numbers.py::test_every_draw_is_timed",
+}
+TINY = ["model.width=16", "model.depth=1", "model.heads=2", "model.head.width=16", "model.head.depth=1"]
+
+
+class Toy:
+    """What a toy run is given."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
+
+    def main(self, script: str, *arguments: object) -> str:
+        """Call the script's `main`; returns what it printed."""
+        importlib.import_module(script).main([str(argument) for argument in arguments])
+        return self.capsys.readouterr().out
+
+    def model(self) -> Path:
+        return save_bundle(make_bundle(), self.folder / "model")
+
+    def pictures(self, size: int, name: str = "pictures") -> Path:
+        """A folder of three classes with four random pictures each."""
+        random = np.random.default_rng(0)
+        for label in ("cat", "dog", "horse"):
+            (self.folder / name / label).mkdir(parents=True)
+            for i in range(4):
+                pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(self.folder / name / label / f"{i}.png")
+        return self.folder / name
+
+    def double(self, name: str) -> Path:
+        """A checkout of the double of an original."""
+        source = ROOT / "tests" / "bench" / name
+        self.monkeypatch.setitem(sys.modules, "torchvision", None)
+        return shutil.copytree(source, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def arinar_head(toy: Toy) -> None:
+    """At the preset's form, but narrow."""
+    preset = PRESETS["arinar-b"]
+    head = {**preset.model["head"], "backbone": {**preset.model["head"]["backbone"], "width": 32}}
+    small = replace(preset, model={**preset.model, "tokens": 16, "width": 32, "heads": 2, "head": head})
+    toy.monkeypatch.setitem(PRESETS, "arinar-b", small)
+    printed = toy.main("arinar_head", "--tokens", 1, "--repetitions", 1, "--official", toy.double("arinar"), "--json")
+    found = json.loads(printed)["seconds_and_ratios"]["1"]
+    assert {"official, free", "official, guided", "free, packed", "ratio: guided, exact"} <= found.keys()
+    assert all(value > 0 for value in found.values())
+
+
+def bf16_memory(toy: Toy) -> None:
+    """Both trainings, here and one after the other, and the table of what they printed."""
+    script: Any = importlib.import_module("bf16_memory")
+    script.pictures(toy.folder / "pictures", count=8)
+    toy.monkeypatch.setattr(script, "BATCH", 4)
+    toy.monkeypatch.setattr(loop, "return_heap", loop.return_heap)  # the script replaces it; here it is put back
+    toy.monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    toy.monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    measured = {}
+    for bound in script.BOUNDS:
+        script.train_and_measure(bound, toy.folder, "bfloat16", 4, 1, "mar-cifar10-tiny", [*TINY, "tokenizer.patch=8"])
+        measured[bound] = [json.loads(line) for line in toy.capsys.readouterr().out.splitlines()]
+        assert [line["step"] for line in measured[bound][:-1]] == [1, 2, 3, 4]
+        assert all(line["resident"] > 10 for line in measured[bound][:-1]) and measured[bound][-1]["largest"] > 10
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "1024"
+    assert [row.split()[0] for row in script.table(measured).splitlines()] == ["start", "bounded", "free"]
+
+
+def editing_pictures(toy: Toy) -> None:
+    said = toy.main("editing_pictures", toy.model(), toy.pictures(8), toy.folder / "out.png", "--classes", "dog")
+    assert said == "row 1: dog, then four as dog, four as horse\n"
+    assert read_picture(toy.folder / "out.png").size[0] > 640
+
+
+def entropy_pictures(toy: Toy) -> None:
+    with seeded(0):
+        backbone = Masked(tokens=16, dim=4, width=32, depth=1, heads=2, buffer=3)
+        model = MaskedModel(backbone, Mixture(4, components=2, depth=0), classes=2)
+    randomise(model, scale=0.05)
+    bundle = Bundle(model.eval(), Pixels(8, 2, 1), ["cat", "dog"], {"num_inference_steps": 3})
+    path = save_bundle(bundle, toy.folder / "mixture")
+    said = toy.main("entropy_pictures", path, toy.folder / "out.png", "--classes", "dog", "--per-class", 1)
+    assert said.startswith("1 images; mean ") and "nan" not in said
+    assert read_picture(toy.folder / "out.png").size[0] > 200
+
+
+def known_mixture(toy: Toy) -> None:
+    script: Any = importlib.import_module("known_mixture")
+    small = {"STEPS": (2, 3), "SEEDS": (0, 1), "WIDTH": 16, "DEPTH": 1, "BATCH": 16, "SAMPLES": 128, "TRUTH": 500}
+    for name, value in small.items():
+        toy.monkeypatch.setattr(script, name, value)
+    said = toy.main("known_mixture", "--out", toy.folder / "out", "--updates", 2)
+    assert "nan" not in said and all(solver in said for solver in script.SOLVERS)
+    assert (toy.folder / "out" / "solvers.png").stat().st_size > 1000
+
+
+def mar_end_to_end(toy: Toy) -> None:
+    """The commands run in this process."""
+    script: Any = importlib.import_module("mar_end_to_end")
+
+    def measured(what: str, command: list[str], folder: Path) -> None:
+        toy.monkeypatch.chdir(folder)
+        assert command[:3] == [sys.executable, "-m", "seriatim"]
+        assert run(command[3:]) == 0, what
+        toy.monkeypatch.chdir(toy.folder)
+
+    toy.monkeypatch.setattr(script, "measured", measured)
+    toy.main("mar_end_to_end", toy.pictures(8), "--images", 6, "--steps", 2, "--toy")
+
+
+def mar_training_step(toy: Toy) -> None:
+    arguments = [toy.double("checkout"), "--model", toy.model(), "--batch", 2, "--threads", 1, "--repetitions", 1]
+    *_, last = toy.main("mar_training_step", *arguments).splitlines()
+    found = json.loads(last)
+    for dtype in ("float32", "bfloat16"):
+        seconds, theirs = found[dtype]["seconds"], found[dtype]["official_seconds"]
+        assert found[dtype]["ratio"] == pytest.approx(theirs / seconds) and seconds > 0 < theirs
+
+
+def schedule_pictures(toy: Toy) -> None:
+    said = toy.main("schedule_pictures", "--out", toy.folder).split()
+    assert [Path(path).name for path in said] == ["orders.png", "guidance.png", "tokens-per-step.png"]
+    assert all(read_picture(Path(path)).size[0] > 500 for path in said)
+
+
+def training_throughput(toy: Toy) -> None:
+    arguments = ["mar-cifar10-tiny", f"data.path={toy.pictures(32)}", *TINY, "training.batch_size=4"]
+    sizes = ["--images", 8, "--repetitions", 1, "--dtypes", "float32", "--threads", 1]
+    said = toy.main("training_throughput", *arguments, *sizes)
+    assert said.startswith("float32, 1 threads: ") and "ratio" in said
+
+
+TOYS: dict[str, Callable[[Toy], None]] = {
+    function.__name__: function
+    for function in (
+        arinar_head,
+        bf16_memory,
+        editing_pictures,
+        entropy_pictures,
+        known_mixture,
+        mar_end_to_end,
+        mar_training_step,
+        schedule_pictures,
+        training_throughput,
+    )
+}
+
+
+@pytest.mark.parametrize("script", TOYS)
+def test_it_runs_at_toy_size(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, modules = torch.get_num_threads(), set(sys.modules)
+    try:
+        TOYS[script](Toy(tmp_path, monkeypatch, capsys))
+    finally:
+        torch.set_num_threads(before)
+        for name in set(sys.modules) - modules:  # the doubles' own
+            if name.split(".")[0] in bench_mar.MODULES:
+                del sys.modules[name]
+
+
+def is_script(path: Path) -> bool:
+    return any(
+        isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in ast.parse(path.read_text()).body
+    )
+
+
+def test_every_script_has_a_toy_run() -> None:
+    """A file that is no script is a part of one: some other file imports it."""
+    files = sorted(FOLDER.rglob("*.py"))
+    scripts = {path.stem for path in files if is_script(path)}
+    assert scripts == TOYS.keys() | ELSEWHERE.keys()
+    imported = {
+        name
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    assert {path.stem for path in files} - scripts <= imported
+
+
+@pytest.mark.parametrize("script", ELSEWHERE)
+def test_the_runs_of_other_files_are_there(script: str) -> None:
+    file, name = ELSEWHERE[script].split("::")
+    tree = ast.parse((Path(__file__).parent / file).read_text())
+    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    names = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
+             if alias.name == script}  # fmt: skip
+    assert any(f"{module}.main(" in ast.unparse(found) for module in names)
