@@ -456,7 +456,7 @@ BAD = [
     (("nosuch",), 2, "model: 'nosuch' is no folder or preset"),
     (("mar-digit",), 2, "did you mean 'mar-digits'"),
     (("empty",), 4, "manifest.json is missing"),
-    (("model", "--batch", "0"), 2, "batch: 0 is not allowed; it must be 1 or more"),
+    (("model", "--batch", "0"), 2, "batch: 0 is not allowed; it must be from 1 to"),
     (("model", "--every", "0"), 2, "every: 0 is not allowed"),
     (("model", "--repetitions", "0"), 2, "repetitions: 0 is not allowed"),
     (("model", "--threads", "0"), 2, "threads: 0 is not allowed"),
