@@ -1,4 +1,4 @@
-"""Damaged, foreign and hostile files are refused, and nothing is half loaded (rows 6, 7, 10 and 11 of the page)."""
+"""Damaged, foreign and hostile files are refused, and nothing is half loaded (rows 5 to 8, 10 and 11 of the page)."""
 
 from __future__ import annotations
 
@@ -105,6 +105,25 @@ def test_no_flipped_bit_is_loaded(kind: str, work: Path) -> None:
 @pytest.mark.parametrize("kind", LOADED)
 def test_no_flipped_bit_of_fifty_in_each_file_is_loaded(kind: str, work: Path) -> None:
     assert flip_bits(work, kind, 50) >= 200
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_no_file_that_is_cut_off_is_loaded(kind: str, work: Path) -> None:
+    """Each file is cut at six places; the line names it, the bytes it has and the bytes it should have (row 5)."""
+    name, load = LOADED[kind]
+    for path in sorted(path for path in (work / name).iterdir() if not path.name.startswith(".")):
+        whole = path.read_bytes()
+        for size in (0, 7, 8, min(100, len(whole) // 3), len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:size])
+            with pytest.raises((CheckpointError, DataError)) as caught:
+                load(work / name)
+            said = str(caught.value)
+            assert path.name in said and "\n" not in said, (path, size)
+            told = said.replace(",", "")
+            plain = path.name == MANIFEST or (kind == "cache" and path.suffix == ".json")  # they are just no JSON then
+            assert plain or (str(size) in told and str(len(whole)) in told), said
+        path.write_bytes(whole)
+    load(work / name)
 
 
 # --- row 7: what does not fit -----------------------------------------------------------------------------------------

@@ -174,11 +174,12 @@ def test_a_damaged_checkpoint_is_passed_over_and_said_so(
     *_, older, newest = all_checkpoints(tmp_path / "checkpoints")
     for file in sorted(newest.iterdir()):
         whole = file.read_bytes()
-        for _ in range(5 if damage == "flip" else 1):
+        sizes = (0, 7, 8, 100, len(whole) // 2, len(whole) - 1)
+        for size in sizes if damage == "truncate" else range(5 if damage == "flip" else 1):
             if damage == "flip":
                 flip(file, chance)
             elif damage == "truncate":
-                file.write_bytes(whole[: len(whole) // 2])
+                file.write_bytes(whole[: min(size, len(whole) - 1)])
             else:
                 file.unlink()
             path, passed_over = newest_whole(tmp_path / "checkpoints")
@@ -279,10 +280,11 @@ def killed_at_the_end(process: subprocess.Popen[Any]) -> Iterator[None]:
         process.wait()
 
 
-def test_kill_nine_at_random_moments_loses_no_checkpoint(tmp_path: Path, folder: Path) -> None:
+@pytest.mark.parametrize("rounds", [5, pytest.param(30, marks=pytest.mark.slow)])
+def test_kill_nine_at_random_moments_loses_no_checkpoint(tmp_path: Path, folder: Path, rounds: int) -> None:
     """Killed while it trains and saves all the time: what is there is whole, and the next run goes on from it."""
     chance, out, seen = random.Random(0), tmp_path / "run", 0
-    for round_ in range(5):
+    for round_ in range(rounds):
         words = command(folder, out, *["--resume"] * (round_ > 0))
 
         def went_on(seen: int = seen) -> bool:
