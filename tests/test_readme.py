@@ -122,12 +122,6 @@ def test_readme_python(folder: Path, number: int) -> None:
         assert (folder / "three.png").exists() and (folder / "five.png").exists()
 
 
-@pytest.mark.parametrize("page", ["heads", "causal"])
-def test_readme_code_of_the_other_pages(page: str) -> None:
-    code = "\n".join(blocks("python", (ROOT / "docs" / f"{page}.md").read_text()))
-    run([sys.executable, "-W", "error", "-c", code], ROOT)
-
-
 def test_readme_table_is_that_of_the_presets() -> None:
     rows = {m[1]: m[0] for m in re.finditer(r"^\| `([\w-]+)` \| .*$", README, flags=re.M)}
     for name, preset in PRESETS.items():
