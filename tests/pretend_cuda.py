@@ -31,10 +31,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
+import seriatim
+
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 HERE, TORCH = Path(__file__), str(Path(torch.__file__).parent)
 ROOT = HERE.resolve().parent.parent
+PACKAGE = Path(seriatim.__file__).resolve().parent
 aten = torch.ops.aten
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -321,6 +324,8 @@ def caller() -> str:
         path = frame.f_code.co_filename
         if not path.startswith((TORCH, str(HERE))):
             where = Path(path)
+            if where.is_relative_to(PACKAGE):  # wherever it is installed
+                return f"seriatim/{where.relative_to(PACKAGE)}:{frame.f_lineno}"
             if where.is_relative_to(ROOT) and "site-packages" not in where.parts:
                 return f"{where.relative_to(ROOT)}:{frame.f_lineno}"
             outside = f"{where.name}:{frame.f_lineno}" if outside == "?" else outside

@@ -87,6 +87,7 @@ class Blocks:
         total, left = (sum(map(len, blocks.values())) for blocks in (mine, todo))
         with Progress(total, what, "images", done=total - left, quiet=quiet) as bar:
             for n, block in todo.items():
+                self.shards.sweep(n)
                 self.shards.write(n, tensors_of(block, bar))
 
     def arrays(self) -> dict[str, Array]:
