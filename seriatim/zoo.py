@@ -159,9 +159,17 @@ def _arinar(
 
 
 def _llamagen(
-    size: str, *, width: int, depth: int, heads: int, parameters: int, guidance: float, guided: tuple[float, float],
-    epochs: int, measured: tuple[str, ...] = (),
-) -> Preset:  # fmt: skip
+    size: str,
+    *,
+    width: int,
+    depth: int,
+    heads: int,
+    parameters: int,
+    guidance: float,
+    guided: tuple[float, float],
+    epochs: int,
+    measured: tuple[str, ...] = (),
+) -> Preset:
     return Preset(
         name=f"llamagen-{size}",
         summary=f"LlamaGen-{size.upper()}: {depth} causal blocks of {width}, {heads} heads, codes of 16384",
@@ -215,29 +223,67 @@ _PRESETS = (
         recipe="mar-digits",
     ),
     _mar(
-        "b", width=768, depth=12, heads=12, head={"width": 1024, "depth": 6}, parameters=207_924_768,
-        guidance=2.9, guided=(2.31, 281.7), free=(3.48, 192.4),
+        "b",
+        width=768,
+        depth=12,
+        heads=12,
+        head={"width": 1024, "depth": 6},
+        parameters=207_924_768,
+        guidance=2.9,
+        guided=(2.31, 281.7),
+        free=(3.48, 192.4),
         measured=("beside the official code, full size, random weights, same draws: within 1.9e-6 of the largest",),
     ),
     _mar(
-        "l", width=1024, depth=16, heads=16, head={"width": 1280, "depth": 8}, parameters=478_326_304,
-        guidance=3.0, guided=(1.78, 296.0), free=(2.60, 221.4),
+        "l",
+        width=1024,
+        depth=16,
+        heads=16,
+        head={"width": 1280, "depth": 8},
+        parameters=478_326_304,
+        guidance=3.0,
+        guided=(1.78, 296.0),
+        free=(2.60, 221.4),
     ),
     _mar(
-        "h", width=1280, depth=20, heads=16, head={"width": 1536, "depth": 12}, parameters=942_403_104,
-        guidance=3.2, guided=(1.55, 303.7), free=(2.35, 227.8),
+        "h",
+        width=1280,
+        depth=20,
+        heads=16,
+        head={"width": 1536, "depth": 12},
+        parameters=942_403_104,
+        guidance=3.2,
+        guided=(1.55, 303.7),
+        free=(2.35, 227.8),
     ),
     _arinar(
-        "b", width=768, depth=14, heads=12, parameters=212_949_516,
-        published={"FID": 2.75, "source": ARINAR}, sampling={"guidance_scale": 4.5},
+        "b",
+        width=768,
+        depth=14,
+        heads=12,
+        parameters=212_949_516,
+        published={"FID": 2.75, "source": ARINAR},
+        sampling={"guidance_scale": 4.5},
         measured=("beside the official code, full size, random weights: what parts are drawn from within 1.6e-6",),
     ),
     _arinar(
-        "l", width=1024, depth=18, heads=16, parameters=478_550_028,
-        sampling={"guidance_scale": 3.7}, note="; the size of their code, nothing published",
+        "l",
+        width=1024,
+        depth=18,
+        heads=16,
+        parameters=478_550_028,
+        sampling={"guidance_scale": 3.7},
+        note="; the size of their code, nothing published",
     ),
     _llamagen(
-        "b", width=768, depth=12, heads=12, parameters=110_888_448, guidance=2.0, guided=(5.46, 193.6), epochs=300,
+        "b",
+        width=768,
+        depth=12,
+        heads=12,
+        parameters=110_888_448,
+        guidance=2.0,
+        guided=(5.46, 193.6),
+        epochs=300,
         measured=("beside the official code, full size, random weights: the same 2,048 likeliest codes of 8 images",),
     ),
     _llamagen(
@@ -252,7 +298,7 @@ _PRESETS = (
     _llamagen(
         "3b", width=3200, depth=24, heads=32, parameters=3_096_659_200, guidance=1.75, guided=(3.06, 279.7), epochs=50
     ),
-)  # fmt: skip
+)
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}
 

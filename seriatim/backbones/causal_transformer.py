@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -78,9 +78,8 @@ class Causal(Sequential):
         for name, value in given.items():
             if value not in CHOICES[name]:
                 raise UsageError(f"{name}: {value!r} is not known{nearest(str(value), CHOICES[name])}")
-        sizes = {"tokens": tokens, "width": width, "depth": depth, "heads": heads, "hidden": hidden, "prefix": prefix,
-                 "condition_width": condition_width}  # fmt: skip
-        for name, size in sizes.items():
+        sizes = {"tokens": tokens, "width": width, "depth": depth, "heads": heads, "hidden": hidden, "prefix": prefix}
+        for name, size in [*sizes.items(), ("condition_width", condition_width)]:
             if size is not None and size < 1:
                 raise UsageError(f"{name}: {size!r} is not allowed; it must be at least 1")
         if not 0 <= dropout < 1:
@@ -112,12 +111,26 @@ class Causal(Sequential):
         # torch.compile needs.
         self.whole_cache = False
         self.config = {
-            "tokens": tokens, **({"dim": dim} if vocab is None else {"vocab": vocab}),
-            "width": C, "depth": depth, "heads": heads, "condition_width": condition_width, "prefix": P,
-            "conditioning": conditioning, "norm": norm, "mlp": mlp, "hidden": hidden, "positions": positions,
-            "grid": list(shape), "order": order, "rotate_prefix": rotate_prefix, "start_token": start_token,
-            "bias": bias, "attention_scale": attention_scale, "dropout": dropout,
-        }  # fmt: skip
+            "tokens": tokens,
+            **({"dim": dim} if vocab is None else {"vocab": vocab}),
+            "width": C,
+            "depth": depth,
+            "heads": heads,
+            "condition_width": condition_width,
+            "prefix": P,
+            "conditioning": conditioning,
+            "norm": norm,
+            "mlp": mlp,
+            "hidden": hidden,
+            "positions": positions,
+            "grid": list(shape),
+            "order": order,
+            "rotate_prefix": rotate_prefix,
+            "start_token": start_token,
+            "bias": bias,
+            "attention_scale": attention_scale,
+            "dropout": dropout,
+        }
 
         self.token_embed = token_embedding(self.spec, C)
         self.condition_embed = Linear(A, C) if in_front and condition_width is not None else None
@@ -126,13 +139,9 @@ class Causal(Sequential):
             self.positions = learned_positions(S if order == "raster" else P + tokens, C)
         if order == "any":
             self.ask_positions = learned_positions(tokens, C)  # positions of the tokens to be predicted
-        self.blocks = nn.ModuleList(
-            CausalBlock(
-                C, heads, hidden, norm=norm, mlp=mlp, bias=bias, attention_scale=attention_scale, dropout=dropout,
-                condition=A if adaptive else None,
-            )
-            for _ in range(depth)
-        )  # fmt: skip
+        same: dict[str, Any] = {"norm": norm, "mlp": mlp, "bias": bias, "dropout": dropout}
+        same |= {"attention_scale": attention_scale, "condition": A if adaptive else None}
+        self.blocks = nn.ModuleList(CausalBlock(C, heads, hidden, **same) for _ in range(depth))
         self.norm = ModulatedNorm(C, norm, A) if adaptive else make_norm(norm, C, affine=True)
         self._initialise(depth)
         self.table: Tensor | None = None

@@ -80,10 +80,15 @@ class Masked(Parallel):
         self.width, self.z_dim, self.buffer = E, C, buffer
         self.row_cap = ROW_CAP
         self.config = {
-            "tokens": tokens, **({"dim": dim} if vocab is None else {"vocab": vocab}),
-            "width": [E, C], "depth": list(depths), "heads": list(both_heads),
-            "buffer": buffer, "mlp_ratio": mlp_ratio, "dropout": dropout,
-        }  # fmt: skip
+            "tokens": tokens,
+            **({"dim": dim} if vocab is None else {"vocab": vocab}),
+            "width": [E, C],
+            "depth": list(depths),
+            "heads": list(both_heads),
+            "buffer": buffer,
+            "mlp_ratio": mlp_ratio,
+            "dropout": dropout,
+        }
         if positions not in ("random", "sincos"):
             raise UsageError(f"positions: {positions!r} is not known{nearest(positions, ('random', 'sincos'))}")
         if positions == "sincos":

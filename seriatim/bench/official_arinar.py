@@ -73,14 +73,26 @@ class OfficialARINAR(MARLoop):
         heads = config["heads"]
         with torch.random.fork_rng(devices=[]):
             official = self.code[MAIN].MAR(
-                img_size=side, vae_stride=1, patch_size=1, vae_embed_dim=config["dim"],
-                encoder_embed_dim=encoder, encoder_depth=blocks, encoder_num_heads=heads[0],
-                decoder_embed_dim=decoder, decoder_depth=more, decoder_num_heads=heads[1],
-                mlp_ratio=config["mlp_ratio"], norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                class_num=max(1, config["classes"]), buffer_size=config["buffer"], head_type="ar_gmm",
-                num_gaussians=inner["head"]["components"], inner_ar_width=inner["width"],
-                inner_ar_depth=inner["depth"], feature_group=self.group,
-            )  # fmt: skip
+                img_size=side,
+                vae_stride=1,
+                patch_size=1,
+                vae_embed_dim=config["dim"],
+                encoder_embed_dim=encoder,
+                encoder_depth=blocks,
+                encoder_num_heads=heads[0],
+                decoder_embed_dim=decoder,
+                decoder_depth=more,
+                decoder_num_heads=heads[1],
+                mlp_ratio=config["mlp_ratio"],
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                class_num=max(1, config["classes"]),
+                buffer_size=config["buffer"],
+                head_type="ar_gmm",
+                num_gaussians=inner["head"]["components"],
+                inner_ar_width=inner["width"],
+                inner_ar_depth=inner["depth"],
+                feature_group=self.group,
+            )
         if model.device.type != "meta":
             if not config["classes"]:  # it has a table of classes all the same, and doesn't look into it
                 tensors["class_emb.weight"] = torch.zeros(1, encoder)
@@ -166,9 +178,14 @@ class FeatureGate(Gate):
     """The same with the head of ARINAR; what is replayed are parts."""
 
     def __init__(
-        self, model: Any, workload: Workload, draws: Draws, stages: Stages | None, device: torch.device,
+        self,
+        model: Any,
+        workload: Workload,
+        draws: Draws,
+        stages: Stages | None,
+        device: torch.device,
         seen: Seen | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(model, workload, draws, stages, device)
         self.seen, self.replays = seen, seen is not None
         self.schedule = str(workload.head_options.get("feature_schedule", "constant"))

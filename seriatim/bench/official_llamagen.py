@@ -46,11 +46,17 @@ class OfficialLlamaGen(Official):
         with torch.random.fork_rng(devices=[]):
             official = gpt.Transformer(
                 gpt.ModelArgs(
-                    dim=config["width"], n_layer=config["depth"], n_head=config["heads"], vocab_size=config["vocab"],
-                    block_size=config["tokens"], num_classes=config["classes"], cls_token_num=config["prefix"],
-                    model_type="c2i", multiple_of=config["hidden"],
+                    dim=config["width"],
+                    n_layer=config["depth"],
+                    n_head=config["heads"],
+                    vocab_size=config["vocab"],
+                    block_size=config["tokens"],
+                    num_classes=config["classes"],
+                    cls_token_num=config["prefix"],
+                    model_type="c2i",
+                    multiple_of=config["hidden"],
                 )
-            )  # fmt: skip
+            )
         if model.device.type != "meta":
             official.load_state_dict(llamagen_tensors(model))
         return official
@@ -83,9 +89,15 @@ class OfficialLlamaGen(Official):
             synchronise(self.device)
             begin = time.perf_counter()
             codes = generate.generate(
-                self.model, labels, workload.steps, cfg_scale=workload.guidance, sample_logits=not greedy,
-                temperature=1.0 if greedy else workload.temperature, top_k=0, top_p=1.0,
-            )  # fmt: skip
+                self.model,
+                labels,
+                workload.steps,
+                cfg_scale=workload.guidance,
+                sample_logits=not greedy,
+                temperature=1.0 if greedy else workload.temperature,
+                top_k=0,
+                top_p=1.0,
+            )
             synchronise(self.device)
             seconds = time.perf_counter() - begin
         return codes.long().cpu(), seconds

@@ -99,13 +99,24 @@ class OfficialMAR(MARLoop):
         heads, head = config["heads"], config["head"]
         with torch.random.fork_rng(devices=[]):
             official = self.code["models.mar"].MAR(
-                img_size=side, vae_stride=1, patch_size=1, vae_embed_dim=config["dim"],
-                encoder_embed_dim=encoder, encoder_depth=blocks, encoder_num_heads=heads[0],
-                decoder_embed_dim=decoder, decoder_depth=more, decoder_num_heads=heads[1],
-                mlp_ratio=config["mlp_ratio"], norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                class_num=max(1, config["classes"]), buffer_size=config["buffer"],
-                diffloss_d=head["depth"], diffloss_w=head["width"], num_sampling_steps=str(len(chain)),
-            )  # fmt: skip
+                img_size=side,
+                vae_stride=1,
+                patch_size=1,
+                vae_embed_dim=config["dim"],
+                encoder_embed_dim=encoder,
+                encoder_depth=blocks,
+                encoder_num_heads=heads[0],
+                decoder_embed_dim=decoder,
+                decoder_depth=more,
+                decoder_num_heads=heads[1],
+                mlp_ratio=config["mlp_ratio"],
+                norm_layer=partial(nn.LayerNorm, eps=1e-6),
+                class_num=max(1, config["classes"]),
+                buffer_size=config["buffer"],
+                diffloss_d=head["depth"],
+                diffloss_w=head["width"],
+                num_sampling_steps=str(len(chain)),
+            )
         if model.device.type != "meta":
             tensors = mar_tensors(model)
             if not config["classes"]:  # it has a table of classes all the same, and doesn't look into it

@@ -94,8 +94,11 @@ class Gate:
                 return keys.fold("noise").normal(1, head.output)[:, 0]
             return keys.fold("noise").normal(head.output)
 
-        inside = [(backbone, name, timed(self.stages, stage, getattr(backbone, name)))
-                  for name, stage in STAGES if hasattr(backbone, name)]  # fmt: skip
+        inside = [
+            (backbone, name, timed(self.stages, stage, getattr(backbone, name)))
+            for name, stage in STAGES
+            if hasattr(backbone, name)
+        ]
         if self.model.one_by_one:  # no step can be left out: each needs those before
             return [(head, "sample", sample), *inside]
         return [(backbone, "z", gated_z), (head, "sample", gated_sample), *(inside if self.stages else ())]

@@ -33,8 +33,15 @@ INNER_HEADS = {"release": 4, "current": 16}
 CONVENTIONS = tuple(INNER_HEADS)
 
 # The block of VAR (Tian et al. 2024) as the head has it; the rest follows from shapes
-BLOCK = {"conditioning": "both", "norm": "layer", "mlp": "gelu-tanh", "positions": "learned", "start_token": True,
-         "bias": True, "attention_scale": 0.25}  # fmt: skip
+BLOCK = {
+    "conditioning": "both",
+    "norm": "layer",
+    "mlp": "gelu-tanh",
+    "positions": "learned",
+    "start_token": True,
+    "bias": True,
+    "attention_scale": 0.25,
+}
 
 # ours -> official; {i} is a number
 OF_HEAD = {

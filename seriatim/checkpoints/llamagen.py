@@ -54,10 +54,19 @@ TABLE = {
 }
 # What a model must be to be LlamaGen's
 FORM = {
-    "kind": "causal", "backbone": "causal", "order": "raster", "condition_width": None, "conditioning": "prefix",
-    "norm": "rms", "mlp": "swiglu", "positions": "rope", "rotate_prefix": False, "start_token": False, "bias": False,
+    "kind": "causal",
+    "backbone": "causal",
+    "order": "raster",
+    "condition_width": None,
+    "conditioning": "prefix",
+    "norm": "rms",
+    "mlp": "swiglu",
+    "positions": "rope",
+    "rotate_prefix": False,
+    "start_token": False,
+    "bias": False,
     "attention_scale": 1.0,
-}  # fmt: skip
+}
 
 
 def official_name(ours: str) -> str:
@@ -131,9 +140,14 @@ def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
     else:
         condition["classes"] = shape(tensors, CLASSES, 2, where)[0] - 1
     return {
-        **FORM, **condition, "vocab": vocab, "width": width, "depth": count(tensors, "layers", where), "hidden": hidden,
+        **FORM,
+        **condition,
+        "vocab": vocab,
+        "width": width,
+        "depth": count(tensors, "layers", where),
+        "hidden": hidden,
         "head": {"kind": "categorical", "bias": False},
-    }  # fmt: skip
+    }
 
 
 def bundle_from_llamagen(file: OfficialFile, tokenizer: Tokenizer, class_names: list[str], **options: Any) -> Bundle:

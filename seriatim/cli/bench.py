@@ -55,11 +55,23 @@ def bench(
 
     with contextlib.redirect_stdout(sys.stderr):  # the original code may print
         result = run(
-            model, official=official, batch=batch, dtype=dtype, official_dtype=official_dtype,
-            num_inference_steps=num_inference_steps, num_diffusion_steps=num_diffusion_steps,
-            guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, guidance_mode=guidance_mode,
-            device=device, threads=threads, repetitions=repetitions, every=every, decode=decode, quiet=json,
-        )  # fmt: skip
+            model,
+            official=official,
+            batch=batch,
+            dtype=dtype,
+            official_dtype=official_dtype,
+            num_inference_steps=num_inference_steps,
+            num_diffusion_steps=num_diffusion_steps,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            guidance_mode=guidance_mode,
+            device=device,
+            threads=threads,
+            repetitions=repetitions,
+            every=every,
+            decode=decode,
+            quiet=json,
+        )
     if json:
         return print_json(result)
     steps = f"{result['num_inference_steps']} steps"
@@ -100,16 +112,28 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     if "equal_codes" in result:
         row("equal codes, greedy", f"{result['equal_codes']:.4%}")
     elif both:
-        row("largest difference", f"{result['max_abs_difference']:.2e}", f"of {result['largest_value']:.3g}",
-            f"{result['max_rel_difference']:.1e}")  # fmt: skip
+        row(
+            "largest difference",
+            f"{result['max_abs_difference']:.2e}",
+            f"of {result['largest_value']:.3g}",
+            f"{result['max_rel_difference']:.1e}",
+        )
     peak, other = result.get("peak_bytes"), result.get("official_peak_bytes")
     if peak:
-        row("peak memory, GiB", f"{peak / 2**30:.2f}", f"{other / 2**30:.2f}" if other else "",
-            f"{peak / other:.2f}" if other else "")  # fmt: skip
+        row(
+            "peak memory, GiB",
+            f"{peak / 2**30:.2f}",
+            f"{other / 2**30:.2f}" if other else "",
+            f"{peak / other:.2f}" if other else "",
+        )
     for stage, value in result["stages"].items():
         theirs = result.get("official_stages", {}).get(stage)
-        row(f"  {stage}, seconds", f"{value:.2f}", f"{theirs:.2f}" if theirs is not None else "",
-            f"{theirs / value:.2f} x" if theirs and value else "")  # fmt: skip
+        row(
+            f"  {stage}, seconds",
+            f"{value:.2f}",
+            f"{theirs:.2f}" if theirs is not None else "",
+            f"{theirs / value:.2f} x" if theirs and value else "",
+        )
     row("GFLOP", f"{result['flops'] / 1e9:,.0f}")
     peaks = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in sorted(result["peak_flops"].items()))
     row("share of the matrix peak", f"{result['share_of_peak']:.0%}", f"({peaks} GFLOP/s)" if both else "")

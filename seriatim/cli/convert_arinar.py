@@ -94,9 +94,14 @@ def convert_arinar(
         each = ", ".join(f"{loss:.2f} with {n} heads" for n, loss in losses.items())
         say(f"loss of {len(tokens)} images, in nats per token: {each}; taking {heads} heads")
     bundle = arinar.bundle_from_arinar(
-        file, tokenizer, read_names(class_names), convention=temperature_convention,
-        inner_heads=heads or arinar.INNER_HEADS["release"], trunk_heads=trunk, preset=preset,
-    )  # fmt: skip
+        file,
+        tokenizer,
+        read_names(class_names),
+        convention=temperature_convention,
+        inner_heads=heads or arinar.INNER_HEADS["release"],
+        trunk_heads=trunk,
+        preset=preset,
+    )
     save_bundle(bundle, out)
     found = {
         "model": str(out),

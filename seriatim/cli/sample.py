@@ -236,8 +236,11 @@ def compared(original: tuple[Image.Image, Recorded], image: Image.Image, made: d
     before, says = original
     if pixels_sha256(image) == says.pixels_sha256:
         return "identical"
-    other = [f"{key} {says.versions.get(key)} then, {value} now" for key, value in made.items()
-             if says.versions.get(key) != value]  # fmt: skip
+    other = [
+        f"{key} {says.versions.get(key)} then, {value} now"
+        for key, value in made.items()
+        if says.versions.get(key) != value
+    ]
     if before.size != image.size or before.mode != image.mode:
         raise NumericsError(
             f"from: the repeated picture is {image.size}, {image.mode}, not {before.size}, {before.mode}"

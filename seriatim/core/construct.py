@@ -34,12 +34,33 @@ MOST_WORKERS = 256  # processes
 MOST_THREADS = 1024  # CPU threads; far more than this can end the process without an error message
 # The largest value of each named argument, at any level of a config.
 LARGEST = {
-    "tokens": 1 << 20, "dim": 1 << 20, "vocab": 1 << 24, "classes": 1 << 22, "grid": 1 << 20, "group": 1 << 20,
-    "width": 1 << 17, "widths": 1 << 17, "hidden": 1 << 17, "condition_width": 1 << 17, "z_dim": 1 << 17,
-    "heads": 1 << 14, "buffer": 1 << 14, "prefix": 1 << 14, "caption_dim": 1 << 17, "caption_tokens": 1 << 16,
-    "draws": 1 << 12, "train_steps": 100_000, "components": 1 << 16, "bins": 1 << 16, "mlp_ratio": 1 << 10,
-    "size": 1 << 14, "patch": 1 << 12, "channels": 1 << 20, "levels": 1 << 24, "code_dim": 1 << 14,
-}  # fmt: skip
+    "tokens": 1 << 20,
+    "dim": 1 << 20,
+    "vocab": 1 << 24,
+    "classes": 1 << 22,
+    "grid": 1 << 20,
+    "group": 1 << 20,
+    "width": 1 << 17,
+    "widths": 1 << 17,
+    "hidden": 1 << 17,
+    "condition_width": 1 << 17,
+    "z_dim": 1 << 17,
+    "heads": 1 << 14,
+    "buffer": 1 << 14,
+    "prefix": 1 << 14,
+    "caption_dim": 1 << 17,
+    "caption_tokens": 1 << 16,
+    "draws": 1 << 12,
+    "train_steps": 100_000,
+    "components": 1 << 16,
+    "bins": 1 << 16,
+    "mlp_ratio": 1 << 10,
+    "size": 1 << 14,
+    "patch": 1 << 12,
+    "channels": 1 << 20,
+    "levels": 1 << 24,
+    "code_dim": 1 << 14,
+}
 LARGEST_LAYERS = 1 << 9  # layers of a whole config; the limit also bounds the time to build them on the meta device
 ENDINGS = {"_channels": 1 << 14, "layers_per_block": 1 << 5}  # the same limits for autoencoders, by ending of the name
 MOST_DIGITS = 5000  # Python does not convert longer texts to numbers

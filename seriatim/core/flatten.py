@@ -26,10 +26,14 @@ GREYS = ("1", "L", "LA", "La", *NUMBERS)
 SCALED = {"L;2": 85, "L;4": 17}  # Pillow's name for grey PNGs of 2 and 4 bits -> its factor on their levels
 ORIENTATION = 0x0112  # the EXIF tag of the orientation
 TURNS = {  # EXIF orientation -> the operation that makes the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+}
 
 
 def as_colour(value: str | Sequence[int], argument: str = "background") -> Colour:

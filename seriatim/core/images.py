@@ -40,10 +40,27 @@ LARGE = 1 << 24  # pixels; a larger image is decoded alone
 MAX_ASPECT = 8.0  # a crop scales the short side up, so 1 x 80000 pixels would become 256 x 20,480,000
 
 FORMAT_OF = {  # suffix -> Pillow's name of the format; formats whose decoder runs other programs are left out
-    ".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".mpo": "JPEG", ".png": "PNG", ".apng": "PNG",
-    ".webp": "WEBP", ".gif": "GIF", ".bmp": "BMP", ".dib": "DIB", ".tif": "TIFF", ".tiff": "TIFF", ".avif": "AVIF",
-    ".ppm": "PPM", ".pgm": "PPM", ".pbm": "PPM", ".pnm": "PPM", ".heic": "HEIF", ".heif": "HEIF",
-}  # fmt: skip
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".mpo": "JPEG",
+    ".png": "PNG",
+    ".apng": "PNG",
+    ".webp": "WEBP",
+    ".gif": "GIF",
+    ".bmp": "BMP",
+    ".dib": "DIB",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".avif": "AVIF",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".pbm": "PPM",
+    ".pnm": "PPM",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
+}
 UNREAD = set(  # image suffixes that may be unreadable here; they show that a folder was meant as a folder of images
     ".avif .heic .heif .hif .avifs .jp2 .j2k .jpf .jpx .jxl .jxr .qoi .tga .psd .psb .xcf .svg .svgz .eps .ai .ico "
     ".icns .pcx .sgi .dds .exr .hdr .pfm .fits .raw .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .pef .srw".split()

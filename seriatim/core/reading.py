@@ -27,8 +27,15 @@ PRIVATE = 0xF0000  # a private-use plane of Unicode that stands in for bytes tha
 DEEPEST = 64  # levels of nesting
 MOST_VALUES = 100_000  # values that the aliases of a YAML text may expand to
 LARGEST = 1 << 64  # largest absolute value of an integer
-KINDS = {dict: "a mapping", list: "a list", str: "text", int: "a number", float: "a number", bool: "a truth value",
-         type(None): "nothing"}  # fmt: skip
+KINDS = {
+    dict: "a mapping",
+    list: "a list",
+    str: "text",
+    int: "a number",
+    float: "a number",
+    bool: "a truth value",
+    type(None): "nothing",
+}
 
 
 class Unreadable(ValueError):

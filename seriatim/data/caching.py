@@ -52,11 +52,20 @@ WAIT_SECONDS = 0.2  # between checks of shards that other processes hold
 LOCK = ".cache.lock"
 LOOKED_AT = 100  # at most this many sidecars are read to find out whether a folder is a cache
 SETTINGS = {  # the fields that must equal those of an unfinished cache -> the names that users know
-    "format": "format", "size": "data.size", "channels": "data.channels", "moments_fingerprint": "tokenizer",
-    "moments": "tokenizer (the shape of its moments)", "crop": "crop", "flip": "data.flip", "dtype": "dtype",
-    "shard_images": "shard_images", "images": "data (its count)", "class_names": "data (its classes)",
-    "background": "data.background", "data_fingerprint": "data (its images)",
-}  # fmt: skip
+    "format": "format",
+    "size": "data.size",
+    "channels": "data.channels",
+    "moments_fingerprint": "tokenizer",
+    "moments": "tokenizer (the shape of its moments)",
+    "crop": "crop",
+    "flip": "data.flip",
+    "dtype": "dtype",
+    "shard_images": "shard_images",
+    "images": "data (its count)",
+    "class_names": "data (its classes)",
+    "background": "data.background",
+    "data_fingerprint": "data (its images)",
+}
 
 
 @dataclass(frozen=True)

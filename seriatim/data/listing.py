@@ -21,9 +21,18 @@ from seriatim.core.terminal import say
 
 HIDDEN = "hidden or of the system"
 SYSTEM = {  # files and folders, in lower case, that operating systems and archivers leave behind
-    "__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "$recycle.bin", "#recycle", "@recycle",
-    "system volume information", "lost+found",
-}  # fmt: skip
+    "__macosx",
+    "@eadir",
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+    "$recycle.bin",
+    "#recycle",
+    "@recycle",
+    "system volume information",
+    "lost+found",
+}
 SPLIT = re.compile(  # folder names that mean parts of one data set, not classes
     r"(train|training|val|valid|validation|dev|test|testing|eval)[-_ ]?(set|split|data|images?|photos)?[-_ ]?\d*"
 )

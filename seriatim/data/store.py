@@ -9,6 +9,7 @@ A shard is whole if both files exist and agree. The next process makes interrupt
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +49,10 @@ class Shards:
 
     def _as_it_is(self, number: int) -> dict[str, Any]:
         path = self.path(number)
-        return {"images": self.images(number), "bytes": path.stat().st_size, "sha256": sha256(path), "key": self.key}
+        return self._described(number, path.stat().st_size, sha256(path))
+
+    def _described(self, number: int, size: int, sha: str) -> dict[str, Any]:
+        return {"images": self.images(number), "bytes": size, "sha256": sha, "key": self.key}
 
     def whole(self, number: int) -> str | None:
         """The sha256 of a shard that agrees with its sidecar; None if it has to be made. Damage is reported."""
@@ -71,9 +75,13 @@ class Shards:
 
     def read(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard. Raises CheckpointError if it is not whole."""
-        if self.whole(number) is None:
-            raise CheckpointError(f"{self.path(number)} is damaged; repeat the command to mend it")
-        return load(self.path(number).read_bytes())
+        with contextlib.suppress(Unreadable, OSError):
+            content = self.path(number).read_bytes()  # what is checked is what is used
+            if read_json(self.sidecar(number), dict) == self._described(
+                number, len(content), hashlib.sha256(content).hexdigest()
+            ):
+                return load(content)
+        raise CheckpointError(f"{self.path(number)} is damaged; repeat the command to mend it")
 
     def sweep(self, number: int) -> None:
         """Remove half-written files of a shard that a killed process left behind."""

@@ -72,10 +72,18 @@ STEM = {  # channels in and out, kernel, stride, padding
 }
 POOLED = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")  # a maximum pool of stride 2 comes after these
 MIXED = {
-    "Mixed_5b": "A 32", "Mixed_5c": "A 64", "Mixed_5d": "A 64", "Mixed_6a": "B", "Mixed_6b": "C 128",
-    "Mixed_6c": "C 160", "Mixed_6d": "C 160", "Mixed_6e": "C 192", "Mixed_7a": "D", "Mixed_7b": "E mean",
+    "Mixed_5b": "A 32",
+    "Mixed_5c": "A 64",
+    "Mixed_5d": "A 64",
+    "Mixed_6a": "B",
+    "Mixed_6b": "C 128",
+    "Mixed_6c": "C 160",
+    "Mixed_6d": "C 160",
+    "Mixed_6e": "C 192",
+    "Mixed_7a": "D",
+    "Mixed_7b": "E mean",
     "Mixed_7c": "E max",
-}  # fmt: skip
+}
 
 
 class Conv(nn.Module):

@@ -157,9 +157,17 @@ def train_classifier(
     done = fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)
     run, net, final, test = done.run, done.task.net, done.task.accuracy, done.task.test
     return ClassifierResult(
-        out, run.seen, done.seconds, done.images_per_second, done.loss, final, test.count, parameter_count(net),
-        run.dtype, run.threads,
-    )  # fmt: skip
+        out,
+        run.seen,
+        done.seconds,
+        done.images_per_second,
+        done.loss,
+        final,
+        test.count,
+        parameter_count(net),
+        run.dtype,
+        run.threads,
+    )
 
 
 def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, InMemory, ResNet]:

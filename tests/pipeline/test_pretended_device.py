@@ -24,6 +24,7 @@ from seriatim.heads.categorical import Categorical
 from seriatim.models.build import seeded
 from seriatim.models.causal_model import CausalModel
 from seriatim.models.masked_model import MaskedModel
+from seriatim.nn.prepare import CastLinear
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.result import Result
 from seriatim.sampling.step import Start
@@ -210,3 +211,18 @@ def test_a_training_step_waits_for_the_loss_and_for_the_norm(kind: str, parts: i
             off = torch.cat([(real(a.detach()) - b.detach()).abs().flatten() for a, b in pairs])
             # AdamW moves a weight by 1e-3 a step, also where its gradient is but rounding: a few may differ.
             assert float(off.mean()) < 1e-5 and float(off.quantile(0.99)) < 1e-4, name
+
+
+def test_a_loaded_backbone_is_cast_once_and_not_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seriatim.nn.prepare.SMALLEST", 1)
+    bundle = features()
+    with pretend_cuda():
+        pretend(bundle.model)
+        pretend(bundle.tokenizer)
+        pipe = Pipeline(bundle, dtype="bfloat16").prepare()
+        backbone: Any = pipe.model.backbone
+        layers = {name: layer for name, layer in backbone.named_modules() if hasattr(layer, "in_features")}
+        cast = {name for name, layer in layers.items() if isinstance(layer, CastLinear)}
+        assert cast == layers.keys() - {"token_embed"} and cast, "what meets tokens stays in float32"
+        assert all(layers[name].weight.dtype == torch.bfloat16 for name in cast)
+        assert not any(isinstance(layer, CastLinear) for layer in pipe.model.head.modules()), "heads are float32"
