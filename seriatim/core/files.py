@@ -227,9 +227,7 @@ def writable_folder(path: Path | str, argument: str = "out") -> Path:
         raise UsageError(f"{argument}: {path} is a file; name a folder")
     with explained(path, argument):
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".probe.~{secrets.token_hex(4)}"
-        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        os.unlink(probe)
+        tempfile.TemporaryFile(prefix=".probe.", dir=path).close()  # on Linux it has no name that a kill could leave
     return path
 
 
