@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from seriatim.core.files import atomic_write
 from seriatim.core.keys import Keys
 from seriatim.core.orders import ORDERS, RANDOM
-from seriatim.core.schedules import guidance_at, tokens_per_step
+from seriatim.core.schedules import tokens_per_step
+from seriatim.core.settings import Settings
 
 SIDE, FIRST = 16, 32  # of the grid; how many of the first tokens are marked
 L, STEPS, SCALE = SIDE * SIDE, 64, 4.0
@@ -48,15 +49,16 @@ def guidance(figure: Figure) -> None:
     schedules: dict[str, tuple[str, dict[str, Any]]] = {
         "linear": ("linear", {}),
         "constant": ("constant", {}),
-        "interval 0.25 to 0.9": ("interval", {"interval": (0.25, 0.9)}),
-        "power-cosine, power 0.5": ("power-cosine", {"power": 0.5}),
+        "interval 0.25 to 0.9": ("interval", {"guidance_interval": (0.25, 0.9)}),
+        "power-cosine, power 0.5": ("power-cosine", {"guidance_power": 0.5}),
         "power-cosine, power 1": ("power-cosine", {}),
-        "power-cosine, power 3": ("power-cosine", {"power": 3.0}),
+        "power-cosine, power 3": ("power-cosine", {"guidance_power": 3.0}),
     }
     axes = figure.subplots()
     known = list(range(1, L + 1))
     for i, (label, (schedule, options)) in enumerate(schedules.items()):
-        scales = [guidance_at(schedule, SCALE, L - k, L, **options) for k in known]
+        settings = Settings(guidance_schedule=schedule, **options)
+        scales = [settings.guidance_at(SCALE, L - k, L) for k in known]
         axes.plot([k / L for k in known], scales, label=label, drawstyle="steps-mid", linewidth=4 if i == 1 else 1.5)
     axes.axhline(1.0, color="grey", linewidth=0.8, linestyle=":")
     axes.set(xlabel="share of the image that is known after a step", ylabel=f"scale, guidance_scale = {SCALE:g}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import check_known
 
 MAR = "Li et al. 2024, arXiv 2406.11838, table 4 (by the authors, not measured here)"
 
@@ -304,6 +304,5 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}
 
 
 def preset(name: str) -> Preset:
-    if name not in PRESETS:
-        raise UsageError(f"preset: {name!r} is not known{nearest(name, PRESETS)}")
+    check_known(PRESETS, preset=name)
     return PRESETS[name]

@@ -26,7 +26,7 @@ from seriatim.checkpoints.official import OfficialFile
 from seriatim.checkpoints.shapes import squeezed
 from seriatim.conditions.base import Condition
 from seriatim.core.keys import ReplayKeys
-from seriatim.core.schedules import guidance_at, mask_ratio, unknown_after
+from seriatim.core.schedules import mask_ratio, unknown_after
 from seriatim.core.settings import Settings
 from seriatim.heads.base import Guidance
 from seriatim.heads.ddpm import full_chain, respaced
@@ -315,7 +315,7 @@ def test_each_step_of_a_run(case: str, path: Path) -> None:
         after = torch.zeros_like(masked).scatter(1, run.file["orders"][:, :left].long(), True)
         ask, known, masked = masked & ~after, ~masked, after
         assert torch.equal(ask, run.drawn(step))
-        scale = guidance_at(run.settings.guidance_schedule, run.scale, left, model.tokens)
+        scale = run.settings.guidance_at(run.scale, left, model.tokens)
         assert scale == pytest.approx(part["cfg_iter"].item(), abs=1e-6)
         N = len(part["init_noise"])
         halves = conditions[: len(part["z"]) // N]

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol, Self
 
-import torch
 from torch import Tensor, nn
 
 from seriatim.conditions.base import Condition
-from seriatim.core.errors import UsageError
 from seriatim.core.spec import TokenSpec
 from seriatim.nn.linear import Linear
 
@@ -131,13 +129,3 @@ class Sequential(Backbone):
 def token_embedding(spec: TokenSpec, width: int) -> nn.Module:
     """A layer that maps tokens to vectors (..., width): a Linear for features (..., D), a table for codes (...)."""
     return Linear(spec.dim, width) if spec.dim is not None else nn.Embedding(spec.vocab or 0, width)
-
-
-def check_condition(condition: Condition, images: int, width: int) -> None:
-    """Raise UsageError unless a condition has vectors (images, P, width) and matching padding."""
-    B, P, A = condition.vectors.shape
-    if (B, A) != (images, width):
-        raise UsageError(f"condition: shape {(B, P, A)} is not ({images}, P, {width})")
-    valid = condition.valid
-    if valid is not None and (valid.shape != (B, P) or valid.dtype != torch.bool):
-        raise UsageError(f"condition.valid: {valid.dtype} of shape {tuple(valid.shape)} is not bool {(B, P)}")

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seriatim.backbones.base import Sequential, check_condition, token_embedding
+from seriatim.backbones.base import Sequential, token_embedding
 from seriatim.backbones.causal_state import CausalState
 from seriatim.backbones.masked_transformer import usual_heads
 from seriatim.conditions.base import Condition
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError, check_known, check_least
 from seriatim.core.spec import TokenSpec, grid_of
 from seriatim.nn.causal_block import MLPS, NORMS, CausalBlock, ModulatedNorm, make_norm
 from seriatim.nn.kv_cache import KVCache, Window, causal_mask
@@ -76,12 +76,9 @@ class Causal(Sequential):
         super().__init__()
         given = {"conditioning": conditioning, "norm": norm, "mlp": mlp, "positions": positions, "order": order}
         for name, value in given.items():
-            if value not in CHOICES[name]:
-                raise UsageError(f"{name}: {value!r} is not known{nearest(str(value), CHOICES[name])}")
-        sizes = {"tokens": tokens, "width": width, "depth": depth, "heads": heads, "hidden": hidden, "prefix": prefix}
-        for name, size in [*sizes.items(), ("condition_width", condition_width)]:
-            if size is not None and size < 1:
-                raise UsageError(f"{name}: {size!r} is not allowed; it must be at least 1")
+            check_known(CHOICES[name], **{name: value})
+        check_least(1, tokens=tokens, width=width, depth=depth, heads=heads, hidden=hidden, prefix=prefix)
+        check_least(1, condition_width=condition_width)
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout: {dropout!r} is not allowed; it must be in [0, 1)")
         if not attention_scale > 0:
@@ -321,7 +318,7 @@ class Causal(Sequential):
         if vectors.shape not in ((B, 1, self.width), (B, P, self.width)):
             shape = tuple(vectors.shape)
             raise UsageError(f"condition: shape {shape} is not ({B}, 1 or {P}, {self.width}), with a prefix of {P}")
-        check_condition(condition, B, self.width)
+        condition.check(B, self.width)
         each = vectors.expand(-1, P, -1)  # (B, P, A)
         if self.conditioning == "adaln":
             prefix = each.new_zeros(B, P, self.z_dim)

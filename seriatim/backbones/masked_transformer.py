@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seriatim.backbones.base import Parallel, check_condition, token_embedding
+from seriatim.backbones.base import Parallel, token_embedding
 from seriatim.conditions.base import Condition
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError, check_known, check_least
 from seriatim.core.spec import TokenSpec, grid_of
 from seriatim.nn.block import NORM_EPS, Block, gather, xavier
 from seriatim.nn.linear import Linear
@@ -70,9 +70,7 @@ class Masked(Parallel):
         for side, count in zip((E, C), both_heads, strict=True):
             if side % count:
                 raise UsageError(f"heads: {count} does not divide the width {side}; choose a divisor")
-        for name, value in (("tokens", tokens), ("buffer", buffer)):
-            if value < 1:
-                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        check_least(1, tokens=tokens, buffer=buffer)
         shape = grid_of(grid, tokens)
         if not 0 <= dropout < 1:
             raise UsageError(f"dropout: {dropout!r} is not allowed; it must be in [0, 1)")
@@ -89,8 +87,7 @@ class Masked(Parallel):
             "mlp_ratio": mlp_ratio,
             "dropout": dropout,
         }
-        if positions not in ("random", "sincos"):
-            raise UsageError(f"positions: {positions!r} is not known{nearest(positions, ('random', 'sincos'))}")
+        check_known(("random", "sincos"), positions=positions)
         if positions == "sincos":
             if grid is None and shape[0] != shape[1]:
                 raise UsageError(f"grid: {tokens} tokens do not form a square; for sincos, give their rows and columns")
@@ -121,7 +118,7 @@ class Masked(Parallel):
     def _begin_with_sincos(self, grid: tuple[int, int]) -> None:
         """Initialise positions with sines and cosines: neighbours are similar, and vectors are as long as tokens."""
         for learned in (self.encoder_positions, self.decoder_positions, self.output_positions):
-            learned[-self.tokens :].copy_(sincos_positions(grid, learned.shape[1]))
+            learned[-self.spec.count :].copy_(sincos_positions(grid, learned.shape[1]))
 
     @staticmethod
     def resized(state: dict[str, Tensor], grid: tuple[int, int], other: tuple[int, int]) -> dict[str, Tensor]:
@@ -130,16 +127,11 @@ class Masked(Parallel):
         return {k: resized_positions(t, grid, other) if k.endswith(learned) else t for k, t in state.items()}
 
     def z(self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool = False) -> Tensor:
-        check_condition(condition, len(tokens), self.width)
-        if torch.is_grad_enabled():
-            return self._z(condition, tokens, known, ask, neighbours)
-        chunk = max(1, self.row_cap // (self.buffer + self.tokens))
-        if len(tokens) <= chunk:
-            return self._z(condition, tokens, known, ask, neighbours)
-        parts = [slice(i, i + chunk) for i in range(0, len(tokens), chunk)]
-        return torch.cat([self._z(condition.select(s), tokens[s], known[s], ask[s], neighbours) for s in parts])
-
-    def _z(self, condition: Condition, tokens: Tensor, known: Tensor, ask: Tensor, neighbours: bool) -> Tensor:
+        condition.check(len(tokens), self.width)
+        chunk = max(1, self.row_cap // (self.buffer + self.spec.count))
+        if len(tokens) > chunk and not torch.is_grad_enabled():
+            parts = [slice(i, i + chunk) for i in range(0, len(tokens), chunk)]
+            return torch.cat([self.z(condition.select(s), tokens[s], known[s], ask[s], neighbours) for s in parts])
         # Counting and sorting run on the device of the masks, so masks on the host never wait for an accelerator.
         index, valid = (None if t is None else t.to(tokens.device, non_blocking=True) for t in positions_in(known))
         at, wanted = positions_in(ask)  # (B, K'), (B, K') or None
@@ -171,7 +163,7 @@ class Masked(Parallel):
         seen = condition.valid
         if seen is not None and P != A:
             seen = seen.repeat_interleave(A // P, dim=1)  # (B, A)
-        x = self.token_embed(gather(tokens, index) if self.vocab is None else tokens.gather(1, index))  # (B, K, E)
+        x = self.token_embed(gather(tokens, index) if self.spec.vocab is None else tokens.gather(1, index))  # (B, K, E)
         x = x + F.embedding(index, self.encoder_positions[A:])
         x = torch.cat([buffer.to(x.dtype), x], dim=1)  # (B, A+K, E)
         x = self.embed_norm(x)
@@ -186,7 +178,7 @@ class Masked(Parallel):
 
     def decode(self, x: Tensor, seen: Tensor | None, index: Tensor, valid: Tensor | None, at: Tensor | None) -> Tensor:
         """z (B, K', C) at the positions `at` (B, K'), or of all positions, from the encoded sequence x (B, A+K, E)."""
-        A, L = self.buffer, self.tokens
+        A, L = self.buffer, self.spec.count
         x = self.decoder_embed(x)  # (B, A+K, C)
         B, _, C = x.shape
         # There is one slot more than tokens; padding is written to it, and then the slot is dropped.

@@ -22,7 +22,7 @@ from torch import nn
 from typing_extensions import override
 
 from seriatim.bench.opponent import Draws, Opponent, Pair, Workload, replaced
-from seriatim.core.errors import ConfigError, SeriatimError, UsageError, nearest, one_line
+from seriatim.core.errors import ConfigError, SeriatimError, UsageError, one_line
 
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 
@@ -30,11 +30,6 @@ DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float
 def dtypes(device: torch.device) -> tuple[str, ...]:
     """What an original may be run in."""
     return DTYPES.get(device.type, ("float32",))
-
-
-def check_dtype(dtype: str, device: torch.device) -> None:
-    if dtype not in dtypes(device):
-        raise UsageError(f"official_dtype: {dtype!r} is not known{nearest(dtype, dtypes(device))}")
 
 
 class Official(Opponent):

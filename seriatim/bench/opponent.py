@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,15 +57,11 @@ class RecordingKeys(Keys):
     """Keys that give the same numbers as the given ones, and remember them."""
 
     def __init__(self, keys: Keys, draws: Draws) -> None:
-        self.keys, self.draws = keys, draws
+        self.keys, self.draws, self.device = keys, draws, keys.device
 
-    @property
+    @cached_property
     def words(self) -> Tensor:
         return self.keys.words
-
-    @property
-    def device(self) -> torch.device:
-        return self.keys.device
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -81,23 +78,13 @@ class RecordingKeys(Keys):
     def split(self, count: int) -> tuple[Keys, ...]:
         return tuple(RecordingKeys(part, self.draws) for part in self.keys.split(count))
 
-    def normal(self, *shape: int) -> Tensor:
-        made = self.keys.normal(*shape)
-        self.draws.normal.append(made.transpose(0, 1) if len(shape) == 2 else made)  # (T+1, N, D)
+    def draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
+        made = self.keys.draw(kind, shape, high)
+        if kind == "normal":
+            self.draws.normal.append(made.transpose(0, 1) if len(shape) == 2 else made)  # (T+1, N, D)
+        elif kind == "permutation":
+            self.draws.orders = made
         return made
-
-    def permutation(self, n: int) -> Tensor:
-        self.draws.orders = self.keys.permutation(n)
-        return self.draws.orders
-
-    def bits(self, *shape: int) -> Tensor:
-        return self.keys.bits(*shape)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return self.keys.uniform(*shape)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        return self.keys.integers(high, *shape)
 
 
 class Opponent:

@@ -19,7 +19,7 @@ from seriatim.checkpoints import mar, shapes
 from seriatim.checkpoints.native import Bundle
 from seriatim.checkpoints.official import OfficialFile
 from seriatim.checkpoints.shapes import count, named_preset, refuse, shape
-from seriatim.core.errors import CheckpointError, UsageError, nearest
+from seriatim.core.errors import CheckpointError, UsageError, check_known
 from seriatim.core.keys import Keys
 from seriatim.heads.mixture import Mixture
 from seriatim.models.base import SequenceModel
@@ -131,8 +131,7 @@ def without_zeros(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor
 
 def our_temperature(value: float, convention: str) -> float:
     """A temperature of the authors' as ours: below 1 is sharper."""
-    if convention not in CONVENTIONS:
-        raise UsageError(f"temperature_convention: {convention!r} is not known{nearest(convention, CONVENTIONS)}")
+    check_known(CONVENTIONS, temperature_convention=convention)
     return 1 / value if convention == "release" and value else value
 
 

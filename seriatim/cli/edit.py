@@ -54,7 +54,7 @@ def edit(
         raise UsageError(f"{argument}: {file} can't be read: {error}") from error
     settings: dict[str, Any] = {"class_labels": label or [None], **context.obj}
     asked = pipe.request(**settings)
-    names = file_names([pipe.label_name(x) for x in asked.image_labels()])
+    names = file_names(pipe.label_names(asked))
     say_replaced(check_samples_folder(out, [*(out / name for name in names), out / GRID], overwrite=overwrite))
     with drawing_with(pipe, threads):
         result = pipe.edit(picture, mask=white, batch_size=batch_size, **settings)

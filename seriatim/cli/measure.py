@@ -29,11 +29,10 @@ def measure_latents(
     json: JsonFlag = False,
 ) -> None:
     """Measure the mean and variance of a tokenizer's latents, and write a tokenizer that normalises by them."""
-    from seriatim.core.errors import UsageError, nearest
+    from seriatim.core.errors import check_known
     from seriatim.training.config import read_recipe
 
-    if statistics not in ("channel", "scale"):
-        raise UsageError(f"statistics: {statistics!r} is not known{nearest(statistics, ('channel', 'scale'))}")
+    check_known(("channel", "scale"), statistics=statistics)
     chosen = read_recipe(recipe, overrides or ())
     unused(out, overwrite)
 

@@ -59,7 +59,6 @@ def sample(
     from seriatim.pipeline.animation import save_animation
     from seriatim.pipeline.labels import label_of
     from seriatim.pipeline.loading import load
-    from seriatim.pipeline.metadata import versions
     from seriatim.pipeline.result import file_names, recorded, save_image
     from seriatim.pipeline.samples_folder import ANIMATION, GRID, check_samples_folder
     from seriatim.training.precision import threads as using
@@ -76,7 +75,7 @@ def sample(
     steps = pipe.stream(request=request, batch_size=batch_size)  # everything is checked before the folder is created
     if not pipe.tokenizer.pictures:
         return sample_arrays(pipe, request, out, batch_size, threads, animate=animate, overwrite=overwrite, json=json)
-    names = [pipe.label_name(x) or "image" for x in request.image_labels()]
+    names = pipe.label_names(request)
     files = [out / name for name in file_names(names)]
     grid_file, animation = out / GRID, out / ANIMATION
     if from_ is not None and any(file.resolve() == from_.resolve() for file in (*files, grid_file)):
@@ -86,7 +85,6 @@ def sample(
     out = writable_folder(out)
     count = threads_of(pipe, threads)
     begin = time.monotonic()
-    made = versions(pipe.device, pipe.dtype)
     columns = max(request.num_images_per_label, min(8, request.num_images))
     images: list[Image.Image] = []
     frames: dict[int, list[Image.Image]] = {}  # the pictures of all images at each step
@@ -96,8 +94,9 @@ def sample(
         for step in steps:
             if step.last:  # finished images are saved at once, so that a failure in a later batch doesn't lose them
                 for i, image in zip(step.images, step.preview(), strict=True):
-                    label_name = pipe.label_name(request.image_labels()[i])
-                    save_image(image, files[i], recorded(image, request, i, label_name, pipe.bundle.sha256, made))
+                    save_image(
+                        image, files[i], recorded(image, request, i, names[i], pipe.bundle.sha256, pipe.versions)
+                    )
                     images.append(image)
             if animate:
                 frames.setdefault(at, []).extend(step.preview())
@@ -120,10 +119,10 @@ def sample(
     if animate:
         report["animation"] = str(animation)
     if original is not None:
-        report["pixels"] = compared(original, images[0], made)
+        report["pixels"] = compared(original, images[0], pipe.versions)
     if json:
         shown = [
-            {"file": str(file), "label": name, "seed": s}
+            {"file": str(file), "label": name or "image", "seed": s}
             for file, name, s in zip(files, names, request.image_seeds(), strict=True)
         ]
         extra = {"request": request.model_dump(mode="json"), "model_sha256": pipe.bundle.sha256, "files": shown}
@@ -220,7 +219,7 @@ def request_of(says: Recorded, path: Path | None, pipe: Pipeline, given: list[st
     if says.label in pipe.class_names:  # the name decides: in old metadata a number may also be a class's name
         number = pipe.class_names.index(says.label)
         request = request.model_copy(update={"class_labels": (label_of(number, pipe.class_names),)})
-    return pipe.checked(request)  # `pipe.request` would mix in the model's defaults
+    return pipe.request(request)  # it is complete, so the model's defaults do not apply
 
 
 def compared(original: tuple[Image.Image, Recorded], image: Image.Image, made: dict[str, str]) -> str:

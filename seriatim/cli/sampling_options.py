@@ -26,7 +26,9 @@ class SamplingVerb(TyperCommand):
     def get_params(self, ctx: Any) -> list[Any]:
         own = super().get_params(ctx)
         names = {parameter.name for parameter in own}
-        own[-1:-1] = [option for option in setting_options() if option.name not in names]  # before --help
+        if __name__ not in ctx.meta:  # a command asks for its parameters several times
+            ctx.meta[__name__] = setting_options()
+        own[-1:-1] = [option for option in ctx.meta[__name__] if option.name not in names]  # before --help
         return own
 
     def invoke(self, ctx: Any) -> Any:

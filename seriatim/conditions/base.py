@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 
 
@@ -26,6 +27,15 @@ class Condition:
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def check(self, images: int, width: int) -> None:
+        """Raise UsageError unless there are vectors (images, P, width) and matching padding."""
+        B, P, A = self.vectors.shape
+        if (B, A) != (images, width):
+            raise UsageError(f"condition: shape {(B, P, A)} is not ({images}, P, {width})")
+        valid = self.valid
+        if valid is not None and (valid.shape != (B, P) or valid.dtype != torch.bool):
+            raise UsageError(f"condition.valid: {valid.dtype} of shape {tuple(valid.shape)} is not bool {(B, P)}")
 
     def select(self, rows: Tensor | slice) -> Condition:
         """The condition of the images `rows`: a slice, which shares memory, or indices on the host."""

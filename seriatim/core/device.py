@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from seriatim.core.errors import UsageError, nearest, one_line
+from seriatim.core.errors import UsageError, check_known, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -36,8 +36,7 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         capable = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if capable else torch.float32
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise UsageError(f"dtype: {dtype!r} is not known{nearest(dtype, ['auto', *DTYPES])}")
+        check_known(["auto", *DTYPES], dtype=dtype)
         return DTYPES[dtype]
     if dtype not in DTYPES.values():
         raise UsageError(f"dtype: {dtype} is not allowed; use float32 or bfloat16")
@@ -68,44 +67,16 @@ def plain_torch(*, grad: bool = False) -> Iterator[None]:
 
 
 class _Precision:
-    """Raises and restores PyTorch's precision of float32 matrix products and convolutions for the whole process.
+    """PyTorch's precision of float32 products and convolutions for the whole process, while someone needs all of it.
 
-    Several threads may ask for full precision at the same time. The first one saves the settings, and the last one
+    Several threads may need full precision at the same time. The first one saves the settings, and the last one
     restores them.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holders = 0
-
-    def raise_(self) -> None:
-        with self._lock:
-            self._holders += 1
-            if self._holders > 1:
-                return
-            cudnn: Any = torch.backends.cudnn
-            mkldnn: Any = torch.backends.mkldnn
-            products, convolutions = (torch.backends.cuda.matmul, mkldnn.matmul), (cudnn.conv, mkldnn.conv)
-            self._before = [(setting, setting.fp32_precision) for setting in (*products, *convolutions)]
-            lowered = any(setting.fp32_precision in ("tf32", "bf16") for setting in products)
-            self._products = torch.get_float32_matmul_precision() if lowered else None
-            if lowered:  # this function is needed, because PyTorch fails where it disagrees with `fp32_precision`
-                torch.set_float32_matmul_precision("highest")
-            for setting in convolutions:
-                setting.fp32_precision = "ieee"
-
-    def restore(self) -> None:
-        with self._lock:
-            self._holders -= 1
-            if self._holders:
-                return
-            if self._products is not None:
-                torch.set_float32_matmul_precision(self._products)
-            for setting, value in self._before:
-                setting.fp32_precision = value
-
-
-_precision = _Precision()
+    lock = threading.Lock()
+    holders = 0
+    before: tuple[tuple[Any, str], ...] = ()  # (setting, value)
+    products: str | None = None  # the precision of matrix products; None if it was not lowered
 
 
 @contextlib.contextmanager
@@ -115,9 +86,28 @@ def full_float32(device: torch.device) -> Iterator[None]:
     By default PyTorch uses TF32 for convolutions on CUDA, and `torch.set_float32_matmul_precision` may enable it for
     matrix products.
     """
-    _precision.raise_()
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    products, convolutions = (torch.backends.cuda.matmul, mkldnn.matmul), (cudnn.conv, mkldnn.conv)
+    now = _Precision
+    with now.lock:
+        now.holders += 1
+        if now.holders == 1:
+            now.before = tuple((setting, setting.fp32_precision) for setting in (*products, *convolutions))
+            lowered = any(setting.fp32_precision in ("tf32", "bf16") for setting in products)
+            now.products = torch.get_float32_matmul_precision() if lowered else None
+            if lowered:  # this function is needed, because PyTorch fails where it disagrees with `fp32_precision`
+                torch.set_float32_matmul_precision("highest")
+            for setting in convolutions:
+                setting.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        _precision.restore()
+        with now.lock:
+            now.holders -= 1
+            if not now.holders:
+                if now.products is not None:
+                    torch.set_float32_matmul_precision(now.products)
+                for setting, value in now.before:
+                    setting.fp32_precision = value

@@ -116,3 +116,18 @@ def shown(value: Any, most: int = 100) -> str:
     except ValueError:  # the value contains an integer that is too long for Python to print
         text = type(value).__name__
     return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def check_least(least: int, **values: int | None) -> None:
+    """Raise UsageError that names the first of the values that is below `least`; None is allowed."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UsageError(f"{name}: {value!r} is not allowed; it must be at least {least}")
+
+
+def check_known(known: Iterable[str], **values: object) -> None:
+    """Raise UsageError that names the first of the values that is not one of the known names."""
+    names = list(known)
+    for name, value in values.items():
+        if not (isinstance(value, str) and value in names):
+            raise UsageError(f"{name}: {value!r} is not known{nearest(str(value), names)}")

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -67,94 +67,40 @@ def mix(x: Any) -> Any:
     return x
 
 
-def _words(keys: Any, counter: Any) -> Any:
-    """The random words (N, m) of the keys (N, 2) for the counters (m,)."""
-    x = mix(counter * G + keys[:, :1])
-    x ^= keys[:, 1:]
-    return mix(x)
-
-
-def _uniform(xp: ModuleType, words: Any) -> Any:
-    words >>= 40
-    words &= (1 << 24) - 1
-    x = xp.asarray(words, dtype=xp.float32)  # exact, because a float32 holds 24 bits
-    x *= 2.0**-24
-    return x
-
-
-def _integers(words: Any, high: int) -> Any:
-    words >>= 32
-    words &= (1 << 32) - 1
-    words *= high  # below 2^63
-    words >>= 32
-    return words
-
-
-def _normal(xp: ModuleType, words: Any) -> Any:
-    """Two normal numbers from each word, r cos a and r sin a: its low half gives the angle a, its high half r.
-
-    If v is a half as an int32, u = |v + 1/2| / 2^31 is uniform in (0, 1]. r^2 = -2 ln u = -ln u^2, so r is at most 6.7.
-    """
-    halves = xp.asarray(words.view(xp.int32), dtype=xp.float32)  # (N, 2m): low, high, low, high, ...
-    r = halves[:, 1::2] + 0.5
-    r *= 2.0**-31
-    r *= r
-    xp.log(r, out=r)
-    xp.negative(r, out=r)
-    xp.sqrt(r, out=r)
-    angle = halves[:, ::2] * (math.pi / 2**31)
-    xp.multiply(xp.cos(angle), r, out=halves[:, ::2])
-    xp.multiply(xp.sin(angle, out=angle), r, out=halves[:, 1::2])
-    return halves
-
-
-def _numbers(xp: ModuleType, kind: str, words: Any, high: int) -> Any:
-    """The random numbers (N, m), or (N, 2m) for normal ones, made from the words (N, m), which are overwritten."""
+def _numbers(xp: ModuleType, kind: str, keys: Any, counter: Any, high: int) -> Any:
+    """The random numbers (N, m), or (N, 2m) for normal ones, of the keys (N, 2) for the counters (m,)."""
+    words = mix(counter * G + keys[:, :1])
+    words ^= keys[:, 1:]
+    words = mix(words)  # (N, m)
     match kind:
-        case "bits":
-            return words
         case "uniform":
-            return _uniform(xp, words)
+            words >>= 40
+            words &= (1 << 24) - 1
+            x = xp.asarray(words, dtype=xp.float32)  # exact, because a float32 holds 24 bits
+            x *= 2.0**-24
+            return x
         case "integers":
-            return _integers(words, high)
+            words >>= 32
+            words &= (1 << 32) - 1
+            words *= high  # below 2^63
+            words >>= 32
         case "normal":
-            return _normal(xp, words)
+            # The low half of a word gives the angle a, its high half the radius r: r cos a and r sin a are normal.
+            # If v is a half as an int32, u = |v + 1/2| / 2^31 is uniform in (0, 1], and r^2 = -2 ln u = -ln u^2.
+            halves = xp.asarray(words.view(xp.int32), dtype=xp.float32)  # (N, 2m): low, high, low, high, ...
+            r = halves[:, 1::2] + 0.5
+            r *= 2.0**-31
+            r *= r
+            xp.log(r, out=r)
+            xp.negative(r, out=r)
+            xp.sqrt(r, out=r)  # at most 6.7
+            angle = halves[:, ::2] * (math.pi / 2**31)
+            xp.multiply(xp.cos(angle), r, out=halves[:, ::2])
+            xp.multiply(xp.sin(angle, out=angle), r, out=halves[:, 1::2])
+            return halves
         case "permutation":
             return xp.argsort(words, -1)  # 64-bit words are practically never equal, so the order is unambiguous
-    raise AssertionError(f"there are no random numbers of kind {kind!r}")
-
-
-def _make(keys: Tensor, kind: str, shape: tuple[int, ...], high: int) -> Tensor:
-    """The random numbers (N, *shape) for the keys (N, 2), on the device of the keys."""
-    each = 2 if kind == "normal" else 1  # numbers from one word
-    count = math.prod(shape)
-    m = -(-count // each)
-    if keys.device.type != "cpu":
-        made = _numbers(torch, kind, _words(keys, torch.arange(m, device=keys.device)), high)
-    elif len(keys) * m <= PIECE or kind == "permutation":
-        made = torch.from_numpy(_numbers(np, kind, _words(keys.numpy(), np.arange(m)), high))
-    else:
-        array, rows = keys.numpy(), max(1, PIECE // m)
-        made = torch.empty(len(keys), m * each, dtype=torch.float32 if kind in ("uniform", "normal") else torch.long)
-        for row in range(0, len(keys), rows):
-            for first in range(0, m, PIECE):
-                last = min(m, first + PIECE)
-                words = _words(array[row : row + rows], np.arange(first, last))
-                made.numpy()[row : row + rows, first * each : last * each] = _numbers(np, kind, words, high)
-    return made[:, :count].contiguous().view(len(keys), *shape)
-
-
-def _folded(xp: ModuleType, keys: Any, step: Any) -> Any:
-    """The folded keys (N, 2), from two rounds of a Feistel network.
-
-    Different keys stay different, and different data folded into the same key give different keys.
-    """
-    k0, k1 = keys[:, 0], keys[:, 1]
-    a = mix(k0 + step)
-    a ^= k1
-    b = mix(a + FOLD1)
-    b ^= k0
-    return xp.concatenate((a[:, None], b[:, None]), 1)  # (N, 2)
+    return words
 
 
 @lru_cache(maxsize=4096)
@@ -170,9 +116,13 @@ def _step(data: int | str) -> int:
 class Keys:
     """N keys, one a row, from which random numbers are drawn."""
 
+    words: Tensor  # (N, 2) int64
+    device: torch.device
+
     def __init__(self, words: Tensor, host: Callable[[], Keys] | None = None) -> None:
         assert words.shape[1:] == (2,) and words.dtype == torch.long, f"words: {words.dtype} {tuple(words.shape)}"
-        self._words, self._host = words, host  # `host` computes the same keys on the host, without a copy
+        self.words, self.device = words, words.device
+        self._host = host  # computes the same keys on the host, without a copy
 
     @classmethod
     def of(cls, seed: int | str, *path: int | str) -> Keys:
@@ -194,15 +144,6 @@ class Keys:
         return Keys(torch.tensor([ROOT])).fold(data).to(device)
 
     @property
-    def words(self) -> Tensor:
-        """The keys as int64 words (N, 2)."""
-        return self._words
-
-    @property
-    def device(self) -> torch.device:
-        return self.words.device
-
-    @property
     def host(self) -> Keys:
         """The same keys on the host; keys that came from there are computed there again, without waiting."""
         elsewhere = self._host or (lambda: self.to("cpu"))
@@ -220,16 +161,25 @@ class Keys:
         The order of several folds matters. A single key may be folded with (M,) numbers, which gives M keys. A number
         gives the same key as a tensor that holds it.
         """
-        words, on_host = self.words, self.device.type == "cpu"
-        step: Any = 0 if isinstance(data, Tensor) else _step(data)
+        words: Any = self.words
         if isinstance(data, Tensor):
-            assert data.ndim == 1 and (len(data) == len(self) or len(self) == 1), (
-                f"{len(self)} keys are folded with one number each, not with {tuple(data.shape)}"
+            assert data.ndim == 1 and (len(data) == len(words) or len(words) == 1), (
+                f"{len(words)} keys are folded with one number each, not with {tuple(data.shape)}"
             )
-            step = data.to(words.device, torch.long, non_blocking=True) * G + FOLD0
-        if on_host:
-            return Keys(torch.from_numpy(_folded(np, words.numpy(), np.asarray(step))))
-        return Keys(_folded(torch, words, step), lambda: self.host.fold(data))
+            step: Any = data.to(self.device, torch.long, non_blocking=True) * G + FOLD0
+        else:
+            step = _step(data)
+        xp: Any = torch
+        if self.device.type == "cpu":
+            xp, words, step = np, words.numpy(), np.asarray(step)
+        # Two rounds of a Feistel network: different keys stay different, and different data give different keys.
+        k0, k1 = words[:, 0], words[:, 1]
+        a = mix(k0 + step)
+        a ^= k1
+        b = mix(a + FOLD1)
+        b ^= k0
+        folded = xp.concatenate((a[:, None], b[:, None]), 1)  # (N, 2)
+        return Keys(torch.from_numpy(folded)) if xp is np else Keys(folded, lambda: self.host.fold(data))
 
     def select(self, rows: Tensor | slice) -> Keys:
         """The keys of the given rows: a slice, or indices (M,) int64, which may repeat."""
@@ -246,29 +196,47 @@ class Keys:
         parts = _Parts(self, count)
         return tuple(_Part(parts, i, (), lambda i=i: self.host.fold(i)) for i in range(count))  # type: ignore[misc]
 
-    def _draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
-        return _make(self.words, kind, shape, high)
+    def draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
+        """The random numbers (N, *shape) of a kind: what the methods below return, by their names."""
+        each = 2 if kind == "normal" else 1  # numbers from one word
+        count = math.prod(shape)
+        m = -(-count // each)
+        if self.device.type != "cpu":
+            made = _numbers(torch, kind, self.words, torch.arange(m, device=self.device), high)
+        elif len(self.words) * m <= PIECE or kind == "permutation":
+            made = torch.from_numpy(_numbers(np, kind, self.words.numpy(), np.arange(m), high))
+        else:
+            keys, rows = self.words.numpy(), max(1, PIECE // m)
+            made = torch.empty(
+                len(keys), m * each, dtype=torch.float32 if kind in ("uniform", "normal") else torch.long
+            )
+            for row in range(0, len(keys), rows):
+                for first in range(0, m, PIECE):
+                    counter = np.arange(first, min(m, first + PIECE))
+                    some = _numbers(np, kind, keys[row : row + rows], counter, high)
+                    made.numpy()[row : row + rows, first * each : first * each + some.shape[1]] = some
+        return made[:, :count].contiguous().view(len(self.words), *shape)
 
     def bits(self, *shape: int) -> Tensor:
         """Random 64-bit words: int64 (N, *shape)."""
-        return self._draw("bits", shape)
+        return self.draw("bits", shape)
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), which are multiples of 2^-24: float32 (N, *shape)."""
-        return self._draw("uniform", shape)
+        return self.draw("uniform", shape)
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers: float32 (N, *shape)."""
-        return self._draw("normal", shape)
+        return self.draw("normal", shape)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """Integers in [0, high), int64 (N, *shape); `high` is at most 2^31."""
         assert 1 <= high <= 2**31, f"high={high} is not allowed; it must be from 1 to 2^31"
-        return self._draw("integers", shape, high)
+        return self.draw("integers", shape, high)
 
     def permutation(self, n: int) -> Tensor:
         """A permutation of 0..n-1 for each row: int64 (N, n)."""
-        return self._draw("permutation", (n,))
+        return self.draw("permutation", (n,))
 
 
 class _Parts:
@@ -301,12 +269,12 @@ class _Parts:
             at_once = max(1, BLOCK // max(1, self.rows * math.prod(shape)))
             first = index - index % at_once
             last = min(self.count, first + at_once)
-            made = _make(self.words(path, first, last), kind, shape, high)
+            made = Keys(self.words(path, first, last)).draw(kind, shape, high)
             block = list(made.view(last - first, self.rows, *shape).unbind())
             self.draws[asked] = (first, block)
         drawn, block[index - first] = block[index - first], None
         if drawn is None:  # this draw was handed out before, and its receiver may have written into it
-            return _make(self.words(path, index, index + 1), kind, shape, high)
+            return Keys(self.words(path, index, index + 1)).draw(kind, shape, high)
         return drawn
 
 
@@ -314,15 +282,11 @@ class _Part(Keys):
     """Part `index` of a `split`, folded along `path`."""
 
     def __init__(self, parts: _Parts, index: int, path: tuple[int | str, ...], host: Callable[[], Keys]) -> None:
-        self._parts, self._index, self._path, self._host = parts, index, path, host
+        self._parts, self._index, self._path, self._host, self.device = parts, index, path, host, parts.device
 
-    @property
+    @cached_property
     def words(self) -> Tensor:
         return self._parts.words(self._path, self._index, self._index + 1)
-
-    @property
-    def device(self) -> torch.device:
-        return self._parts.device
 
     def __len__(self) -> int:
         return self._parts.rows
@@ -332,7 +296,7 @@ class _Part(Keys):
             return Keys(self.words, lambda: self.host).fold(data)
         return _Part(self._parts, self._index, (*self._path, data), lambda: self.host.fold(data))
 
-    def _draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
+    def draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
         return self._parts.draw(self._index, self._path, kind, shape, high)
 
 
@@ -345,20 +309,16 @@ class ReplayKeys(Keys):
 
     def __init__(self, draws: Mapping[str, Tensor], roots: int | Sequence[str], device: torch.device | str = "cpu"):
         self._paths = [str(i) for i in range(roots)] if isinstance(roots, int) else list(roots)
-        self._draws, self._device, self._asked, self._host = draws, torch.device(device), set[str](), None
+        self._draws, self.device, self._asked, self._host = draws, torch.device(device), set[str](), None
 
     def _at(self, paths: list[str], device: torch.device | str | None = None) -> ReplayKeys:
-        keys = ReplayKeys(self._draws, paths, device or self._device)
+        keys = ReplayKeys(self._draws, paths, device or self.device)
         keys._asked = self._asked  # shared, so that `unused` counts the draws of all derived keys
         return keys
 
-    @property
+    @cached_property
     def words(self) -> Tensor:
         raise AssertionError("recorded draws have no keys")
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -382,7 +342,7 @@ class ReplayKeys(Keys):
     def split(self, count: int) -> tuple[Keys, ...]:
         return tuple(self.fold(i) for i in range(count))
 
-    def _draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
+    def draw(self, kind: str, shape: tuple[int, ...], high: int = 0) -> Tensor:
         dtype = torch.float32 if kind in ("uniform", "normal") else torch.long
         rows = []
         for path in self._paths:
@@ -392,8 +352,8 @@ class ReplayKeys(Keys):
             assert tuple(row.shape) == shape, f"the recorded draw {name!r} has shape {tuple(row.shape)}, not {shape}"
             assert kind != "integers" or bool((row < high).all()), f"the recorded draw {name!r} is not below {high}"
             self._asked.add(name)
-            rows.append(row.to(self._device, dtype))
-        return torch.stack(rows) if rows else torch.empty(0, *shape, dtype=dtype, device=self._device)
+            rows.append(row.to(self.device, dtype))
+        return torch.stack(rows) if rows else torch.empty(0, *shape, dtype=dtype, device=self.device)
 
     def unused(self) -> list[str]:
         """The names of the recorded draws that were never used."""

@@ -34,10 +34,7 @@ class Progress(AbstractContextManager["Progress"]):
         self.note = ""
         self._bar: Any = None
         self._task: Any = None
-
-    def __enter__(self) -> Progress:
         self.started = self._line = time.monotonic()
-        return self
 
     @property
     def rate(self) -> float:

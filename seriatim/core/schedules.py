@@ -6,10 +6,10 @@ Symbols: L tokens of an image, I steps over the image, u in [0, 1] progress.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import NormalDist
 
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError, check_least, nearest
 
 # --- how many tokens stay unknown -------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ def tokens_per_step(
     steps: int, tokens: int, unknown: int | None = None, schedule: str = "cosine", min_tokens: int = 1
 ) -> list[int]:
     """The number of tokens that each step generates; they sum to `unknown` (default: all tokens)."""
-    check_token_schedule(schedule, min_tokens)
+    check_least(1, min_tokens=min_tokens)
     start = tokens if unknown is None else unknown
     left, counts = start, []
     for step in range(steps):
@@ -71,30 +71,6 @@ def tokens_per_step(
         counts.append(left - after)
         left = after
     return counts
-
-
-def check_token_schedule(name: str, min_tokens: int = 1) -> None:
-    if name not in TOKEN_SCHEDULES:
-        raise UsageError(f"token_schedule: {name!r} is not known{nearest(name, TOKEN_SCHEDULES)}")
-    if min_tokens < 1:
-        raise UsageError(f"min_tokens: {min_tokens!r} is not allowed; it must be at least 1")
-
-
-def check_one_a_step(steps: int | None, tokens: int, schedule: str = "cosine", min_tokens: int = 1) -> None:
-    """Raise UsageError for settings that do not fit a causal model, which generates one token a step.
-
-    `steps` may be None, which means one step a token.
-    """
-    if steps is not None and steps != tokens:
-        raise UsageError(
-            f"num_inference_steps: {steps} steps asked of a causal model of {tokens} tokens, which generates one token "
-            "a step; leave it out"
-        )
-    for name, value, default in (("token_schedule", schedule, "cosine"), ("min_tokens", min_tokens, 1)):
-        if value != default:
-            raise UsageError(
-                f"{name}: {value!r} asked of a causal model, which generates one token a step; leave it out"
-            )
 
 
 # --- guidance over the image ------------------------------------------------------------------------------------
@@ -131,49 +107,6 @@ GUIDANCE_SCHEDULES: dict[str, Callable[..., float]] = {
     "power-cosine": guidance_power_cosine,
 }
 GUIDANCE_OPTIONS = {"interval": "guidance_interval", "power-cosine": "guidance_power"}  # schedule -> its only setting
-
-
-def guidance_at(
-    schedule: str,
-    scale: float,
-    unknown_after: int,
-    tokens: int,
-    interval: Sequence[float] | None = None,
-    power: float | None = None,
-) -> float:
-    """The guidance scale of a step after which `unknown_after` tokens are unknown.
-
-    As in the published schedule, this count is taken to be at least 1, even after the last step.
-    """
-    check_guidance_schedule(schedule)
-    options = {"interval": interval, "power": power}
-    given = {name: value for name, value in options.items() if value is not None}
-    return GUIDANCE_SCHEDULES[schedule](scale, max(1, unknown_after), tokens, **given)
-
-
-def check_guidance_schedule(name: str) -> None:
-    if name not in GUIDANCE_SCHEDULES:
-        raise UsageError(f"guidance_schedule: {name!r} is not known{nearest(name, GUIDANCE_SCHEDULES)}")
-
-
-def check_guidance(schedule: str, interval: Sequence[float] | None = None, power: float | None = None) -> None:
-    """Raise UsageError for an unknown schedule, a wrong setting, or a setting of another schedule."""
-    check_guidance_schedule(schedule)
-    given = {"guidance_interval": interval, "guidance_power": power}
-    for owner, name in GUIDANCE_OPTIONS.items():
-        if given[name] is not None and schedule != owner:
-            raise UsageError(
-                f"{name}: only valid with guidance_schedule={owner!r} (got {schedule!r}); leave it out or change that"
-            )
-    if schedule == "interval" and interval is None:
-        raise UsageError(
-            "guidance_interval: is missing; give the shares of known tokens between which guidance is on, such as "
-            "0.2 and 1"
-        )
-    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
-        raise UsageError(f"guidance_interval: {tuple(interval)} is not allowed; it must be 0 <= low <= high <= 1")
-    if power is not None and not 0 < power < math.inf:
-        raise UsageError(f"guidance_power: {power!r} is not allowed; it must be above 0")
 
 
 # --- steps inside a head over the image --------------------------------------------------------------------------

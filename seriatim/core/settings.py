@@ -7,12 +7,14 @@ checks.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, StrictInt, model_validator
 
+from seriatim.core.errors import UsageError, check_known
 from seriatim.core.orders import check_order_name
-from seriatim.core.schedules import check_guidance, check_token_schedule
+from seriatim.core.schedules import GUIDANCE_OPTIONS, GUIDANCE_SCHEDULES, TOKEN_SCHEDULES
 from seriatim.core.validation import Strict
 
 
@@ -89,8 +91,32 @@ class Settings(Strict):
 
     @model_validator(mode="after")
     def _fits(self) -> Settings:
-        check_token_schedule(self.token_schedule)
-        check_guidance(self.guidance_schedule, self.guidance_interval, self.guidance_power)
+        schedule, interval, power = self.guidance_schedule, self.guidance_interval, self.guidance_power
+        check_known(TOKEN_SCHEDULES, token_schedule=self.token_schedule)
+        check_known(GUIDANCE_SCHEDULES, guidance_schedule=schedule)
+        for owner, name in GUIDANCE_OPTIONS.items():
+            if getattr(self, name) is not None and schedule != owner:
+                only = f"only valid with guidance_schedule={owner!r} (got {schedule!r})"
+                raise UsageError(f"{name}: {only}; leave it out or change that")
+        if schedule == "interval" and interval is None:
+            raise UsageError(
+                "guidance_interval: is missing; give the shares of known tokens between which guidance is on, such as "
+                "0.2 and 1"
+            )
+        if interval is not None and not 0 <= interval[0] <= interval[1] <= 1:
+            raise UsageError(f"guidance_interval: {interval} is not allowed; it must be 0 <= low <= high <= 1")
+        if power is not None and not 0 < power < math.inf:
+            raise UsageError(f"guidance_power: {power!r} is not allowed; it must be above 0")
         if isinstance(self.order, str):
             check_order_name(self.order)
         return self
+
+    def guidance_at(self, scale: float, unknown: int, tokens: int) -> float:
+        """The guidance scale of a step after which `unknown` of `tokens` tokens are unknown; `scale` is the full scale.
+
+        As in the published schedule, at least one token counts as unknown, even after the last step.
+        """
+        own = GUIDANCE_OPTIONS.get(self.guidance_schedule)  # the name of the schedule's only setting
+        value = None if own is None else getattr(self, own)
+        schedule = GUIDANCE_SCHEDULES[self.guidance_schedule]
+        return schedule(scale, max(1, unknown), tokens, *(() if value is None else (value,)))

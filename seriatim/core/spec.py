@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import UsageError, check_least
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,7 @@ class TokenSpec:
             raise UsageError(
                 f"dim: {self.dim!r} with vocab {self.vocab!r} is not allowed; give dim (features) or vocab (codes)"
             )
-        for name, value in (("count", self.count), ("dim", self.dim), ("vocab", self.vocab)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        check_least(1, count=self.count, dim=self.dim, vocab=self.vocab)
 
     @property
     def discrete(self) -> bool:

@@ -12,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seriatim.core.construct import construct
+from seriatim.core.construct import checked_types
 from seriatim.core.errors import UsageError, nearest, one_line, shown
 from seriatim.core.keys import Keys
 from seriatim.core.spec import TokenSpec
@@ -93,18 +92,6 @@ class Plan:
     options: Any
 
 
-def check_numbers(options: type[Any], given: Mapping[str, Any]) -> None:
-    """Raise UsageError for booleans and text in numeric options, because pydantic would convert them to numbers."""
-    try:
-        hints = typing.get_type_hints(options)
-    except (NameError, TypeError):  # a user's class may have annotations that can't be resolved; it checks itself
-        return
-    for name, value in given.items():
-        kinds = set(typing.get_args(hints.get(name)) or (hints.get(name),)) - {type(None)}
-        if isinstance(value, (bool, str)) and kinds <= {int, float}:
-            raise UsageError(f"{name}: {shown(value)} is not allowed; it must be a number")
-
-
 def column(value: float | Tensor) -> float | Tensor:
     """A temperature that can be multiplied with (N, D): one number for all rows as it is, or (N,) as (N, 1)."""
     return value[:, None] if isinstance(value, Tensor) else value
@@ -152,34 +139,32 @@ class Head(nn.Module):
     def options(self, **given: Any) -> Any:
         """The checked options of `sample`; raises UsageError for an option that this head does not have."""
         allowed = [f.name for f in dataclasses.fields(self.Options)]
-        for name in given:
+        try:
+            hints = typing.get_type_hints(self.Options)
+        except (NameError, TypeError):  # a user's class may have annotations that can't be resolved; it checks itself
+            hints = {}
+        for name, value in given.items():
             if name not in allowed:
                 raise UsageError(
                     f"{name}: the {type(self).__name__} head has no such option{nearest(name, allowed)}"
                     if allowed
                     else f"{name}: the {type(self).__name__} head has no options; leave it out"
                 )
-            if isinstance(given[name], int) and not -(2**63) <= given[name] < 2**63:
-                raise UsageError(f"{name}: {shown(given[name])} is not allowed; it must be an integer of 64 bits")
-        check_numbers(self.Options, given)
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise UsageError(f"{name}: {shown(value)} is not allowed; it must be an integer of 64 bits")
+            kinds = set(typing.get_args(hints.get(name)) or (hints.get(name),)) - {type(None)}
+            if isinstance(value, (bool, str)) and kinds <= {int, float}:  # pydantic would convert them to numbers
+                raise UsageError(f"{name}: {shown(value)} is not allowed; it must be a number")
         try:
-            options = construct(self.Options, given, "head")
-        except UsageError as error:
+            options = self.Options(**checked_types(self.Options, given, "head"))
+        except (TypeError, ValueError) as error:
             raise UsageError(one_line(error).removeprefix("head.")) from error
         self.check_options(options)
         return options
 
     def check_options(self, options: Any, temperature: float = 1.0) -> None:  # noqa: ARG002
         """Raise UsageError for options or a temperature that `sample` does not support; called before any work."""
-        self.check_temperature(temperature)
-
-    def check_temperature(self, temperature: float) -> None:
-        if not 0 <= temperature < math.inf:
-            raise UsageError(
-                f"temperature: {temperature!r} is not allowed; it must be finite and 0 or more (1 is the model's own)"
-            )
-        if temperature != 1.0 and not self.tempers:
-            raise UsageError(f"temperature: the {type(self).__name__} head can't sample at {temperature}; use 1")
+        Head.check_sampling(self, None, None, temperature)
 
     def plan(self, options: Any = None, device: torch.device | str = "cpu") -> Any:  # noqa: ARG002
         """The values that `sample` needs besides z, computed once for a batch: options, tables, time embeddings."""
@@ -204,10 +189,15 @@ class Head(nn.Module):
 
     def check_sampling(self, z_null: Tensor | None, guidance: Guidance | None, temperature: float | Tensor) -> None:
         """Raise UsageError if `sample` does not support these arguments; no values are read from a device."""
-        if not isinstance(temperature, Tensor):
-            self.check_temperature(temperature)
-        elif not self.tempers:
-            raise UsageError(f"temperature: the {type(self).__name__} head has no temperature; use 1")
+        if isinstance(temperature, Tensor):
+            if not self.tempers:
+                raise UsageError(f"temperature: the {type(self).__name__} head has no temperature; use 1")
+        elif not 0 <= temperature < math.inf:
+            raise UsageError(
+                f"temperature: {temperature!r} is not allowed; it must be finite and 0 or more (1 is the model's own)"
+            )
+        elif temperature != 1.0 and not self.tempers:
+            raise UsageError(f"temperature: the {type(self).__name__} head can't sample at {temperature}; use 1")
         if guidance is None:
             return
         if not self.guides:

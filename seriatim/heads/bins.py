@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import UsageError, check_least
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, Head, HeadLoss, Plan, column
 from seriatim.heads.categorical import CodeOptions, check_filter, draw_code, filtered
@@ -44,9 +44,8 @@ class Bins(Head):
         z_dim: int | None = None,  # C; None means that the model sets it
     ) -> None:
         super().__init__()
-        for name, value, least in (("dim", dim, 1), ("bins", bins, 2)):
-            if value < least:
-                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least {least}")
+        check_least(1, dim=dim)
+        check_least(2, bins=bins)
         for name, size in (("clip", clip), ("sigmas", sigmas)):
             if not 0 < size < math.inf:
                 raise UsageError(f"{name}: {size!r} is not allowed; it must be above 0")

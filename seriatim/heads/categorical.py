@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import UsageError, check_least
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, Head, HeadLoss, Plan, column
 from seriatim.nn.linear import Linear, at_least_float32
@@ -49,8 +49,7 @@ class Categorical(Head):
         z_dim: int | None = None,  # C; None means that the model sets it
     ) -> None:
         super().__init__()
-        if vocab < 2:
-            raise UsageError(f"vocab: {vocab!r} is not allowed; it must be at least 2")
+        check_least(2, vocab=vocab)
         if not 0 <= label_smoothing < 1:
             raise UsageError(f"label_smoothing: {label_smoothing!r} is not allowed; it must be in [0, 1)")
         self.output, self.bias, self.label_smoothing = vocab, bias, label_smoothing

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -20,19 +21,10 @@ from seriatim.core.errors import UsageError
 
 Array = npt.NDArray[np.float64]
 
-STABLE_START = 980  # see `stable_start`
+STABLE_START = 980  # see `respaced`
 STABLE_START_ODE = 965
 STABLE_START_FEW = 950
 FEW_STEPS = 10
-
-
-def cosine_betas(steps: int = 1000) -> Array:
-    """beta_t = min(1 - abar(t+1)/abar(t), 0.999), abar(u) = cos^2((u + 0.008)/1.008 pi/2) (Nichol & Dhariwal, 17)."""
-
-    def abar(u: float) -> float:
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    return np.array([min(1 - abar((i + 1) / steps) / abar(i / steps), 0.999) for i in range(steps)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,15 +63,12 @@ class Tables:
         """
         if isinstance(t, int):
             return float(getattr(self, name)[t])
-        return self.tensor(name, t.device)[t][..., None]
-
-    def tensor(self, name: str, device: torch.device) -> Tensor:
-        """Table `name` as a float32 tensor (T,), which is cached for each device."""
-        return _on_device(self, name, device)
+        return _on_device(self, name, t.device)[t][..., None]
 
 
 @lru_cache(maxsize=4096)
 def _on_device(tables: Tables, name: str, device: torch.device) -> Tensor:
+    """Table `name` as a float32 tensor (T,), which is cached for each device."""
     return torch.from_numpy(getattr(tables, name)).to(device, torch.float32)
 
 
@@ -108,19 +97,9 @@ def tables(betas: Array, timesteps: npt.NDArray[np.int64] | None = None) -> Tabl
 
 @lru_cache(maxsize=8)
 def full_chain(steps: int = 1000) -> Tables:
-    return tables(cosine_betas(steps))
-
-
-def stable_start(count: int, steps: int = 1000, ode: bool = False) -> int:
-    """The default timestep at which sampling starts: 980, or 950 for at most 10 steps (of a chain of 1000).
-
-    At t = 999 the first reverse step multiplies an error of the network by 316 (100 steps) to 3493 (10 steps). Starting
-    from N(0, 1) at 980 costs no quality, because alpha_bar there is below 1e-3. An ODE first takes a step from pure
-    noise (`solvers.from_noise`), so it may start lower, at 965, where an error of x_0 is half as large; `sde-dpm++`
-    works equally well from either.
-    """
-    start = STABLE_START_FEW if count <= FEW_STEPS else STABLE_START_ODE if ode else STABLE_START
-    return min(steps - 1, round(start * steps / 1000))
+    """beta_t = min(1 - abar(t+1)/abar(t), 0.999), abar(u) = cos^2((u + 0.008)/1.008 pi/2) (Nichol & Dhariwal, 17)."""
+    abar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
+    return tables(np.array([min(1 - after / before, 0.999) for before, after in pairwise(abar)]))
 
 
 def spread(count: int, start: int) -> list[int]:
@@ -158,18 +137,22 @@ def ode_spread(count: int, start: int, share: float, chain: Tables) -> list[int]
 
 @lru_cache(maxsize=512)  # annealing the number of steps over the image uses dozens of chains
 def respaced(count: int, start: int | None = None, steps: int = 1000, ode_share: float | None = None) -> Tables:
-    """The chain restricted to `count` timesteps up to `start` (None means `stable_start`); raises UsageError.
+    """The chain restricted to `count` timesteps up to `start`; raises UsageError.
 
-    The timesteps are those of `spread`, or of `ode_spread` if `ode_share` is given.
+    The timesteps are those of `spread`, or of `ode_spread` if `ode_share` is given. The default start is 980 of a chain
+    of 1000 steps, or 950 for at most 10 steps: at t = 999 the first reverse step multiplies an error of the network by
+    316 (100 steps) to 3493 (10 steps). Starting from N(0, 1) at 980 costs no quality, because alpha_bar there is below
+    1e-3. An ODE first takes a step from pure noise (`solvers.from_noise`), so it may start lower, at 965, where an
+    error of x_0 is half as large; `sde-dpm++` works equally well from either.
     """
-    first = stable_start(count, steps, ode_share is not None) if start is None else start
+    stable = STABLE_START_FEW if count <= FEW_STEPS else STABLE_START if ode_share is None else STABLE_START_ODE
+    first = min(steps - 1, round(stable * steps / 1000)) if start is None else start
     if not 0 <= first < steps:
         raise UsageError(f"start_timestep: {start!r} is not allowed; it must be from 0 to {steps - 1}")
     if not 1 <= count <= first + 1:
         raise UsageError(f"num_diffusion_steps: {count!r} is not allowed; it must be from 1 to {first + 1}")
     full = full_chain(steps)
-    chosen = spread(count, first) if ode_share is None else ode_spread(count, first, ode_share, full)
-    return restricted(full, chosen)
+    return restricted(full, spread(count, first) if ode_share is None else ode_spread(count, first, ode_share, full))
 
 
 def restricted(chain: Tables, timesteps: list[int]) -> Tables:

@@ -9,15 +9,12 @@ Shapes: N tokens, D features, C width of z, W width of the network, d blocks, O 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import check_least
 from seriatim.heads.base import Head
 from seriatim.nn.adaln import AdaLNBlock, AdaLNOutput
 from seriatim.nn.block import xavier
@@ -33,9 +30,7 @@ class AdaLNHead(Head):
 
     def __init__(self, dim: int, width: int, depth: int, draws: int, outputs: int) -> None:
         super().__init__()
-        for name, value in (("dim", dim), ("width", width), ("depth", depth), ("draws", draws)):
-            if value < 1:
-                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        check_least(1, dim=dim, width=width, depth=depth, draws=draws)
         self.output, self.width, self.draws = dim, width, draws
         self.time_embed = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
         self.x_embed = Linear(dim, width)
@@ -63,13 +58,13 @@ class AdaLNHead(Head):
         super().bind(z_dim)
 
     def embed(self, times: Tensor) -> Tensor:
-        """Times (T,), as the sinusoids take them -> (T, W), in the dtype of the network, but float32 at least."""
+        """The embeddings (T, W) of times (T,) for the sinusoids, in the network's dtype, or float32 at least."""
         return self.time_embed(at_least_float32(sinusoid(times, FREQUENCIES), self.blocks[0].norm.weight))
 
     def modulations(self, y: Tensor) -> list[tuple[Tensor, ...]]:
         """Shift, 1 + scale (and gate), each (..., W), of all blocks and the output; y (..., W) is time + condition."""
         y = F.silu(y)
-        return [*(block.modulate(y) for block in self.blocks), self.final.modulate(y)]
+        return [layer.modulate(y) for layer in (*self.blocks, self.final)]
 
     def network(self, x: Tensor, modulations: Sequence[Sequence[Tensor]]) -> Tensor:
         """x (N, D) -> the network's prediction (N, O)."""
@@ -84,23 +79,14 @@ class AdaLNHead(Head):
         A modulation depends only on the time and the condition (N, W), so the modulations of as many steps as fit into
         the device's memory budget are computed in one product.
         """
+        device, held = condition.device, MODULATION_CAP
+        if device.type == "cuda" and torch.cuda.is_available():  # an eighth of the free memory, in float32
+            held = max(held, torch.cuda.mem_get_info(device)[0] // 32)
         per_step = len(condition) * self.width * (3 * len(self.blocks) + 2)
-        chunk = max(1, modulation_budget(condition.device) // max(1, per_step))
+        chunk = max(1, held // max(1, per_step))
         for end in range(len(times), 0, -chunk):
             begin = max(0, end - chunk)
             y = times[begin:end][:, None] + condition  # (chunk, N, W)
             steps = [[part.unbind() for part in parts] for parts in self.modulations(y)]  # chunk times (N, W)
             for i in range(end - 1, begin - 1, -1):
                 yield i, [[part[i - begin] for part in parts] for parts in steps]
-
-    def embedded(self, times: npt.NDArray[Any], device: torch.device | str) -> Tensor:
-        """The embeddings (S, W) of times (S,), computed in float32 on every device."""
-        with torch.autocast(torch.device(device).type, enabled=False):
-            return self.embed(torch.from_numpy(times.astype(np.float32)).to(device))
-
-
-def modulation_budget(device: torch.device) -> int:
-    """The largest number of modulation values held at once: 16 MiB on a CPU, an eighth of the free memory on CUDA."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return MODULATION_CAP
-    return max(MODULATION_CAP, torch.cuda.mem_get_info(device)[0] // 32)

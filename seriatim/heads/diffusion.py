@@ -5,7 +5,7 @@ E || eps - eps_theta(x_t | t, z) ||^2 (eq. 1) plus a variational term that train
 2021). Unusual:
 - t and z are added and modulate every block (adaLN); there is no attention, so each row is a token of its own;
 - guidance acts only on eps; the variance is that of the conditional row;
-- sampling starts below the last timestep (`ddpm.stable_start`) and always runs in float32, by one of `solvers.py`.
+- sampling starts below the last timestep (`ddpm.respaced`) and always runs in float32, by one of `solvers.py`.
 
 Shapes: N tokens, D features, C width of z, W width of the network, d blocks, T steps, M draws of t for a token.
 """
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import UsageError, check_least
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, HeadLoss, column
 from seriatim.heads.ddpm import Tables, full_chain, log_variance, predict_x0, respaced, restricted
@@ -70,8 +70,7 @@ class Diffusion(AdaLNHead):
         z_dim: int | None = None,  # C; None means that the model sets it
     ) -> None:
         super().__init__(dim, width, depth, draws, outputs=2 * dim)  # eps, and v, which interpolates the variance
-        if train_steps < 2:
-            raise UsageError(f"train_steps: {train_steps!r} is not allowed; it must be at least 2")
+        check_least(2, train_steps=train_steps)
         self.train_steps = train_steps
         self.config = {"dim": dim, "width": width, "depth": depth, "draws": draws, "train_steps": train_steps}
         if z_dim is not None:
@@ -82,7 +81,8 @@ class Diffusion(AdaLNHead):
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """eps (N, D) and v (N, D), predicted from x (N, D) at timesteps t (N,) of the full chain and z (N, C)."""
         y = self.embed_times(t) + self.z_embed(z)  # (N, W)
-        return self.denoise(x, self.modulations(y))
+        eps, v = self.network(x, self.modulations(y)).chunk(2, dim=-1)
+        return eps, v
 
     def embed_times(self, t: Tensor) -> Tensor:
         """The embeddings (N, W) of timesteps (N,) of the full chain; with many rows, each timestep is computed once."""
@@ -90,11 +90,6 @@ class Diffusion(AdaLNHead):
             return self.embed(t)
         every = torch.arange(self.train_steps, device=t.device)
         return F.embedding(t, self.embed(every))
-
-    def denoise(self, x: Tensor, modulations: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
-        """eps (N, D) and v (N, D), predicted from x (N, D) under the given modulations."""
-        eps, v = self.network(x, modulations).chunk(2, dim=-1)
-        return eps, v
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -110,7 +105,7 @@ class Diffusion(AdaLNHead):
         x0 = at_least_float32(target, z).repeat(M, 1)  # (M N, D)
         x_t = chain.at("sqrt_alphas_cumprod", t) * x0 + chain.at("sqrt_one_minus_alphas_cumprod", t) * eps
         y = self.embed_times(t) + self.z_embed(z).repeat(M, 1)  # (M N, W)
-        eps_hat, v = (at_least_float32(out) for out in self.denoise(x_t, self.modulations(y)))
+        eps_hat, v = at_least_float32(self.network(x_t, self.modulations(y))).chunk(2, dim=-1)
         mse = (eps - eps_hat).square().mean(dim=-1)  # (M N,), eq. 1
         vb = variational_bound(chain, x0, x_t, t, eps_hat.detach(), v)  # (M N,), trains v only
         mse, vb = mse.view(M, N).sum(dim=0), vb.view(M, N).sum(dim=0)
@@ -122,7 +117,9 @@ class Diffusion(AdaLNHead):
     def plan(self, options: DiffusionOptions | None = None, device: torch.device | str = "cpu") -> DiffusionPlan:
         options = self.options() if options is None else options
         chain = self.chain(options)
-        return DiffusionPlan(options, chain, self.embedded(chain.timesteps, device))
+        times = torch.from_numpy(chain.timesteps).to(device, torch.float32)
+        with torch.autocast(times.device.type, enabled=False):
+            return DiffusionPlan(options, chain, self.embed(times))
 
     @torch.no_grad()
     def sample(
@@ -146,15 +143,16 @@ class Diffusion(AdaLNHead):
             return draws[0]
         with torch.autocast(z.device.type, enabled=False):
             rows = z.float() if guidance is None or z_null is None else torch.cat([z, z_null]).float()
+            scale = None if guidance is None else guidance.scale[:, None]  # (N, 1)
             walk = self.walk(plan.times, self.z_embed(rows))
 
             def predict(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
                 at, modulations = next(walk)
                 assert at == i, f"the {solver} solver asked for timestep {i} of the chain, not for {at}"
-                eps, v = self.denoise(x if guidance is None else torch.cat([x, x]), modulations)
-                if guidance is not None:
+                eps, v = self.network(x if scale is None else torch.cat([x, x]), modulations).chunk(2, dim=-1)
+                if scale is not None:
                     eps_null = eps[N:]
-                    eps, v = eps_null + guidance.column * (eps[:N] - eps_null), v[:N]
+                    eps, v = eps_null + scale * (eps[:N] - eps_null), v[:N]
                 return eps, v
 
             begin: tuple[Predict, Tensor] = (predict, draws[0])

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError, check_least, nearest
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, HeadLoss
 from seriatim.heads.denoiser import AdaLNHead
@@ -111,8 +111,10 @@ class Flow(AdaLNHead):
 
     def times(self, steps: int, device: torch.device | str, backwards: bool = False) -> Tensor:
         """The embeddings of the times of `steps` equal steps, ordered for `walk`: the first visited time is last."""
-        times = TIME_SCALE * np.arange(steps + 1) / steps
-        return self.embedded(times if backwards else times[::-1].copy(), device)
+        times = TIME_SCALE * np.arange(steps + 1) / steps  # in float64, which not every device has
+        visited = torch.from_numpy(times if backwards else times[::-1].copy()).float().to(device)
+        with torch.autocast(visited.device.type, enabled=False):
+            return self.embed(visited)
 
     @torch.no_grad()
     def sample(
@@ -175,8 +177,7 @@ class Flow(AdaLNHead):
         D = self.output
         if D > LARGEST:
             raise UsageError(f"log_prob: the Flow head has {D} features; its density is defined for at most {LARGEST}")
-        if not steps >= 1:
-            raise UsageError(f"steps: {steps!r} is not allowed; it must be at least 1")
+        check_least(1, steps=steps)
         with torch.autocast(z.device.type, enabled=False):
             at = self._visits(self.times(2 * steps, z.device, backwards=True), at_least_float32(z))
 

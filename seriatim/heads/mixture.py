@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError, check_known, check_least
 from seriatim.core.keys import Keys
 from seriatim.heads.base import Guidance, Head, HeadLoss, Plan, column
 from seriatim.heads.gaussians import GaussianMixture
@@ -60,16 +60,9 @@ class Mixture(Head):
         z_dim: int | None = None,  # C; None means that the model sets it
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("dim", dim, 1),
-            ("components", components, 1),
-            ("width", width, 1),
-            ("depth", depth, 0),
-        ):
-            if value < least:
-                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least {least}")
-        if covariance not in COVARIANCES:
-            raise UsageError(f"covariance: {covariance!r} is not known{nearest(str(covariance), COVARIANCES)}")
+        check_least(1, dim=dim, components=components, width=width)
+        check_least(0, depth=depth)
+        check_known(COVARIANCES, covariance=covariance)
         self.output, self.components, self.width, self.depth = dim, components, width, depth
         self.full = covariance == "full"
         self.config = {"dim": dim, "components": components, "width": width, "depth": depth, "covariance": covariance}
@@ -187,8 +180,8 @@ class Mixture(Head):
         top_p, mode = options.top_p, options.guidance_mode
         if not 0 < top_p <= 1:
             raise UsageError(f"top_p: {top_p!r} is not allowed; it must be above 0 and at most 1 (all components)")
-        if mode is not None and mode not in GUIDANCE_MODES:
-            raise UsageError(f"guidance_mode: {mode!r} is not known{nearest(str(mode), GUIDANCE_MODES)}")
+        if mode is not None:
+            check_known(GUIDANCE_MODES, guidance_mode=mode)
         if mode == "exact" and self.output != 1:
             raise UsageError(
                 f"guidance_mode: 'exact' is only for one feature, and this head has {self.output}; use 'resample'"

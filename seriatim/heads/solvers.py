@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError, check_known
 from seriatim.heads.ddpm import Tables, log_variance, predict_x0
 
 Predict = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # index into the chain, x (N, D) -> eps (N, D), v (N, D)
@@ -135,8 +135,7 @@ SDES: dict[str, float] = {"sde-dpm++": 0.5}
 
 def check_solver(name: str, temperature: float | Tensor = 1.0) -> None:
     """Raise UsageError for an unknown solver, and for a temperature other than 1 with an ODE solver."""
-    if name not in SOLVERS:
-        raise UsageError(f"solver: {name!r} is not known{nearest(name, SOLVERS)}")
+    check_known(SOLVERS, solver=name)
     if name in ODES and (isinstance(temperature, Tensor) or temperature != 1.0):
         raise UsageError(
             f"temperature: {temperature} is not allowed; the {name} solver solves an ODE and has no temperature; "

@@ -19,9 +19,8 @@ from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 from seriatim.core.orders import RANDOM
 from seriatim.core.settings import Settings
-from seriatim.core.spec import TokenSpec
 from seriatim.heads.base import Head, HeadLoss
-from seriatim.sampling.step import Start, Step
+from seriatim.sampling.step import Batch, Start, Step, check_finite
 
 
 class Loss(NamedTuple):
@@ -59,20 +58,8 @@ class SequenceModel(nn.Module):
         self.conditioner = conditioner
         self.backbone, self.head = backbone, head
         self.label_dropout = label_dropout
-
-    @property
-    def spec(self) -> TokenSpec:
-        return self.backbone.spec
-
-    @property
-    def tokens(self) -> int:
-        """L, the number of tokens of an image."""
-        return self.backbone.spec.count
-
-    @property
-    def classes(self) -> int:
-        """The number of classes; 0 if the model has none."""
-        return self.conditioner.classes
+        self.spec, self.tokens = backbone.spec, backbone.spec.count  # L, the number of tokens of an image
+        self.classes = conditioner.classes  # the number of classes; 0 if the model has none
 
     @property
     def device(self) -> torch.device:
@@ -153,13 +140,23 @@ class SequenceModel(nn.Module):
         """Yield a `Step` after each step of the fast loop, which generates the same tokens as `sample`.
 
         `scale` and `temperature` override the settings with one number for each image. The backbone runs in `dtype`.
+        Raises NumericsError before the last step if its tokens are not finite, which is the only time in a batch that
+        this waits for an accelerator.
         """
-        raise NotImplementedError(f"{type(self).__name__} lacks steps()")
+        scale = [settings.guidance_scale] * len(condition) if scale is None else scale
+        temperature = settings.temperature if temperature is None else temperature
+        for step in self.loop(Batch(condition, null, keys, settings, scale, temperature, start, order, dtype)):
+            if step.last:
+                check_finite(step.tokens, step.sound)
+            yield step
 
-    def check_settings(self, settings: Settings) -> Settings:
-        """The settings unchanged. Raises UsageError if this model can't follow them."""
+    def loop(self, batch: Batch) -> Iterator[Step]:
+        """The steps of the fast loop for a batch; `steps` checks that the tokens of the last one are finite."""
+        raise NotImplementedError(f"{type(self).__name__} lacks loop()")
+
+    def check_settings(self, settings: Settings) -> None:
+        """Raise UsageError if this model can't follow the settings."""
         self.head.check_options(self.head.options(**settings.head_options), settings.temperature)
-        return settings
 
 
 def make_conditioner(width: int, classes: int, caption_dim: int | None, caption_tokens: int | None) -> Conditioner:

@@ -20,18 +20,16 @@ from typing_extensions import override
 
 from seriatim.backbones.base import Sequential
 from seriatim.conditions.base import Condition, Conditioner
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError, check_known
 from seriatim.core.keys import Keys
 from seriatim.core.orders import CONFIDENCE, RANDOM, RASTER, order_vectors, positions_of
-from seriatim.core.schedules import check_one_a_step
 from seriatim.core.settings import Settings
 from seriatim.heads.base import Guidance, Head, HeadLoss
 from seriatim.models.base import SequenceModel, make_conditioner, summed
 from seriatim.sampling.draw import Drawing
-from seriatim.sampling.guidance import scales_at
 from seriatim.sampling.parallel import order_of
 from seriatim.sampling.sequential import sequential_steps
-from seriatim.sampling.step import Start, Step, begin, check_finite, checked
+from seriatim.sampling.step import Batch, Start, Step, begin, check_finite
 
 
 class CausalModel(SequenceModel):
@@ -58,11 +56,11 @@ class CausalModel(SequenceModel):
                 "comes before a token: use `causal`"
             )
         own = RANDOM if backbone.any_order else RASTER
-        if order is not None and order not in (RASTER, RANDOM):
-            raise UsageError(f"order: {order!r} is not known{nearest(str(order), (RASTER, RANDOM))}")
-        if order is not None and order != own:
-            needs, has = ({RANDOM: "any", RASTER: "raster"}[name] for name in (order, own))
-            raise UsageError(f"order: {order!r} needs a backbone of order {needs!r}, not {has!r}")
+        if order is not None:
+            check_known((RASTER, RANDOM), order=order)
+            if order != own:
+                needs, has = ({RANDOM: "any", RASTER: "raster"}[name] for name in (order, own))
+                raise UsageError(f"order: {order!r} needs a backbone of order {needs!r}, not {has!r}")
         prefix = getattr(backbone, "prefix", 1)
         if conditioner is None:
             tokens = prefix if caption_dim is not None and caption_tokens is None else caption_tokens
@@ -131,7 +129,7 @@ class CausalModel(SequenceModel):
             if not len(rows):
                 continue
             there, places = rows.to(device), places[rows]
-            scale = torch.tensor(scales_at(settings, [settings.guidance_scale], [L - i - 1], L))
+            scale = settings.guidance_at(settings.guidance_scale, L - i - 1, L)
             guidance = Guidance.of(scale, len(rows), device)
             z = self.backbone.sequence(condition, tokens, given)[there, i]  # (N, C)
             z_null = self.backbone.sequence(null, tokens, given)[there, i] if guidance is not None else None
@@ -140,34 +138,31 @@ class CausalModel(SequenceModel):
         check_finite(tokens, draw.sound)
         return tokens
 
-    def steps(
-        self,
-        condition: Condition,
-        null: Condition,
-        keys: Keys,
-        settings: Settings,
-        start: Start | None = None,
-        order: Tensor | Sequence[int] | None = None,
-        scale: Sequence[float] | None = None,
-        temperature: float | Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Iterator[Step]:
-        self.check_settings(settings)
-        known = torch.zeros(len(condition), self.tokens, dtype=torch.bool) if start is None else start.known.cpu()
-        vectors = self.sampling_order(order_of(order, settings, self.spec), keys, known)
-        steps = sequential_steps(
-            self.backbone, self.head, condition, null, keys, settings, vectors, start, scale, temperature, dtype
-        )
-        return checked(steps)
+    def loop(self, batch: Batch) -> Iterator[Step]:
+        self.check_settings(batch.settings)
+        images = len(batch.condition)
+        known = torch.zeros(images, self.tokens, dtype=torch.bool) if batch.start is None else batch.start.known.cpu()
+        vectors = self.sampling_order(order_of(batch.order, batch.settings, self.spec), batch.keys, known)
+        return sequential_steps(self.backbone, self.head, batch, vectors)
 
-    def check_settings(self, settings: Settings) -> Settings:
-        check_one_a_step(settings.num_inference_steps, self.tokens, settings.token_schedule, settings.min_tokens)
+    def check_settings(self, settings: Settings) -> None:
+        if settings.num_inference_steps not in (None, self.tokens):
+            raise UsageError(
+                f"num_inference_steps: {settings.num_inference_steps} steps asked of a causal model of {self.tokens} "
+                "tokens, which generates one token a step; leave it out"
+            )
+        for name in ("token_schedule", "min_tokens"):
+            value = getattr(settings, name)
+            if value != Settings.model_fields[name].default:
+                raise UsageError(
+                    f"{name}: {value!r} asked of a causal model, which generates one token a step; leave it out"
+                )
         if settings.order == CONFIDENCE:
             raise UsageError("order: 'confidence' asked of a causal model, which draws one token a step; leave it out")
         if self.order == RASTER and settings.order is not None:
             order = order_of(None, settings, self.spec)
             self._check_raster(None if order is None else positions_of(order, len(order), self.tokens))
-        return super().check_settings(settings)
+        super().check_settings(settings)
 
     def sampling_order(self, order: Tensor | None, keys: Keys, known: Tensor) -> Tensor:
         """The positions of each image in the order of generation, known ones first: (B, L), on the host."""

@@ -23,15 +23,14 @@ from seriatim.backbones.base import Parallel
 from seriatim.conditions.base import Condition, Conditioner
 from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
-from seriatim.core.orders import order_vectors
+from seriatim.core.orders import CONFIDENCE, order_vectors
 from seriatim.core.schedules import mask_ratio, unknown_after
 from seriatim.core.settings import Settings
 from seriatim.heads.base import Guidance, Head, HeadLoss
 from seriatim.models.base import SequenceModel, make_conditioner, summed
 from seriatim.sampling.draw import Drawing
-from seriatim.sampling.guidance import scales_at
-from seriatim.sampling.parallel import STEPS, is_confidence, order_of, parallel_steps, surest
-from seriatim.sampling.step import Start, Step, begin, check_finite, checked
+from seriatim.sampling.parallel import STEPS, order_of, parallel_steps, surest
+from seriatim.sampling.step import Batch, Start, Step, begin, check_finite
 
 
 class MaskedModel(SequenceModel):
@@ -116,10 +115,9 @@ class MaskedModel(SequenceModel):
         B, L, device = len(condition), self.tokens, condition.vectors.device
         steps, w = settings.num_inference_steps or STEPS, settings.guidance_scale
         tokens, known = begin(self.spec, B, device, start)
-        confident = order is None and is_confidence(settings.order, self.head)
-        vectors = (
-            None if confident else order_vectors(order_of(order, settings, self.spec), keys.fold("order"), known)
-        )  # (B, L)
+        confident = order is None and settings.order == CONFIDENCE
+        positions = None if confident else order_of(order, settings, self.spec)
+        vectors = None if confident else order_vectors(positions, keys.fold("order"), known)  # (B, L)
         draw = Drawing(self.head, settings, device)
         begun = left = (~known).sum(dim=1).tolist()  # the number of unknown tokens of each image, at first and now
         for step in range(steps):
@@ -134,7 +132,7 @@ class MaskedModel(SequenceModel):
             if not ask.any():
                 break  # images with fewer unknown tokens than steps are finished early
             rows, places = ask.nonzero().unbind(1)  # (N,): the image of each token asked for, and its position
-            scale = torch.tensor(scales_at(settings, [w] * B, left, L))[rows]
+            scale = torch.tensor([settings.guidance_at(w, now, L) for now in left])[rows]
             guidance = Guidance.of(scale, len(rows), device)
             z = self.backbone.z(condition, tokens, known, ask, self.head.neighbours)  # (N, C)
             z_null = self.backbone.z(null, tokens, known, ask, self.head.neighbours) if guidance is not None else None
@@ -152,23 +150,12 @@ class MaskedModel(SequenceModel):
         check_finite(tokens, draw.sound)
         return tokens
 
-    def steps(
-        self,
-        condition: Condition,
-        null: Condition,
-        keys: Keys,
-        settings: Settings,
-        start: Start | None = None,
-        order: Tensor | Sequence[int] | None = None,
-        scale: Sequence[float] | None = None,
-        temperature: float | Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Iterator[Step]:
-        steps = parallel_steps(
-            self.backbone, self.head, condition, null, keys, settings, start, order, scale, temperature, dtype
-        )
-        return checked(steps)
+    def loop(self, batch: Batch) -> Iterator[Step]:
+        return parallel_steps(self.backbone, self.head, batch)
 
-    def check_settings(self, settings: Settings) -> Settings:
-        is_confidence(settings.order, self.head)
-        return super().check_settings(settings)
+    def check_settings(self, settings: Settings) -> None:
+        if settings.order == CONFIDENCE and not self.head.discrete:
+            raise UsageError(
+                f"order: 'confidence' needs a head of codes; {type(self.head).__name__} draws features; use random"
+            )
+        super().check_settings(settings)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from seriatim.conditions.base import Condition
 from seriatim.conditions.vectors import Vectors
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError, check_known
 from seriatim.core.keys import Keys
 from seriatim.core.settings import Settings
 from seriatim.heads.base import Guidance, Head, HeadLoss
@@ -34,6 +34,7 @@ from seriatim.models.splits import Split
 from seriatim.nn.linear import Linear, at_least_float32
 from seriatim.sampling.parallel import parallel_steps
 from seriatim.sampling.sequential import dense
+from seriatim.sampling.step import Batch
 
 FEATURE_SCHEDULES = ("constant", "linear", "cosine")
 
@@ -157,8 +158,7 @@ class Nested(Head):
     def check_options(self, options: Any, temperature: float = 1.0) -> None:
         super().check_options(options, temperature)
         schedule = options.feature_schedule
-        if schedule not in FEATURE_SCHEDULES:
-            raise UsageError(f"feature_schedule: {schedule!r} is not known{nearest(str(schedule), FEATURE_SCHEDULES)}")
+        check_known(FEATURE_SCHEDULES, feature_schedule=schedule)
         if schedule != "constant" and not self.sequential:
             raise UsageError(f"feature_schedule: {schedule!r} needs parts that come one by one; leave it out")
         leaf = self.model.head
@@ -248,16 +248,8 @@ class Nested(Head):
             num_inference_steps=self.parts, guidance_schedule="constant", head_options=self._leaf(plan.options)
         )
         scale = [1.0] * len(condition) if guidance is None else guidance.host.tolist()
-        *_, last = parallel_steps(
-            self.model.backbone,
-            self.model.head,
-            condition,
-            condition if null is None else null,
-            keys.host,
-            settings,
-            scale=scale,
-            temperature=temperature,
-        )
+        batch = Batch(condition, condition if null is None else null, keys.host, settings, scale, temperature)
+        *_, last = parallel_steps(self.model.backbone, self.model.head, batch)
         return self._joined(last.tokens, last.sound)
 
     @torch.no_grad()

@@ -13,7 +13,19 @@ from seriatim.nn.block import NORM_EPS
 from seriatim.nn.linear import Linear
 
 
-class AdaLNBlock(nn.Module):
+class Modulated(nn.Module):
+    """A layer of width W with a modulation: a shift, a scale and perhaps a gate, each W numbers of a condition."""
+
+    modulation: Linear
+
+    def modulate(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """SiLU(condition) (..., W) -> shift, 1 + scale (and gate): each (..., W)."""
+        parts = self.modulation.out_features // self.modulation.in_features
+        shift, scale, *gate = self.modulation(condition).chunk(parts, dim=-1)
+        return shift, 1 + scale, *gate
+
+
+class AdaLNBlock(Modulated):
     """x + gate * MLP(LN(x) * (1 + scale) + shift), as in DiT (Peebles & Xie 2023) and MAR's head."""
 
     def __init__(self, width: int) -> None:
@@ -23,11 +35,6 @@ class AdaLNBlock(nn.Module):
         self.fc2 = Linear(width, width)
         self.modulation = Linear(width, 3 * width)  # SiLU(condition) -> shift, scale, gate
 
-    def modulate(self, condition: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """SiLU(condition) (..., W) -> shift, 1 + scale, gate: each (..., W)."""
-        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
-        return shift, 1 + scale, gate
-
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """x (N, W) -> (N, W); shift, scale and gate are the result of `modulate`."""
         h = torch.addcmul(shift, self.norm(x), scale)
@@ -35,7 +42,7 @@ class AdaLNBlock(nn.Module):
         return torch.addcmul(x, gate, self.fc2(h))
 
 
-class AdaLNOutput(nn.Module):
+class AdaLNOutput(Modulated):
     """Linear(LN(x) * (1 + scale) + shift), where the norm has no learned weights."""
 
     def __init__(self, width: int, output: int) -> None:
@@ -43,11 +50,6 @@ class AdaLNOutput(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS, elementwise_affine=False)
         self.modulation = Linear(width, 2 * width)  # SiLU(condition) -> shift, scale
         self.linear = Linear(width, output)
-
-    def modulate(self, condition: Tensor) -> tuple[Tensor, Tensor]:
-        """SiLU(condition) (..., W) -> shift, 1 + scale: each (..., W)."""
-        shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        return shift, 1 + scale
 
     def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """x (N, W) -> (N, output); shift and scale are the result of `modulate`."""

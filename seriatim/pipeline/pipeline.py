@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.core.device import pick_device, pick_dtype, plain_torch
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import NumericsError, UsageError, check_known
+from seriatim.core.keys import Keys
+from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
 from seriatim.core.progress import Progress
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import plain
@@ -33,9 +35,8 @@ from seriatim.pipeline.editing import (
 )
 from seriatim.pipeline.labels import class_number, name_of
 from seriatim.pipeline.metadata import versions
-from seriatim.pipeline.request import Label, SampleRequest, fitted, resolved, seeds_of
-from seriatim.pipeline.result import Result, arrays_of, as_pil, check_output, converted, finite, gathered
-from seriatim.pipeline.sampler import sampled
+from seriatim.pipeline.request import SampleRequest, fitted, resolved, seeds_of
+from seriatim.pipeline.result import OUTPUT_TYPES, Result, as_pil, converted
 from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.base import to_uint8
 
@@ -69,6 +70,7 @@ class Pipeline:
         self.model, self.tokenizer = bundle.model, bundle.tokenizer
         self.device = self.model.device if device is None else pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
+        self.versions = versions(self.device, self.dtype)  # what generates the same images again
         if device is not None:
             self.model.to(self.device)
             self.tokenizer.to(self.device)
@@ -113,45 +115,51 @@ class Pipeline:
 
     # --- asking ---------------------------------------------------------------------------------------------------
 
-    def request(self, **settings: Any) -> SampleRequest:
-        """The request that a call with these arguments makes, with defaults filled in and everything checked."""
-        defaults, settings = self.defaults, {k: plain(v) for k, v in settings.items() if v is not None}
-        if settings.get("guidance_schedule", defaults.get("guidance_schedule")) != defaults.get("guidance_schedule"):
-            for option in GUIDANCE_OPTIONS.values():  # they belong to the schedule that this call replaces
-                defaults.pop(option, None)
-        labels = settings.get("class_labels", defaults.get("class_labels"))  # None means one image of no class
-        if labels is None:
-            settings["class_labels"] = (None,)
-        elif isinstance(labels, (str, int, float)):
-            settings["class_labels"] = (labels,)
-        settings.setdefault("seed", secrets.randbits(32))
-        request = resolved(settings, defaults, self.model)
-        self.check_labels(request)
-        return request
+    def request(
+        self,
+        request: SampleRequest | None = None,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        **settings: Any,
+    ) -> SampleRequest:
+        """The request that a call with these arguments makes, with defaults filled in and everything checked.
 
-    def checked(self, request: SampleRequest) -> SampleRequest:
-        """A request made elsewhere, completed for this model. Raises UsageError if the model can't follow it."""
-        self.check_labels(request)
-        options = {f.name for f in dataclasses.fields(self.model.head.Options)}
-        for name in request.head_options:
-            if name not in options:
-                raise UsageError(f"{name}: the {type(self.model.head).__name__} head has no such option; leave it out")
-        return fitted(request, self.model, set())
+        A request that was made elsewhere is completed for this model. Raises UsageError if the model can't follow it.
+        """
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be an integer of at least 1")
+        settings = {name: plain(value) for name, value in settings.items() if value is not None}
+        if request is not None:
+            if settings:
+                raise UsageError(f"request: given together with {sorted(settings)[0]}; put everything into the request")
+            request = fitted(request, self.model)
+        else:
+            defaults = dict(self.bundle.sampling)
+            schedule = defaults.get("guidance_schedule")
+            if settings.get("guidance_schedule", schedule) != schedule:
+                for option in GUIDANCE_OPTIONS.values():  # they belong to the schedule that this call replaces
+                    defaults.pop(option, None)
+            labels = settings.get("class_labels", defaults.get("class_labels"))  # None means one image of no class
+            if labels is None or isinstance(labels, (str, int, float)):
+                settings["class_labels"] = (labels,)
+            settings.setdefault("seed", secrets.randbits(32))
+            request = resolved(settings, defaults, self.model)
+        self.classes_of(request)
+        seeds = None if generator is None else seeds_of(generator, request.num_images)
+        return request if seeds is None else request.model_copy(update={"seeds": seeds})
 
-    def check_labels(self, request: SampleRequest) -> None:
-        for label in request.class_labels:
-            self.label_index(label)
-
-    def label_index(self, label: Label) -> int:
-        """The number of the class with this number or name; -1 for no class, which is None or "none".
+    def classes_of(self, request: SampleRequest) -> list[int]:
+        """The number of the class of each image; -1 for no class, whose label is None or "none".
 
         Digits that are the name of one class and the number of another are refused; "number:3" is always a number.
         """
-        return class_number(label, self.model.classes, self.class_names)
+        numbers = [class_number(label, self.model.classes, self.bundle.class_names) for label in request.class_labels]
+        return [number for number in numbers for _ in range(request.num_images_per_label)]
 
-    def label_name(self, label: Label) -> str | None:
-        index = self.label_index(label)
-        return None if index < 0 else name_of(index, self.class_names)
+    def label_names(self, request: SampleRequest) -> list[str | None]:
+        """The name of the class of each image; None for no class."""
+        return [None if number < 0 else name_of(number, self.class_names) for number in self.classes_of(request)]
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
@@ -170,31 +178,42 @@ class Pipeline:
         each, replaces `seed`: the seed of each image is drawn from it. The other arguments are those of a
         `SampleRequest`.
         """
-        given: dict[str, Any] = dict(settings)
-        if class_labels is not None:
-            given["class_labels"] = class_labels
-        return self._steps(self._resolve(generator, request, given), batch_size)
-
-    def _resolve(
-        self,
-        given: torch.Generator | Sequence[torch.Generator] | None,
-        request: SampleRequest | None,
-        settings: dict[str, Any],
-    ) -> SampleRequest:
-        if request is not None and settings:
-            raise UsageError(f"request: given together with {sorted(settings)[0]}; put everything into the request")
-        request = self.request(**settings) if request is None else self.checked(request)
-        if given is None:
-            return request
-        return request.model_copy(update={"seeds": seeds_of(given, request.num_images)})
+        given: dict[str, Any] = {"class_labels": class_labels, **settings}
+        return self._steps(self.request(request, generator=generator, batch_size=batch_size, **given), batch_size)
 
     def _steps(self, request: SampleRequest, batch_size: int | None, start: Start | None = None) -> Iterator[Step]:
-        """The steps of a request. A wrong `batch_size` raises at once, not when the first step is asked for."""
-        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
-            raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be an integer of at least 1")
-        labels = torch.tensor([self.label_index(label) for label in request.image_labels()], device="cpu")
-        size, grid = batch_size or max(1, BATCH_TOKENS // self.model.tokens), self.tokenizer.grid
-        return sampled(self.model, request, labels, grid, size, start, self.dtype, self.sampling, self._pil)
+        """The steps of a resolved request, in batches. `start` holds tokens of all B images.
+
+        The model runs only inside `sampling()`, so that between steps it is as its owner left it.
+        """
+        model, size = self.model, batch_size or max(1, BATCH_TOKENS // self.model.tokens)
+        labels, seeds = torch.tensor(self.classes_of(request), device="cpu"), request.image_seeds()
+        order = request.order
+        if isinstance(order, str):  # a named order is that of the tokenizer's grid, unless the sampler makes it
+            order = None if order in (RANDOM, CONFIDENCE) else tuple(ORDERS[order](*self.tokenizer.grid))
+        positions = None if order is None else torch.tensor(order, device="cpu")  # (L,) or (B, L)
+        batches = [slice(i, i + size) for i in range(0, len(labels), size)]
+        for number, some in enumerate(batches):
+            images = range(len(labels))[some]
+            with self.sampling():
+                condition = model.condition(labels[some] if model.classes else None, len(images))
+                steps = model.steps(
+                    condition,
+                    model.null(len(images), condition),
+                    Keys.of_seeds(seeds[some]),
+                    request,
+                    None if start is None else Start(start.tokens[some], start.known[some]),
+                    positions[some] if positions is not None and positions.ndim == 2 else positions,
+                    dtype=self.dtype,
+                )
+            while True:
+                with self.sampling():
+                    step = next(steps, None)
+                if step is None:
+                    break
+                step.index, step.total = number * step.total + step.index, len(batches) * step.total
+                step.images, step.decode = images, self._pil
+                yield step
 
     def __call__(
         self,
@@ -223,12 +242,8 @@ class Pipeline:
         Raises UsageError if a setting is not allowed or would have no effect, and NumericsError if the sampled tokens
         are not finite.
         """
-        check_output(output_type)
-        check_callback(callback_on_step_end)
-        given: dict[str, Any] = dict(settings)
-        if class_labels is not None:
-            given["class_labels"] = class_labels
-        request = self._resolve(generator, request, given)
+        given: dict[str, Any] = {"class_labels": class_labels, **settings}
+        request = self.request(request, generator=generator, batch_size=batch_size, **given)
         steps = self._steps(request, batch_size)
         return self._result(request, steps, output_type, callback_on_step_end, progress=progress)
 
@@ -243,6 +258,9 @@ class Pipeline:
         progress: bool = True,
     ) -> Result:
         """Run the steps, and decode each finished batch at once so that the device holds pictures of one batch only."""
+        check_known(OUTPUT_TYPES, output_type=output_type)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise UsageError(f"callback_on_step_end: {callback_on_step_end!r} is not allowed; give a function")
         pictures: list[Any] = []
         finished: list[Tensor] = []
         with Progress(request.num_images, "sampling", "images", quiet=not progress) as bar:
@@ -259,18 +277,17 @@ class Pipeline:
                     finished.append(step.tokens.cpu())
                     if output_type != "tokens":
                         back = None if keep is None else (keep[0][some], keep[1][some])
-                        pictures.append(self._output(step.tokens, output_type, back))
+                        decoded = self._decode(step.tokens)
+                        pictures.append(converted(decoded, output_type, self.tokenizer.pictures, back))
                 bar.advance(len(step.images) if step.last else 0, f"step {step.index + 1} of {step.total}")
         tokens = torch.cat(finished)  # (B, L, D)
-        names = [self.label_name(label) for label in request.image_labels()]
-        images = tokens if output_type == "tokens" else gathered(pictures)
-        made = versions(self.device, self.dtype)
-        return Result(images, names, request.image_seeds(), request, tokens, self.bundle.sha256, made, edited, keep)
-
-    def _output(self, tokens: Tensor, output_type: str, keep: tuple[Tensor, Tensor] | None) -> Any:
-        """The tokens of one batch, decoded and converted to `output_type`."""
-        decoded = self._decode(tokens)
-        return converted(decoded, output_type, keep) if self.tokenizer.pictures else arrays_of(decoded, output_type)
+        images: Any = tokens
+        if output_type == "pil" and self.tokenizer.pictures:
+            images = [image for batch in pictures for image in batch]
+        elif output_type != "tokens":
+            images = torch.cat(pictures) if output_type == "pt" else np.concatenate(pictures)
+        about = (self.bundle.sha256, self.versions, edited, keep)
+        return Result(images, self.classes_of(request), self.bundle.class_names, request, tokens, *about)
 
     # --- editing --------------------------------------------------------------------------------------------------
 
@@ -295,9 +312,7 @@ class Pipeline:
         white pixel is generated anew, all other tokens stay bitwise equal, and black pixels keep their exact values.
         The other arguments and the errors are those of a call.
         """
-        check_output(output_type)
-        check_callback(callback_on_step_end)
-        request, start, keep = self._edit(image, mask, class_labels, generator, dict(settings))
+        request, start, keep = self._edit(image, mask, class_labels, generator, batch_size, dict(settings))
         steps = self._steps(request, batch_size, start)
         return self._result(request, steps, output_type, callback_on_step_end, keep, edited=True, progress=progress)
 
@@ -312,12 +327,12 @@ class Pipeline:
         **settings: Unpack[SettingsArgs],
     ) -> Iterator[Step]:
         """Yield a `Step` after every step of an edit. Previews show the model's pixels everywhere, even under black."""
-        request, start, _ = self._edit(image, mask, class_labels, generator, dict(settings))
+        request, start, _ = self._edit(image, mask, class_labels, generator, batch_size, dict(settings))
         return self._steps(request, batch_size, start)
 
     @plain_torch()
     def _edit(
-        self, image: Any, mask: Any, class_labels: Any, generator: Any, settings: dict[str, Any]
+        self, image: Any, mask: Any, class_labels: Any, generator: Any, batch_size: int | None, settings: dict[str, Any]
     ) -> tuple[SampleRequest, Start, tuple[Tensor, Tensor]]:
         """The request of an edit, the tokens it begins from, and the pixels and the mask for the end of `_result`."""
         originals = as_images(image, self.tokenizer, self.bundle.background)  # (n, H, W, c)
@@ -325,7 +340,7 @@ class Pipeline:
         count = broadcast(originals, labels)
         labels = labels * count if len(labels) == 1 else labels
         originals = originals.repeat(count, 1, 1, 1) if len(originals) == 1 else originals
-        request = self._resolve(generator, None, {**settings, "class_labels": labels})
+        request = self.request(generator=generator, batch_size=batch_size, **{**settings, "class_labels": labels})
         each = request.num_images_per_label
         white = pixel_mask(mask, self.tokenizer.size, count).repeat_interleave(each, dim=0)  # (B, H, W)
         originals = originals.repeat_interleave(each, dim=0)  # (B, H, W, c)
@@ -351,14 +366,12 @@ class Pipeline:
         `tokens` are indices, or a bool mask (L,) or (B, L). Settings that are not given are those of the result's
         request, except for the seed, which is random. The other arguments and the errors are those of a call.
         """
-        check_output(output_type)
-        check_callback(callback_on_step_end)
         count, L = result.tokens.shape[:2]
         redraw = chosen_tokens(tokens, count, L)
         given = {k: plain(v) for k, v in settings.items() if v is not None}
         before = result.request.model_dump(exclude={"seed", "seeds"})  # complete, so the model's defaults don't apply
         request = resolved({**given, "seed": given.get("seed", secrets.randbits(32))}, before, self.model)
-        request = self._resolve(generator, request, {})
+        request = self.request(request, generator=generator, batch_size=batch_size)
         if request.num_images != count:
             raise UsageError(f"class_labels: the request is for {request.num_images} images, the result has {count}")
         keep = None
@@ -369,8 +382,15 @@ class Pipeline:
         return self._result(request, steps, output_type, callback_on_step_end, keep, edited=True, progress=progress)
 
     def _decode(self, tokens: Tensor, known: Tensor | None = None) -> Tensor:
+        """The decoded tokens. Raises NumericsError if they are not finite, which 8-bit pixels would show as black."""
         with self.sampling():
-            return finite(self.tokenizer.look(tokens.to(self.device), known))
+            decoded = self.tokenizer.look(tokens.to(self.device), known)
+            if decoded.is_floating_point() and not bool(torch.isfinite(decoded).all()):
+                raise NumericsError(
+                    "the decoded images are not finite, though their tokens are: the tokenizer's decoder overflows, or "
+                    "its weights are damaged; take another tokenizer"
+                )
+        return decoded
 
     def _pil(self, tokens: Tensor, known: Tensor | None = None) -> list[Image.Image]:
         if not self.tokenizer.pictures:
@@ -382,8 +402,3 @@ class Pipeline:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write a model folder that `load` can read, and return its path."""
         return save_bundle(self.bundle, Path(folder))
-
-
-def check_callback(callback: Any) -> None:
-    if callback is not None and not callable(callback):
-        raise UsageError(f"callback_on_step_end: {callback!r} is not allowed; give a function")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -42,13 +42,18 @@ def request_fields() -> list[str]:
     return [*SampleRequest.model_fields, *sorted(head_option_names())]
 
 
-def gathered(values: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    """The settings with head options, those in `names`, moved into `head_options`; an option of None is left out."""
-    result = {name: value for name, value in values.items() if name not in names}
-    options = {name: value for name, value in values.items() if name in names and value is not None}
-    if options:
-        result["head_options"] = {**dict(result.get("head_options") or {}), **options}
-    return result
+def gathered(values: Mapping[str, Any], options: Collection[str] = ()) -> dict[str, Any]:
+    """The settings with head options moved into `head_options`; an option of None is left out.
+
+    Head options are those named in `options`, and those of all registered heads.
+    """
+    result: dict[str, Any] = {}
+    moved: dict[str, Any] = {}
+    for name, value in values.items():
+        is_option = name in options or (name not in SampleRequest.model_fields and name in head_option_names())
+        (moved if is_option else result)[name] = value
+    moved = {name: value for name, value in moved.items() if value is not None}
+    return result | ({"head_options": {**(result.get("head_options") or {}), **moved}} if moved else {})
 
 
 class SampleRequest(Settings):
@@ -64,7 +69,7 @@ class SampleRequest(Settings):
     @model_validator(mode="before")
     @classmethod
     def _head_options(cls, values: Any) -> Any:
-        return gathered(values, head_option_names()) if isinstance(values, Mapping) else values
+        return gathered(values) if isinstance(values, Mapping) else values
 
     @model_validator(mode="after")
     def _of_these_images(self) -> SampleRequest:
@@ -74,23 +79,13 @@ class SampleRequest(Settings):
             raise ValueError(
                 f"num_images_per_label: {self.num_images:,} images in all; ask for at most {MOST_IMAGES:,} at once"
             )
-        self.check_order()
+        if isinstance(self.order, tuple) and isinstance(self.order[0], tuple) and len(self.order) != self.num_images:
+            raise ValueError(
+                f"order: {len(self.order)} orders given for {self.num_images} images; give one, or one for each"
+            )
         if self.seeds is not None and len(self.seeds) != self.num_images:
             raise ValueError(f"seeds: {len(self.seeds)} given for {self.num_images} images; give one for each")
         return self
-
-    def check_order(self, tokens: int | None = None) -> None:
-        """Raise UsageError if `order` lists positions for another number of images, or not each token once."""
-        if self.order is None or isinstance(self.order, str):
-            return
-        rows = [row for row in self.order if not isinstance(row, int)]
-        if rows and len(rows) != self.num_images:
-            raise UsageError(f"order: {len(rows)} orders given for {self.num_images} images; give one, or one for each")
-        if tokens is not None:
-            for i, row in enumerate(rows):
-                check_permutation(row, tokens, f"order[{i}]")
-            if not rows:
-                check_permutation([p for p in self.order if isinstance(p, int)], tokens)
 
     @property
     def num_images(self) -> int:
@@ -124,67 +119,52 @@ def resolved(values: Mapping[str, Any], defaults: Mapping[str, Any], model: Sequ
     not have. Defaults that the head does not have are left out.
     """
     options = {f.name for f in dataclasses.fields(model.head.Options)}
-    given = gathered(values, options | head_option_names())
-    usual = gathered(defaults, options | head_option_names())
-    for name in given.get("head_options", {}):
-        if name not in options:
-            raise UsageError(
-                f"{name}: the {type(model.head).__name__} head has no such option{nearest(name, options)}"
-                if options
-                else f"{name}: the {type(model.head).__name__} head has no options; leave it out"
-            )
+    given, usual = gathered(values, options), gathered(defaults, options)
     kept = {name: value for name, value in usual.get("head_options", {}).items() if name in options}
     merged = {**usual, **given, "head_options": {**kept, **given.get("head_options", {})}}
-    known = {*SampleRequest.model_fields, *options}
     for name in merged:
         if name not in SampleRequest.model_fields:
-            raise UsageError(f"unknown key {name!r}{nearest(name, known)}")
-    request = parse(SampleRequest, merged, error=UsageError)
-    return fitted(request, model, {*given, *given.get("head_options", {})})
+            raise UsageError(f"unknown key {name!r}{nearest(name, {*SampleRequest.model_fields, *options})}")
+    return fitted(parse(SampleRequest, merged, error=UsageError), model, {*given, *given.get("head_options", {})})
 
 
-def fitted(request: SampleRequest, model: SequenceModel, given: set[str]) -> SampleRequest:
-    """The request with steps and order filled in for this model; `given` names the settings that the caller gave."""
-    check_effects(request, model, given)
-    request.check_order(model.tokens)
+def fitted(request: SampleRequest, model: SequenceModel, given: Collection[str] = ()) -> SampleRequest:
+    """The request with steps and order filled in for this model; raises UsageError if the model can't follow it.
+
+    `given` names the settings that the caller gave, which are refused if they would have no effect.
+    """
+    head, order = model.head, request.order
     model.check_settings(request)
-    update: dict[str, Any] = {}
-    if request.order is None:
-        update["order"] = model.order
-    most = model.tokens if model.one_by_one else math.ceil(model.tokens / request.min_tokens)
-    steps = request.num_inference_steps
-    if steps is None:
-        update["num_inference_steps"] = most if model.one_by_one else min(STEPS, most)
-    elif steps > most:
-        each = "" if request.min_tokens == 1 else f" at {request.min_tokens} a step"
-        warnings.warn(
-            f"num_inference_steps: {steps} is more than the model's {model.tokens} tokens{each}; using {most}",
-            stacklevel=caller_level(),
-        )
-        update["num_inference_steps"] = most
-    return request.model_copy(update=update) if update else request
-
-
-def check_effects(request: SampleRequest, model: SequenceModel, given: set[str]) -> None:
-    """Raise UsageError if a setting that the caller gave would have no effect on this model."""
-    first = request.head_options.get(HEAD_STEPS)
-    anneals = HEAD_STEPS in {f.name for f in dataclasses.fields(model.head.Options)}
-    unconditional = not model.classes and not request_has_condition(model)
+    if isinstance(order, tuple):
+        for i, row in enumerate(order):
+            if isinstance(row, tuple):
+                check_permutation(row, model.tokens, f"order[{i}]")
+        if isinstance(order[0], int):
+            check_permutation([p for p in order if isinstance(p, int)], model.tokens)
+    unconditional = not model.classes and "caption_dim" not in model.conditioner.config
+    anneals = HEAD_STEPS in {f.name for f in dataclasses.fields(head.Options)}
     reasons = {
         "guidance_scale": "the model is unconditional" if unconditional and request.guidance_scale != 1 else "",
-        "choice_temperature": "only valid with order='confidence'" if request.order != CONFIDENCE else "",
-        "num_diffusion_steps_last": "" if anneals else f"the {type(model.head).__name__} head has no steps to anneal",
+        "choice_temperature": "only valid with order='confidence'" if order != CONFIDENCE else "",
+        "num_diffusion_steps_last": "" if anneals else f"the {type(head).__name__} head has no steps to anneal",
     }
     for name, reason in reasons.items():
         if name in given and reason and getattr(request, name) is not None:
             raise UsageError(f"{name}: would have no effect ({reason}); leave it out")
     last = request.num_diffusion_steps_last
     if last is not None and anneals:
-        begins = getattr(model.head.options(**({} if first is None else {HEAD_STEPS: first})), HEAD_STEPS)
-        if last > begins:
-            raise UsageError(f"num_diffusion_steps_last: {last} is more than {HEAD_STEPS}; give at most {begins}")
-
-
-def request_has_condition(model: SequenceModel) -> bool:
-    """Whether the model has captions as its condition."""
-    return "caption_dim" in model.conditioner.config
+        first = getattr(head.options(**request.head_options), HEAD_STEPS)
+        if last > first:
+            raise UsageError(f"num_diffusion_steps_last: {last} is more than {HEAD_STEPS}; give at most {first}")
+    most = model.tokens if model.one_by_one else math.ceil(model.tokens / request.min_tokens)
+    steps = request.num_inference_steps
+    if steps is None:
+        steps = most if model.one_by_one else min(STEPS, most)
+    elif steps > most:
+        each = "" if request.min_tokens == 1 else f" at {request.min_tokens} a step"
+        warnings.warn(
+            f"num_inference_steps: {steps} is more than the model's {model.tokens} tokens{each}; using {most}",
+            stacklevel=caller_level(),
+        )
+        steps = most
+    return request.model_copy(update={"num_inference_steps": steps, "order": model.order if order is None else order})

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from seriatim.core.errors import NumericsError, UsageError, nearest
+from seriatim.core.errors import UsageError
 from seriatim.core.files import atomic_write, writable_folder, write_json
 from seriatim.pipeline.editing import composite
+from seriatim.pipeline.labels import name_of
 from seriatim.pipeline.metadata import Recorded, alone, chunk, pixels_sha256
 from seriatim.pipeline.request import SampleRequest
 from seriatim.pipeline.samples_folder import SAMPLES, SAYS, check_samples_folder
@@ -33,14 +33,24 @@ class Result:
     """
 
     images: Any
-    labels: list[str | None]  # the name of each image's class
-    seeds: list[int]  # the seed of each image
+    classes: list[int]  # the number of each image's class; -1 for no class
+    class_names: Sequence[str]
     request: SampleRequest
     tokens: Tensor  # (B, L, D)
     model_sha256: str = ""  # the sha256 of the weights
     versions: dict[str, str] = field(default_factory=dict)
     edited: bool = False  # the request alone can't repeat images made from other pictures or tokens
     kept: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # an edit's original pixels and mask
+
+    @property
+    def labels(self) -> list[str | None]:
+        """The name of each image's class; None for no class."""
+        return [None if number < 0 else name_of(number, self.class_names) for number in self.classes]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each image."""
+        return self.request.image_seeds()
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
         """Write the images as PNG files that hold their request; `seriatim sample MODEL --from FILE` repeats one.
@@ -58,7 +68,11 @@ class Result:
         writable_folder(root)
         if arrays:
             return self.save_arrays(root)
-        return [save_image(self.images[i], file, self.recorded(i)) for i, file in enumerate(files)]
+        about = (self.model_sha256, self.versions)
+        return [
+            save_image(image, file, recorded(image, self.request, i, label, *about, edited=self.edited))
+            for i, (image, file, label) in enumerate(zip(self.images, files, self.labels, strict=True))
+        ]
 
     def save_arrays(self, folder: Path) -> list[Path]:
         says = {
@@ -70,12 +84,6 @@ class Result:
             "versions": self.versions,
         }
         return [save_array(self.images, folder / SAMPLES), write_json(folder / SAYS, says)]
-
-    def recorded(self, i: int) -> Recorded:
-        """The metadata for the PNG of image i."""
-        return recorded(
-            self.images[i], self.request, i, self.labels[i], self.model_sha256, self.versions, edited=self.edited
-        )
 
 
 def recorded(
@@ -113,42 +121,23 @@ def save_array(array: Any, path: Path | str) -> Path:
     return atomic_write(path, write)
 
 
-def converted(pictures: Tensor, output_type: str, keep: tuple[Tensor, Tensor] | None) -> Any:
-    """Decoded pictures (B, c, H, W) in [-1, 1], converted to an output type (named as in diffusers) and on the CPU.
+def converted(decoded: Tensor, output_type: str, pictures: bool, keep: tuple[Tensor, Tensor] | None) -> Any:
+    """What a tokenizer decoded, converted to an output type (named as in diffusers).
 
-    "pil" gives a list; "np" gives (B, H, W, c) float32 in [0, 1]; "pt" gives (B, c, H, W) float32 in [0, 1], which is
-    rounded to 8 bits only if an edit puts pixels back. `keep` holds the original pixels of an edit and its mask.
+    Pictures (B, c, H, W) in [-1, 1] come to the CPU: "pil" gives a list; "np" gives (B, H, W, c) float32 in [0, 1];
+    "pt" gives (B, c, H, W) float32 in [0, 1], which is rounded to 8 bits only if an edit puts pixels back. `keep` holds
+    the original pixels of an edit and its mask. What is not `pictures` is a tensor for "pt", otherwise an array.
     """
+    if not pictures:
+        return decoded if output_type == "pt" else decoded.cpu().numpy()
     if keep is None and output_type == "pt":
-        return ((pictures.float() + 1) / 2).clamp(0, 1).cpu()
-    arrays = to_uint8(pictures)  # (B, H, W, c)
+        return ((decoded.float() + 1) / 2).clamp(0, 1).cpu()
+    arrays = to_uint8(decoded)  # (B, H, W, c)
     if keep is not None:
         arrays = composite(arrays, *keep)
     if output_type == "pt":
         return arrays.permute(0, 3, 1, 2).float() / 255
     return arrays.numpy().astype(np.float32) / 255 if output_type == "np" else as_pil(arrays)
-
-
-def gathered(parts: list[Any]) -> Any:
-    """The pictures of all batches, concatenated: lists, arrays or tensors."""
-    if isinstance(parts[0], list):
-        return [image for part in parts for image in part]
-    return torch.cat(parts) if isinstance(parts[0], Tensor) else np.concatenate(parts)
-
-
-def finite(images: Tensor) -> Tensor:
-    """The decoded images. Raises NumericsError if they are not finite, which 8-bit pixels would show as black."""
-    if images.is_floating_point() and not bool(torch.isfinite(images).all()):
-        raise NumericsError(
-            "the decoded images are not finite, though their tokens are: the tokenizer's decoder overflows, or its "
-            "weights are damaged; take another tokenizer"
-        )
-    return images
-
-
-def arrays_of(decoded: Tensor, output_type: str) -> Any:
-    """Decoded tokens that are not pictures, (B, L, D) or (B, L): a tensor for "pt", otherwise an array."""
-    return decoded if output_type == "pt" else decoded.cpu().numpy()
 
 
 def file_names(labels: Sequence[str | None]) -> list[str]:
@@ -164,8 +153,3 @@ def safe_name(name: str) -> str:
 def as_pil(arrays: Tensor) -> list[Image.Image]:
     """A list of PIL images from (B, H, W, c) uint8."""
     return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays.numpy()]
-
-
-def check_output(output_type: object) -> None:
-    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
-        raise UsageError(f"output_type: {output_type!r} is not known{nearest(str(output_type), OUTPUT_TYPES)}")

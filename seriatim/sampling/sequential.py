@@ -21,36 +21,19 @@ from torch import Tensor
 from seriatim.backbones.base import Sequential
 from seriatim.conditions.base import Condition
 from seriatim.core.keys import Keys
-from seriatim.core.settings import Settings
 from seriatim.heads.base import Guidance, Head
 from seriatim.sampling.draw import Drawing
-from seriatim.sampling.guidance import scales_at
-from seriatim.sampling.step import Drawn, Start, Step, begin
+from seriatim.sampling.step import Batch, Drawn, Step, begin
 
 
 @torch.no_grad()
-def sequential_steps(
-    backbone: Sequential,
-    head: Head,
-    condition: Condition,
-    null: Condition,
-    keys: Keys,
-    settings: Settings,
-    vectors: Tensor,
-    start: Start | None = None,
-    scale: Sequence[float] | None = None,
-    temperature: float | Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Iterator[Step]:
-    """Yield a `Step` after each token of the images; the last one holds all tokens. `checked` refuses bad numbers.
+def sequential_steps(backbone: Sequential, head: Head, batch: Batch, vectors: Tensor) -> Iterator[Step]:
+    """Yield a `Step` after each token of the images; the last one holds all tokens, which nobody has checked yet.
 
     `vectors` (B, L), on the host, lists the positions of each image in the order of generation, known positions first.
-    The other arguments are those of `parallel_steps`.
     """
-    B, L, device = len(condition), backbone.tokens, condition.vectors.device
-    full = [settings.guidance_scale] * B if scale is None else list(scale)
-    warmth = settings.temperature if temperature is None else temperature
-    tokens, known = begin(backbone.spec, B, device, start)
+    settings, B, L, device = batch.settings, len(batch.condition), backbone.spec.count, batch.condition.vectors.device
+    tokens, known = begin(backbone.spec, B, device, batch.start)
     first = known.sum(dim=1).tolist()  # the number of tokens of each image that are known at the start
     total = L - min(first)  # steps
     if not total:  # every token is known, so a single step returns them and generates nothing
@@ -58,26 +41,28 @@ def sequential_steps(
         return
     # scales[b][step] is the guidance scale of image b, which generates its i-th token at step i - first[b].
     scales = [
-        scales_at(settings, [w] * (L - k), list(range(L - k - 1, -1, -1)), L) for w, k in zip(full, first, strict=True)
+        [settings.guidance_at(w, left, L) for left in range(L - k - 1, -1, -1)]
+        for w, k in zip(batch.scale, first, strict=True)
     ]
     guided = max((i + 1 for each in scales for i, s in enumerate(each) if s != 1.0), default=0)  # steps with guidance
-    passes = CachedPasses(backbone, condition, null, vectors.to(device), first, guided)
+    passes = CachedPasses(backbone, batch.condition, batch.null, vectors.to(device), first, guided)
     draw = Drawing(head, settings, device)
-    token_keys = keys.fold("token")
+    token_keys = batch.keys.fold("token")
     sound = torch.ones((), dtype=torch.bool, device=device)
     for step in range(total):
         rows = torch.tensor([b for b in range(B) if first[b] + step < L])  # (N,): images that are not finished
         index = torch.tensor([first[b] + step for b in rows.tolist()])  # (N,): the index in each image's order
         places = vectors[rows, index]  # (N,)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype=batch.dtype, enabled=batch.dtype != torch.float32):
             z, z_null = passes.z(tokens, step, rows)  # (N, C)
         sound = sound & torch.isfinite(z).all()
         now = torch.tensor([scales[b][step] for b in rows.tolist()])
         guidance = None if z_null is None else Guidance.of(now, len(rows), device)
         own = token_keys.select(rows).fold(places).to(device)
-        warm = warmth[rows.to(device)] if isinstance(warmth, Tensor) else warmth
+        warmth = batch.temperature
+        warmth = warmth[rows.to(device)] if isinstance(warmth, Tensor) else warmth
         null_rows = z_null if guidance is not None else None
-        drawn = draw(z, own, null_rows, guidance, warm, [i / L for i in index.tolist()])
+        drawn = draw(z, own, null_rows, guidance, warmth, [i / L for i in index.tolist()])
         flat = (rows * L + places).to(device, non_blocking=True)
         tokens = tokens.flatten(0, 1).index_copy(0, flat, drawn).view_as(tokens)
         known = known.index_put((rows, places), torch.tensor(True))
@@ -193,7 +178,7 @@ def dense(
     tokens = backbone.spec.blank(B, condition.vectors.device)
     content: Tensor | None = None
     sound = torch.ones((), dtype=torch.bool, device=tokens.device) if head.discrete else None
-    for i in range(backbone.tokens):
+    for i in range(backbone.spec.count):
         z = backbone.step(state, content)[:, 0]  # (B, C) or (2 B, C)
         now = guidance(i)
         z_null = None if now is None else z[B:]

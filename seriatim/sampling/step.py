@@ -5,7 +5,7 @@ Shapes: B images, L tokens, D features of a token (codes have no such axis), N t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seriatim.conditions.base import Condition
 from seriatim.core.errors import NumericsError, UsageError
+from seriatim.core.keys import Keys
+from seriatim.core.settings import Settings
 from seriatim.core.spec import TokenSpec
 from seriatim.heads.base import Head
 
@@ -23,6 +26,21 @@ class Start(NamedTuple):
 
     tokens: Tensor  # (B, L, D), or codes (B, L)
     known: Tensor  # (B, L) bool; the images may differ in which tokens, and how many, are known
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The images that a sampling loop generates together, and how; the settings may be overridden for each image."""
+
+    condition: Condition  # of B images
+    null: Condition  # the unconditional counterpart of `condition`
+    keys: Keys  # B rows on the host
+    settings: Settings
+    scale: Sequence[float]  # (B) guidance scales, in the place of settings.guidance_scale
+    temperature: float | Tensor  # a number or (B,), in the place of settings.temperature
+    start: Start | None = None
+    order: Tensor | Sequence[int] | None = None  # positions, (L,) or (B, L), in the place of settings.order
+    dtype: torch.dtype = torch.float32  # the backbone runs in it; the head is always float32
 
 
 @dataclass(frozen=True)
@@ -110,14 +128,3 @@ def check_finite(tokens: Tensor, sound: Tensor | None) -> None:
             "the sampled tokens are not finite: the model is not trained enough for these settings; "
             "lower guidance_scale, or leave start_timestep at its default"
         )
-
-
-def checked(steps: Iterator[Step]) -> Iterator[Step]:
-    """Yield the same steps. Raises NumericsError before the last one if its tokens are not finite.
-
-    This is the only time in a batch that a sampler waits for an accelerator.
-    """
-    for step in steps:
-        if step.last:
-            check_finite(step.tokens, step.sound)
-        yield step

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import UsageError, check_least
 from seriatim.tokenizers.latent import Latent, Statistics, given_scale
 
 GROUPS = 32  # the number of groups of every group norm
@@ -42,9 +42,7 @@ class KL(Latent):
         decoder_attends = sorted(set(decoder_attention))
         if not widths or min(widths) < 1 or any(width % GROUPS for width in widths):
             raise UsageError(f"block_out_channels: {widths} is not allowed; they must be multiples of {GROUPS}")
-        for name, value in (("latent_channels", latent_channels), ("layers_per_block", layers_per_block)):
-            if value < 1:
-                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        check_least(1, latent_channels=latent_channels, layers_per_block=layers_per_block)
         for name, chosen in (("attention", attends), ("decoder_attention", decoder_attends)):
             if not set(chosen) <= set(levels):
                 raise UsageError(f"{name}: {chosen} is not allowed; the levels are 0 to {len(widths) - 1}")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from seriatim.core.errors import DataError, UsageError
+from seriatim.core.errors import DataError, UsageError, check_least
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of, sides
@@ -53,8 +53,7 @@ class KMeans(Tokenizer):
             raise UsageError(f"patch: {patch!r} is not allowed for {H}x{W} pixels; it must be from 1 to {min(H, W)}")
         if levels < 2:
             raise UsageError(f"levels: {levels!r} is not allowed; a pixel has at least 2 values")
-        if vocab < 2:
-            raise UsageError(f"vocab: {vocab!r} is not allowed; it must be at least 2")
+        check_least(2, vocab=vocab)
         if not 0 <= seed < 2**32:
             raise UsageError(f"seed: {seed!r} is not allowed; it must be from 0 to 2^32 - 1")
         self.size, self.patch, self.channels, self.levels, self.seed = (H, W), patch, channels, levels, seed

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.core.device import full_float32
-from seriatim.core.errors import DataError, NumericsError, UsageError, nearest
+from seriatim.core.errors import DataError, NumericsError, UsageError, check_known, check_least
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of, sides
@@ -68,15 +68,13 @@ class Latent(Tokenizer):
     ) -> None:
         super().__init__()
         H, W = sides(size)
-        if patch < 1:
-            raise UsageError(f"patch: {patch!r} is not allowed; it must be at least 1")
+        check_least(1, patch=patch)
         if H % (stride * patch) or W % (stride * patch):
             raise UsageError(
                 f"size: {H}x{W} is not allowed; both sides must be multiples of {stride * patch} "
                 f"(stride {stride} of the autoencoder, patch {patch})"
             )
-        if statistics not in get_args(Statistics):
-            raise UsageError(f"statistics: {statistics!r} is not known{nearest(statistics, get_args(Statistics))}")
+        check_known(get_args(Statistics), statistics=statistics)
         self.size, self.channels, self.levels, self.patch = (H, W), channels, 256, patch
         self.stride, self.latent_channels, self.gaussian = stride, latent_channels, gaussian
         self.grid = (H // stride // patch, W // stride // patch)

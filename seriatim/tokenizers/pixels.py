@@ -83,12 +83,12 @@ class Pixels(Tokenizer):
 
     @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
-        features = patchify(moments.to(self.device, torch.float32), self.patch) - self.mean  # (B, L, D)
+        features = patchify(moments.to(self.mean), self.patch) - self.mean  # (B, L, D)
         with full_float32(features.device):
             return (features @ self.basis if self.rotated else features) / self.std
 
     def decode(self, tokens: Tensor) -> Tensor:
-        features = tokens.to(self.device, torch.float32) * self.std
+        features = tokens.to(self.mean) * self.std
         with full_float32(features.device):
             features = (features @ self.basis.T if self.rotated else features) + self.mean
         images = unpatchify(features, self.patch, *self.grid)  # (B, c, h p, w p)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.core.device import full_float32
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import check_least
 
 MOST_DISTANCES = 1 << 24  # at most this many of the N x V distances are computed at once, to bound memory
 SHARPNESS = 0.01  # the temperature of the entropy term
@@ -54,9 +54,7 @@ class Quantiser(nn.Module):
         self, vocab: int, dim: int, *, l2: bool = True, commitment: float = 0.25, entropy: float = 0.0
     ) -> None:
         super().__init__()
-        for name, value in (("vocab", vocab), ("dim", dim)):
-            if value < 1:
-                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        check_least(1, vocab=vocab, dim=dim)
         self.vocab, self.dim, self.l2, self.commitment, self.entropy = vocab, dim, l2, commitment, entropy
         weight = torch.empty(vocab, dim).uniform_(-1 / vocab, 1 / vocab)
         self.codebook = nn.Parameter(F.normalize(weight, dim=-1) if l2 else weight)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from seriatim.core.device import full_float32
-from seriatim.core.errors import DataError, UsageError
+from seriatim.core.errors import DataError, UsageError, check_least
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of, sides
@@ -59,10 +59,8 @@ class VQ(Tokenizer):
             raise UsageError(
                 f"decoder_block_out_channels: {decoder} is not allowed; the encoder has {len(widths)} levels"
             )
-        counts = {"vocab": vocab, "code_dim": code_dim, "latent_channels": latent_channels}
-        for name, value in (counts | {"layers_per_block": layers_per_block}).items():
-            if value < 1:
-                raise UsageError(f"{name}: {value!r} is not allowed; it must be at least 1")
+        check_least(1, vocab=vocab, code_dim=code_dim, latent_channels=latent_channels)
+        check_least(1, layers_per_block=layers_per_block)
         if channels not in (1, 3):
             raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")
         stride = 2 ** (len(widths) - 1)

@@ -367,13 +367,12 @@ def test_torch_gives_what_numpy_gives(draw: Callable[[Keys, int], Tensor], monke
     """Devices other than the CPU take torch's operations, which are run here on the CPU."""
     keys = Keys.of_seeds(range(-3, 30)).fold("a").fold(torch.arange(33))
     by_numpy = [draw(keys, n) for n in (1, 6, 33, 700)]
-    elsewhere = type("Elsewhere", (torch.Tensor,), {"device": torch.device("meta")})
+    moved = {"device": torch.device("meta"), "to": lambda self, *_, **__: self}
+    elsewhere = type("Elsewhere", (torch.Tensor,), moved)
     arange = torch.arange
     monkeypatch.setattr(torch, "arange", lambda *range_, **_: arange(*range_))
-    words = module._folded(
-        torch, module._folded(torch, Keys.of_seeds(range(-3, 30)).words, module._step("a")),
-        torch.arange(33) * module.G + module.FOLD0,
-    )  # fmt: skip
+    there = Keys(Keys.of_seeds(range(-3, 30)).words.as_subclass(elsewhere)).fold("a")
+    words = there.fold(arange(33).as_subclass(elsewhere)).words.as_subclass(torch.Tensor)
     assert torch.equal(words, keys.words)
     for n, expected in zip((1, 6, 33, 700), by_numpy, strict=True):
         found = draw(Keys(words.as_subclass(elsewhere)), n).as_subclass(torch.Tensor)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from seriatim.core import schedules as s
 from seriatim.core.errors import UsageError
+from seriatim.core.settings import Settings
+from seriatim.core.validation import parse
 
 sizes = st.integers(1, 400)
 
@@ -72,49 +74,56 @@ def test_linear_takes_equally_many() -> None:
 
 
 def test_guidance() -> None:
-    assert s.guidance_at("linear", 2.9, 256, 256) == 1.0
-    assert s.guidance_at("linear", 2.9, 0, 256) == pytest.approx(1 + 1.9 * 255 / 256), "never the full scale"
-    assert s.guidance_at("constant", 4.0, 100, 256) == 4.0
-    with pytest.raises(UsageError, match="did you mean 'linear'"):
-        s.guidance_at("linaer", 2.0, 1, 1)
+    linear = Settings(guidance_schedule="linear")
+    assert linear.guidance_at(2.9, 256, 256) == 1.0
+    assert linear.guidance_at(2.9, 0, 256) == pytest.approx(1 + 1.9 * 255 / 256), "never the full scale"
+    assert Settings(guidance_schedule="constant").guidance_at(4.0, 100, 256) == 4.0
+    with pytest.raises(ValueError, match="did you mean 'linear'"):
+        Settings(guidance_schedule="linaer")
 
 
 scales = st.floats(0, 20)
-OPTIONS: dict[str, dict[str, Any]] = {"interval": {"interval": (0.3, 0.8)}, "power-cosine": {"power": 2.5}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "interval": {"guidance_interval": (0.3, 0.8)},
+    "power-cosine": {"guidance_power": 2.5},
+}
 
 
 @given(scale=scales, tokens=st.integers(2, 400), schedule=st.sampled_from(sorted(s.GUIDANCE_SCHEDULES)))
 def test_guidance_lies_between_none_and_full(scale: float, tokens: int, schedule: str) -> None:
-    options = OPTIONS.get(schedule, {})
-    values = [s.guidance_at(schedule, scale, unknown, tokens, **options) for unknown in range(tokens, -1, -1)]
+    settings = Settings(guidance_schedule=schedule, **OPTIONS.get(schedule, {}))
+    values = [settings.guidance_at(scale, unknown, tokens) for unknown in range(tokens, -1, -1)]
     assert all(min(1, scale) - 1e-9 <= value <= max(1, scale) + 1e-9 for value in values)
     assert values[-1] == values[-2], "the last step counts one token as unknown"
     if schedule != "interval":
         steps = [(b - a) * (1 if scale >= 1 else -1) for a, b in pairwise(values)]
         assert all(step >= -1e-9 for step in steps), "monotone"
-    assert all(s.guidance_at(schedule, 1.0, unknown, tokens, **options) == 1 for unknown in range(tokens))
+    assert all(settings.guidance_at(1.0, unknown, tokens) == 1 for unknown in range(tokens))
 
 
 @given(scale=scales, power=st.floats(0.1, 5))
 def test_guidance_ends_at_the_full_scale(scale: float, power: float) -> None:
     """But for one token: of 4096."""
-    cases: list[tuple[str, dict[str, Any]]] = [("linear", {}), ("constant", {}), ("power-cosine", {"power": power})]
-    for schedule, options in cases:
-        assert s.guidance_at(schedule, scale, 0, 4096, **options) == pytest.approx(scale, abs=0.01)
+    cases: dict[str, dict[str, Any]] = {"linear": {}, "constant": {}, "power-cosine": {"guidance_power": power}}
+    for schedule, options in cases.items():
+        settings = Settings(guidance_schedule=schedule, **options)
+        assert settings.guidance_at(scale, 0, 4096) == pytest.approx(scale, abs=0.01)
 
 
 @given(scale=scales, ends=st.tuples(st.floats(0, 1), st.floats(0, 1)), unknown=st.integers(1, 256))
 def test_outside_the_interval_the_scale_is_one(scale: float, ends: tuple[float, float], unknown: int) -> None:
     low, high = sorted(ends)
     inside = low <= (256 - unknown) / 256 <= high
-    assert s.guidance_at("interval", scale, unknown, 256, interval=(low, high)) == (scale if inside else 1.0)
+    settings = Settings(guidance_schedule="interval", guidance_interval=(low, high))
+    assert settings.guidance_at(scale, unknown, 256) == (scale if inside else 1.0)
 
 
 def test_a_greater_power_guides_later() -> None:
-    at_half = [s.guidance_at("power-cosine", 5.0, 128, 256, power=power) for power in (0.5, 1, 2, 4)]
+    by_power = [Settings(guidance_schedule="power-cosine", guidance_power=power) for power in (0.5, 1, 2, 4)]
+    at_half = [settings.guidance_at(5.0, 128, 256) for settings in by_power]
     assert at_half == sorted(at_half, reverse=True)
     assert at_half[1] == pytest.approx(3.0), "power 1: half of the way at the half"
-    assert s.guidance_at("power-cosine", 5.0, 256, 256) == 1.0
+    assert Settings(guidance_schedule="power-cosine").guidance_at(5.0, 256, 256) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -123,7 +132,7 @@ def test_a_greater_power_guides_later() -> None:
         (("intervall",), "guidance_schedule: 'intervall' is not known; did you mean 'interval'"),
         (("interval",), "guidance_interval: is missing; give the shares of known tokens"),
         (("interval", (0.5, 0.2)), "guidance_interval: (0.5, 0.2) is not allowed; it must be 0 <= low <= high <= 1"),
-        (("interval", (0, 1.5)), "guidance_interval: (0, 1.5) is not allowed"),
+        (("interval", (0, 1.5)), "guidance_interval: (0.0, 1.5) is not allowed"),
         (
             ("linear", (0, 1)),
             "guidance_interval: only valid with guidance_schedule='interval' (got 'linear'); leave it out or change",
@@ -133,8 +142,9 @@ def test_a_greater_power_guides_later() -> None:
     ],
 )
 def test_guidance_that_is_wrong_is_named(arguments: tuple[Any, ...], words: str) -> None:
+    names = ("guidance_schedule", "guidance_interval", "guidance_power")
     with pytest.raises(UsageError) as caught:
-        s.check_guidance(*arguments)
+        parse(Settings, dict(zip(names, arguments, strict=False)), error=UsageError)
     assert words in str(caught.value)
 
 

@@ -123,9 +123,9 @@ def test_a_request_is_filled_in_for_the_model() -> None:
     assert (request.num_inference_steps, request.order) == (16, "raster")
     request = pipe_of(order="random").request()
     assert (request.num_inference_steps, request.order) == (16, "random")
-    assert pipe_of().checked(SampleRequest()).num_inference_steps == 16
+    assert pipe_of().request(SampleRequest()).num_inference_steps == 16
     again = SampleRequest.model_validate_json(request.model_dump_json())
-    assert pipe_of(order="random").checked(again) == request
+    assert pipe_of(order="random").request(again) == request
     assert pipe_of().request(order=list(range(16))).order == tuple(range(16))
     assert pipe_of(order="random").request(order="halton", num_inference_steps=16).order == "halton"
 

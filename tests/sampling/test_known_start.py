@@ -13,7 +13,8 @@ from torch import Tensor
 from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 from seriatim.core.orders import ORDERS
-from seriatim.core.schedules import guidance_at, tokens_per_step
+from seriatim.core.schedules import tokens_per_step
+from seriatim.core.settings import Settings
 from seriatim.heads.base import Guidance
 from seriatim.models.masked_model import MaskedModel
 from seriatim.sampling.step import Step
@@ -127,7 +128,7 @@ def test_each_image_is_guided_at_its_own_share(
         expected: list[float] = []
         for i in range(4):
             left[i] -= counts[i][step]
-            expected += [guidance_at("linear", 3.0, left[i], L)] * counts[i][step]
+            expected += [Settings(guidance_schedule="linear").guidance_at(3.0, left[i], L)] * counts[i][step]
         assert guidance.tolist() == pytest.approx(expected)
     assert left == [0] * 4
 

@@ -146,7 +146,7 @@ def test_with_many_classes_the_first_step_is_one_pass(monkeypatch: pytest.Monkey
     model, labels = make_masked(), torch.tensor([0, 1, 2])
     rows: list[int] = []
     model.backbone.get_submodule("decoder.0").register_forward_pre_hook(lambda _, a: rows.append(len(a[0])))
-    monkeypatch.setattr("seriatim.sampling.guidance.FEW_CONDITIONS", 2)
+    monkeypatch.setattr("seriatim.sampling.parallel.FEW_CONDITIONS", 2)
     *_, last = fast(model, labels, Keys.of_seeds([1, 2, 3]), steps=2, num_diffusion_steps=3)
     assert rows == [3, 3]
     specified = naive(model, labels, Keys.of_seeds([1, 2, 3]), steps=2, num_diffusion_steps=3)

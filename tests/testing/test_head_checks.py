@@ -112,7 +112,7 @@ class GuidesInSilence(Gaussian):
 
     @override
     def check_sampling(self, z_null: Tensor | None, guidance: Any, temperature: Any) -> None:
-        self.check_temperature(temperature)
+        super().check_sampling(None, None, temperature)
 
 
 class ChecksNothingEarly(Gaussian):

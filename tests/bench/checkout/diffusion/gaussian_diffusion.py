@@ -2,7 +2,7 @@
 
 import enum
 
-from seriatim.heads.ddpm import cosine_betas
+from seriatim.heads.ddpm import full_chain
 
 ModelMeanType = enum.Enum("ModelMeanType", ["EPSILON"])
 ModelVarType = enum.Enum("ModelVarType", ["LEARNED_RANGE"])
@@ -11,4 +11,4 @@ LossType = enum.Enum("LossType", ["MSE"])
 
 def get_named_beta_schedule(name, steps):
     assert name == "cosine"
-    return cosine_betas(steps)
+    return full_chain(steps).betas
