@@ -34,21 +34,6 @@ class Preset:
         """The config of the authors' code and weights; a model of one's own begins with `model`."""
         return self.model | self.theirs
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "summary": self.summary,
-            "parameters": self.parameters,
-            "tokens": self.tokens,
-            "image": self.image,
-            "published": self.published,
-            "proven": list(self.proven),
-            "recipe": self.recipe,
-            "model": self.model,
-            "theirs": self.theirs,
-            "sampling": self.sampling,
-        }
-
 
 def _mar(
     size: str,

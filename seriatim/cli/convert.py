@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,8 @@ from seriatim.core.terminal import say
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seriatim.checkpoints.native import Bundle
+    from seriatim.checkpoints.official import OfficialFile
     from seriatim.tokenizers.base import Tokenizer
 
 convert = typer.Typer(no_args_is_help=True, help="Turn official weights into a model folder.")
@@ -23,19 +25,25 @@ export = typer.Typer(no_args_is_help=True, help="Write weights under their offic
 Weights = Annotated[Path, typer.Argument(help="The downloaded file (.pth, .ckpt, .safetensors).")]
 Out = Annotated[Path, typer.Argument(help="The folder to create.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model or tokenizer in that folder.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder that holds one of them.")
+]
+Vae = Annotated[Path, typer.Option(help="The model's autoencoder: kl16.ckpt, or a folder made by `convert kl16`.")]
+Ema = Annotated[
+    bool | None,
+    typer.Option("--ema/--raw", help="Take averaged or last weights. Default: averaged, if the file has them."),
+]
+ClassNames = Annotated[Path | None, typer.Option(help="A text file with one class name per line.")]
+Model = Annotated[Path, typer.Argument(help="A model folder or a run.")]
+OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 
 
 @convert.command("mar")
 def convert_mar(
-    weights: Annotated[
-        Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder that holds one of them.")
-    ],
+    weights: Checkpoint,
     out: Out,
-    vae: Annotated[Path, typer.Option(help="The model's autoencoder: kl16.ckpt, or a folder made by `convert kl16`.")],
-    ema: Annotated[
-        bool | None,
-        typer.Option("--ema/--raw", help="Take averaged or last weights. Default: averaged, if the file has them."),
-    ] = None,
+    vae: Vae,
+    ema: Ema = None,
     preset: Annotated[
         str | None, typer.Option(help="mar-b, mar-l or mar-h. Default: found from the sizes of the tensors.")
     ] = None,
@@ -46,19 +54,16 @@ def convert_mar(
             "decoder differ."
         ),
     ] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A text file with one class name per line.")] = None,
+    class_names: ClassNames = None,
     overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
     """Convert MAR (Li et al. 2024). No code in the file is run, and every tensor must fit."""
     from seriatim.checkpoints import mar
-    from seriatim.checkpoints.native import save_bundle
     from seriatim.checkpoints.official import one_file, read_official
-    from seriatim.core.errors import UsageError, nearest
-    from seriatim.models.build import parameter_count
+    from seriatim.core.errors import UsageError
 
-    if preset is not None and preset not in mar.NAMES:
-        raise UsageError(f"preset: {preset!r} is not one of MAR's{nearest(preset, mar.NAMES)}")
+    check_preset(preset, mar.NAMES, "MAR")
     if heads and len(heads) > 2:
         raise UsageError(
             f"heads: {heads} is not allowed; give one number, or one for the encoder and one for the decoder"
@@ -75,18 +80,7 @@ def convert_mar(
     bundle = mar.bundle_from_mar(
         file, tokenizer, read_names(class_names), heads=(heads[0], heads[-1]) if heads else None, preset=preset
     )
-    save_bundle(bundle, out)
-    found = {
-        "model": str(out),
-        "weights": file.which,
-        "preset": bundle.provenance["preset"],
-        "parameters": parameter_count(bundle.model),
-        "tensors": len(file.tensors),
-        "tokens": bundle.model.tokens,
-        "classes": bundle.model.classes,
-        "image": list(tokenizer.size),
-    }
-    report(found, json)
+    save_model(bundle, out, file, json)
 
 
 @convert.command("kl16")
@@ -136,21 +130,18 @@ def convert_llamagen(
     heads: Annotated[
         int | None, typer.Option(help="The number of attention heads, for a model that is not a preset.")
     ] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A text file with one class name per line.")] = None,
+    class_names: ClassNames = None,
     overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
     """Convert LlamaGen (Sun et al. 2024), of classes or of text. No code in the file is run; every tensor must fit."""
     from seriatim.checkpoints import llamagen
     from seriatim.checkpoints.llamagen_vq import ENTRIES, tokenizer_from_file
-    from seriatim.checkpoints.native import save_bundle
     from seriatim.checkpoints.official import read_official
     from seriatim.checkpoints.tokenizer import load_tokenizer
-    from seriatim.core.errors import UsageError, nearest
-    from seriatim.models.build import parameter_count
+    from seriatim.core.errors import UsageError
 
-    if preset is not None and preset not in llamagen.NAMES:
-        raise UsageError(f"preset: {preset!r} is not one of LlamaGen's{nearest(preset, llamagen.NAMES)}")
+    check_preset(preset, llamagen.NAMES, "LlamaGen")
     unused(out, overwrite)
     if not vq.exists():
         raise UsageError(f"vq: there is no {vq}; name vq_ds16_c2i.pt, or a folder that `convert llamagen-vq` made")
@@ -161,18 +152,7 @@ def convert_llamagen(
     else:
         tokenizer = tokenizer_from_file(read_official(vq, entries=ENTRIES), size=size)
     bundle = llamagen.bundle_from_llamagen(file, tokenizer, read_names(class_names), heads=heads, preset=preset)
-    save_bundle(bundle, out)
-    found = {
-        "model": str(out),
-        "weights": file.which,
-        "preset": bundle.provenance["preset"],
-        "parameters": parameter_count(bundle.model),
-        "tensors": len(file.tensors),
-        "tokens": bundle.model.tokens,
-        "classes": bundle.model.classes,
-        "image": list(bundle.tokenizer.size),
-    }
-    report(found, json)
+    save_model(bundle, out, file, json)
 
 
 @convert.command("llamagen-vq")
@@ -180,10 +160,7 @@ def convert_llamagen_vq(
     weights: Weights,
     out: Out,
     size: Annotated[int, typer.Option(help="The side of the images in pixels.")] = 256,
-    ema: Annotated[
-        bool | None,
-        typer.Option("--ema/--raw", help="Take averaged or last weights. Default: averaged, if the file has them."),
-    ] = None,
+    ema: Ema = None,
     overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
@@ -210,9 +187,9 @@ def convert_llamagen_vq(
 
 @export.command("mar")
 def export_mar(
-    model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pth for the official code.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Write a masked model with a diffusion head for the official MAR code."""
     from seriatim.checkpoints.mar import ENTRIES, mar_tensors
@@ -224,9 +201,9 @@ def export_mar(
 
 @export.command("llamagen")
 def export_llamagen(
-    model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pt for the official code.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Write a causal model of codes that has LlamaGen's form for the official LlamaGen code."""
     from seriatim.checkpoints.llamagen import llamagen_tensors
@@ -239,7 +216,7 @@ def export_llamagen(
 def export_kl16(
     model: Annotated[Path, typer.Argument(help="A tokenizer folder, model folder or run with a `kl` tokenizer.")],
     out: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .ckpt for the official code.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Write a `kl` tokenizer for the official MAR code."""
     from seriatim.checkpoints.kl16 import kl16_from_tokenizer
@@ -270,6 +247,13 @@ def unused(out: Path, overwrite: bool) -> None:
                 f"out: {out} holds a model or tokenizer already; choose another folder or pass --overwrite"
             )
         say(f"replacing {out}, which is kept until the new one is whole")
+
+
+def check_preset(preset: str | None, names: Collection[str], paper: str) -> None:
+    from seriatim.core.errors import UsageError, nearest
+
+    if preset is not None and preset not in names:
+        raise UsageError(f"preset: {preset!r} is not one of {paper}'s{nearest(preset, names)}")
 
 
 def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
@@ -323,6 +307,25 @@ def write_official(tensors: Mapping[str, Tensor], out: Path, entries: tuple[str,
     else:
         atomic_write(out, lambda file: write_torch(file, {entry: whole for entry in entries}))
     say(f"wrote {out}: {len(whole)} tensors")
+
+
+def save_model(bundle: Bundle, out: Path, file: OfficialFile, json: bool, **more: object) -> None:
+    """Save a converted model, and report what it is."""
+    from seriatim.checkpoints.native import save_bundle
+    from seriatim.models.build import parameter_count
+
+    save_bundle(bundle, out)
+    found = {
+        "model": str(out),
+        "weights": file.which,
+        "preset": bundle.provenance["preset"],
+        "parameters": parameter_count(bundle.model),
+        "tensors": len(file.tensors),
+        "tokens": bundle.model.tokens,
+        "classes": bundle.model.classes,
+        "image": list(bundle.tokenizer.size),
+    }
+    report(found | more, json)
 
 
 def report(found: dict[str, object], json: bool) -> None:

@@ -7,7 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from seriatim.cli.convert import Out, Overwrite, read_names, report, unused, vae_of, write_official
+from seriatim.cli.convert import (
+    Checkpoint,
+    ClassNames,
+    Ema,
+    Model,
+    Out,
+    Overwrite,
+    OverwriteFile,
+    Vae,
+    check_preset,
+    read_names,
+    save_model,
+    unused,
+    vae_of,
+    write_official,
+)
 from seriatim.cli.output import JsonFlag
 from seriatim.core.terminal import say
 
@@ -18,11 +33,9 @@ if TYPE_CHECKING:
 
 
 def convert_arinar(
-    weights: Annotated[
-        Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder that holds one of them.")
-    ],
+    weights: Checkpoint,
     out: Out,
-    vae: Annotated[Path, typer.Option(help="The model's autoencoder: kl16.ckpt, or a folder made by `convert kl16`.")],
+    vae: Vae,
     heads: Annotated[
         int | None,
         typer.Option(
@@ -38,10 +51,7 @@ def convert_arinar(
         str | None,
         typer.Option(help="What the file's temperature means: release (above 1 is sharper) or current."),
     ] = None,
-    ema: Annotated[
-        bool | None,
-        typer.Option("--ema/--raw", help="Take averaged or last weights. Default: averaged, if the file has them."),
-    ] = None,
+    ema: Ema = None,
     preset: Annotated[
         str | None, typer.Option(help="arinar-b or arinar-l. Default: found from the sizes of the tensors.")
     ] = None,
@@ -52,19 +62,16 @@ def convert_arinar(
             "decoder differ."
         ),
     ] = None,
-    class_names: Annotated[Path | None, typer.Option(help="A text file with one class name per line.")] = None,
+    class_names: ClassNames = None,
     overwrite: Overwrite = False,
     json: JsonFlag = False,
 ) -> None:
     """Convert ARINAR (Zhao et al. 2025). No code in the file is run, and every tensor must fit."""
     from seriatim.checkpoints import arinar, mar
-    from seriatim.checkpoints.native import save_bundle
     from seriatim.checkpoints.official import one_file, read_official
-    from seriatim.core.errors import UsageError, nearest
-    from seriatim.models.build import parameter_count
+    from seriatim.core.errors import UsageError
 
-    if preset is not None and preset not in arinar.NAMES:
-        raise UsageError(f"preset: {preset!r} is not one of ARINAR's{nearest(preset, arinar.NAMES)}")
+    check_preset(preset, arinar.NAMES, "ARINAR")
     if heads is not None and images is not None:
         raise UsageError("images: given together with heads, which images would find out; leave one of them out")
     if heads is not None and heads < 1:
@@ -102,26 +109,14 @@ def convert_arinar(
         trunk_heads=trunk,
         preset=preset,
     )
-    save_bundle(bundle, out)
-    found = {
-        "model": str(out),
-        "weights": file.which,
-        "preset": bundle.provenance["preset"],
-        "parameters": parameter_count(bundle.model),
-        "tensors": len(file.tensors),
-        "tokens": bundle.model.tokens,
-        "classes": bundle.model.classes,
-        "image": list(tokenizer.size),
-        "inner heads": bundle.provenance["inner_heads"],
-        **({"losses": losses} if losses else {}),
-    }
-    report(found, json)
+    inner = {"inner heads": bundle.provenance["inner_heads"]}
+    save_model(bundle, out, file, json, **inner, **({"losses": losses} if losses else {}))
 
 
 def export_arinar(
-    model: Annotated[Path, typer.Argument(help="A model folder or a run.")],
+    model: Model,
     out: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .pth for the official code.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: OverwriteFile = False,
 ) -> None:
     """Write a masked model whose nested head has ARINAR's form for the official ARINAR code."""
     from seriatim.checkpoints import arinar, mar

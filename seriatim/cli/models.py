@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from seriatim.cli.output import JsonFlag, print_json, print_table
 from seriatim.core.terminal import say
 
@@ -11,7 +13,7 @@ def models(json: JsonFlag = False) -> None:
     from seriatim.zoo import PRESETS
 
     if json:
-        print_json([preset.as_dict() for preset in PRESETS.values()])
+        print_json([asdict(preset) for preset in PRESETS.values()])
         return
     rows = []
     for preset in PRESETS.values():

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seriatim.core.device import full_float32
 from seriatim.core.errors import DataError, UsageError, shown
 from seriatim.core.keys import Keys
 from seriatim.core.spec import TokenSpec
+
+CHUNK = 1 << 20  # pixels that pass through a network at once, to bound memory
 
 
 class Tokenizer(nn.Module):
@@ -103,6 +106,11 @@ class Tokenizer(nn.Module):
         every = torch.cat([every, every.new_zeros(-len(every) % self.count)]).view(-1, self.count)  # (n, L)
         mean = self.embeddings(every).flatten(0, 1)[: self.vocab].mean(dim=0)  # (D,)
         return self.decode_embeddings(torch.where(known[..., None].to(self.device), self.embeddings(tokens), mean))
+
+    def by_parts(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        """`run` of a batch, in full float32, a few images at a time, which bounds the memory of a network."""
+        with full_float32(batch.device):
+            return torch.cat([run(part) for part in batch.split(max(1, CHUNK // (self.size[0] * self.size[1])))])
 
     def check_codes(self, codes: Tensor) -> Tensor:
         """The codes on the tokenizer's device. Raises UsageError unless they are (B, L) int64 in the vocabulary."""

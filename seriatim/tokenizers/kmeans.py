@@ -6,7 +6,6 @@ Shapes: B images, c channels, H x W pixels, p patch side, h x w = L codes, D = c
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +14,19 @@ from typing_extensions import override
 
 from seriatim.core.errors import DataError, UsageError, check_least
 from seriatim.core.keys import Keys
-from seriatim.nn.patch import patchify, unpatchify
-from seriatim.tokenizers.base import Tokenizer, digest_of, sides
+from seriatim.nn.patch import patchify
+from seriatim.tokenizers.patches import Patched
 from seriatim.tokenizers.quantise import nearest_codes
 
 MOST_PATCHES = 1 << 17  # k-means learns from at most this many random patches, to bound time and memory
 AT_ONCE = 4096  # patches in a mini-batch of k-means
 
 
-class KMeans(Tokenizer):
+class KMeans(Patched):
     """Encodes each p x p patch as the code of the nearest of `vocab` centres, and decodes a code to its centre.
 
     `fit` finds the centres once and sorts them from dark to light; they are saved with the tokenizer like weights. The
-    same images and `seed` give the same centres. An image side that p does not divide is padded by repeating the last
-    row or column, which `decode` crops again.
+    same images and `seed` give the same centres.
     """
 
     vocab: int
@@ -45,47 +43,21 @@ class KMeans(Tokenizer):
         vocab: int = 512,
         seed: int = 0,  # the seed of k-means
     ) -> None:
-        super().__init__()
-        H, W = sides(size)
-        if channels not in (1, 3):
-            raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")
-        if not 1 <= patch <= min(H, W):
-            raise UsageError(f"patch: {patch!r} is not allowed for {H}x{W} pixels; it must be from 1 to {min(H, W)}")
-        if levels < 2:
-            raise UsageError(f"levels: {levels!r} is not allowed; a pixel has at least 2 values")
+        super().__init__(size, patch, channels, levels)
         check_least(2, vocab=vocab)
         if not 0 <= seed < 2**32:
             raise UsageError(f"seed: {seed!r} is not allowed; it must be from 0 to 2^32 - 1")
-        self.size, self.patch, self.channels, self.levels, self.seed = (H, W), patch, channels, levels, seed
-        self.grid = (-(-H // patch), -(-W // patch))
-        self.dim, self.vocab = channels * patch * patch, vocab
-        self.config = {
-            "size": [H, W],
-            "patch": patch,
-            "channels": channels,
-            "levels": levels,
-            "vocab": vocab,
-            "seed": seed,
-        }
+        self.seed, self.dim, self.vocab = seed, channels * patch * patch, vocab
+        self.config |= {"vocab": vocab, "seed": seed}
         self.register_buffer("centres", torch.zeros(vocab, self.dim))
         self.register_buffer("measured", torch.tensor(False, device="cpu"))
-
-    @property
-    def cell(self) -> tuple[int, int]:
-        return self.patch, self.patch
-
-    def moments(self, images: Tensor) -> Tensor:
-        """The pixels of images (B, c, H, W), padded to (B, c, h p, w p)."""
-        H, W = self.size
-        bottom, right = self.grid[0] * self.patch - H, self.grid[1] * self.patch - W
-        return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
 
     @torch.no_grad()
     @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
         if not self.measured:
             raise UsageError("tokenizer: k-means has no centres yet; call fit(batches), or load a trained tokenizer")
-        patches = patchify(moments.to(self.device, torch.float32), self.patch)  # (B, L, D)
+        patches = patchify(moments.to(self.centres), self.patch)  # (B, L, D)
         return nearest_codes(patches.flatten(0, 1), self.centres).view(patches.shape[:2])
 
     @torch.no_grad()
@@ -94,19 +66,10 @@ class KMeans(Tokenizer):
 
     @torch.no_grad()
     def decode_embeddings(self, embeddings: Tensor) -> Tensor:
-        images = unpatchify(embeddings.to(self.device, torch.float32), self.patch, *self.grid)  # (B, c, h p, w p)
-        return images[..., : self.size[0], : self.size[1]].clamp(-1, 1)
+        return self.images_of(embeddings.to(self.centres))
 
     def decode(self, tokens: Tensor) -> Tensor:
         return self.decode_embeddings(self.embeddings(tokens))
-
-    def moments_config(self) -> dict[str, Any]:
-        h, w = self.grid
-        padded = f"padded to {h * self.patch} x {w * self.patch}"  # moments depend on the patch only by the padding
-        return {"size": list(self.size), "channels": self.channels, "patch": padded}
-
-    def moments_fingerprint(self) -> str:
-        return digest_of(type(self).__name__, self.moments_config(), {})
 
     # --- finding the centres --------------------------------------------------------------------------------------
 

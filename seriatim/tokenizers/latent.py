@@ -14,7 +14,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from seriatim.core.device import full_float32
 from seriatim.core.errors import DataError, NumericsError, UsageError, check_known, check_least
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
@@ -24,7 +23,6 @@ Statistics = Literal["fixed", "scale", "channel"]
 
 LOGVAR = (-30.0, 20.0)  # the range to which log-variances are clamped when they are used
 STD_FLOOR = 0.02  # least standard deviation relative to all channels, so that a nearly constant one is not amplified
-CHUNK = 1 << 20  # pixels that pass through the autoencoder at once, to bound memory
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,12 @@ class Latent(Tokenizer):
 
         A point posterior has no log-variance: (B, z, h', w').
         """
-        images = self.check_images(images)
-        with full_float32(images.device):
-            parts = [self.autoencoder.encode(part, return_dict=False)[0] for part in images.split(self._chunk)]
-        return torch.cat([part.parameters if self.gaussian else part for part in parts])
+
+        def encode(part: Tensor) -> Tensor:
+            found = self.autoencoder.encode(part, return_dict=False)[0]
+            return found.parameters if self.gaussian else found
+
+        return self.by_parts(encode, self.check_images(images))
 
     def posterior(self, moments: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and standard deviation of the posterior, (B, z, h', w') each, on the tokenizer's device."""
@@ -137,9 +137,8 @@ class Latent(Tokenizer):
     def decode(self, tokens: Tensor) -> Tensor:
         x = unpatchify(tokens.to(self.device, torch.float32), self.patch, *self.grid)  # (B, z, h', w')
         latents = x * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
-        with full_float32(latents.device):
-            parts = [self.autoencoder.decode(part, return_dict=False)[0] for part in latents.split(self._chunk)]
-        return torch.cat(parts).clamp(-1, 1)  # (B, c, H, W)
+        images = self.by_parts(lambda part: self.autoencoder.decode(part, return_dict=False)[0], latents)
+        return images.clamp(-1, 1)  # (B, c, H, W)
 
     def moments_config(self) -> dict[str, Any]:
         """The settings of autoencoder and images. Scale, statistics and patch are applied after the moments."""
@@ -147,10 +146,6 @@ class Latent(Tokenizer):
 
     def moments_fingerprint(self) -> str:
         return digest_of(type(self).__name__, self.moments_config(), self.autoencoder.state_dict())
-
-    @property
-    def _chunk(self) -> int:
-        return max(1, CHUNK // (self.size[0] * self.size[1]))
 
     # --- statistics -----------------------------------------------------------------------------------------------
 

@@ -6,26 +6,22 @@ Shapes: B images, c channels, H x W pixels, p patch side, h x w = L tokens, D = 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from seriatim.core.device import full_float32
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.keys import Keys
-from seriatim.nn.patch import patchify, unpatchify
-from seriatim.tokenizers.base import Tokenizer, digest_of, sides
+from seriatim.nn.patch import patchify
+from seriatim.tokenizers.patches import Patched
 
 STD_FLOOR = 0.02  # least standard deviation, so that a nearly constant feature (a black border) is not amplified
 
 
-class Pixels(Tokenizer):
+class Pixels(Patched):
     """Patches of pixels whose features are normalised to zero mean and unit variance over the training images.
-
-    An image side that p does not divide is padded by repeating the last row or column, which `decode` crops again.
 
     Neighbouring pixels are so alike that nearly all of a patch's variance lies in a few directions, its mean colour
     first. The other directions are fine grain, which a model must also learn to generate. `components` keeps only the
@@ -43,24 +39,14 @@ class Pixels(Tokenizer):
         components: int | None = None,  # the number of features of a token; None keeps all of the patch
         whiten: float = 0.0,
     ) -> None:
-        super().__init__()
-        H, W = sides(size)
-        if channels not in (1, 3):
-            raise UsageError(f"channels: {channels!r} is not allowed; it must be 1 or 3")
-        if not 1 <= patch <= min(H, W):
-            raise UsageError(f"patch: {patch!r} is not allowed for {H}x{W} pixels; it must be from 1 to {min(H, W)}")
-        if levels < 2:
-            raise UsageError(f"levels: {levels!r} is not allowed; a pixel has at least 2 values")
+        super().__init__(size, patch, channels, levels)
         if not 0 <= whiten <= 1:
             raise UsageError(f"whiten: {whiten!r} is not allowed; it must be from 0 (not at all) to 1 (fully)")
         features = channels * patch * patch
         if components is not None and not 1 <= components <= features:
             raise UsageError(f"components: {components!r} is not allowed; a patch has 1 to {features}")
-        self.size, self.patch, self.channels, self.levels, self.whiten = (H, W), patch, channels, levels, whiten
-        self.grid = (-(-H // patch), -(-W // patch))
-        self.dim = components or features
+        self.whiten, self.dim = whiten, components or features
         self.rotated = bool(components or whiten)
-        self.config = {"size": [H, W], "patch": patch, "channels": channels, "levels": levels}
         if self.rotated:  # otherwise the keys stay out, so that older folders have the same fingerprint
             self.config |= {"components": components, "whiten": whiten}
         self.mean: Tensor
@@ -70,16 +56,6 @@ class Pixels(Tokenizer):
         self.basis: Tensor
         if self.rotated:
             self.register_buffer("basis", torch.eye(features)[:, : self.dim])  # one principal component per column
-
-    @property
-    def cell(self) -> tuple[int, int]:
-        return self.patch, self.patch
-
-    def moments(self, images: Tensor) -> Tensor:
-        """The pixels of images (B, c, H, W), padded to (B, c, h p, w p). Their posterior is a point."""
-        H, W = self.size
-        bottom, right = self.grid[0] * self.patch - H, self.grid[1] * self.patch - W
-        return F.pad(self.check_images(images), (0, right, 0, bottom), mode="replicate")
 
     @override
     def tokens(self, moments: Tensor, keys: Keys | None = None) -> Tensor:
@@ -91,16 +67,7 @@ class Pixels(Tokenizer):
         features = tokens.to(self.mean) * self.std
         with full_float32(features.device):
             features = (features @ self.basis.T if self.rotated else features) + self.mean
-        images = unpatchify(features, self.patch, *self.grid)  # (B, c, h p, w p)
-        return images[..., : self.size[0], : self.size[1]].clamp(-1, 1)
-
-    def moments_config(self) -> dict[str, Any]:
-        h, w = self.grid
-        padded = f"padded to {h * self.patch} x {w * self.patch}"  # moments depend on the patch only by the padding
-        return {"size": list(self.size), "channels": self.channels, "patch": padded}
-
-    def moments_fingerprint(self) -> str:
-        return digest_of(type(self).__name__, self.moments_config(), {})
+        return self.images_of(features)
 
     def fit_moments(self, batches: Iterable[Tensor]) -> None:
         count = 0

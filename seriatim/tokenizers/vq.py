@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from seriatim.core.device import full_float32
 from seriatim.core.errors import DataError, UsageError, check_least
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of, sides
 from seriatim.tokenizers.kl import GROUPS
-from seriatim.tokenizers.latent import CHUNK
 from seriatim.tokenizers.quantise import Quantised, Quantiser
 
 
@@ -90,10 +88,7 @@ class VQ(Tokenizer):
 
     def features(self, images: Tensor) -> Tensor:
         """The features (B, C, h, w) of images (B, c, H, W) before they are quantised."""
-        images = self.check_images(images)
-        with full_float32(images.device):
-            parts = [self.quant_conv(self.encoder(part)) for part in images.split(self._chunk)]
-        return torch.cat(parts)
+        return self.by_parts(lambda part: self.quant_conv(self.encoder(part)), self.check_images(images))
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -124,9 +119,7 @@ class VQ(Tokenizer):
 
     def draw(self, quantised: Tensor) -> Tensor:
         """The images (B, c, H, W), not clamped, of codewords (B, C, h, w)."""
-        with full_float32(quantised.device):
-            parts = [self.decoder(self.post_quant_conv(part)) for part in quantised.split(self._chunk)]
-        return torch.cat(parts)
+        return self.by_parts(lambda part: self.decoder(self.post_quant_conv(part)), quantised)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantised]:
         """The reconstructions, not clamped, and the quantiser's output.
@@ -135,10 +128,6 @@ class VQ(Tokenizer):
         """
         found = self.quantiser(patchify(self.features(images), 1))  # (B, L, C)
         return self.draw(unpatchify(found.values, 1, *self.grid)), found
-
-    @property
-    def _chunk(self) -> int:
-        return max(1, CHUNK // (self.size[0] * self.size[1]))
 
     # --- what moments depend on -----------------------------------------------------------------------------------
 

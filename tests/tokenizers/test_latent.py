@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, NumericsError, UsageError
 from seriatim.core.keys import Keys
-from seriatim.tokenizers import latent as module
 from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.latent import STD_FLOOR, Latent, Statistics
@@ -188,7 +187,7 @@ def test_frozen_in_float32_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     tokenizer.train()
     assert tokenizer.training and not tokenizer.autoencoder.training
     assert not any(p.requires_grad for p in tokenizer.parameters())
-    monkeypatch.setattr(module, "CHUNK", 3 * 64)
+    monkeypatch.setattr("seriatim.tokenizers.base.CHUNK", 3 * 64)
     images = torch.rand(10, 1, 8, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         moments = tokenizer.moments(images)
