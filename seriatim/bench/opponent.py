@@ -60,7 +60,7 @@ class RecordingKeys(Keys):
         self.keys, self.draws, self.device = keys, draws, keys.device
 
     @cached_property
-    def words(self) -> Tensor:
+    def words(self) -> Tensor:  # type: ignore[override]
         return self.keys.words
 
     def __len__(self) -> int:

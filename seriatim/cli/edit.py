@@ -40,6 +40,7 @@ def edit(
     from seriatim.core.flatten import BLACK
     from seriatim.core.images import BadImage, read_image
     from seriatim.evaluation.grid import grid, save_png
+    from seriatim.pipeline.labels import names_of
     from seriatim.pipeline.loading import load
     from seriatim.pipeline.result import file_names
     from seriatim.pipeline.samples_folder import GRID, check_samples_folder
@@ -54,7 +55,7 @@ def edit(
         raise UsageError(f"{argument}: {file} can't be read: {error}") from error
     settings: dict[str, Any] = {"class_labels": label or [None], **context.obj}
     asked = pipe.request(**settings)
-    names = file_names(pipe.label_names(asked))
+    names = file_names(names_of(pipe.classes_of(asked), pipe.class_names))
     say_replaced(check_samples_folder(out, [*(out / name for name in names), out / GRID], overwrite=overwrite))
     with drawing_with(pipe, threads):
         result = pipe.edit(picture, mask=white, batch_size=batch_size, **settings)

@@ -57,7 +57,7 @@ def sample(
     from seriatim.core.progress import Progress
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.pipeline.animation import save_animation
-    from seriatim.pipeline.labels import label_of
+    from seriatim.pipeline.labels import label_of, names_of
     from seriatim.pipeline.loading import load
     from seriatim.pipeline.result import file_names, recorded, save_image
     from seriatim.pipeline.samples_folder import ANIMATION, GRID, check_samples_folder
@@ -75,7 +75,7 @@ def sample(
     steps = pipe.stream(request=request, batch_size=batch_size)  # everything is checked before the folder is created
     if not pipe.tokenizer.pictures:
         return sample_arrays(pipe, request, out, batch_size, threads, animate=animate, overwrite=overwrite, json=json)
-    names = pipe.label_names(request)
+    names = names_of(pipe.classes_of(request), pipe.class_names)
     files = [out / name for name in file_names(names)]
     grid_file, animation = out / GRID, out / ANIMATION
     if from_ is not None and any(file.resolve() == from_.resolve() for file in (*files, grid_file)):

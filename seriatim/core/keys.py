@@ -285,7 +285,7 @@ class _Part(Keys):
         self._parts, self._index, self._path, self._host, self.device = parts, index, path, host, parts.device
 
     @cached_property
-    def words(self) -> Tensor:
+    def words(self) -> Tensor:  # type: ignore[override]
         return self._parts.words(self._path, self._index, self._index + 1)
 
     def __len__(self) -> int:
@@ -317,7 +317,7 @@ class ReplayKeys(Keys):
         return keys
 
     @cached_property
-    def words(self) -> Tensor:
+    def words(self) -> Tensor:  # type: ignore[override]
         raise AssertionError("recorded draws have no keys")
 
     def __len__(self) -> int:

@@ -223,4 +223,4 @@ class Head(nn.Module):
 
     def confidence(self, z: Tensor, codes: Tensor, z_null: Tensor | None, guidance: Guidance | None) -> Tensor:  # noqa: ARG002
         """log p of generated codes (N,) under the guided distribution, (N,); the order "confidence" needs it."""
-        raise UsageError(f"order: the {type(self).__name__} head generates no codes, so it has no confidence in them")
+        raise UsageError(f"order: 'confidence' needs a head of codes; {type(self).__name__} draws features; use random")

@@ -71,6 +71,11 @@ def name_of(number: int, names: Sequence[str]) -> str:
     return names[number] if number < len(names) else str(number)
 
 
+def names_of(numbers: Sequence[int], names: Sequence[str]) -> list[str | None]:
+    """The names of the classes with these numbers; None for -1, which is no class."""
+    return [None if number < 0 else name_of(number, names) for number in numbers]
+
+
 def label_of(number: int, names: Sequence[str]) -> int | str:
     """A label for class `number` that can't be mistaken for the name of another class."""
     return number if digits(tuple(names)).get(number, [number]) == [number] else f"{NUMBER}{number}"

@@ -33,7 +33,7 @@ from seriatim.pipeline.editing import (
     token_mask,
     token_pixels,
 )
-from seriatim.pipeline.labels import class_number, name_of
+from seriatim.pipeline.labels import class_number
 from seriatim.pipeline.metadata import versions
 from seriatim.pipeline.request import SampleRequest, fitted, resolved, seeds_of
 from seriatim.pipeline.result import OUTPUT_TYPES, Result, as_pil, converted
@@ -156,10 +156,6 @@ class Pipeline:
         """
         numbers = [class_number(label, self.model.classes, self.bundle.class_names) for label in request.class_labels]
         return [number for number in numbers for _ in range(request.num_images_per_label)]
-
-    def label_names(self, request: SampleRequest) -> list[str | None]:
-        """The name of the class of each image; None for no class."""
-        return [None if number < 0 else name_of(number, self.class_names) for number in self.classes_of(request)]
 
     # --- sampling -------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from seriatim.core.errors import UsageError
 from seriatim.core.files import atomic_write, writable_folder, write_json
 from seriatim.pipeline.editing import composite
-from seriatim.pipeline.labels import name_of
+from seriatim.pipeline.labels import names_of
 from seriatim.pipeline.metadata import Recorded, alone, chunk, pixels_sha256
 from seriatim.pipeline.request import SampleRequest
 from seriatim.pipeline.samples_folder import SAMPLES, SAYS, check_samples_folder
@@ -45,7 +45,7 @@ class Result:
     @property
     def labels(self) -> list[str | None]:
         """The name of each image's class; None for no class."""
-        return [None if number < 0 else name_of(number, self.class_names) for number in self.classes]
+        return names_of(self.classes, self.class_names)
 
     @property
     def seeds(self) -> list[int]:

@@ -347,16 +347,19 @@ def test_no_rows() -> None:
                 assert draw(keys, 4).shape == (0, 4)
 
 
-def test_ends_of_the_range() -> None:
+def test_ends_of_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words of zeros and of ones give no infinity, no 1 and no `high`."""
-    words = np.array([[0, -1, 2**63 - 1, -(2**63), 2**32 - 1, -(2**32), 2**31, 2**31 - 1]])
-    uniform = module._uniform(np, words.copy())
+    monkeypatch.setattr(module, "mix", nothing)  # so that the words are the first halves of these keys
+    words = [0, -1, 2**63 - 1, -(2**63), 2**32 - 1, -(2**32), 2**31, 2**31 - 1]
+    keys = Keys(torch.tensor([(word, 0) for word in words]))
+    assert keys.bits(1)[:, 0].tolist() == words
+    uniform = keys.uniform(1)
     assert uniform.min() == 0 and uniform.max() == 1 - 2**-24
     for high in (1, 2, 1000, 2**31):
-        whole = module._integers(words.copy(), high)
+        whole = keys.integers(high, 1)
         assert whole.min() == 0 and whole.max() == high - 1
-    normal = module._normal(np, words.copy())
-    assert np.isfinite(normal).all() and 6.6 < np.abs(normal).max() < 6.7
+    normal = keys.normal(2)
+    assert torch.isfinite(normal).all() and 6.6 < normal.abs().max() < 6.7
     for high in (0, 2**31 + 1):
         with pytest.raises(AssertionError, match=f"high={high} is not allowed"):
             Keys.of(1).integers(high)
@@ -415,13 +418,13 @@ def test_parts_can_be_asked_in_any_order_again_and_written_into() -> None:
 
 def test_parts_are_drawn_together(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    make = module._make
+    make = module._numbers
 
-    def counting(keys: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def counting(xp: Any, kind: str, keys: Any, *rest: Any) -> Any:
         made.append(len(keys))
-        return make(keys, *rest)
+        return make(xp, kind, keys, *rest)
 
-    monkeypatch.setattr(module, "_make", counting)
+    monkeypatch.setattr(module, "_numbers", counting)
     for part in Keys.of_seeds([1, 2]).split(16):
         part.fold("component").uniform()
         part.fold("value").normal(1)

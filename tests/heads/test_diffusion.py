@@ -89,7 +89,7 @@ class Perfect(Diffusion):
         return plan
 
     @override
-    def denoise(self, x: torch.Tensor, modulations: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def network(self, x: torch.Tensor, modulations: object) -> torch.Tensor:
         chain, i = self._steps, self._i
         self._i -= 1
         abar = float(chain.alphas_cumprod[i])
@@ -98,7 +98,7 @@ class Perfect(Diffusion):
         of_x0 = self.std**2 * (1 - abar) / marginal  # Var[x_0 | x_t]
         low, high = chain.posterior_log_variance_clipped[i], chain.log_betas[i]
         true = math.log(chain.posterior_variance[i] + chain.posterior_mean_coef1[i] ** 2 * of_x0)
-        return eps, torch.full_like(x, 2 * (true - low) / (high - low) - 1)
+        return torch.cat([eps, torch.full_like(x, 2 * (true - low) / (high - low) - 1)], dim=-1)
 
 
 @pytest.mark.parametrize("steps", [100, 25, 10])
