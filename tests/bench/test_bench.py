@@ -118,16 +118,16 @@ def skip_a_block(model: MaskedModel) -> None:
 
 def skip_every_other_head_step(model: MaskedModel) -> None:
     head: Any = model.head
-    denoise = head.denoise
-    kept: list[tuple[Tensor, Tensor]] = []
+    network = head.network
+    kept: list[Tensor] = []
 
-    def sometimes(x: Tensor, modulations: Any) -> tuple[Tensor, Tensor]:
-        if kept and len(kept[0][0]) == len(x):
+    def sometimes(x: Tensor, modulations: Any) -> Tensor:
+        if kept and len(kept[0]) == len(x):
             return kept.pop()
-        kept[:] = [denoise(x, modulations)]
+        kept[:] = [network(x, modulations)]
         return kept[0]
 
-    object.__setattr__(head, "denoise", sometimes)
+    object.__setattr__(head, "network", sometimes)
 
 
 def skip_guidance(model: MaskedModel) -> None:
