@@ -7,7 +7,6 @@ to float32 when they are looked up.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import overload
@@ -27,22 +26,25 @@ STABLE_START_FEW = 950
 FEW_STEPS = 10
 
 
-@dataclass(frozen=True, eq=False)
 class Tables:
-    """The tables that a reverse step needs, for the timesteps in `timesteps` (all of the full chain or some)."""
+    """The tables that a reverse step needs, for the timesteps of a chain with the given betas (T,)."""
 
-    timesteps: npt.NDArray[np.int64]  # timesteps of the full chain, ascending; the input of the network
-    betas: Array
-    alphas_cumprod: Array
-    sqrt_alphas_cumprod: Array
-    sqrt_one_minus_alphas_cumprod: Array
-    sqrt_recip_alphas_cumprod: Array
-    sqrt_recipm1_alphas_cumprod: Array
-    posterior_mean_coef1: Array  # the coefficient of x_0 (Ho et al., eq. 7)
-    posterior_mean_coef2: Array  # the coefficient of x_t
-    posterior_variance: Array
-    posterior_log_variance_clipped: Array
-    log_betas: Array
+    def __init__(self, betas: Array, timesteps: npt.NDArray[np.int64] | None = None) -> None:
+        """`timesteps` are those of the full chain, ascending, which the network takes; None means all of them."""
+        abar: Array = np.cumprod(1.0 - betas, dtype=np.float64)
+        previous = np.append(1.0, abar[:-1])
+        variance = betas * (1.0 - previous) / (1.0 - abar)
+        self.timesteps = np.arange(len(betas)) if timesteps is None else timesteps
+        self.betas, self.log_betas = betas, np.log(betas)
+        self.alphas_cumprod = abar
+        self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod = np.sqrt(abar), np.sqrt(1.0 - abar)
+        self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / abar), np.sqrt(1.0 / abar - 1)
+        self.posterior_mean_coef1 = betas * np.sqrt(previous) / (1.0 - abar)  # of x_0 (Ho et al., eq. 7)
+        self.posterior_mean_coef2 = (1.0 - previous) * np.sqrt(1.0 - betas) / (1.0 - abar)  # of x_t
+        self.posterior_variance = variance
+        # The last reverse step has variance 0, so its logarithm is replaced by that of the step before.
+        clipped = np.append(variance[1], variance[1:]) if len(betas) > 1 else betas
+        self.posterior_log_variance_clipped = np.log(clipped)
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -72,34 +74,11 @@ def _on_device(tables: Tables, name: str, device: torch.device) -> Tensor:
     return torch.from_numpy(getattr(tables, name)).to(device, torch.float32)
 
 
-def tables(betas: Array, timesteps: npt.NDArray[np.int64] | None = None) -> Tables:
-    """The tables of a chain with the given betas (T,)."""
-    abar: Array = np.cumprod(1.0 - betas, dtype=np.float64)
-    previous = np.append(1.0, abar[:-1])
-    variance = betas * (1.0 - previous) / (1.0 - abar)
-    # The last reverse step has variance 0, so its logarithm is replaced by that of the step before.
-    clipped = np.log(np.append(variance[1], variance[1:])) if len(betas) > 1 else np.log(betas)
-    return Tables(
-        timesteps=np.arange(len(betas)) if timesteps is None else timesteps,
-        betas=betas,
-        alphas_cumprod=abar,
-        sqrt_alphas_cumprod=np.sqrt(abar),
-        sqrt_one_minus_alphas_cumprod=np.sqrt(1.0 - abar),
-        sqrt_recip_alphas_cumprod=np.sqrt(1.0 / abar),
-        sqrt_recipm1_alphas_cumprod=np.sqrt(1.0 / abar - 1),
-        posterior_mean_coef1=betas * np.sqrt(previous) / (1.0 - abar),
-        posterior_mean_coef2=(1.0 - previous) * np.sqrt(1.0 - betas) / (1.0 - abar),
-        posterior_variance=variance,
-        posterior_log_variance_clipped=clipped,
-        log_betas=np.log(betas),
-    )
-
-
 @lru_cache(maxsize=8)
 def full_chain(steps: int = 1000) -> Tables:
     """beta_t = min(1 - abar(t+1)/abar(t), 0.999), abar(u) = cos^2((u + 0.008)/1.008 pi/2) (Nichol & Dhariwal, 17)."""
     abar = [math.cos((i / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(steps + 1)]
-    return tables(np.array([min(1 - after / before, 0.999) for before, after in pairwise(abar)]))
+    return Tables(np.array([min(1 - after / before, 0.999) for before, after in pairwise(abar)]))
 
 
 def spread(count: int, start: int) -> list[int]:
@@ -159,7 +138,7 @@ def restricted(chain: Tables, timesteps: list[int]) -> Tables:
     """The chain restricted to the given timesteps (ascending): beta_i = 1 - abar_i / abar_{i-1}."""
     abar = chain.alphas_cumprod[timesteps]
     betas = 1.0 - abar / np.append(1.0, abar[:-1])
-    return tables(betas, np.array(timesteps))
+    return Tables(betas, np.array(timesteps))
 
 
 def predict_x0(chain: Tables, x_t: Tensor, t: Tensor | int, eps: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing_extensions import override
 from seriatim.core.errors import DataError, UsageError, check_least
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify
-from seriatim.tokenizers.patches import Patched
+from seriatim.tokenizers.pixels import Patched
 from seriatim.tokenizers.quantise import nearest_codes
 
 MOST_PATCHES = 1 << 17  # k-means learns from at most this many random patches, to bound time and memory
