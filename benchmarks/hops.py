@@ -7,6 +7,7 @@ At most 60 functions, and at most 12 files outside `nn` and `core`, where single
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -59,7 +60,8 @@ def counts(found: dict[str, list[str]]) -> tuple[int, int]:
     return sum(map(len, found.values())), len(outside)
 
 
-def main(_: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    argparse.ArgumentParser(description=str(__doc__).split("\n")[0]).parse_args(argv)
     found = entered(pipeline())
     for name, functions in found.items():
         print(f"{name}: {', '.join(functions)}")  # noqa: T201
