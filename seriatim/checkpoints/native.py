@@ -108,7 +108,7 @@ def save_folder(
 ) -> Path:
     """Write a config and the weights of modules, each under its file's name, and a manifest; whole or not at all."""
     for file, module in modules.items():
-        check_finite_weights(module, Path(file).stem)
+        check_finite_weights(module.state_dict(), Path(file).stem)
     with atomic_folder(folder) as temporary:
         write_config(temporary, config)
         for file, module in modules.items():
@@ -189,9 +189,9 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def check_finite_weights(module: nn.Module, name: str) -> None:
-    """Refuse to write weights that could not be used, or that would replace ones that can."""
-    for key, tensor in module.state_dict().items():
+def check_finite_weights(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raise NumericsError if weights can't be used, before they replace ones that can."""
+    for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise NumericsError(
                 f"{name}: {key!r} has values that are not finite; nothing was written; lower training.learning_rate"

@@ -60,7 +60,8 @@ def explain(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, SeriatimError):
-        say(one_line(error) if isinstance(error, Stopped) else f"error: {one_line(error)}")
+        if not error.told:
+            say(one_line(error) if isinstance(error, Stopped) else f"error: {one_line(error)}")
         return error.exit_code
     if hasattr(error, "format_message"):  # an error of the argument parser, whose classes are private to typer
         text = error.format_message()

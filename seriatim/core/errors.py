@@ -29,6 +29,7 @@ class SeriatimError(Exception):
     """Base of all errors that a user is meant to read; `exit_code` is what the CLI returns."""
 
     exit_code = 1
+    told = False  # True where another process of the same command prints the message
 
 
 class UsageError(SeriatimError, ValueError):

@@ -56,20 +56,6 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def refuse_many_processes() -> None:
-    """Raise UsageError if torchrun started several processes.
-
-    Training runs as one process on one device, so each of several processes would repeat the whole training.
-    """
-    for name, most in (("WORLD_SIZE", 1), ("RANK", 0)):
-        value = os.environ.get(name, "")
-        if value.isdecimal() and int(value) > most:
-            raise UsageError(
-                f"train: {name}={value} is set, but training is one process on one device; start it without torchrun, "
-                f"or unset {name}"
-            )
-
-
 @contextlib.contextmanager
 def only_trainer(folder: Path) -> Iterator[None]:
     """Lock `folder` for this process; raises UsageError if another process trains into it.

@@ -1,5 +1,7 @@
 """Load batches ahead of time, in the order of the run. They are the same with any number of workers.
 
+Where several processes train together, each loads its share of every batch: consecutive images of it.
+
 Shapes: B images, c channels, H x W pixels.
 """
 
@@ -11,7 +13,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +29,37 @@ ENOUGH = 100  # rows of a stream that are read before the share of unusable ones
 GRACE = 60.0  # seconds that a worker survives SIGTERM, so that the trainer can finish its step and save
 
 
+class Share(NamedTuple):
+    """The share of each batch that one of several processes loads."""
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, count: int) -> slice:
+        """The slice of a batch of `count` images. All are equally long, but for the last ones, which may be empty."""
+        each = -(-count // self.size)
+        return slice(min(self.rank * each, count), min((self.rank + 1) * each, count))
+
+
+ALL = Share()
+
+
 @dataclass(frozen=True)
 class Batch:
-    first: int  # the number in the run of the first image
+    """The images of a batch, or one process's share of them; where that share is empty, one image that counts nothing.
+
+    All numbers in the run count the images of all processes.
+    """
+
+    first: int  # the number in the run of the first of these images
     images: Tensor  # (B, c, H, W): uint8, or float in [-1, 1]; moments (B, m, h, w) if the data are cached
     labels: Tensor | None  # (B,)
     index: Tensor  # (B,) the numbers in the data set; for a stream, the numbers in the run
     names: tuple[str, ...] = ()  # the names of a stream's images; other data know them by index
     after: Position = BEGINNING  # the position of a stream after this batch
     left_out: Mapping[str, str] = field(default_factory=dict)  # rows of a stream that can't be used, with reasons
+    whole: range = range(0)  # the numbers in the run of all images of the batch
+    spare: bool = False  # whether this process has no image of the batch, so that the one here counts nothing
 
     def __len__(self) -> int:
         return len(self.index)
@@ -44,22 +68,26 @@ class Batch:
 class Batches(Dataset[Batch]):
     """The batches of a run. Batch n holds the images first + n B, ... and depends on (data, seed, n) alone."""
 
-    def __init__(self, data: ImageData, seed: int, first: int, total: int, batch_size: int) -> None:
+    def __init__(self, data: ImageData, seed: int, first: int, total: int, batch_size: int, share: Share = ALL) -> None:
         self.data, self.seed, self.first, self.total, self.batch_size = data, seed, first, total, batch_size
+        self.share = share
         self.order = Order(data.count, derive_seed(seed, "data"))
 
     def __len__(self) -> int:
         return -(-(self.total - self.first) // self.batch_size)
 
     def __getitem__(self, n: int) -> Batch:
-        first = self.first + n * self.batch_size
-        size = min(self.batch_size, self.total - first)
-        index = self.order(first, size)
+        begin = self.first + n * self.batch_size
+        whole = range(begin, min(begin + self.batch_size, self.total))
+        ours = whole[self.share.of(len(whole))]
+        numbers = ours or whole[:1]
+        index = self.order(numbers.start, len(numbers))
         if self.data.flips:
-            images = self.data.mirrored(index, coins(self.seed, first, size))
+            images = self.data.mirrored(index, coins(self.seed, numbers.start, len(numbers)))
         else:
             images = self.data.images(index)
-        return Batch(first, images, self.data.labels(index), index)
+        labels = self.data.labels(index)
+        return Batch(numbers.start, images, labels, index, whole=whole, spare=not ours)
 
 
 class InOrder(Batches):
@@ -70,18 +98,30 @@ class InOrder(Batches):
 
     def __getitem__(self, n: int) -> Batch:
         first = self.first + n * self.batch_size
-        index = torch.arange(first, min(first + self.batch_size, self.total))
-        return Batch(first, self.data.images(index), self.data.labels(index), index)
+        whole = range(first, min(first + self.batch_size, self.total))
+        index = torch.arange(whole.start, whole.stop)
+        return Batch(first, self.data.images(index), self.data.labels(index), index, whole=whole)
 
 
 class StreamBatches(IterableDataset[Batch]):
-    """The batches of a run on a stream, read from `position` on. Batch n depends on (data, seed, n) alone."""
+    """The batches of a run on a stream, read from `position` on. Batch n depends on (data, seed, n) alone.
+
+    Each of several processes reads and decodes all rows, since the images of a batch are known only once it is known
+    which rows can be used.
+    """
 
     def __init__(
-        self, data: StreamData, seed: int, first: int, total: int, batch_size: int, position: Position = BEGINNING
+        self,
+        data: StreamData,
+        seed: int,
+        first: int,
+        total: int,
+        batch_size: int,
+        position: Position = BEGINNING,
+        share: Share = ALL,
     ) -> None:
         self.data, self.seed, self.first, self.total, self.batch_size = data, seed, first, total, batch_size
-        self.position = position
+        self.position, self.share = position, share
 
     def __iter__(self) -> Iterator[Batch]:
         rows, first, read, bad = self.data.rows(self.seed, self.position), self.first, 0, 0
@@ -100,12 +140,16 @@ class StreamBatches(IterableDataset[Batch]):
                         f"data: {bad} of {read} rows can't be used (the last: {row.name}: {row.why}); more than "
                         f"data.max_bad={self.data.max_bad:g}; repair or remove them, or raise data.max_bad"
                     )
-            images = torch.from_numpy(np.stack([row.pixels for row in good]))
+            whole = range(first, first + len(good))
+            mine = self.share.of(len(good))
+            ours = good[mine] or good[:1]
+            begin = whole[mine].start if good[mine] else first
+            images = torch.from_numpy(np.stack([row.pixels for row in ours]))
             if self.data.flips:
-                images = mirror(images, coins(self.seed, first, len(good)))
-            labels = torch.tensor([row.label for row in good]) if self.data.class_names else None
-            names = tuple(row.name for row in good)
-            yield Batch(first, images, labels, torch.arange(first, first + len(good)), names, good[-1].after, left_out)
+                images = mirror(images, coins(self.seed, begin, len(ours)))
+            labels = torch.tensor([row.label for row in ours]) if self.data.class_names else None
+            names, index = tuple(row.name for row in ours), torch.arange(begin, begin + len(ours))
+            yield Batch(begin, images, labels, index, names, good[-1].after, left_out, whole, not good[mine])
             first += len(good)
 
 
@@ -115,12 +159,18 @@ def coins(seed: int, first: int, count: int) -> Tensor:
 
 
 def batches_of(
-    data: ImageData, seed: int, first: int, total: int, batch_size: int, position: Position = BEGINNING
+    data: ImageData,
+    seed: int,
+    first: int,
+    total: int,
+    batch_size: int,
+    position: Position = BEGINNING,
+    share: Share = ALL,
 ) -> Batches | StreamBatches:
-    """The batches of images first, ..., total - 1 of a run."""
+    """The batches of images first, ..., total - 1 of a run, or one process's `share` of each."""
     if isinstance(data, StreamData):
-        return StreamBatches(data, seed, first, total, batch_size, position)
-    return Batches(data, seed, first, total, batch_size)
+        return StreamBatches(data, seed, first, total, batch_size, position, share)
+    return Batches(data, seed, first, total, batch_size, share)
 
 
 class WorkerLost(ResourceError):

@@ -65,6 +65,7 @@ class Training(Common):
     """How to train a generator."""
 
     accumulate: StrictInt = Field(1, ge=1, le=MOST_AT_ONCE)  # the parts into which a batch is split, to save memory
+    shard: bool = False  # several processes also share weights, gradients and moments (FSDP2), not batches alone (DDP)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     workers: StrictInt = Field(0, ge=0, le=MOST_WORKERS)  # processes that read images ahead
     sample_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between sample grids at fixed seeds; 0: never

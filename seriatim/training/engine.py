@@ -12,24 +12,26 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from seriatim.checkpoints.native import PARTS
 from seriatim.checkpoints.unfinished import newest_whole
-from seriatim.core.device import DTYPES, pick_device
-from seriatim.core.errors import NumericsError, ResourceError, Stopped
+from seriatim.core.device import DTYPES
+from seriatim.core.errors import NumericsError, ResourceError, Stopped, UsageError
 from seriatim.core.files import write_text
+from seriatim.core.processes import restarted
 from seriatim.core.progress import Progress
 from seriatim.core.schedules import learning_rate
-from seriatim.core.stopping import StopRequest, refuse_many_processes
+from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.data.base import ImageData
 from seriatim.data.loader import Batch, WorkerLost
@@ -38,10 +40,11 @@ from seriatim.nn.onednn_training import prepare_training
 from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import AnyRecipe, dump
+from seriatim.training.distributed import ALONE, World, joined, whole
 from seriatim.training.heap import bound_compiled_products, return_heap
-from seriatim.training.log import MetricsLog, record_choice
+from seriatim.training.log import MetricsLog, NoLog, record_choice
 from seriatim.training.precision import fastest, threads
-from seriatim.training.run_folder import check_out, occupied
+from seriatim.training.run_folder import check_out, is_run, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
 
@@ -72,6 +75,19 @@ class Task(ABC):
     @abstractmethod
     def trial(self) -> Callable[[torch.dtype], Loss]:
         """A function that computes the loss of a first batch in a given dtype and has no side effects."""
+
+    def losses(self, batch: Batch, dtype: torch.dtype) -> Iterator[Loss]:
+        """Yield the loss of each part of a batch; `gradients` goes backward through one before it takes the next."""
+        for part in slices(len(batch), self.accumulate):
+            yield self.loss(batch, part, dtype)
+
+    def spread(self, world: World) -> None:
+        """Prepare the model for training by several processes. Raises UsageError if this kind of model can't be."""
+        if world.size > 1:
+            raise UsageError(
+                f"train: WORLD_SIZE={world.size} is set, but {self.what} is trained by one process; start it without "
+                "torchrun"
+            )
 
     @abstractmethod
     def nominal(self, batch: Batch) -> float:
@@ -131,64 +147,82 @@ def fit(
     Raises UsageError if `out` holds anything but the run to resume or overwrite, if there is no run to resume, or if
     another process is training there; NumericsError if the loss or its gradient is not finite, before anything is
     updated; and Stopped on SIGTERM or SIGINT, after saving.
+
+    Under torchrun all processes call this with the same arguments. What a process that was killed leaves is resumed
+    when torchrun restarts them.
     """
-    refuse_many_processes()
-    check_out(out, resume=resume, overwrite=overwrite)
-    where = pick_device(device)
-    task = task_of(where)
-    settings, data, parts, total = recipe.training, task.data, task.parts, task.total
-    if where.type == "cpu":
-        bound_compiled_products()
-        prepare_training(parts.model)
-    hold = occupied(out, task.files, task.what, overwrite=overwrite)
-    with hold, StopRequest() as stop, contextlib.ExitStack() as stack:
-        begin_run(out, recipe, data, resume=resume)
-        run = restore(out, parts) if resume else None
-        if run is None:
-            task.begin(stop)
-            chosen = fastest(settings.dtype, settings.threads, where, task.trial())
-            record_choice(out, chosen)
-            run = RunState(dtype=chosen.dtype, threads=chosen.threads)
-            parts.model.zero_grad(set_to_none=True)
-        refuse_fewer_images(total, run.seen, out)
-        changes = changes_of(out, recipe, run.seen)  # empty for a new run, whose recipe was just written
+    with joined(device) as world, contextlib.ExitStack() as stack:
+        if restarted() and world.first(lambda: is_run(out)):  # the processes before these have begun the run
+            resume, overwrite = True, False
+        world.first(lambda: check_out(out, resume=resume, overwrite=overwrite))
+        task = world.in_turn(lambda: task_of(world.device))
+        settings, data, total = recipe.training, task.data, task.total
+        if world.device.type == "cpu":
+            bound_compiled_products()
+            prepare_training(task.parts.model)
+
+        def hold() -> None:
+            stack.enter_context(occupied(out, task.files, task.what, overwrite=overwrite))
+
+        world.first(hold)
+        stop = stack.enter_context(StopRequest())
+        world.first(lambda: begin_run(out, recipe, data, resume=resume))
+        path = world.first(lambda: newest(out)) if resume else None
+        if path is None:
+            run = world.first(lambda: begun(task, stop, out, world))
+            world.copy_first(task.parts.model, task.parts.tokenizer)
+        task.spread(world)
+        parts = task.parts
+        if path is not None:
+            run = checkpoints.load(path, parts)
+        world.first(lambda: refuse_fewer_images(total, run.seen, out))
+        changes = world.first(lambda: changes_of(out, recipe, run.seen))  # none of a new run, whose recipe is this one
         if settings.dtype != "auto":
             run.dtype = settings.dtype
         settings = settings.model_copy(update={"dtype": run.dtype, "threads": run.threads})
         task.recipe = recipe = recipe.model_copy(update={"training": settings, "changes": changes})
-        write_text(out / "recipe.yaml", dump(recipe))  # with all measured values, so that it repeats this run
+        world.first(lambda: write_text(out / "recipe.yaml", dump(recipe)))  # with what was measured, so that it repeats
         dtype = DTYPES[run.dtype]
         stack.enter_context(threads(run.threads))
-        log = MetricsLog(out / "metrics.jsonl", run.seen, settings.tensorboard)
+        log = MetricsLog(out / "metrics.jsonl", run.seen, settings.tensorboard) if world.main else NoLog()
         guard, cure = BlowUpGuard(settings, out), way_out(settings, out)
         began, started = run.seen, time.monotonic()
         logged, waited = started, 0.0
 
         def save() -> Path:
-            path = checkpoints.save(out / "checkpoints", parts, run, task.config(run))
-            checkpoints.prune(out / "checkpoints", settings.keep, path)
-            return path
+            tensors = checkpoints.tensors_of(parts, keep=world.main)
+
+            def write() -> Path:
+                path = checkpoints.save(out / "checkpoints", parts, run, task.config(run), tensors)
+                checkpoints.prune(out / "checkpoints", settings.keep, path)
+                return path
+
+            return world.first(write)
 
         batches = stack.enter_context(contextlib.closing(task.batches(run)))
-        with Progress(total, "training", "images", done=run.seen, quiet=quiet) as bar:
+        with Progress(total, "training", "images", done=run.seen, quiet=quiet or not world.main) as bar:
             while run.seen < total:
                 asked = time.perf_counter()
                 try:
                     batch = next(batches)
                 except WorkerLost as error:
+                    if world.size > 1:  # the other processes are in the middle of this step, so nothing can be saved
+                        raise
                     raise ResourceError(f"{error}; saved {save()}: go on with --resume") from error
                 waited += time.perf_counter() - asked
                 # --- one step
-                size = len(batch)
+                size = len(batch.whole)
                 rate = settings.learning_rate * learning_rate(
                     run.seen + size, total, settings.warmup_images, settings.schedule
                 )
                 for group in parts.optimiser.param_groups:
                     group["lr"] = rate
-                losses = (task.loss(batch, part, dtype) for part in slices(size, task.accumulate))
-                means, norm = gradients(parts.trained, losses, task.nominal(batch), settings.clip)
-                check_finite("loss", means["loss"], run.seen, batch, data, cure)
-                check_finite("gradient", norm, run.seen, batch, data, cure)
+                losses = task.losses(batch, dtype)
+                asked_to_stop = stop.requested is not None
+                found = gradients(parts.trained, losses, task.nominal(batch), settings.clip, world, stop=asked_to_stop)
+                means, norm = found.means, found.norm
+                for what, value in (("loss", means["loss"]), ("gradient", norm)):
+                    check_finite(what, value, run.seen, batch, data, cure, world)
                 guard.check(run, means["loss"])
                 parts.update()
                 before, run.seen, run.steps = run.seen, run.seen + size, run.steps + 1
@@ -196,6 +230,7 @@ def fit(
                 run.sums = {name: run.sums.get(name, 0.0) + value for name, value in means.items()}
                 run.steps_since += 1
                 last = run.seen >= total
+                stopping = found.stop or (world.size == 1 and stop.requested is not None)
                 # --- periodically
                 if run.seen - run.since >= settings.log_images or last:
                     now = time.monotonic()
@@ -213,52 +248,84 @@ def fit(
                     run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
                     logged, waited = time.monotonic(), 0.0
                     return_heap()
-                if not stop.requested:
+                if not stopping:
                     task.look(before, run, stop)
                 due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
-                if due and not stop.requested:
+                if due and not stopping:
                     save()
-                    task.curves(log)
-                if stop.requested and not last:
+                    world.first(lambda: task.curves(log))
+                if stopping and not last:
                     path = save()
-                    raise Stopped(
-                        f"{stop.requested}: stopped after {run.seen} images, saved {path}; go on with --resume"
+                    raise world.told(
+                        Stopped(
+                            f"{stop.requested or 'signal'}: stopped after {run.seen} images, saved {path}; go on with "
+                            "--resume"
+                        )
                     )
                 bar.advance(size)
         seconds = time.monotonic() - started
         log.close()
         task.finish(run, log)
-        task.curves(log)
+        world.first(lambda: task.curves(log))
     return Outcome(task, run, seconds, (run.seen - began) / seconds if run.seen > began else 0.0)
 
 
+def begun(task: Task, stop: StopRequest, out: Path, world: World) -> RunState:
+    """The state of a new run, with the dtype and the number of threads that it will use, which are measured."""
+    task.begin(stop)
+    settings = task.recipe.training
+    count = settings.threads
+    if count == "auto" and world.device.type == "cpu" and world.local_size > 1:
+        count = max(1, len(os.sched_getaffinity(0)) // world.local_size)
+    chosen = fastest(settings.dtype, count, world.device, task.trial())
+    record_choice(out, chosen)
+    task.parts.model.zero_grad(set_to_none=True)
+    return RunState(dtype=chosen.dtype, threads=chosen.threads)
+
+
+class Gradients(NamedTuple):
+    """What one step has computed. The gradients themselves are in the parameters."""
+
+    means: dict[str, float]  # the means of the loss and its terms over all processes
+    norm: float  # of the gradients before clipping
+    stop: bool  # whether a process was asked to stop
+
+
 def gradients(
-    trained: Sequence[Tensor], losses: Iterable[Loss], nominal: float, clip: float
-) -> tuple[dict[str, float], float]:
+    trained: Sequence[Tensor],
+    losses: Iterable[Loss],
+    nominal: float,
+    clip: float,
+    world: World = ALONE,
+    *,
+    stop: bool = False,
+) -> Gradients:
     """Compute the clipped gradients of a loss that comes in parts.
 
-    Returns the means of the loss and its terms, and the norm of the gradients before clipping. Each part is a sum over
-    its own count. It is divided by the nominal count before the backward pass, and the gradients are corrected once all
-    counts are known, so that the result does not depend on how the batch is split. The device is waited for once for
-    each part, and once for the norm.
+    Each part is a sum over its own count. It is divided by the nominal count before the backward pass, and the
+    gradients are corrected once all counts are known, so that the result depends neither on how the batch is split nor
+    on the number of processes. The device is waited for twice: for the loss and for the norm.
     """
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
     for loss in losses:
         (loss.sum / nominal).backward()
-        names = ("loss", "count", *loss.parts)
-        values = torch.stack([value.detach() for value in (loss.sum, loss.count, *loss.parts.values())]).tolist()
-        for name, value in zip(names, values, strict=True):
-            sums[name] = sums.get(name, 0.0) + value
-    count = sums.pop("count")
-    torch._foreach_mul_([parameter.grad for parameter in trained if parameter.grad is not None], nominal / count)
-    norm = torch.nn.utils.clip_grad_norm_(trained, clip).item()
-    return {name: value / count for name, value in sums.items()}, norm
+        for name, value in (("loss", loss.sum), ("count", loss.count), *loss.parts.items()):
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+    flag = torch.full((), float(stop), device=sums["loss"].device)
+    values = world.total(torch.stack([flag, *sums.values()])).tolist()
+    means = dict(zip(sums, values[1:], strict=True))
+    count = means.pop("count")
+    # The gradients are means over the processes of sums over their images.
+    factor = nominal * world.size / count
+    torch._foreach_mul_([parameter.grad for parameter in trained if parameter.grad is not None], factor)
+    norm = whole(torch.nn.utils.clip_grad_norm_(trained, clip)).item()
+    return Gradients({name: value / count for name, value in means.items()}, norm, values[0] > 0)
 
 
-def restore(out: Path, parts: Trainables) -> RunState | None:
-    """Load the newest whole checkpoint into `parts` and return its state; None if there is none.
+def newest(out: Path) -> Path | None:
+    """The newest whole checkpoint; None if there is none. Newer ones that are damaged are set aside.
 
-    Newer checkpoints that are damaged are set aside. Both are reported.
+    Both are reported.
     """
     folder = out / "checkpoints"
     checkpoints.sweep(folder)
@@ -267,10 +334,9 @@ def restore(out: Path, parts: Trainables) -> RunState | None:
     path, _ = newest_whole(folder)
     if path is None:
         say(f"no whole checkpoint in {folder}: beginning anew")
-        return None
-    run = checkpoints.load(path, parts)
-    say(f"resuming after {run.seen:,} images from {path}")
-    return run
+    else:
+        say(f"resuming after {int(path.name):,} images from {path}")
+    return path
 
 
 def slices(size: int, parts: int) -> list[slice]:
@@ -284,12 +350,14 @@ def crossed(before: int, now: int, every: int) -> bool:
     return bool(every) and now // every > before // every
 
 
-def check_finite(what: str, value: float, seen: int, batch: Batch, data: ImageData, cure: str) -> None:
+def check_finite(what: str, value: float, seen: int, batch: Batch, data: ImageData, cure: str, world: World) -> None:
     """Raise NumericsError, which names images of the batch, if the value is not finite."""
     if not math.isfinite(value):
         names = batch.names[:8] or [data.name(int(i)) for i in batch.index[:8]]
-        named = ", ".join(names) + (", ..." if len(batch) > 8 else "")
-        raise NumericsError(
-            f"the {what} is not finite ({value}) after {seen} images, in the batch of images {named}; nothing was "
-            f"updated; {cure}"
+        named = ", ".join(names) + (", ..." if len(batch.whole) > len(names) else "")
+        raise world.told(
+            NumericsError(
+                f"the {what} is not finite ({value}) after {seen} images, in the batch of images {named}; nothing was "
+                f"updated; {cure}"
+            )
         )

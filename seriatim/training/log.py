@@ -49,6 +49,19 @@ class MetricsLog:
             self._board.close()
 
 
+class NoLog(MetricsLog):
+    """The log of a process that writes no files."""
+
+    def __init__(self) -> None:
+        self.rows = []
+
+    def write(self, **values: Any) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def rows_until(seen: int, path: Path) -> list[dict[str, Any]]:
     """The lines of the first `seen` images. If some lines are damaged, a copy of the old file is kept."""
     rows: list[dict[str, Any]] = []

@@ -5,13 +5,15 @@ Shapes: B images of a batch, L tokens, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from seriatim.checkpoints.native import Bundle, bundle_config, save_bundle
 from seriatim.core.device import plain_torch
@@ -21,11 +23,12 @@ from seriatim.core.random import derive_seed
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.data.base import Position
-from seriatim.data.loader import Batch, Loader, batches_of, to_float
+from seriatim.data.loader import Batch, Loader, Share, batches_of, to_float
 from seriatim.models.base import Loss, SequenceModel
-from seriatim.models.build import parameter_count
+from seriatim.models.build import build_model, model_config, parameter_count
 from seriatim.training.config import Recipe
-from seriatim.training.engine import Task, crossed, fit
+from seriatim.training.distributed import ALONE, World, replicated, shard, synchronised, whole
+from seriatim.training.engine import Task, crossed, fit, slices
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
 from seriatim.training.optim import adamw, averaged
@@ -54,10 +57,35 @@ class GeneratorTask(Task):
         self.data, self.tokenizer, self.model = build(recipe)
         self.model.to(where).train()
         self.tokenizer.to(where)
-        optimiser = adamw(self.model, settings.learning_rate, settings.betas, settings.weight_decay)
-        self.parts = Trainables(self.model, averaged(self.model, settings.ema), optimiser, self.tokenizer)
+        self.net: nn.Module = self.model  # what computes the loss: the model, or the model inside DDP
+        self.world = ALONE
+        self.parts = self.trainables(averaged(self.model, settings.ema))
         self.total, self.accumulate = settings.images, settings.accumulate
         self.keys, self.step_keys = Keys.of(recipe.seed, "train"), Keys.of(recipe.seed, "step")
+
+    def trainables(self, average: AveragedModel) -> Trainables:
+        settings = self.recipe.training
+        optimiser = adamw(self.model, settings.learning_rate, settings.betas, settings.weight_decay)
+        return Trainables(self.model, average, optimiser, self.tokenizer)
+
+    def spread(self, world: World) -> None:
+        self.world = world
+        if world.size == 1:
+            return
+        if self.recipe.training.shard:
+            average = self.parts.average
+            for model in (self.model, cast(SequenceModel, average.module)):
+                shard(model, model.backbone, world)
+            self.parts = self.trainables(average)  # sharding has replaced the parameters
+        else:
+            self.net = replicated(self.model, world.first(self.some_idle))
+
+    def some_idle(self) -> bool:
+        """Whether some trained parameters, as those of somebody's own head, take no part in the loss."""
+        self.trial()(torch.float32).sum.backward()
+        idle = any(p.grad is None for p in self.model.parameters() if p.requires_grad)
+        self.model.zero_grad(set_to_none=True)
+        return idle
 
     def begin(self, stop: StopRequest) -> None:
         folder = self.recipe.training.init_from
@@ -69,8 +97,8 @@ class GeneratorTask(Task):
 
     def batches(self, run: RunState) -> Generator[Batch]:
         settings = self.recipe.training
-        position = Position(*run.position)
-        batches = batches_of(self.data, self.recipe.seed, run.seen, self.total, settings.batch_size, position)
+        position, share = Position(*run.position), Share(self.world.rank, self.world.size)
+        batches = batches_of(self.data, self.recipe.seed, run.seen, self.total, settings.batch_size, position, share)
         return iter(Loader(batches, settings.workers))
 
     def trial(self) -> Callable[[torch.dtype], Loss]:
@@ -80,7 +108,20 @@ class GeneratorTask(Task):
         return lambda dtype: self.loss(probe, slice(0, -(-len(probe) // self.accumulate)), dtype)
 
     def nominal(self, batch: Batch) -> float:
-        return float(len(batch) * self.model.tokens)
+        return float(len(batch.whole) * self.model.tokens)
+
+    def losses(self, batch: Batch, dtype: torch.dtype) -> Iterator[Loss]:
+        # All processes must go forward equally often, so one with fewer parts repeats its first and counts nothing.
+        ours = [] if batch.spare else slices(len(batch), self.accumulate)
+        longest = Share(0, self.world.size).of(len(batch.whole))  # the first process has the most images
+        rounds = len(slices(longest.stop, self.accumulate))
+        for number in range(rounds):
+            with synchronised(self.net, last=number == rounds - 1):
+                if number < len(ours):
+                    yield self.loss(batch, ours[number], dtype)
+                else:
+                    loss = self.loss(batch, slice(0, 1), dtype)
+                    yield Loss(loss.sum * 0, loss.count * 0, {name: value * 0 for name, value in loss.parts.items()})
 
     def loss(self, batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
         # Every random number, also of dropout, depends on (seed, first) alone, so that resuming is bitwise.
@@ -91,11 +132,14 @@ class GeneratorTask(Task):
         with torch.random.fork_rng(devices=[] if self.where.type == "cpu" else None):
             torch.manual_seed(derive_seed(self.recipe.seed, "dropout", first))
             with torch.no_grad():
-                moments = images if self.data.cached else self.tokenizer.moments(to_float(images))
-                tokens = self.tokenizer.tokens(moments, keys.fold("posterior"))  # (B, L, D)
+                tokens = self.tokens(images, keys.fold("posterior"))  # (B, L, D)
             with torch.autocast(self.where.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss: Loss = self.model(tokens, labels, keys, self.step_keys.fold(batch.first))
+                loss: Loss = self.net(tokens, labels, keys, self.step_keys.fold(batch.whole.start))
         return Loss(loss.sum, loss.count, {f"loss_{name}": value for name, value in loss.parts.items()})
+
+    def tokens(self, images: Tensor, keys: Keys) -> Tensor:
+        """The tokens (B, L, D), or codes (B, L), of images or of their cached moments."""
+        return self.tokenizer.tokens(images if self.data.cached else self.tokenizer.moments(to_float(images)), keys)
 
     # --- results of a run -----------------------------------------------------------------------------------------
 
@@ -103,30 +147,53 @@ class GeneratorTask(Task):
     def trained_on(self) -> dict[str, Any]:
         return {"count": self.data.count, "fingerprint": self.data.images_fingerprint()}
 
-    def bundle(self, run: RunState) -> Bundle:
-        """A bundle of the averaged weights with their provenance."""
+    def averaged_model(self) -> SequenceModel:
+        """The model with averaged weights. If it is sharded, the first process gets a copy that is not."""
+        trained = cast(SequenceModel, self.parts.average.module)
+        if self.net is not self.model or self.world.size == 1:
+            return trained
+        weights = {name: whole(tensor) for name, tensor in trained.state_dict().items()}
+        if not self.world.main:
+            return trained
+        made = build_model(model_config(trained)).to(self.where)
+        made.load_state_dict(weights)
+        return made
+
+    def bundle(self, run: RunState, trained: SequenceModel) -> Bundle:
+        """A bundle of a model of this run with its provenance."""
         provenance = {"recipe": self.recipe.model_dump(mode="json"), "images": run.seen, "data": self.trained_on}
-        trained, data = cast(SequenceModel, self.parts.average.module), self.data
+        data = self.data
         return Bundle(
             trained, self.tokenizer, data.class_names, self.recipe.sampling, provenance, background=data.background
         )
 
     def config(self, run: RunState) -> Mapping[str, Any]:
-        return bundle_config(self.bundle(run))
+        return bundle_config(self.bundle(run, cast(SequenceModel, self.parts.average.module)))
 
     def look(self, before: int, run: RunState, stop: StopRequest) -> None:
-        if crossed(before, run.seen, self.recipe.training.sample_images):
+        if not crossed(before, run.seen, self.recipe.training.sample_images):
+            return
+        trained = self.averaged_model()
+
+        def draw() -> None:
             try:
-                draw_samples(self.bundle(run), self.out / "samples", run.seen, self.recipe.seed, stop)
+                draw_samples(self.bundle(run, trained), self.out / "samples", run.seen, self.recipe.seed, stop)
             except NumericsError as error:  # training continues, since later weights may do better
                 say(f"no samples after {run.seen} images: {error}")
+
+        self.world.first(draw)
 
     def curves(self, log: MetricsLog) -> None:
         loss_curve(log.rows, self.out / "training.png", self.recipe.name)
 
     def finish(self, run: RunState, log: MetricsLog) -> None:
-        card = model_card(self.recipe, run.seen, parameter_count(self.model), log.rows, self.data)
-        save_bundle(self.bundle(run), self.out / "model", card=card)
+        trained = self.averaged_model()
+
+        def write() -> None:
+            card = model_card(self.recipe, run.seen, parameter_count(self.model), log.rows, self.data)
+            save_bundle(self.bundle(run, trained), self.out / "model", card=card)
+
+        self.world.first(write)
 
 
 @plain_torch(grad=True)

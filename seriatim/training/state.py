@@ -46,6 +46,7 @@ from seriatim.core.errors import CheckpointError, shown
 from seriatim.core.files import PREVIOUS, atomic_folder, put_back, verify_manifest, write_json, write_manifest
 from seriatim.core.reading import Unreadable, read_json, read_or_raise
 from seriatim.core.validation import Strict, parse
+from seriatim.training.distributed import placed, whole
 
 MOMENTS = {  # the tensors that each optimiser keeps for a parameter
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},  # AdamW is a subclass
@@ -94,19 +95,49 @@ class Trainables:
         self.average.update_parameters(self.model)
 
 
-def save(folder: Path, parts: Trainables, state: RunState, config: Mapping[str, Any] | None = None) -> Path:
+Tensors = dict[str, dict[str, Tensor]]  # the name of a file without its suffix -> the tensors in it, by name
+
+
+def tensors_of(parts: Trainables, *, keep: bool = True) -> Tensors:
+    """The tensors of a checkpoint, the same from any number of processes.
+
+    Where the model is sharded, all processes must call this together; it returns them only with `keep`.
+    """
+    given = {
+        "model": parts.model.state_dict(),
+        "average": parts.average.module.state_dict(),
+        "optimiser": moments(parts),
+        "tokenizer": parts.tokenizer.state_dict(),
+    }
+    found: Tensors = {}
+    for file, tensors in given.items():
+        for name, tensor in tensors.items():
+            full = whole(tensor)
+            if keep:  # a gathered tensor must leave the device at once, which may not hold all of them
+                found.setdefault(file, {})[name] = full if full is tensor else full.cpu()
+        found.setdefault(file, {})
+    return found
+
+
+def save(
+    folder: Path,
+    parts: Trainables,
+    state: RunState,
+    config: Mapping[str, Any] | None = None,
+    tensors: Tensors | None = None,
+) -> Path:
     """Write a checkpoint for `state.seen` images and return its path.
 
-    With the `config` of its model, the checkpoint can be used without the run.
+    With the `config` of its model, the checkpoint can be used without the run. `tensors` are those of `tensors_of`, if
+    they were gathered already.
     """
-    check_finite_weights(parts.model, "model")
-    check_finite_weights(parts.average.module, "average")
+    tensors = tensors_of(parts) if tensors is None else tensors
+    for name in ("model", "average"):
+        check_finite_weights(tensors[name], name)
     path = folder / f"{state.seen:012d}"
     with atomic_folder(path) as temporary:
-        write_tensors(temporary / "model.safetensors", parts.model.state_dict())
-        write_tensors(temporary / "average.safetensors", parts.average.module.state_dict())
-        write_tensors(temporary / "optimiser.safetensors", moments(parts))
-        write_tensors(temporary / "tokenizer.safetensors", parts.tokenizer.state_dict())
+        for name, values in tensors.items():
+            write_tensors(temporary / f"{name}.safetensors", values)
         write_json(temporary / STATE, {"format": FORMAT, **vars(state)})
         if config is not None:
             write_config(temporary, config)
@@ -145,7 +176,8 @@ def load(path: Path, parts: Trainables) -> RunState:
         for name, module in modules.items()
     }
     for name, module in modules.items():
-        module.load_state_dict(found[name])
+        now = module.state_dict()
+        module.load_state_dict({key: placed(tensor, now[key]) for key, tensor in found[name].items()})
     parts.average.n_averaged.fill_(state.steps)
     parts.optimiser.load_state_dict({"state": moments, "param_groups": parts.optimiser.state_dict()["param_groups"]})
     return state
@@ -183,7 +215,10 @@ def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[
             raise CheckpointError(f"{path} has an unknown tensor {key!r}: it is not this optimiser's")
         shape = torch.Size() if moment == "step" else parts.trained[now[name]].shape
         wanted = torch.empty(shape, dtype=torch.float32, device="meta")
-        found.setdefault(now[name], {})[moment] = as_wanted(tensor, wanted, key, path)
+        tensor = as_wanted(tensor, wanted, key, path)
+        found.setdefault(now[name], {})[moment] = (
+            tensor if moment == "step" else placed(tensor, parts.trained[now[name]])
+        )
     for number, given in found.items():
         lacking = sorted(kept - given.keys())
         if lacking:

@@ -152,14 +152,14 @@ def test_the_comparison_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         true = classifier.draws_of
         monkeypatch.setattr(classifier, "draws_of", lambda seed, first, count: true(seed + 1, first, count))
     else:
-        true_restore = engine.restore
+        true_load = engine.checkpoints.load
 
-        def forgetful(out: Path, parts: Any) -> Any:
-            state = true_restore(out, parts)
+        def forgetful(path: Path, parts: Any) -> Any:
+            state = true_load(path, parts)
             parts.optimiser.state.clear()
             return state
 
-        monkeypatch.setattr(engine, "restore", forgetful)
+        monkeypatch.setattr(engine.checkpoints, "load", forgetful)
     train_classifier(tiny(), tmp_path / "parts", resume=True, quiet=True)
     assert weights(tmp_path / "whole") != weights(tmp_path / "parts")
 

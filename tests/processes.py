@@ -1,0 +1,63 @@
+"""Several processes that work together, for tests: forks of this one, connected as torchrun connects its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from seriatim.cli.main import run
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells process `rank` of `size` on one machine."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        **{name: str(value) for name, value in told.items()},
+    }
+
+
+def command(*words: str) -> tuple[int, list[str]]:
+    """The exit code of a command line that runs in this process, and the lines that it prints for people."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = run(words)
+    return code, said.getvalue().splitlines()
+
+
+def together(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:
+    """What `work` returns, or the exception that it raises, in each of `size` processes; call it in a fresh process."""
+
+    port, children = free_port(), []
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            os.environ.update(environment(rank, size, port))
+            try:
+                try:
+                    found = work()
+                except Exception as error:
+                    traceback.print_exc()
+                    found = error
+                (folder / f"{rank}.pickle").write_bytes(pickle.dumps(found))
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(size)]

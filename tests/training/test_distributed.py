@@ -1,0 +1,190 @@
+"""Several processes train as one: same images, same draws, same gradients, same weights; and they end together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import command, together
+from safetensors.torch import load_file
+from torch import Tensor
+
+from seriatim import load
+from seriatim.core.keys import Keys
+from seriatim.core.processes import place
+from seriatim.core.stopping import only_trainer
+from seriatim.training import engine
+from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.distributed import joined
+from seriatim.training.engine import gradients
+from seriatim.training.loop import GeneratorTask
+from seriatim.training.state import RunState, tensors_of
+
+pytestmark = pytest.mark.fresh_process
+
+SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "training.batch_size=7", "training.threads=1",
+         "training.dtype=float32", "training.images=29"]  # fmt: skip
+KINDS = {
+    "masked": ["mar-digits", "model.head.width=16", "model.head.depth=1"],
+    "causal": ["gpt-digits", "model.dropout=0"],
+    "nested": ["mar-digits", "model.head={kind: nested, split: {kind: features}, model: {kind: causal, width: 16, "
+               "depth: 1, heads: 2, head: {kind: mixture, components: 2}}}"],
+}  # fmt: skip
+STEPS = 5  # the last batch has one image, so that all but one process have none
+
+
+class InFloat64(GeneratorTask):
+    """Computes everything in float64, so that only rounding of float64 depends on how a batch is split."""
+
+    def __init__(self, recipe: Recipe, out: Path, where: torch.device) -> None:
+        super().__init__(recipe, out, where, quiet=True)
+        self.model.double()
+        self.parts.average.double()
+
+    def tokens(self, images: Tensor, keys: Keys) -> Tensor:
+        found = super().tokens(images, keys)
+        return found.double() if found.is_floating_point() else found
+
+
+def recipe_of(kind: str, *more: str) -> Recipe:
+    name, *settings = KINDS[kind]
+    return read_recipe(name, [*SMALL, *settings, *more])
+
+
+def trained(recipe: Recipe, out: Path, cls: Any = InFloat64) -> tuple[dict[str, Tensor], list[float], list[int]]:
+    """The weights and averages after five steps, the losses, and the images that this process saw."""
+    with joined("cpu") as world:
+        task = cls(recipe, out, world.device)
+        task.begin(None)
+        task.spread(world)
+        losses, seen = [], []
+        for batch in task.batches(RunState()):
+            seen += [] if batch.spare else batch.index.tolist()
+            found = gradients(
+                task.parts.trained, task.losses(batch, torch.float32), task.nominal(batch), recipe.training.clip, world
+            )
+            losses.append(found.means["loss"])
+            task.parts.update()
+        assert len(losses) == STEPS
+        tensors = tensors_of(task.parts)
+    return {f"{file}/{name}": t for file in ("model", "average") for name, t in tensors[file].items()}, losses, seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_is_two_is_three(kind: str, tmp_path: Path) -> None:
+    """After five steps, replicated and sharded, with one pass a step and with two."""
+    (alone,) = together(1, lambda: trained(recipe_of(kind), tmp_path), tmp_path / "1")
+    for size, more in ((2, []), (3, ["training.accumulate=2"]), (2, ["training.shard=true", "training.accumulate=2"])):
+        changed = recipe_of(kind, *more)
+        found = together(size, lambda changed=changed: trained(changed, tmp_path), tmp_path / f"{size}{more}")
+        for weights, losses, _ in found:
+            assert losses == pytest.approx(alone[1], rel=1e-9)
+            for name, tensor in weights.items():
+                scale = float(alone[0][name].abs().max()) + 1e-12
+                assert float((tensor - alone[0][name]).abs().max()) <= 1e-9 * scale, (name, size, more)
+        assert sorted(i for _, _, seen in found for i in seen) == sorted(alone[2])
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+TRAIN = ["train", "mar-digits", *SMALL, *KINDS["masked"][1:], "training.images=280", "training.log_images=70",
+         "training.save_images=70", "training.keep=9", "--out"]  # fmt: skip
+
+
+def content(folder: Path) -> dict[str, Tensor]:
+    return {f"{name}/{key}": tensor
+            for name in ("model", "average", "optimiser")
+            for key, tensor in load_file(folder / f"{name}.safetensors").items()}  # fmt: skip
+
+
+def stopped_at(images: int) -> Callable[[], tuple[int, list[str]]]:
+    """Resume or begin the run, and let its last process ask to stop once `images` images were seen."""
+
+    def work(out: Path, *more: str) -> tuple[int, list[str]]:
+        true = engine.gradients
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            if place().rank == place().size - 1 and seen[0] == images:
+                options["stop"] = True  # as after a signal that this process alone got
+            seen[0] += 7
+            return true(*arguments, **options)
+
+        seen = [images - 63]  # those that this step will have seen
+        engine.gradients = counted  # this process ends soon
+        return command(*TRAIN, str(out), *more)
+
+    return work
+
+
+def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
+    """Two processes, then one, then three, one of them stopped by a signal that it alone got: as one alone."""
+    assert command(*TRAIN, str(tmp_path / "alone"))[0] == 0
+    run = tmp_path / "run"
+    for size, images, more in ((2, 70, []), (1, 140, ["--resume"]), (3, 210, ["--resume"])):
+        found = together(size, lambda images=images, more=more: stopped_at(images)(run, *more), tmp_path / str(size))
+        assert [code for code, _ in found] == [143] * size
+        said = [line for _, lines in found for line in lines]
+        assert len([line for line in said if f"stopped after {images} images" in line]) == 1, said
+    more = ["--resume", "training.shard=true"]
+    assert [c for c, _ in together(2, lambda: command(*TRAIN, str(run), *more), tmp_path / "last")] == [0, 0]
+    for one, other in ((content(tmp_path / name / "checkpoints" / "000000000280") for name in ("alone", "run")),):
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert float((tensor - other[name]).norm()) <= 1e-4 * float(tensor.norm()) + 1e-7, name
+    rows = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            for name in ("alone", "run")]  # fmt: skip
+    assert [row["images"] for row in rows[1]] == [70, 140, 210, 280]
+    for a, b in zip(*rows, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert load(run).model.tokens == 16
+
+
+def test_a_number_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
+    def work() -> tuple[int, list[str]]:
+        true = GeneratorTask.tokens
+
+        def damaged(self: GeneratorTask, images: Tensor, keys: Keys) -> Tensor:
+            found = true(self, images, keys)
+            return found * float("nan") if place().rank == 1 and len(calls) > 12 else (calls.append(1), found)[1]
+
+        calls: list[int] = []
+        GeneratorTask.tokens = damaged  # type: ignore[method-assign]
+        return command(*TRAIN, str(tmp_path / "run"))
+
+    found = together(2, work, tmp_path / "found")
+    assert [code for code, _ in found] == [5, 5]
+    said = [line for _, lines in found for line in lines if "not finite" in line]
+    assert len(said) == 1 and "nothing was updated" in said[0]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000000070"]
+
+
+def test_two_launchers_in_one_folder(tmp_path: Path) -> None:
+    """The second one ends with one line, and leaves the first one alone."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with only_trainer(run):
+        found = together(2, lambda: command(*TRAIN, str(run)), tmp_path / "found")
+    assert [code for code, _ in found] == [2, 2]
+    assert len([line for _, lines in found for line in lines]) == 1, found
+
+
+def test_what_the_first_process_refuses_all_refuse_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    found = together(3, lambda: command(*TRAIN, str(tmp_path / "run")), tmp_path / "found")
+    assert [code for code, _ in found] == [2, 2, 2] and len([line for _, lines in found for line in lines]) == 1
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("setting", ["WORLD_SIZE=2", "RANK=1", "WORLD_SIZE=two", "LOCAL_RANK=3"])
+def test_an_environment_that_says_nonsense_is_one_line(
+    setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(*setting.split("="))
+    code, lines = command(*TRAIN, str(tmp_path / "run"))
+    assert code == 2 and len(lines) == 1 and setting.split("=")[0] in lines[0] and "torchrun" in lines[0]
+    assert not (tmp_path / "run").exists()
