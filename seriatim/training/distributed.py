@@ -187,10 +187,11 @@ def shard(model: nn.Module, blocks: nn.Module, world: World) -> None:
 @contextlib.contextmanager
 def synchronised(net: nn.Module, last: bool) -> Iterator[None]:
     """A context for one of several passes forward and backward, of which the last averages over the processes."""
-    if hasattr(net, "set_requires_gradient_sync"):
-        net.set_requires_gradient_sync(last)
-    elif hasattr(net, "no_sync") and not last:
-        with net.no_sync():
+    spread: Any = net
+    if hasattr(spread, "set_requires_gradient_sync"):
+        spread.set_requires_gradient_sync(last)
+    elif hasattr(spread, "no_sync") and not last:
+        with spread.no_sync():
             yield
         return
     yield
@@ -204,8 +205,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor, which every process has, sharded like another one if that is sharded."""
-    if not hasattr(like, "full_tensor"):
+    sharded: Any = like
+    if not hasattr(sharded, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,8 @@ def trained(recipe: Recipe, out: Path, cls: Any = InFloat64) -> tuple[dict[str, 
         task = cls(recipe, out, world.device)
         task.begin(None)
         task.spread(world)
-        losses, seen = [], []
+        losses: list[float] = []
+        seen: list[int] = []
         for batch in task.batches(RunState()):
             seen += [] if batch.spare else batch.index.tolist()
             found = gradients(
@@ -80,7 +81,7 @@ def test_one_process_is_two_is_three(kind: str, tmp_path: Path) -> None:
     (alone,) = together(1, lambda: trained(recipe_of(kind), tmp_path), tmp_path / "1")
     for size, more in ((2, []), (3, ["training.accumulate=2"]), (2, ["training.shard=true", "training.accumulate=2"])):
         changed = recipe_of(kind, *more)
-        found = together(size, lambda changed=changed: trained(changed, tmp_path), tmp_path / f"{size}{more}")
+        found = together(size, partial(trained, changed, tmp_path), tmp_path / f"{size}{more}")
         for weights, losses, _ in found:
             assert losses == pytest.approx(alone[1], rel=1e-9)
             for name, tensor in weights.items():
@@ -101,23 +102,18 @@ def content(folder: Path) -> dict[str, Tensor]:
             for key, tensor in load_file(folder / f"{name}.safetensors").items()}  # fmt: skip
 
 
-def stopped_at(images: int) -> Callable[[], tuple[int, list[str]]]:
-    """Resume or begin the run, and let its last process ask to stop once `images` images were seen."""
+def stopped_at(images: int, out: Path, *more: str) -> tuple[int, list[str]]:
+    """Begin or resume the run; its last process is asked to stop in the step after which `images` images were seen."""
+    true, seen = engine.gradients, [images - 63]  # this starts at the images that the first step will have seen
 
-    def work(out: Path, *more: str) -> tuple[int, list[str]]:
-        true = engine.gradients
+    def counted(*arguments: Any, **options: Any) -> Any:
+        if place().rank == place().size - 1 and seen[0] == images:
+            options["stop"] = True
+        seen[0] += 7
+        return true(*arguments, **options)
 
-        def counted(*arguments: Any, **options: Any) -> Any:
-            if place().rank == place().size - 1 and seen[0] == images:
-                options["stop"] = True  # as after a signal that this process alone got
-            seen[0] += 7
-            return true(*arguments, **options)
-
-        seen = [images - 63]  # those that this step will have seen
-        engine.gradients = counted  # this process ends soon
-        return command(*TRAIN, str(out), *more)
-
-    return work
+    engine.gradients = counted  # type: ignore[assignment]  # this process ends soon
+    return command(*TRAIN, str(out), *more)
 
 
 def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
@@ -125,7 +121,7 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     assert command(*TRAIN, str(tmp_path / "alone"))[0] == 0
     run = tmp_path / "run"
     for size, images, more in ((2, 70, []), (1, 140, ["--resume"]), (3, 210, ["--resume"])):
-        found = together(size, lambda images=images, more=more: stopped_at(images)(run, *more), tmp_path / str(size))
+        found = together(size, partial(stopped_at, images, run, *more), tmp_path / str(size))
         assert [code for code, _ in found] == [143] * size
         said = [line for _, lines in found for line in lines]
         assert len([line for line in said if f"stopped after {images} images" in line]) == 1, said
@@ -149,7 +145,8 @@ def test_a_number_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) ->
 
         def damaged(self: GeneratorTask, images: Tensor, keys: Keys) -> Tensor:
             found = true(self, images, keys)
-            return found * float("nan") if place().rank == 1 and len(calls) > 12 else (calls.append(1), found)[1]
+            calls.append(1)
+            return found * float("nan") if place().rank == 1 and len(calls) > 12 else found
 
         calls: list[int] = []
         GeneratorTask.tokens = damaged  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from seriatim.checkpoints.unfinished import all_checkpoints
-from seriatim.core.errors import ResourceError, UsageError
+from seriatim.core.errors import ResourceError
 from seriatim.data import loader
 from seriatim.training import loop
 from seriatim.training.config import Recipe, read_recipe
@@ -78,18 +78,6 @@ def test_other_errors_of_a_worker_are_not_taken_for_its_death() -> None:
 
 
 # --- where training is called -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "value"), [("WORLD_SIZE", "2"), ("RANK", "1")])
-def test_one_of_several_processes_does_not_train(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
-) -> None:
-    monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=f"train: {name}={value} is set, but training is one process on one device"):
-        train(tiny(), tmp_path / "run", quiet=True)
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv(name, "0" if name == "RANK" else "1")
-    train(tiny("training.images=16"), tmp_path / "run", quiet=True)
 
 
 AROUND: dict[str, Any] = {
