@@ -172,12 +172,10 @@ def bench(
         most = MOST_THREADS if name == "threads" else MOST_AT_ONCE
         if value is not None and not 1 <= value <= most:
             raise UsageError(f"{name}: {value!r} is not allowed; it must be from 1 to {most:,}")
-    ask: Ask = {
-        "model": model, "official": official, "batch": batch, "num_inference_steps": num_inference_steps,
-        "num_diffusion_steps": num_diffusion_steps, "guidance_scale": guidance_scale,
-        "guidance_schedule": guidance_schedule, "guidance_mode": guidance_mode, "every": every,
-        "device": str(pick_device(device)), "threads": threads or torch.get_num_threads(),
-    }  # fmt: skip
+    ask: Ask = {"model": model, "official": official, "batch": batch, "every": every}
+    ask |= {"num_inference_steps": num_inference_steps, "num_diffusion_steps": num_diffusion_steps}
+    ask |= {"guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule, "guidance_mode": guidance_mode}
+    ask |= {"device": str(pick_device(device)), "threads": threads or torch.get_num_threads()}
     where = torch.device(ask["device"])
     if official_dtype is not None:
         if official is None:
@@ -190,15 +188,13 @@ def bench(
         half = best_dtype(where) if dtype == "best" else pick_dtype(dtype, where)
         ask["dtype"] = str(half).removeprefix("torch.")
         ours = Ours(prepared(of.model.to(where), half), half, where)
-        result = {
-            "model": model, "weights": of.weights, "device": processor(where), "threads": ask["threads"],
-            "batch": batch, "num_inference_steps": work.steps, "num_diffusion_steps": inside(of.model, work),
-            "guidance_scale": work.guidance, "guidance_schedule": work.schedule, "temperature": work.temperature,
-            "guidance_mode": work.head_options.get("guidance_mode"), "every": work.every, "repetitions": repetitions,
-            "dtype": ours.dtype, "head_dtype": "float32",
-            "start_timestep": start_of(of.model, work),
-            "versions": {"seriatim": __version__, "torch": torch.__version__},
-        }  # fmt: skip
+        result: dict[str, Any] = {"model": model, "weights": of.weights, "device": processor(where)}
+        result |= {"threads": ask["threads"], "batch": batch, "repetitions": repetitions, "every": work.every}
+        result |= {"num_inference_steps": work.steps, "num_diffusion_steps": inside(of.model, work)}
+        result |= {"guidance_scale": work.guidance, "guidance_schedule": work.schedule}
+        result |= {"guidance_mode": work.head_options.get("guidance_mode"), "temperature": work.temperature}
+        result |= {"dtype": ours.dtype, "head_dtype": "float32", "start_timestep": start_of(of.model, work)}
+        result["versions"] = {"seriatim": __version__, "torch": torch.__version__}
         runs = (1 + repetitions) * (1 if theirs is None else 2)
         with Progress(runs, "bench", "runs", quiet=quiet) as bar:
             result |= compared(ours, theirs, work, bar)
