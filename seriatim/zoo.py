@@ -85,6 +85,16 @@ def _mar(
     )
 
 
+# The form of a block of VAR (Tian et al. 2024), which ARINAR's head uses.
+VAR_BLOCK = {
+    "conditioning": "both",
+    "norm": "layer",
+    "mlp": "gelu-tanh",
+    "positions": "learned",
+    "start_token": True,
+    "bias": True,
+    "attention_scale": 0.25,
+}
 ARINAR = "Zhao et al. 2025, arXiv 2503.02883, and its README (by the authors, not measured here)"
 
 
@@ -120,13 +130,7 @@ def _arinar(
                     "width": width,
                     "depth": 1,
                     "heads": 4,  # as first published; the authors' later code has 16 (docs/official-weights.md)
-                    "conditioning": "both",
-                    "norm": "layer",
-                    "mlp": "gelu-tanh",
-                    "positions": "learned",
-                    "start_token": True,
-                    "bias": True,
-                    "attention_scale": 0.25,
+                    **VAR_BLOCK,
                     "head": {"kind": "mixture", "components": 4, "depth": 0},
                 },
             },

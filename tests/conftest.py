@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from helpers import make_bundle
 
-from seriatim.checkpoints.native import Bundle, save_bundle
+if TYPE_CHECKING:
+    from seriatim.checkpoints.native import Bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 
-torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
+with contextlib.suppress(ImportError):  # the architecture test reads sources alone, also where torch is not installed
+    import torch
+
+    torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
 
 FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"
@@ -64,11 +68,15 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def bundle() -> Bundle:
+    from helpers import make_bundle
+
     return make_bundle()
 
 
 @pytest.fixture
 def model_folder(tmp_path: Path, bundle: Bundle) -> Path:
+    from seriatim.checkpoints.native import save_bundle
+
     return save_bundle(bundle, tmp_path / "model")
 
 

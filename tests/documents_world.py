@@ -11,7 +11,7 @@ import torch
 from helpers import randomise
 from PIL import Image
 
-from seriatim.checkpoints.arinar import BLOCK, arinar_tensors
+from seriatim.checkpoints.arinar import arinar_tensors
 from seriatim.checkpoints.kl16 import kl16_from_tokenizer, tokenizer_from_kl16
 from seriatim.checkpoints.llamagen import llamagen_tensors
 from seriatim.checkpoints.llamagen_vq import official_tensors
@@ -24,6 +24,7 @@ from seriatim.models.build import build_model, seeded
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.vq import VQ
+from seriatim.zoo import VAR_BLOCK
 
 SMALL: dict[str, Any] = {"width": 32, "depth": 1, "heads": 2}
 MASKED: dict[str, Any] = {"kind": "masked", "tokens": 16, "dim": 16, **SMALL, "buffer": 4, "classes": 1000}
@@ -32,7 +33,7 @@ NESTED: dict[str, Any] = {
     "kind": "nested",
     "split": {"kind": "features"},
     "model": {
-        "kind": "causal", "width": 32, "depth": 1, "heads": 4, **BLOCK,
+        "kind": "causal", "width": 32, "depth": 1, "heads": 4, **VAR_BLOCK,
         "head": {"kind": "mixture", "components": 2, "depth": 0},
     },
 }  # fmt: skip

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.bench.checkout import explained, here, load_checkout
-from seriatim.bench.official_mar import Gate, MARLoop
+from seriatim.bench.official_mar import Gate, MARLoop, trunk_arguments
 from seriatim.bench.opponent import Draws, Opponent, Pair, Workload, replaced
 from seriatim.bench.timing import Stages
 from seriatim.checkpoints.arinar import arinar_tensors, inner_heads_of
@@ -69,24 +68,9 @@ class OfficialARINAR(MARLoop):
                 f"official: its head has {BUILT} attention heads inside and 4 times its width in the MLP, "
                 f"and a width of {inner['width']} with {inner['hidden']} doesn't fit that"
             )
-        (encoder, decoder), (blocks, more) = config["width"], config["depth"]
-        heads = config["heads"]
         with torch.random.fork_rng(devices=[]):
             official = self.code[MAIN].MAR(
-                img_size=side,
-                vae_stride=1,
-                patch_size=1,
-                vae_embed_dim=config["dim"],
-                encoder_embed_dim=encoder,
-                encoder_depth=blocks,
-                encoder_num_heads=heads[0],
-                decoder_embed_dim=decoder,
-                decoder_depth=more,
-                decoder_num_heads=heads[1],
-                mlp_ratio=config["mlp_ratio"],
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                class_num=max(1, config["classes"]),
-                buffer_size=config["buffer"],
+                **trunk_arguments(config),
                 head_type="ar_gmm",
                 num_gaussians=inner["head"]["components"],
                 inner_ar_width=inner["width"],
@@ -95,7 +79,7 @@ class OfficialARINAR(MARLoop):
             )
         if model.device.type != "meta":
             if not config["classes"]:  # it has a table of classes all the same, and doesn't look into it
-                tensors["class_emb.weight"] = torch.zeros(1, encoder)
+                tensors["class_emb.weight"] = torch.zeros(1, config["width"][0])
             official.load_state_dict(tensors)
         for block in official.arhead.blocks:
             attention, each = block.attn, inner["width"] // heads_inside

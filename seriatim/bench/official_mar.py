@@ -74,6 +74,27 @@ class MARLoop(Official):
         return tokens, seconds if whole else gate.seconds * workload.factor
 
 
+def trunk_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the official `MAR`, which ARINAR's code takes too, for the backbone of a model's config."""
+    (encoder, decoder), (blocks, more), heads = config["width"], config["depth"], config["heads"]
+    return {
+        "img_size": round(config["tokens"] ** 0.5),
+        "vae_stride": 1,
+        "patch_size": 1,
+        "vae_embed_dim": config["dim"],
+        "encoder_embed_dim": encoder,
+        "encoder_depth": blocks,
+        "encoder_num_heads": heads[0],
+        "decoder_embed_dim": decoder,
+        "decoder_depth": more,
+        "decoder_num_heads": heads[1],
+        "mlp_ratio": config["mlp_ratio"],
+        "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+        "class_num": max(1, config["classes"]),
+        "buffer_size": config["buffer"],
+    }
+
+
 class OfficialMAR(MARLoop):
     """The official sampler on our weights, timesteps and, where draws are given, our orders and noise.
 
@@ -95,24 +116,10 @@ class OfficialMAR(MARLoop):
         if not isinstance(model.head, Diffusion) or side * side != config["tokens"]:
             raise UsageError("official: its MAR has a diffusion head and a square of tokens, and this model has not")
         chain = model.head.chain(model.head.options(**head_options))  # refused before anything is built
-        (encoder, decoder), (blocks, more) = config["width"], config["depth"]
-        heads, head = config["heads"], config["head"]
+        head = config["head"]
         with torch.random.fork_rng(devices=[]):
             official = self.code["models.mar"].MAR(
-                img_size=side,
-                vae_stride=1,
-                patch_size=1,
-                vae_embed_dim=config["dim"],
-                encoder_embed_dim=encoder,
-                encoder_depth=blocks,
-                encoder_num_heads=heads[0],
-                decoder_embed_dim=decoder,
-                decoder_depth=more,
-                decoder_num_heads=heads[1],
-                mlp_ratio=config["mlp_ratio"],
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                class_num=max(1, config["classes"]),
-                buffer_size=config["buffer"],
+                **trunk_arguments(config),
                 diffloss_d=head["depth"],
                 diffloss_w=head["width"],
                 num_sampling_steps=str(len(chain)),
@@ -120,7 +127,7 @@ class OfficialMAR(MARLoop):
         if model.device.type != "meta":
             tensors = mar_tensors(model)
             if not config["classes"]:  # it has a table of classes all the same, and doesn't look into it
-                tensors["class_emb.weight"] = torch.zeros(1, encoder)
+                tensors["class_emb.weight"] = torch.zeros(1, config["width"][0])
             official.load_state_dict(tensors)
         # The stable start, for both: the official chain through our timesteps
         respace, gaussian = self.code["diffusion.respace"], self.code["diffusion.gaussian_diffusion"]

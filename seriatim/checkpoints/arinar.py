@@ -27,21 +27,11 @@ from seriatim.models.build import head_config, model_config
 from seriatim.models.masked_model import MaskedModel
 from seriatim.models.nested import Nested
 from seriatim.tokenizers.base import Tokenizer
+from seriatim.zoo import VAR_BLOCK
 
 NAMES = {"arinar-b": "arinar-base", "arinar-l": "arinar-large"}  # of files that hold one size each
 INNER_HEADS = {"release": 4, "current": 16}
 CONVENTIONS = tuple(INNER_HEADS)
-
-# The block of VAR (Tian et al. 2024) as the head has it; the rest follows from shapes
-BLOCK = {
-    "conditioning": "both",
-    "norm": "layer",
-    "mlp": "gelu-tanh",
-    "positions": "learned",
-    "start_token": True,
-    "bias": True,
-    "attention_scale": 0.25,
-}
 
 # ours -> official; {i} is a number
 OF_HEAD = {
@@ -108,7 +98,7 @@ def infer(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
             "width": width,
             "depth": count(tensors, "arhead.blocks", where),
             "hidden": hidden,
-            **BLOCK,
+            **VAR_BLOCK,
             "head": {"kind": "mixture", "components": numbers // (2 * group + 1), "depth": 0},
         },
     }
@@ -187,7 +177,7 @@ def arinar_tensors(model: SequenceModel) -> dict[str, Tensor]:
     if not isinstance(head, Nested) or not isinstance(head.model.head, Mixture) or not head.sequential:
         raise UsageError(f"model: its head is {type(head).__name__}; ARINAR's is `nested` with a `mixture` inside")
     split, block = head_config(head)["split"], head_config(head)["model"]
-    unlike = {f"model.{k}": v for k, v in BLOCK.items() if block[k] != v}
+    unlike = {f"model.{k}": v for k, v in VAR_BLOCK.items() if block[k] != v}
     if (split["kind"], split.get("order")) != ("features", "natural"):
         unlike["split"] = "features in natural order"
     if head.model.head.depth or head.model.head.full:

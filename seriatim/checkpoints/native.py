@@ -199,8 +199,11 @@ def check_finite_weights(tensors: Mapping[str, Tensor], name: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.touch()
+    mode = path.stat().st_mode  # safetensors replaces the file by a private one, which colleagues could not read
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+        path.chmod(mode)
     except SafetensorError as error:  # how this library reports a full disk
         raise told_by(error) from error
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import seriatim
 from seriatim.checkpoints.arinar import (
-    BLOCK,
     arinar_tensors,
     infer,
     inner_heads_of,
@@ -33,12 +32,13 @@ from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, model_config, seeded
 from seriatim.models.nested import Nested
 from seriatim.tokenizers.kl import KL
+from seriatim.zoo import VAR_BLOCK
 
 HEAD: dict[str, Any] = {
     "kind": "nested",
     "split": {"kind": "features"},
     "model": {
-        "kind": "causal", "width": 32, "depth": 2, "heads": 4, **BLOCK,
+        "kind": "causal", "width": 32, "depth": 2, "heads": 4, **VAR_BLOCK,
         "head": {"kind": "mixture", "components": 3, "depth": 0},
     },
 }  # fmt: skip

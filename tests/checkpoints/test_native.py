@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from helpers import make_bundle
 from safetensors.torch import load_file, save_file
 
 from seriatim.backbones.masked_transformer import Masked
-from seriatim.checkpoints.native import CONFIG, MODEL, TOKENIZER, Bundle, load_bundle, save_bundle
+from seriatim.checkpoints.native import CONFIG, MODEL, TOKENIZER, Bundle, load_bundle, save_bundle, write_tensors
 from seriatim.core.errors import CheckpointError, NumericsError, UsageError
-from seriatim.core.files import MANIFEST, write_manifest
+from seriatim.core.files import MANIFEST, atomic_write, write_manifest
 from seriatim.heads.diffusion import Diffusion
 from seriatim.models.masked_model import MaskedModel
 from seriatim.pipeline.loading import load
@@ -184,3 +185,15 @@ def test_unusual_models_come_back(tmp_path: Path, size: Any, channels: int, clas
     labels = list(range(classes)) or None
     one, two = (p(labels, seed=5, output_type="np").images for p in (pipe, again))
     assert one.shape == (max(1, classes), *tokenizer.size, channels) and (one == two).all()
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o027, 0o640)])
+def test_weights_can_be_read_by_whom_other_files_can(umask: int, mode: int, tmp_path: Path) -> None:
+    """Someone else on the machine may use a model folder or a cache of latents: safetensors' own files are private."""
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "new.safetensors", {"a": torch.zeros(3)})
+        atomic_write(tmp_path / "shard.safetensors", lambda file: write_tensors(file, {"a": torch.zeros(3)}))
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in sorted(tmp_path.iterdir())] == [mode, mode]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from seriatim.backbones.causal_transformer import Causal
 from seriatim.backbones.masked_transformer import Masked
-from seriatim.checkpoints.arinar import BLOCK
 from seriatim.conditions.vectors import Vectors
 from seriatim.core.errors import ConfigError, NumericsError, UsageError
 from seriatim.core.keys import Keys
@@ -28,9 +27,10 @@ from seriatim.models.registry import HEADS
 from seriatim.models.splits import Split
 from seriatim.nn.prepare import packs, prepare
 from seriatim.testing import check_head
+from seriatim.zoo import VAR_BLOCK
 
 PLAIN = {"kind": "causal", "width": 32, "depth": 1, "heads": 4}
-ARINAR = {**PLAIN, **BLOCK}
+ARINAR = {**PLAIN, **VAR_BLOCK}
 LEAF = {"kind": "mixture", "components": 3, "depth": 0}
 FEATURES = {"kind": "features"}
 C = 6
