@@ -190,10 +190,13 @@ def head_config(head: Head) -> dict[str, Any]:
 
 def name_of(part: object, table: Mapping[str, type[Any]], label: str) -> str:
     """The name under which the class of `part` is registered. Raises ConfigError if it is not."""
+    own = type(part)
+    if hasattr(part, "reshard"):  # FSDP2 has replaced the class by (FSDPModule, class)
+        own = own.__bases__[-1]
     for name, cls in table.items():
-        if type(part) is cls:
+        if own is cls:
             return name
-    raise ConfigError(f"{type(part).__name__} is not registered; add it with {label}['name'] = {type(part).__name__}")
+    raise ConfigError(f"{own.__name__} is not registered; add it with {label}['name'] = {own.__name__}")
 
 
 @contextlib.contextmanager

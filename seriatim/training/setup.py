@@ -35,7 +35,8 @@ from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
 from seriatim.training.log import environment
 from seriatim.training.run_folder import DATA, RECIPE, check_out
 
-# A resumed run may change these settings, because they don't affect weights, or only how long training lasts.
+# A resumed run may change these settings, because they affect no weights (but by the order of sums),
+# or only how long training lasts.
 FREE = {
     "changes",
     "data.check",
@@ -50,12 +51,14 @@ FREE = {
     "sampling",
     "tokenizer.from",
     "tokenizer.path",
+    "training.accumulate",
     "training.images",
     "training.keep",
     "training.log_images",
     "training.on_blow_up",
     "training.sample_images",
     "training.save_images",
+    "training.shard",
     "training.tensorboard",
     "training.test_images",
     "training.workers",

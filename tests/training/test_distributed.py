@@ -24,7 +24,6 @@ from seriatim.training.engine import gradients
 from seriatim.training.loop import GeneratorTask
 from seriatim.training.state import RunState, tensors_of
 
-pytestmark = pytest.mark.fresh_process
 
 SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "training.batch_size=7", "training.threads=1",
          "training.dtype=float32", "training.images=29"]  # fmt: skip
@@ -75,6 +74,7 @@ def trained(recipe: Recipe, out: Path, cls: Any = InFloat64) -> tuple[dict[str, 
     return {f"{file}/{name}": t for file in ("model", "average") for name, t in tensors[file].items()}, losses, seen
 
 
+@pytest.mark.fresh_process
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_process_is_two_is_three(kind: str, tmp_path: Path) -> None:
     """After five steps, replicated and sharded, with one pass a step and with two."""
@@ -116,6 +116,7 @@ def stopped_at(images: int, out: Path, *more: str) -> tuple[int, list[str]]:
     return command(*TRAIN, str(out), *more)
 
 
+@pytest.mark.fresh_process
 def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     """Two processes, then one, then three, one of them stopped by a signal that it alone got: as one alone."""
     assert command(*TRAIN, str(tmp_path / "alone"))[0] == 0
@@ -126,7 +127,8 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
         said = [line for _, lines in found for line in lines]
         assert len([line for line in said if f"stopped after {images} images" in line]) == 1, said
     more = ["--resume", "training.shard=true"]
-    assert [c for c, _ in together(2, lambda: command(*TRAIN, str(run), *more), tmp_path / "last")] == [0, 0]
+    last = together(2, lambda: command(*TRAIN, str(run), *more), tmp_path / "last")
+    assert [code for code, _ in last] == [0, 0], last
     for one, other in ((content(tmp_path / name / "checkpoints" / "000000000280") for name in ("alone", "run")),):
         assert one.keys() == other.keys()
         for name, tensor in one.items():
@@ -139,6 +141,7 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     assert load(run).model.tokens == 16
 
 
+@pytest.mark.fresh_process
 def test_a_number_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) -> None:
     def work() -> tuple[int, list[str]]:
         true = GeneratorTask.tokens
@@ -159,6 +162,7 @@ def test_a_number_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000000070"]
 
 
+@pytest.mark.fresh_process
 def test_two_launchers_in_one_folder(tmp_path: Path) -> None:
     """The second one ends with one line, and leaves the first one alone."""
     run = tmp_path / "run"
@@ -169,6 +173,7 @@ def test_two_launchers_in_one_folder(tmp_path: Path) -> None:
     assert len([line for _, lines in found for line in lines]) == 1, found
 
 
+@pytest.mark.fresh_process
 def test_what_the_first_process_refuses_all_refuse_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
