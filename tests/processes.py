@@ -12,6 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot  # noqa: F401  # what all processes import is imported once, before they are forked
+import sklearn.datasets  # noqa: F401
+import torch.distributed.fsdp
+import torch.distributed.tensor
+import torch.nn.parallel  # noqa: F401
+
 from seriatim.cli.main import run
 
 
