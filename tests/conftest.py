@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,6 +24,9 @@ with contextlib.suppress(ImportError):  # the architecture test reads sources al
 
     torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
 
+
+if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, which children inherit and tests of signals would notice
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"
 

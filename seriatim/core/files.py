@@ -64,23 +64,21 @@ def explained(path: Path, argument: str = "") -> Iterator[None]:
 def atomic_write(path: Path | str, write: Callable[[Path], object]) -> Path:
     """Call `write(temporary)`; then sync the temporary file and rename it to `path`.
 
-    `write` fills a file in a temporary folder beside `path` (on the same file system, with the same suffix). The folder
-    is there because some libraries write under a name of their own first: a kill then leaves that file in a folder
-    that `sweep` knows. When `write` fails, `path` is unchanged and the temporary folder is deleted.
+    `write` fills a file beside `path` (on the same file system, with the same suffix). When it fails, `path` is
+    unchanged and the temporary file is deleted.
     """
     path = Path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = path.with_name(f".{path.stem}.~{secrets.token_hex(4)}{path.suffix}")
-        folder.mkdir()
-        temporary = folder / f"new{path.suffix}"
+        temporary = path.with_name(f".{path.stem}.~{secrets.token_hex(4)}{path.suffix}")
         try:
             os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the umask reduces this mode
             write(temporary)
             sync_file(temporary)
             os.replace(temporary, path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         sync_folder(path.parent)
     return path
 

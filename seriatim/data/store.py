@@ -12,14 +12,12 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load
+from safetensors.torch import load, save
 from torch import Tensor
 
-from seriatim.checkpoints.native import write_tensors
 from seriatim.core.errors import CheckpointError
 from seriatim.core.files import atomic_write, sha256, sweep, write_json
 from seriatim.core.reading import Unreadable, read_json
@@ -68,7 +66,9 @@ class Shards:
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> str:
         """Write a shard and then its sidecar; return its sha256."""
         self.sidecar(number).unlink(missing_ok=True)  # the sidecar of a damaged shard must not describe this one
-        atomic_write(self.path(number), partial(write_tensors, tensors=dict(tensors)))
+        # safetensors' own writer would make a file whose name `sweep` does not know, and a kill would leave it here
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        atomic_write(self.path(number), lambda file: file.write_bytes(content))
         stated = self._as_it_is(number)
         write_json(self.sidecar(number), stated)
         return str(stated["sha256"])

@@ -81,25 +81,6 @@ def test_atomic_write_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
     assert litter(tmp_path) == []
 
 
-def test_a_kill_leaves_only_what_a_sweep_removes(tmp_path: Path) -> None:
-    """Some libraries write under a name of their own first, beside the one that they are given."""
-
-    def die(file: Path) -> None:
-        file.with_name(".tmpAb12Cd").write_text("a library's own temporary file")
-        file.write_text("half of it")
-        os._exit(9)
-
-    child = os.fork()
-    if child == 0:
-        files.atomic_write(tmp_path / "shard-000001.safetensors", die)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    assert len(litter(tmp_path)) == 1
-    files.sweep(tmp_path, lambda name: name == "another.safetensors")
-    assert len(litter(tmp_path)) == 1, "only the names that the caller writes are removed"
-    files.sweep(tmp_path, lambda name: name == "shard-000001.safetensors")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_atomic_write_syncs_before_it_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Power loss: the data must be on the disk before the name points to it, the name after."""
     calls: list[str] = []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from seriatim.core.errors import CheckpointError
+from seriatim.core.files import target_of
 from seriatim.data.store import Shards
 
 
@@ -63,3 +67,22 @@ def test_a_crash_between_the_two_files_leaves_no_whole_shard(store: Shards, monk
     with pytest.raises(KeyboardInterrupt):
         store.write(0, {"features": torch.zeros(3, 4)})
     assert not store.there(0) and store.whole(0) is None
+
+
+@pytest.mark.fresh_process
+def test_a_kill_leaves_only_what_a_sweep_removes(tmp_path: Path) -> None:
+    """Also while a library writes, which may do so under a name of its own."""
+    made, tensors = shards(tmp_path), {"features": torch.zeros(3, 100_000)}
+    child = os.fork()
+    if child == 0:
+        while True:
+            made.write(0, tensors)
+    names: set[str] = set()
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end or not made.there(0):
+        names |= set(os.listdir(tmp_path))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert {name for name in names if target_of(tmp_path / name) is None} == {"part-0.safetensors", "part-0.json"}
+    made.sweep(0)
+    assert {path.name for path in tmp_path.iterdir()} <= {"part-0.safetensors", "part-0.json"}

@@ -128,7 +128,7 @@ def test_a_head_must_fit_the_tokens() -> None:
 
 
 def test_features_have_no_confidence() -> None:
-    with pytest.raises(UsageError, match="generates no codes"):
+    with pytest.raises(UsageError, match="needs a head of codes; Head draws features"):
         Head().confidence(torch.zeros(1, 1), torch.zeros(1), None, None)
 
 
