@@ -68,7 +68,7 @@ def said(request: SampleRequest) -> dict[str, Any]:
     return {**settings, "random_numbers": RANDOM_NUMBERS}
 
 
-def same_settings(path: Path, chosen: Mapping[str, Any], parts: Mapping[str, Part | None]) -> None:
+def same_settings(path: Path, chosen: Mapping[str, Any], parts: Mapping[str, Part | None] | None = None) -> None:
     """Write what this evaluation is, or refuse to go on with another.
 
     `parts` are the real images that `chosen` describes under the same names; an earlier version may have written
@@ -87,7 +87,7 @@ def same_settings(path: Path, chosen: Mapping[str, Any], parts: Mapping[str, Par
             raise UsageError(f"{path} lacks the request; {remedy}")
         stored = {**stored, "request": said(SampleRequest()) | {"random_numbers": 1} | request}
     before = flat(stored)
-    for name, part in parts.items():
+    for name, part in (parts or {}).items():
         if part is not None and before.get(f"{name}.sha256") in part.fingerprints():
             before[f"{name}.sha256"] = now[f"{name}.sha256"]
 

@@ -163,7 +163,12 @@ def test_a_file_that_changed_is_read_again(photos: Path, monkeypatch: pytest.Mon
     os.utime(path, ns=(0, stat.st_mtime_ns + (change == "time")))
     read: list[str] = []
     real = folder_module.load_pixels
-    monkeypatch.setattr(folder_module, "load_pixels", lambda path, *rest: read.append(path.name) or real(path, *rest))
+
+    def noted(path: Path, *rest: Any) -> Any:
+        read.append(path.name)
+        return real(path, *rest)
+
+    monkeypatch.setattr(folder_module, "load_pixels", noted)
     after = opened(photos)
     assert read == ["1.png"] and after.fingerprint() != before.fingerprint()
     assert ("dog/1.png" in after.bad) == (change == "time")
@@ -315,7 +320,12 @@ def test_a_killed_check_keeps_what_it_found(photos: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         opened(photos)
     read: list[str] = []
-    monkeypatch.setattr(folder_module, "load_pixels", lambda path, *rest: read.append(path.name) or real(path, *rest))
+
+    def noted(path: Path, *rest: Any) -> Any:
+        read.append(path.name)
+        return real(path, *rest)
+
+    monkeypatch.setattr(folder_module, "load_pixels", noted)
     opened(photos)
     assert read == ["2.png"]
 

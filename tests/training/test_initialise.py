@@ -117,9 +117,9 @@ def test_the_silent_trap_of_llamagens_weights(tmp_path: Path) -> None:
     ],
 )
 def test_another_tokenizer(tmp_path: Path, theirs: Tokenizer, ours: Tokenizer, words: str) -> None:
-    dims = [changed(MASKED, "dim", tokenizer.dim) for tokenizer in (theirs, ours)]
+    before, now = (changed(MASKED, "dim", tokenizer.dim) for tokenizer in (theirs, ours))
     with pytest.raises(ConfigError, match=words):
-        begin(tmp_path / "model", *dims, theirs, ours)
+        begin(tmp_path / "model", before, now, theirs, ours)
 
 
 def test_another_kind_of_tokenizer_is_taken_whole(tmp_path: Path) -> None:
