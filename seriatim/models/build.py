@@ -190,10 +190,12 @@ def head_config(head: Head) -> dict[str, Any]:
 
 def name_of(part: object, table: Mapping[str, type[Any]], label: str) -> str:
     """The name under which the class of `part` is registered. Raises ConfigError if it is not."""
+    # Sharding replaces the class of a model by a class of torch that inherits from it.
+    own = next(cls for cls in type(part).__mro__ if not cls.__module__.startswith("torch."))
     for name, cls in table.items():
-        if type(part) is cls:
+        if own is cls:
             return name
-    raise ConfigError(f"{type(part).__name__} is not registered; add it with {label}['name'] = {type(part).__name__}")
+    raise ConfigError(f"{own.__name__} is not registered; add it with {label}['name'] = {own.__name__}")
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ FREE = {
     "training.on_blow_up",
     "training.sample_images",
     "training.save_images",
+    "training.shard",
     "training.tensorboard",
     "training.test_images",
     "training.trackers",
