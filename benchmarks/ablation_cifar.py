@@ -44,7 +44,7 @@ from seriatim.evaluation.figures import Reference, Set, class_map, figures_of
 from seriatim.evaluation.grid import grid, save_png
 from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Part, as_many, whole
-from seriatim.evaluation.run import READ_AT_ONCE, asked, evaluate, key, pictures, request_for
+from seriatim.evaluation.run import READ_AT_ONCE, asked, evaluate, features_folder, pictures, request_for
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, parameter_count, seeded
 from seriatim.pipeline.loading import load
@@ -153,7 +153,7 @@ def truths(task: Task, data: Folder, real: Folder) -> None:
     reference, beside = whole(data, classes, names), as_many(whole(real, classes, names), task.samples, classes)
     stores = []
     for part, what in ((reference, "features of the reference"), (beside, "features of real images")):
-        stores.append(Blocks(task.out / "real" / key(extractor, part), len(part)))  # where `evaluate` looks
+        stores.append(Blocks(features_folder(task.out, extractor, part), len(part)))  # where `evaluate` looks
         stores[-1].fill(features_of(partial(pictures, part), extractor, what), what)
     coded = Blocks(task.out / "judged" / "codes", len(beside))
     what = "features of decoded codes"

@@ -132,6 +132,8 @@ def translated(words: list[str]) -> list[str]:
             said += ["model.width=32", "model.depth=1", "model.heads=2"]
             if said[2].startswith("mar-"):
                 said += ["model.head.width=32", "model.head.depth=1"]
+        if "finetune256" in said[2]:  # the sizes of the official models of the toy folder
+            said += ["data.size=8", "model.buffer=4" if said[2].startswith("mar-") else "model.width=64"]
     return [*said, *MORE.get(verb, [])]
 
 

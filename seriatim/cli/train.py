@@ -36,10 +36,12 @@ def train(
 ) -> None:
     """Train a recipe into a run folder, which `seriatim sample` takes, or `--features` if it is a classifier."""
     from seriatim.training.config import Recipe, read_any
+    from seriatim.training.trackers import build_trackers
 
     chosen = read_any(recipe, overrides or ())
     out = out or Path("runs") / chosen.name
     if dry_run:
+        build_trackers(chosen.training)  # a missing library is reported before the data are read
         plan = generator_plan(chosen) if isinstance(chosen, Recipe) else classifier_plan(chosen, quiet=json)
         plan = {"recipe": chosen.name, **plan, "images": chosen.training.images, "out": str(out)}
         return print_json(plan) if json else print_table(("plan", ""), list(plan.items()))
@@ -64,9 +66,12 @@ def train(
 
 def generator_plan(recipe: Recipe) -> dict[str, Any]:
     from seriatim.models.build import parameter_count
+    from seriatim.training.initialise import matching
     from seriatim.training.setup import build
 
     data, tokenizer, model = build(recipe)
+    if recipe.training.init_from:
+        matching(recipe.training.init_from, model, tokenizer)
     return {
         "parameters": parameter_count(model),
         "tokens": tokenizer.count,

@@ -78,6 +78,10 @@ class BadImage(Exception):
     """A file is not a usable image; the message gives the reason on one line."""
 
 
+class NoMemory(BadImage):
+    """There was not enough memory to decode an image; at another time there may be."""
+
+
 # --- settings -----------------------------------------------------------------------------------------------------
 
 
@@ -140,7 +144,7 @@ def read_image(source: Source, channels: int, background: Colour = WHITE, max_pi
     except Image.DecompressionBombError:
         raise BadImage(f"more than {max_pixels / 1e6:.0f} megapixels") from None
     except MemoryError:
-        raise BadImage("out of memory while decoding") from None
+        raise NoMemory("out of memory while decoding") from None
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise BadImage(printable(reason)[:120]) from None

@@ -17,8 +17,6 @@ from seriatim.core.flatten import WHITE, Colour
 from seriatim.core.random import derive_seed, generator
 from seriatim.tokenizers.base import Tokenizer
 
-TIMES = "times of change"  # a trait of files that copies lose unless they are made to preserve it
-
 
 class ImageData:
     """The base class of data sources. Images with labels are read by index, or in order from a `StreamData`.
@@ -75,6 +73,10 @@ class ImageData:
     def fingerprint(self) -> str:
         """A text that changes if the images or their order change; a run only resumes with the same one."""
         return f"{type(self).__name__} {self.count}"
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """The fingerprint, followed by those by which earlier versions knew the same images."""
+        return (self.fingerprint(),)
 
     def traits(self) -> dict[str, str]:
         """The parts of the fingerprint by name, so that a message can say which of them changed."""

@@ -140,7 +140,7 @@ def write_cache(
             "batch_size": batch_size,
         },
     )
-    begin(out, info, data, tokenizer)
+    info = begin(out, info, data, tokenizer)
     shards = shards_of(out, info)
     started, encoded, hashes = time.monotonic(), 0, dict[str, str]()
     with StopRequest() as stop, Progress(info.images, "encoding", "images", quiet=quiet) as bar:
@@ -248,8 +248,11 @@ def is_cache(folder: Path) -> bool:
     return any(json_of(path).keys() == STATED for path in sidecars)
 
 
-def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> None:
-    """Write the description of the cache, or check that the folder holds the same cache already."""
+def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> CacheInfo:
+    """Write the description of the cache, or check that the folder holds the same cache already; return it.
+
+    A cache that an earlier version began knows the images by another fingerprint, which it keeps.
+    """
     with claimed(out / LOCK, wait=True):
         for name in (CACHE, SOURCES, MANIFEST):
             sweep(out, {name}.__contains__)  # temporary files of a process that was killed
@@ -258,7 +261,10 @@ def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> 
         if foreign:
             raise UsageError(f"out: {out} holds {foreign[0]!r}, which is not part of a cache; choose another folder")
         if sealed(out / CACHE):
-            refuse_other(read_info(out / CACHE), info, tokenizer, out)
+            before = read_info(out / CACHE)
+            if before.data_fingerprint in data.fingerprints():
+                info = info.model_copy(update={"data_fingerprint": before.data_fingerprint})
+            refuse_other(before, info, tokenizer, out)
         else:  # shards that exist already are used only if their key fits
             write_sealed(out / CACHE, info.model_dump(mode="json"))
         if not sealed(out / SOURCES):
@@ -266,6 +272,7 @@ def begin(out: Path, info: CacheInfo, data: ImageData, tokenizer: Tokenizer) -> 
             write_sealed(
                 out / SOURCES, {"names": names, "left_out": dict(data.bad), "passed_over": dict(data.passed_over)}
             )
+    return info
 
 
 def sealed(path: Path) -> bool:

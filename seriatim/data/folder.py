@@ -8,32 +8,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
+from seriatim import __version__
 from seriatim.core.errors import DataError, UsageError
+from seriatim.core.files import sha256
 from seriatim.core.flatten import WHITE, as_colour
-from seriatim.core.images import MAX_PIXELS, BadImage, check_max_pixels, load_pixels, suffixes
-from seriatim.core.progress import track
-from seriatim.data.base import TIMES, ImageData
-from seriatim.data.listing import Entry, list_folder, refuse_empty, say_unused, summary
+from seriatim.core.images import MAX_PIXELS, BadImage, check_max_pixels, formats, load_pixels, suffixes
+from seriatim.data.base import ImageData
+from seriatim.data.known_files import Files, Known, examine
+from seriatim.data.listing import Entry, list_folder, refuse_empty, say_unused, stamp_of, summary
 
-T = TypeVar("T")
+VERSION = "2:"  # begins the fingerprint; fingerprints without it contain times of change, which copies lose
 
 
 class Folder(ImageData):
-    """The images in `path`, sorted by class and name. Every file is decoded once before training begins.
+    """The images in `path`, sorted by class and name. Every file is hashed and decoded once before training begins.
 
     Pictures that can't be read are left out at that time, so that count and order are fixed in training. `bad` lists
     them with reasons; if their share exceeds `max_bad`, DataError is raised. `passed_over` lists other files that are
-    not used. One line on stderr reports the number of both.
+    not used. One line on stderr reports the number of both. What was found out about a file is kept in the user's
+    cache folder and holds until the size of the file or its time of change differs (`known_files.py`).
     """
 
     def __init__(
@@ -44,7 +47,9 @@ class Folder(ImageData):
         *,
         flip: bool = True,  # mirror half of the images at random, left to right
         max_bad: float = 0.01,  # the share of files that may be unusable
-        check: bool = True,  # decode every file at the start; False finds damaged files only during training
+        # Whether files are decoded at the start. False finds damaged ones only during training; "full" reads all files
+        # again, even those that were read by an earlier start and have the same size and time of change.
+        check: bool | Literal["full"] = True,
         background: str | Sequence[int] = "white",  # the colour of transparent parts: a name, "#rrggbb" or [r, g, b]
         max_pixels: int = MAX_PIXELS,  # larger pictures are refused by their header, without decoding
         loose: Literal["refuse", "ignore"] = "refuse",  # what to do with pictures beside class folders
@@ -59,10 +64,13 @@ class Folder(ImageData):
         self.passed_over = found.passed_over
         self.bad: dict[str, str] = {}
         self.entries, self.class_names = found.entries, found.class_names
+        self._hashes: bytes | None = None
         if check:
-            reasons = check_all(found.entries, lambda entry: self._decode(entry))
-            self.bad = {entry.path: why for entry, why in zip(found.entries, reasons, strict=True) if why}
-            self.entries = [entry for entry, why in zip(found.entries, reasons, strict=True) if not why]
+            known = examine(self._files(found.entries, decode=True), again=check == "full")
+            both = list(zip(found.entries, known, strict=True))
+            self.bad = {entry.path: about.verdict for entry, about in both if isinstance(about.verdict, str)}
+            self.entries = [entry for entry, about in both if about.verdict is True]
+            self._hashes = joined(about for about in known if about.verdict is True)
         refuse_bad(str(self.root), self.bad, len(found.entries), max_bad, len(self.entries), self.passed_over)
         self._leave_out_empty(empty)
         say_unused(str(self.root), self.bad, self.passed_over)
@@ -81,21 +89,42 @@ class Folder(ImageData):
             self.entries = [replace(entry, label=number[entry.label]) for entry in self.entries]
 
     def fingerprint(self) -> str:
-        """The sha256 of the list of files with their order, sizes and times of change."""
-        listing: list[Any] = [[e.path, e.label, *e.stamp] for e in self.entries]
+        """The sha256 of the list of pictures with their order, sizes and contents; copies have the same."""
+        return VERSION + self._digest([[e.path, e.label, e.stamp[0]] for e in self.entries], self._sha256s())
+
+    def fingerprints(self) -> tuple[str, ...]:
+        return self.fingerprint(), self._digest([[e.path, e.label, *e.stamp] for e in self.entries])
+
+    def _digest(self, listing: list[Any], contents: bytes = b"") -> str:
+        """The sha256 of a listing, of the background and of the contents of files."""
         if self.background != WHITE:
             listing.append(["background", *self.background])
-        return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(listing).encode() + contents).hexdigest()
 
     def traits(self) -> dict[str, str]:
-        def digest(of: Callable[[Entry], Any]) -> str:
-            return hashlib.sha256(json.dumps([of(entry) for entry in self.entries]).encode()).hexdigest()[:16]
-
         return {
-            "names": digest(lambda entry: [entry.path, entry.label]),
-            "sizes": digest(lambda entry: entry.stamp[0]),
-            TIMES: digest(lambda entry: entry.stamp[1]),
+            "names": short(json.dumps([[entry.path, entry.label] for entry in self.entries]).encode()),
+            "sizes": short(json.dumps([entry.stamp[0] for entry in self.entries]).encode()),
+            "contents": short(self._sha256s()),
         }
+
+    def _sha256s(self) -> bytes:
+        """The sha256 of each picture's file, one after another."""
+        if self._hashes is None:
+            self._hashes = joined(examine(self._files(self.entries, decode=False)))
+        return self._hashes
+
+    def _files(self, entries: Sequence[Entry], *, decode: bool) -> Files:
+        paths = [self.root / entry.path for entry in entries]
+        return Files(
+            os.path.realpath(self.root),
+            [entry.path for entry in entries],
+            [entry.stamp for entry in entries],
+            digest=lambda i: sha256(paths[i]),
+            stamp=lambda i: stamp_of(paths[i].stat()),
+            decode=(lambda i: self._decode(entries[i])) if decode else None,
+            reader=reader_of(self.channels, self.max_pixels),
+        )
 
     def images(self, index: Tensor) -> Tensor:
         """The images (B, c, H, W) uint8 with the numbers `index` (B,)."""
@@ -128,18 +157,18 @@ def square(size: int | Sequence[int], channels: int) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def check_all(items: Sequence[T], load: Callable[[T], object]) -> list[str | None]:
-    """Load every item once, several at a time, and return for each the reason why it can't be used, or None."""
+def reader_of(channels: int, max_pixels: int) -> str:
+    """A text that describes the decoder and the settings on which it depends whether a picture can be read."""
+    return json.dumps([__version__, PIL.__version__, formats(), channels, max_pixels])
 
-    def reason(item: T) -> str | None:
-        try:
-            load(item)
-        except BadImage as error:
-            return str(error)
-        return None
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # Pillow releases the interpreter lock while it decodes
-        return list(track(pool.map(reason, items), len(items), "checking images", "images"))
+def joined(known: Iterable[Known]) -> bytes:
+    """The sha256 of files, one after another."""
+    return bytes.fromhex("".join(about.sha256 for about in known))
+
+
+def short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def refuse_bad(

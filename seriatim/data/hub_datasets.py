@@ -5,20 +5,24 @@ Shapes: B images, c channels, H x W pixels.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seriatim.core.errors import ConfigError, DataError, UsageError, nearest, one_line
+from seriatim.core.files import sha256
 from seriatim.core.flatten import WHITE, as_colour
 from seriatim.core.images import MAX_PIXELS, BadImage, Source, check_max_pixels, load_pixels
 from seriatim.core.random import derive_seed
 from seriatim.data.base import ImageData, Position, Row, StreamData
-from seriatim.data.folder import check_all, refuse_bad, square
+from seriatim.data.folder import VERSION, joined, reader_of, refuse_bad, square
+from seriatim.data.known_files import Files, examine
 from seriatim.data.listing import say_unused
 
 LABELS = ("label", "labels", "cls", "class", "fine_label")  # the columns to look for if no column is named
@@ -41,27 +45,30 @@ class HuggingFace(ImageData):
         label: str | None = None,  # the column of classes; None looks for a usual name; "none" means unconditional
         flip: bool = True,
         max_bad: float = 0.01,
-        check: bool = True,
+        check: bool | Literal["full"] = True,
         background: str | Sequence[int] = "white",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.background, self.max_pixels = as_colour(background), check_max_pixels(max_pixels)
         self.size, self.channels, self.flips = square(size, channels), channels, flip
         loaded, self.source = open_data(path, name, split, data_dir, data_files, streaming=False)
-        self.source += f" {loaded._fingerprint}"
+        self._loaded = str(loaded._fingerprint)
+        self.source += f" {self._loaded}"
         self.image, label = columns(loaded.features, image, label)
         self.rows = as_bytes(loaded, self.image)
         self.class_names, labels = classes_of(loaded, label)
         self.bad: dict[str, str] = {}
-        kept = list(range(len(self.rows)))
+        self.kept = list(range(len(self.rows)))
+        self._hashes: bytes | None = None
         if check:
-            reasons = check_all(kept, lambda i: self._load(i))
-            self.bad = {self._name(i): why for i, why in zip(kept, reasons, strict=True) if why}
-            kept = [i for i, why in zip(kept, reasons, strict=True) if not why]
-        refuse_bad(path, self.bad, len(self.rows), max_bad, len(kept))
+            known = examine(self._files(decode=True), again=check == "full")
+            self.bad = {self._name(i): about.verdict for i, about in enumerate(known) if isinstance(about.verdict, str)}
+            self.kept = [i for i, about in enumerate(known) if about.verdict is True]
+            self._hashes = joined(known[i] for i in self.kept)
+        self.count = len(self.kept)
+        refuse_bad(path, self.bad, len(self.rows), max_bad, self.count)
         say_unused(path, self.bad, {})
-        self.kept, self.count = kept, len(kept)
-        self._labels = torch.tensor([labels[i] for i in kept]) if labels else None
+        self._labels = torch.tensor([labels[i] for i in self.kept]) if labels else None
 
     def _load(self, row: int) -> Any:
         return decode(self.rows[row][self.image], self)
@@ -85,7 +92,28 @@ class HuggingFace(ImageData):
         return self._name(self.kept[i])
 
     def fingerprint(self) -> str:
-        return f"{self.source} {self.count}{over(self)}"
+        """The sha256 of the rows' images and classes and their order; copies of the data have the same."""
+        if self._hashes is None:
+            known = examine(self._files(decode=False))
+            self._hashes = joined(known[i] for i in self.kept)
+        listing = [[] if self._labels is None else self._labels.tolist(), over(self)]
+        return VERSION + hashlib.sha256(json.dumps(listing).encode() + self._hashes).hexdigest()
+
+    def fingerprints(self) -> tuple[str, ...]:
+        return self.fingerprint(), f"{self.source} {self.count}{over(self)}"
+
+    def _files(self, *, decode: bool) -> Files:
+        """The rows as files. The library's own fingerprint in `source` changes when they do."""
+        count = len(self.rows)
+        return Files(
+            f"datasets {self._loaded} {self.image}",
+            [str(i) for i in range(count)],
+            [(0, 0)] * count,
+            digest=lambda i: digest_of(self.rows[i][self.image]),
+            stamp=lambda _: (0, 0),
+            decode=self._load if decode else None,
+            reader=reader_of(self.channels, self.max_pixels),
+        )
 
 
 class HuggingFaceStream(StreamData):
@@ -226,6 +254,12 @@ def decode(value: Mapping[str, Any] | None, data: HuggingFace | HuggingFaceStrea
     if not source:
         raise BadImage("no image")
     return load_pixels(source, data.size, data.channels, data.background, data.max_pixels)
+
+
+def digest_of(value: Mapping[str, Any] | None) -> str:
+    """The sha256 of a stored image, which is in the row itself or in a file that the row names."""
+    content, path = (value or {}).get("bytes"), (value or {}).get("path")
+    return hashlib.sha256(content or b"").hexdigest() if content or not path else sha256(path)
 
 
 def over(data: ImageData) -> str:

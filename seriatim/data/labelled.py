@@ -58,8 +58,11 @@ class InMemory(ImageData):
         return self.source.name(int(self.index[i]))
 
     def fingerprint(self) -> str:
+        return self.fingerprints()[0]
+
+    def fingerprints(self) -> tuple[str, ...]:
         held_out = self.source.count - self.count
-        return self.source.fingerprint() + (f" without {held_out}" if held_out else "")
+        return tuple(text + (f" without {held_out}" if held_out else "") for text in self.source.fingerprints())
 
     def traits(self) -> dict[str, str]:
         return self.source.traits()

@@ -120,8 +120,13 @@ class Walk:
                 elif why := unused(path, status):
                     self.passed_over[self.name(path)] = why
                 else:
-                    found.append((self.name(path), (status.st_size, status.st_mtime_ns)))
+                    found.append((self.name(path), stamp_of(status)))
         return sorted(found, key=lambda picture: picture[0].split("/"))
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, int]:
+    """The size and the time of change of a file; while both are the same, the file counts as unchanged."""
+    return status.st_size, status.st_mtime_ns
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from seriatim.core.errors import UsageError, shown
 from seriatim.core.files import write_json
 from seriatim.core.ownership import json_of, owned
 from seriatim.core.reading import read_json, read_or_raise
+from seriatim.evaluation.reference import Part
 from seriatim.pipeline.request import SampleRequest
 
 SETTINGS = "settings.json"
@@ -67,8 +68,12 @@ def said(request: SampleRequest) -> dict[str, Any]:
     return {**settings, "random_numbers": RANDOM_NUMBERS}
 
 
-def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
-    """Write what this evaluation is, or refuse to go on with another."""
+def same_settings(path: Path, chosen: Mapping[str, Any], parts: Mapping[str, Part | None] | None = None) -> None:
+    """Write what this evaluation is, or refuse to go on with another.
+
+    `parts` are the real images that `chosen` describes under the same names; an earlier version may have written
+    another fingerprint of the same images.
+    """
     now = flat(chosen)
     if not path.exists():
         write_json(path, dict(chosen))
@@ -82,6 +87,9 @@ def same_settings(path: Path, chosen: Mapping[str, Any]) -> None:
             raise UsageError(f"{path} lacks the request; {remedy}")
         stored = {**stored, "request": said(SampleRequest()) | {"random_numbers": 1} | request}
     before = flat(stored)
+    for name, part in (parts or {}).items():
+        if part is not None and before.get(f"{name}.sha256") in part.fingerprints():
+            before[f"{name}.sha256"] = now[f"{name}.sha256"]
 
     def place(name: str) -> tuple[bool, int, str]:
         """Random numbers are named first, since no setting can bring others back; an extractor before how it is set."""

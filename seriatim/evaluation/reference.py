@@ -24,6 +24,7 @@ from seriatim.core.errors import DataError, UsageError, one_line
 from seriatim.core.files import sha256
 from seriatim.core.names import match_names
 from seriatim.core.random import derive_seed, generator
+from seriatim.data.base import ImageData
 from seriatim.evaluation.metrics import Array
 
 Labels = npt.NDArray[np.int64]
@@ -59,9 +60,14 @@ class Part:
         return len(self.index)
 
     def fingerprint(self) -> str:
-        """sha256 of which images these are, and of what size."""
-        says = [self.data.fingerprint(), list(self.data.size), self.data.channels]
-        return hashlib.sha256(json.dumps(says).encode() + self.index.numpy().tobytes()).hexdigest()
+        """The sha256 of which images these are, and of their size."""
+        return self.fingerprints()[0]
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """The fingerprint, followed by those by which earlier versions knew the same images."""
+        size, index = [list(self.data.size), self.data.channels], self.index.numpy().tobytes()
+        says = [json.dumps([text, *size]).encode() for text in fingerprints_of(self.data)]
+        return tuple(hashlib.sha256(text + index).hexdigest() for text in says)
 
 
 class ArrayImages:
@@ -80,6 +86,11 @@ class ArrayImages:
 
     def fingerprint(self) -> str:
         return self._fingerprint
+
+
+def fingerprints_of(data: Images) -> tuple[str, ...]:
+    """The fingerprint of images, followed by those by which earlier versions knew the same images."""
+    return data.fingerprints() if isinstance(data, ImageData) else (data.fingerprint(),)
 
 
 # --- which images -------------------------------------------------------------------------------------------------

@@ -39,7 +39,17 @@ from seriatim.evaluation.figures import (
 from seriatim.evaluation.identity import SETTINGS, check_folders, said, same_settings
 from seriatim.evaluation.memory import nearest_picture
 from seriatim.evaluation.metrics import Figure
-from seriatim.evaluation.reference import Images, Part, Statistics, as_many, balanced, described, halves, whole
+from seriatim.evaluation.reference import (
+    Images,
+    Part,
+    Statistics,
+    as_many,
+    balanced,
+    described,
+    fingerprints_of,
+    halves,
+    whole,
+)
 from seriatim.evaluation.rows import markdown
 from seriatim.pipeline.labels import label_of, name_of
 from seriatim.pipeline.metadata import versions
@@ -138,11 +148,11 @@ def evaluate(
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "device": pipe.device.type,
     }
-    same_settings(folder / SETTINGS, chosen)
+    same_settings(folder / SETTINGS, chosen, {"reference": reference, "real": comparison})
 
     samples = Blocks(folder / "samples", num)
     parts = [part for part in (reference, comparison) if part is not None]
-    stores = [Blocks(cached / "real" / key(extractor, part), len(part)) for part in parts]
+    stores = [Blocks(features_folder(cached, extractor, part), len(part)) for part in parts]
     names = ("reference", "real images")[-len(parts) :]
     works: list[tuple[Blocks, ImagesOf, str]] = [
         (store, partial(pictures, part), name) for part, store, name in zip(parts, stores, names, strict=True)
@@ -278,7 +288,7 @@ def near_what(pipe: Pipeline, data: Images | Statistics, reference: Part | None)
     if reference is None:
         return "no images"
     trained_on = pipe.bundle.provenance.get("data", {}).get("fingerprint")
-    if isinstance(data, Statistics) or data.fingerprint() != trained_on:
+    if isinstance(data, Statistics) or trained_on not in fingerprints_of(data):
         return f"{len(reference):,} images, not known to be those of training: copies of others are not seen"
     if len(reference) < data.count:
         return f"{len(reference):,} of {data.count:,} training images: copies of the rest are not seen; name real_data"
@@ -295,9 +305,11 @@ def balanced_names(pipe: Pipeline) -> list[str]:
     return [name_of(c, pipe.class_names) for c in range(pipe.model.classes)]
 
 
-def key(extractor: FeatureExtractor, part: Part) -> str:
-    """The folder of these images' features."""
-    return hashlib.sha256(f"{extractor.fingerprint()} {part.fingerprint()} {SIZE}".encode()).hexdigest()[:16]
+def features_folder(cached: Path, extractor: FeatureExtractor, part: Part) -> Path:
+    """The folder of these images' features: that of an earlier version if it exists, or else this version's."""
+    says = [f"{extractor.fingerprint()} {text} {SIZE}".encode() for text in part.fingerprints()]
+    folders = [cached / "real" / hashlib.sha256(text).hexdigest()[:16] for text in says]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 # --- images -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from seriatim.evaluation.identity import SETTINGS, check_folders, same_settings
 from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_error
 from seriatim.evaluation.reference import Images, Part, as_many, described, halves, whole
 from seriatim.evaluation.rows import tokenizer_row
-from seriatim.evaluation.run import MOST_IMAGES, key, pictures
+from seriatim.evaluation.run import MOST_IMAGES, features_folder, pictures
 from seriatim.pipeline.metadata import versions
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.quantise import Usage
@@ -109,13 +109,13 @@ def evaluate_tokenizer(
         "block": SIZE,
         "seed": seed,
     }
-    same_settings(folder / SETTINGS, settings)
+    same_settings(folder / SETTINGS, settings, {"reference": reference, "real": part})
 
     stores = [Blocks(folder / "reconstructions", len(part))]
     stores[0].fill(look(tokenizer, part, extractor, noise, seed, device), "reconstructing", share=share, quiet=quiet)
     if extractor is not None:
         cached = Path(cache) if cache is not None else folder
-        stores.append(Blocks(cached / "real" / key(extractor, reference), len(reference)))
+        stores.append(Blocks(features_folder(cached, extractor, reference), len(reference)))
         work = features_of(partial(pictures, reference), extractor, "reference", device)
         stores[1].fill(work, "reference", share=share, quiet=quiet)
     missing = sum(len(block) for store in stores for block in store.missing())

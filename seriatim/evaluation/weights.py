@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from seriatim.core.cache_folder import cache_folder
 from seriatim.core.errors import CheckpointError, UsageError, one_line
 from seriatim.core.files import atomic_write, sha256
 from seriatim.core.progress import Progress
@@ -44,9 +45,8 @@ def find_weights(path: Path | None = None) -> tuple[Path, str]:
 
 def places() -> list[Path]:
     """Where the file may lie already: our cache, torch's (of pytorch-fid, of torch-fidelity and torchmetrics)."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     hub = Path(torch.hub.get_dir()) / "checkpoints"
-    return [cache / "seriatim" / FILE, hub / FILE, hub / FIDELITY]
+    return [cache_folder() / FILE, hub / FILE, hub / FIDELITY]
 
 
 def checked(path: Path) -> str:

@@ -190,9 +190,8 @@ def head_config(head: Head) -> dict[str, Any]:
 
 def name_of(part: object, table: Mapping[str, type[Any]], label: str) -> str:
     """The name under which the class of `part` is registered. Raises ConfigError if it is not."""
-    own = type(part)
-    if hasattr(part, "reshard"):  # FSDP2 has replaced the class by (FSDPModule, class)
-        own = own.__bases__[-1]
+    # Sharding replaces the class of a model by a class of torch that inherits from it.
+    own = next(cls for cls in type(part).__mro__ if not cls.__module__.startswith("torch."))
     for name, cls in table.items():
         if own is cls:
             return name

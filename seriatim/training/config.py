@@ -58,7 +58,8 @@ class Common(Strict):
     save_images: StrictInt = Field(20_000, ge=0, le=MOST_IMAGES)  # images between checkpoints; 0: only when stopped
     keep: StrictInt = Field(2, ge=1, le=MOST_IMAGES)  # how many newest checkpoints are kept, besides the best
     on_blow_up: Literal["warn", "stop"] = "warn"  # when the loss exceeds its recent mean a thousand times
-    tensorboard: bool = False  # also write metrics for TensorBoard
+    trackers: list[str] = Field(default_factory=list)  # names in TRACKERS to which metrics are sent as well
+    tensorboard: bool = False  # the same as the name "tensorboard" in `trackers`
 
 
 class Training(Common):
@@ -70,6 +71,7 @@ class Training(Common):
     workers: StrictInt = Field(0, ge=0, le=MOST_WORKERS)  # processes that read images ahead
     sample_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between sample grids at fixed seeds; 0: never
     init_from: PathText | None = None  # a model folder with the initial weights; its classes may differ
+    freeze: list[str] = Field(default_factory=list)  # patterns of the names of parameters that are not trained
 
 
 class ClassifierTraining(Common):

@@ -8,6 +8,7 @@ writes files. A training of one process communicates with nobody and imports non
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -64,7 +65,10 @@ class World:
         """The result of `work`, which the first process does before the others begin, as it may fill caches."""
         done: list[T] = []
         self.first(lambda: done.append(work()))
-        return done[0] if done else work()
+        if done:
+            return done[0]
+        with contextlib.redirect_stderr(io.StringIO()):  # the first process has said what there is to say
+            return work()
 
     def told(self, error: SeriatimError) -> SeriatimError:
         """The error, which all processes raise, marked so that only the first one prints it."""

@@ -47,6 +47,7 @@ from seriatim.training.precision import fastest, threads
 from seriatim.training.run_folder import check_out, is_run, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
+from seriatim.training.trackers import Tracker, build_trackers
 
 
 class Task(ABC):
@@ -59,6 +60,9 @@ class Task(ABC):
     accumulate = 1  # the number of forward and backward passes of each update
     files: tuple[str, ...] = PARTS  # the files in the folder `model` that `finish` writes
     what = "a model"  # what that folder holds, for messages
+
+    def check(self) -> None:  # noqa: B027
+        """Raise an error, before anything is written, if a new run can't begin."""
 
     @abstractmethod
     def begin(self, stop: StopRequest) -> None:
@@ -155,7 +159,11 @@ def fit(
         if restarted() and world.first(lambda: is_run(out)):  # the processes before these have begun the run
             resume, overwrite = True, False
         world.first(lambda: check_out(out, resume=resume, overwrite=overwrite))
+        trackers: dict[str, Tracker] = {}
+        world.first(lambda: trackers.update(build_trackers(recipe.training)))
         task = world.in_turn(lambda: task_of(world.device))
+        if not resume:
+            world.first(task.check)
         settings, data, total = recipe.training, task.data, task.total
         if world.device.type == "cpu":
             bound_compiled_products()
@@ -184,7 +192,9 @@ def fit(
         world.first(lambda: write_text(out / "recipe.yaml", dump(recipe)))  # with what was measured, so that it repeats
         dtype = DTYPES[run.dtype]
         stack.enter_context(threads(run.threads))
-        log = MetricsLog(out / "metrics.jsonl", run.seen, settings.tensorboard) if world.main else NoLog()
+        log = MetricsLog(out / "metrics.jsonl", run.seen) if world.main else NoLog()
+        stack.callback(log.close)
+        world.first(lambda: log.track(trackers, recipe))
         guard, cure = BlowUpGuard(settings, out), way_out(settings, out)
         began, started = run.seen, time.monotonic()
         logged, waited = started, 0.0
@@ -264,7 +274,6 @@ def fit(
                     )
                 bar.advance(size)
         seconds = time.monotonic() - started
-        log.close()
         task.finish(run, log)
         world.first(lambda: task.curves(log))
     return Outcome(task, run, seconds, (run.seen - began) / seconds if run.seen > began else 0.0)

@@ -15,38 +15,41 @@ from typing import Any
 import torch
 
 from seriatim import __version__
-from seriatim.core.errors import ConfigError
 from seriatim.core.files import atomic_write, write_json, write_text
 from seriatim.core.markdown import block, inline
 from seriatim.core.reading import Unreadable, parse_json
 from seriatim.core.terminal import say
 from seriatim.data.base import ImageData
-from seriatim.training.config import ClassifierRecipe, Recipe, dump
+from seriatim.training.config import AnyRecipe, ClassifierRecipe, Recipe, dump
 from seriatim.training.precision import Choice
+from seriatim.training.trackers import RunConfig, Tracker, Tracking
 
 
 class MetricsLog:
     """A log with one JSON object per line, each written at once so that a killed run keeps its measurements."""
 
-    def __init__(self, path: Path, seen: int = 0, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path, seen: int = 0) -> None:
         """Continue the log after `seen` images; later lines, which a killed run may have written, are dropped."""
-        self.path = path
-        self.rows = rows_until(seen, path) if seen and path.exists() else []
+        self.path, self.seen = path, seen
+        found = read_rows(path) if path.exists() else []
+        self.logged = max((row["images"] for row in found), default=0)  # by an earlier process, perhaps after `seen`
+        self.rows = [row for row in found if row["images"] <= seen]
         write_text(path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._board = board(path.parent / "tensorboard") if tensorboard else None
+        self._tracking = Tracking()
+
+    def track(self, trackers: Mapping[str, Tracker], recipe: AnyRecipe) -> None:
+        """Send all further lines to these trackers too."""
+        values = recipe.model_dump(mode="json")
+        self._tracking.start(trackers, RunConfig(recipe.name, self.path.parent, values, self.seen, self.logged))
 
     def write(self, **values: Any) -> None:
         self.rows.append(values)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, values["images"])
-            self._board.flush()
+        self._tracking.log(values["images"], {name: value for name, value in values.items() if name != "images"})
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        self._tracking.close()
 
 
 class NoLog(MetricsLog):
@@ -62,8 +65,8 @@ class NoLog(MetricsLog):
         """Do nothing."""
 
 
-def rows_until(seen: int, path: Path) -> list[dict[str, Any]]:
-    """The lines of the first `seen` images. If some lines are damaged, a copy of the old file is kept."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log. If some are damaged, they are left out and a copy of the old file is kept."""
     rows: list[dict[str, Any]] = []
     raw = path.read_bytes()
     damaged = 0
@@ -75,22 +78,12 @@ def rows_until(seen: int, path: Path) -> list[dict[str, Any]]:
         except (Unreadable, UnicodeDecodeError):
             damaged += line.endswith(b"\n")  # the last line of a killed run may be half a line
             continue
-        if row["images"] <= seen:
-            rows.append(row)
+        rows.append(row)
     if damaged:
         kept = path.with_name(f"{path.stem}.damaged{path.suffix}")
         atomic_write(kept, lambda file: file.write_bytes(raw))
         warnings.warn(f"{path}: {damaged} damaged lines are left out; the file as it was is {kept}", stacklevel=3)
     return rows
-
-
-def board(folder: Path) -> Any:
-    """The writer of TensorBoard. Raises ConfigError, which says how to install it, if it is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError('training.tensorboard: is not installed; pip install "seriatim[log]"') from error
-    return SummaryWriter(str(folder))
 
 
 def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:

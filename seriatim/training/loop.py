@@ -29,10 +29,11 @@ from seriatim.models.build import build_model, model_config, parameter_count
 from seriatim.training.config import Recipe
 from seriatim.training.distributed import ALONE, World, replicated, shard, synchronised, whole
 from seriatim.training.engine import Task, crossed, fit, slices
+from seriatim.training.initialise import initialise_from, matching
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
 from seriatim.training.optim import adamw, averaged
-from seriatim.training.setup import build, fit_tokenizer, initialise_from
+from seriatim.training.setup import build, fit_tokenizer
 from seriatim.training.state import RunState, Trainables
 
 
@@ -86,6 +87,10 @@ class GeneratorTask(Task):
         idle = any(p.grad is None for p in self.model.parameters() if p.requires_grad)
         self.model.zero_grad(set_to_none=True)
         return idle
+
+    def check(self) -> None:
+        if self.recipe.training.init_from:
+            matching(self.recipe.training.init_from, self.model, self.tokenizer)
 
     def begin(self, stop: StopRequest) -> None:
         folder = self.recipe.training.init_from

@@ -50,7 +50,7 @@ WRITTEN = {
     "grid.png",
     "report.json",
 }
-FOLDERS = {"model", "checkpoints", "samples", "tensorboard"}
+FOLDERS = {"model", "checkpoints", "samples", "tensorboard", "trackers"}
 OURS = re.compile(  # the path of every file that a run may hold
     "|".join(
         (
@@ -59,6 +59,7 @@ OURS = re.compile(  # the path of every file that a run may hold
             rf"checkpoints/{CHECKPOINT.pattern}/({'|'.join(map(re.escape, (*FILES, CONFIG, MANIFEST)))})",
             GRID.pattern,
             r"tensorboard/events\.out\.tfevents\..*",
+            r"trackers/.*",
         )
     )
 )

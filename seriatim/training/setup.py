@@ -6,21 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from seriatim.backbones.base import Sequential
-from seriatim.checkpoints.native import Bundle, check_class_names, load_bundle
+from seriatim.checkpoints.native import Bundle, check_class_names
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.construct import check_room
-from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError, one_line, shown
+from seriatim.core.errors import ConfigError, Stopped, UsageError, one_line
 from seriatim.core.files import write_json, write_text
-from seriatim.core.names import find_name
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
-from seriatim.core.reading import LISTING_BYTES, read_json, read_or_raise
 from seriatim.core.stopping import StopRequest
-from seriatim.data.base import TIMES, ImageData, StreamData
+from seriatim.data.base import ImageData, StreamData
 from seriatim.data.loader import to_float
 from seriatim.data.sources import build_data
 from seriatim.models.base import SequenceModel
@@ -32,8 +29,10 @@ from seriatim.tokenizers.kinds import TOKENIZERS, build_tokenizer
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.vq import VQ
 from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
+from seriatim.training.data_record import check_record, write_record
+from seriatim.training.freezing import freeze
 from seriatim.training.log import environment
-from seriatim.training.run_folder import DATA, RECIPE, check_out
+from seriatim.training.run_folder import RECIPE, check_out
 
 # A resumed run may change these settings, because they affect no weights (but by the order of sums),
 # or only how long training lasts.
@@ -61,14 +60,13 @@ FREE = {
     "training.shard",
     "training.tensorboard",
     "training.test_images",
+    "training.trackers",
     "training.workers",
 }
 # A resumed run may also change these, which affect weights, because they help a run whose loss blew up. recipe.yaml
 # records such a change.
 CURES = {"training.learning_rate", "training.clip", "training.dtype"}
 MEASURED = {"training.dtype", "training.threads"}  # "auto" means the value that the run measured and recorded
-CLASSES = "conditioner.class_embedding"
-
 
 FIT_BATCH = 512  # images at once when the tokenizer measures its statistics
 FIT_IMAGES = 10_000  # about how many images it measures
@@ -157,6 +155,7 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, SequenceModel]:
     check_room(lambda: build_model(recipe.model, **sizes), {**recipe.model, **sizes}, "model")
     with seeded(derive_seed(recipe.seed, "weights")):
         model = build_model(recipe.model, **sizes)
+    freeze(model, recipe.training.freeze)
     try:  # wrong sampling defaults must be found now, not after training
         Pipeline(Bundle(model, tokenizer, data.class_names, dict(recipe.sampling))).request(seed=0)
     except UsageError as error:
@@ -169,17 +168,7 @@ def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool) ->
     if resume:
         return check_same_run(out, recipe, data)
     check_out(out, resume=False, overwrite=False)  # again, since another process may have begun a run meanwhile
-    write_json(
-        out / DATA,
-        {
-            "images": data.count,
-            "classes": data.class_names,
-            "fingerprint": data.fingerprint(),
-            "traits": data.traits(),
-            "left_out": dict(data.bad),
-            "passed_over": dict(data.passed_over),
-        },
-    )
+    write_record(out, data)
     write_json(out / "environment.json", environment())
     write_text(out / RECIPE, dump(recipe.model_copy(update={"changes": []})))  # changes are those of another run
     return None
@@ -200,26 +189,7 @@ def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
                 f"{key}: {before.get(key)!r} in {out / 'recipe.yaml'}, {now.get(key)!r} now; a resumed run keeps its "
                 f"settings, except for {', '.join(sorted(CURES))}: change it back, or begin another run"
             )
-    path = out / DATA
-    remedy = "restore it, or begin another run with training.init_from; it says which images the run began with"
-    recorded = read_or_raise(lambda: read_json(path, dict, LISTING_BYTES), path, DataError, remedy)
-    if not isinstance(recorded.get("fingerprint"), str):
-        raise DataError(f"{path} lacks the fingerprint of the images; {remedy}")
-    if recorded["fingerprint"] != data.fingerprint():
-        raise DataError(
-            f"data: its images are not those that {out} began with: {what_differs(recorded, data)}, or begin another "
-            "run with training.init_from"
-        )
-
-
-def what_differs(recorded: Mapping[str, Any], data: ImageData) -> str:
-    """A text that says how the data differs from that recorded in data.json, and what to do."""
-    before, now = recorded.get("traits"), data.traits()
-    changed = [name for name in now if isinstance(before, dict) and before.get(name) not in (None, now[name])]
-    if changed == [TIMES]:
-        return f"only the {TIMES} of the files differ, as those of copies do; copy them with times (cp -p, rsync -t)"
-    differ = f"the {' and '.join(changed)} of files differ" if changed else "or files changed"
-    return f"{shown(recorded.get('images'))} then, {data.count} now, {differ}; restore them"
+    check_record(out, data)
 
 
 def changes_of(out: Path, recipe: AnyRecipe, seen: int) -> list[str]:
@@ -250,46 +220,3 @@ def flat(recipe: AnyRecipe) -> dict[str, Any]:
         return result
 
     return walk(recipe.model_dump(mode="json"), "")
-
-
-def initialise_from(folder: str, model: SequenceModel, tokenizer: Tokenizer, class_names: list[str]) -> None:
-    """Initialise a model with the weights and token statistics of another; classes of the same name keep their vectors.
-
-    All shapes must be equal, except for the number of classes and the grid of tokens, to which positions are
-    interpolated. Raises ConfigError if they are not.
-    """
-    source: Bundle = load_bundle(folder)
-    before, now = ({k: v for k, v in t.config.items() if k != "size"} for t in (source.tokenizer, tokenizer))
-    if before != now:
-        raise ConfigError(
-            f"training.init_from: {folder} has the tokenizer {source.tokenizer.config}, the recipe {tokenizer.config}; "
-            "they may differ only in their size"
-        )
-    heads = [m.backbone.config.get("heads") for m in (source.model, model)]  # no shape depends on it
-    if heads[0] != heads[1]:
-        raise ConfigError(
-            f"training.init_from: {folder} has {heads[0]} attention heads, the recipe {heads[1]}; use the same number"
-        )
-    theirs, ours = source.model.state_dict(), model.state_dict()
-    theirs = model.backbone.resized(theirs, source.tokenizer.grid, tokenizer.grid)
-    for name, tensor in ours.items():
-        if name == CLASSES:
-            continue
-        if name not in theirs or theirs[name].shape != tensor.shape:
-            shape = tuple(theirs[name].shape) if name in theirs else "none"
-            raise ConfigError(
-                f"training.init_from: {folder} has {shape} for {name!r}, the recipe's model {tuple(tensor.shape)}; "
-                "use the same width, depth, heads and buffer"
-            )
-    merged = {name: theirs.get(name, tensor).clone() for name, tensor in ours.items()}
-    if CLASSES in ours:
-        merged[CLASSES] = ours[CLASSES].clone()
-        if CLASSES in theirs:
-            # A new class begins at the mean of the old ones, which gives better images than a random vector.
-            merged[CLASSES][:] = theirs[CLASSES].mean(dim=0)
-            for row, name in enumerate(class_names):
-                for place in find_name(name, source.class_names)[:1]:
-                    merged[CLASSES][row] = theirs[CLASSES][place]
-    model.load_state_dict(merged)
-    with torch.no_grad():
-        tokenizer.load_state_dict(source.tokenizer.state_dict())

@@ -400,7 +400,8 @@ def test_a_folder_begun_with_other_settings(
 
 def test_a_folder_begun_with_other_images(tmp_path: Path, pets: Path) -> None:
     make(pets, tmp_path / "c")
-    os.utime(pets / "cat" / "00.png", (0, 0))
+    with open(pets / "cat" / "00.png", "ab") as file:
+        file.write(b"more")
     with pytest.raises(ConfigError, match=r"^data \(its images\): .* was begun with others"):
         make(pets, tmp_path / "c")
     (pets / "cat" / "00.png").unlink()

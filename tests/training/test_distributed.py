@@ -112,7 +112,7 @@ def stopped_at(images: int, out: Path, *more: str) -> tuple[int, list[str]]:
         seen[0] += 7
         return true(*arguments, **options)
 
-    engine.gradients = counted  # type: ignore[assignment]  # this process ends soon
+    engine.gradients = counted  # this process ends soon
     return command(*TRAIN, str(out), *more)
 
 
