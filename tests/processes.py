@@ -46,8 +46,10 @@ def command(*words: str) -> tuple[int, list[str]]:
 
 
 def together(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:
-    """What `work` returns, or the exception that it raises, in each of `size` processes; call it in a fresh process."""
+    """What `work` returns, or the exception that it raises, in each of `size` processes; call it in a fresh process.
 
+    It is None for a process that dies.
+    """
     port, children = free_port(), []
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(size):
@@ -66,4 +68,5 @@ def together(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(size)]
+    results = [folder / f"{rank}.pickle" for rank in range(size)]
+    return [pickle.loads(result.read_bytes()) if result.exists() else None for result in results]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -73,7 +72,7 @@ def evaluate(
     ] = None,
     shard: Annotated[
         str | None,
-        typer.Option(help="The share of this process, such as 0/2. Default: the one that torchrun assigns, or all."),
+        typer.Option(help="The share of this process, such as 0/2. Default: all, which processes of torchrun divide."),
     ] = None,
     neighbours: Annotated[
         int,
@@ -115,7 +114,7 @@ def evaluate(
     from seriatim.evaluation.run import evaluate as run
     from seriatim.pipeline.loading import load
 
-    pipe = load(model, device=device_of(device), dtype=dtype)
+    pipe = load(model, device=device, dtype=dtype)
     check_pictures(pipe.tokenizer)
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
     settings = {**context.obj, **fields(set_ or [])}
@@ -174,7 +173,7 @@ def evaluate_tokenizer(
     noise: list[float] | None,
     seed: int,
     out: Path,
-    share: Share,
+    share: Share | None,
     cache: Path | None,
     device: str,
     json: bool,
@@ -200,10 +199,10 @@ def evaluate_tokenizer(
         seed=seed,
         share=share,
         cache=cache,
-        device=pick_device(device_of(device)),
+        device=pick_device(device),
         quiet=json,
     )
-    if done.missing:
+    if not done.figures:
         return say_missing(out, done.missing, json)
     if json:
         return print_json(done.report)
@@ -221,6 +220,8 @@ def evaluate_tokenizer(
 
 
 def say_missing(out: Path, missing: int, json: bool) -> None:
+    if not missing:  # the first process prints the figures
+        return
     say(f"this share is done; other processes still have {missing:,} images; the last to finish writes results.json")
     if json:
         print_json({"folder": str(out), "missing": missing})
@@ -240,29 +241,17 @@ def print_figures(report: dict[str, Any], title: str) -> None:
 # --- arguments ----------------------------------------------------------------------------------------------------
 
 
-def share_of(shard: str | None) -> Share:
-    """The share from a text such as `1/4`, or from torchrun's environment variables."""
+def share_of(shard: str | None) -> Share | None:
+    """The share from a text such as `1/4`; None for all blocks, which the processes of torchrun divide among them."""
     from seriatim.core.errors import UsageError
     from seriatim.evaluation.blocks import Share
 
-    text = shard or f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
-    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if shard is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", shard)
     if not found or not int(found[1]) < int(found[2]):
-        raise UsageError(f"shard: {text!r} is not allowed; give number/processes, such as 0/2 for the first of two")
+        raise UsageError(f"shard: {shard!r} is not allowed; give number/processes, such as 0/2 for the first of two")
     return Share(int(found[1]), int(found[2]))
-
-
-def device_of(device: str) -> str:
-    """The device; under torchrun, "auto" gives each process on a machine an accelerator of its own."""
-    if device != "auto" or "LOCAL_RANK" not in os.environ:
-        return device
-
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        return "cpu"
-    return f"{accelerator.type}:{int(os.environ['LOCAL_RANK']) % torch.accelerator.device_count()}"
 
 
 def fields(given: list[str]) -> dict[str, Any]:

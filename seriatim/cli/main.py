@@ -61,7 +61,7 @@ def explain(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, SeriatimError):
         if not error.told:
-            say(one_line(error) if isinstance(error, Stopped) else f"error: {one_line(error)}")
+            say(one_line(error) if isinstance(error, Stopped) else f"error: {one_line(error)}", everyone=True)
         return error.exit_code
     if hasattr(error, "format_message"):  # an error of the argument parser, whose classes are private to typer
         text = error.format_message()
@@ -77,12 +77,13 @@ def explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return 0
     if is_out_of_memory(error):
-        say(f"error: out of memory ({one_line(error)[:120]}); use a smaller batch or model")
+        say(f"error: out of memory ({one_line(error)[:120]}); use a smaller batch or model", everyone=True)
         return ResourceError.exit_code
     if isinstance(error, OSError):
-        say(f"error: {one_line(error)}; check the path and the disk")
+        say(f"error: {one_line(error)}; check the path and the disk", everyone=True)
         return ResourceError.exit_code
-    say(f"error: {type(error).__name__}: {one_line(error)[:300]} (a bug: please report it; SERIATIM_DEBUG=1 shows it)")
+    what = f"{type(error).__name__}: {one_line(error)[:300]}"
+    say(f"error: {what} (a bug: please report it; SERIATIM_DEBUG=1 shows it)", everyone=True)
     return 1
 
 

@@ -10,6 +10,7 @@ import typer
 
 from seriatim.cli.convert import unused
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
+from seriatim.core.processes import place
 from seriatim.core.terminal import say
 
 
@@ -34,7 +35,8 @@ def measure_latents(
 
     check_known(("channel", "scale"), statistics=statistics)
     chosen = read_recipe(recipe, overrides or ())
-    unused(out, overwrite)
+    if place().rank == 0:  # it may have written the folder before another process comes here
+        unused(out, overwrite)
 
     from typing import cast
 
@@ -42,6 +44,8 @@ def measure_latents(
     from seriatim.training.measure import measure_latents as run
 
     result = run(chosen, out, images=num, statistics=cast(Statistics, statistics), device=device, quiet=json)
+    if result is None:  # the first of several processes has the result
+        return None
     found = result.measured
     if json:
         return print_json(

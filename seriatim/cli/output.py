@@ -9,6 +9,7 @@ import typer
 
 from seriatim.core.files import json_text
 from seriatim.core.names import printable
+from seriatim.core.terminal import speaks
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on standard output instead of a table.")]
 WIDE = 1000  # the width of output that is not a terminal, where table rows must not wrap
@@ -17,11 +18,14 @@ DeviceOption = Annotated[str, typer.Option(help="The device to use: auto, cpu, c
 
 
 def print_json(value: Any) -> None:
-    typer.echo(json_text(value))
+    if speaks():
+        typer.echo(json_text(value))
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
     """Print a table; the caller formats the numbers."""
+    if not speaks():
+        return
     from rich.console import Console
     from rich.table import Table
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from seriatim.pipeline.pipeline import Pipeline
     from seriatim.pipeline.request import SampleRequest
 
+MOST_SHOWN = 1024  # pictures in grid.png
 NEARLY = 2  # a repeated pixel may differ by this much, because another batch, thread count or version rounds otherwise
 
 
@@ -44,35 +47,50 @@ def sample(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace earlier images of the same names in --out.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where the same command was stopped: images that are there are kept."),
+    ] = False,
     device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option(help="The dtype of the backbone: auto, float32 or bfloat16.")] = "auto",
     threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
-    """Generate images into a folder, with an overview in grid.png. The model has defaults for all settings."""
+    """Generate images into a folder, with an overview in grid.png. The model has defaults for all settings.
+
+    Under torchrun several processes share the images of one folder.
+    """
     import time
 
     from seriatim.core.errors import UsageError
     from seriatim.core.files import no_empty_folder, writable_folder
+    from seriatim.core.processes import place
     from seriatim.core.progress import Progress
+    from seriatim.core.stopping import claims
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.pipeline.animation import save_animation
     from seriatim.pipeline.labels import label_of, names_of
     from seriatim.pipeline.loading import load
+    from seriatim.pipeline.pipeline import BATCH_TOKENS
     from seriatim.pipeline.result import file_names, recorded, save_image
-    from seriatim.pipeline.samples_folder import ANIMATION, GRID, check_samples_folder
+    from seriatim.pipeline.samples_folder import ANIMATION, GRID, check_samples_folder, is_there, opened, seed_of
     from seriatim.training.precision import threads as using
 
     original = None if from_ is None else read_repeatable(from_)
     pipe = load(model, device=device, dtype=dtype)
     settings: dict[str, Any] = {**({} if label is None else {"class_labels": label}), **context.obj}
+    shared = resume or place().size > 1  # other processes, or an earlier one, have part of the images
+    if shared:
+        refuse_alone(animate=animate, from_=from_, arrays=not pipe.tokenizer.pictures)
+        if settings.get("seed") is None:
+            settings["seed"] = seed_of(out)
     if original is None:
         if label is None and pipe.model.classes and "class_labels" not in pipe.defaults:
             settings["class_labels"] = [label_of(i, pipe.class_names) for i in range(pipe.model.classes)]
         request = pipe.request(**settings)
     else:
         request = request_of(original[1], from_, pipe, list(settings))
-    steps = pipe.stream(request=request, batch_size=batch_size)  # everything is checked before the folder is created
+    pipe.stream(request=request, batch_size=batch_size)  # everything is checked before the folder is created
     if not pipe.tokenizer.pictures:
         return sample_arrays(pipe, request, out, batch_size, threads, animate=animate, overwrite=overwrite, json=json)
     names = names_of(pipe.classes_of(request), pipe.class_names)
@@ -80,54 +98,97 @@ def sample(
     grid_file, animation = out / GRID, out / ANIMATION
     if from_ is not None and any(file.resolve() == from_.resolve() for file in (*files, grid_file)):
         raise UsageError(f"out: {out} is where {from_} is, which would be replaced; choose another folder")
-    say_replaced(check_samples_folder(out, [*files, grid_file, *[animation] * animate], overwrite=overwrite))
+    size = batch_size or max(1, BATCH_TOKENS // pipe.model.tokens)
+    batches = [range(first, min(first + size, len(files))) for first in range(0, len(files), size)]
+    locks = [f".{batch.start:06d}.lock" for batch in batches]
+
+    def there(images: Iterable[int]) -> set[int]:
+        return {i for i in images if is_there(files[i], request, i, pipe.bundle.sha256)} if shared else set()
+
+    kept = there(range(len(files)))
+    ours = [*(file for i, file in enumerate(files) if i not in kept), *[grid_file] * (not kept), *[animation] * animate]
+    say_replaced(check_samples_folder(out, ours, overwrite=overwrite, begun=set(locks)))
     new = not out.exists()
     out = writable_folder(out)
     count = threads_of(pipe, threads)
     begin = time.monotonic()
-    columns = max(request.num_images_per_label, min(8, request.num_images))
-    images: list[Image.Image] = []
+    shown, columns = overview(request)
+    pictures: dict[int, Image.Image] = {}  # those of grid.png that were drawn here
     frames: dict[int, list[Image.Image]] = {}  # the pictures of all images at each step
-    at = 0  # the current step of the batch
-    bar = Progress(request.num_images, "sampling", "images", quiet=json)
-    with no_empty_folder(out, new), using(count), bar:
-        for step in steps:
-            if step.last:  # finished images are saved at once, so that a failure in a later batch doesn't lose them
-                for i, image in zip(step.images, step.preview(), strict=True):
-                    save_image(
-                        image, files[i], recorded(image, request, i, names[i], pipe.bundle.sha256, pipe.versions)
-                    )
-                    images.append(image)
-            if animate:
-                frames.setdefault(at, []).extend(step.preview())
-                at = 0 if step.last else at + 1
-            bar.advance(len(step.images) if step.last else 0, f"step {step.index + 1} of {step.total}")
+    drawn = 0
+    bar = Progress(request.num_images, "sampling", "images", done=len(kept), quiet=json)
+    with (
+        no_empty_folder(out, new),
+        using(count),
+        bar,
+        contextlib.closing(claims(range(len(batches)), lambda number: out / locks[number])) as numbers,
+    ):
+        for number in numbers:
+            batch = batches[number]
+            if len(there(batch)) == len(batch):
+                bar.skip(len(set(batch) - kept))
+                continue
+            at = 0  # the current step of the batch
+            for step in pipe.stream(request=request.part(batch), batch_size=size):
+                if step.last:  # finished images are saved at once, so that a failure in a later batch doesn't lose them
+                    for i, image in zip(batch, step.preview(), strict=True):
+                        says = recorded(image, request, i, names[i], pipe.bundle.sha256, pipe.versions)
+                        save_image(image, files[i], says)
+                        if i in shown:
+                            pictures[i] = image
+                    drawn += len(batch)
+                if animate:
+                    frames.setdefault(at, []).extend(step.preview())
+                    at += 1
+                done = len(set(batch) - kept) if step.last else 0
+                bar.advance(done, f"batch {number + 1} of {len(batches)}, step {step.index + 1} of {step.total}")
     seconds = time.monotonic() - begin
-    save_png(grid(images, columns), grid_file)
+    if place().rank == 0:
+        save_png(grid([pictures.get(i) or opened(files[i]) for i in shown], columns), grid_file)
     if animate:
-        side = 128 if len(images) == 1 else 64
+        side = 128 if len(files) == 1 else 64
         save_animation([grid(frames[i], columns, side=side) for i in sorted(frames)], animation, overwrite=overwrite)
     report = {
-        "images": len(images),
+        "images": len(files),
+        **({"drawn_here": drawn} if shared else {}),
         "folder": str(out),
         "grid": str(grid_file),
         "seconds": round(seconds, 3),
-        "images_per_second": round(len(images) / seconds, 2),
+        "images_per_second": round(drawn / seconds, 2),
         "seed": request.seed,
         "threads": count,
     }
     if animate:
         report["animation"] = str(animation)
     if original is not None:
-        report["pixels"] = compared(original, images[0], pipe.versions)
+        report["pixels"] = compared(original, pictures[0], pipe.versions)
     if json:
-        shown = [
+        listed = [
             {"file": str(file), "label": name or "image", "seed": s}
             for file, name, s in zip(files, names, request.image_seeds(), strict=True)
         ]
-        extra = {"request": request.model_dump(mode="json"), "model_sha256": pipe.bundle.sha256, "files": shown}
+        extra = {"request": request.model_dump(mode="json"), "model_sha256": pipe.bundle.sha256, "files": listed}
         return print_json(report | extra)
     return print_table(("sampled", ""), list(report.items()))
+
+
+def overview(request: SampleRequest) -> tuple[list[int], int]:
+    """The numbers of the images in grid.png, which shows at most MOST_SHOWN, and the number in a row."""
+    per, labels = request.num_images_per_label, len(request.class_labels)
+    if request.num_images <= MOST_SHOWN:
+        return list(range(request.num_images)), max(per, min(8, request.num_images))
+    kept = min(per, max(1, MOST_SHOWN // labels))  # of each label
+    shown = [label * per + i for label in range(min(labels, MOST_SHOWN)) for i in range(kept)]
+    return shown, min(32, max(kept, 8))
+
+
+def refuse_alone(*, animate: bool, from_: Path | None, arrays: bool) -> None:
+    """Raise UsageError for what one process does from beginning to end."""
+    from seriatim.core.errors import UsageError
+
+    for name, given in (("animate", animate), ("from", from_), ("model: it generates arrays, not pictures,", arrays)):
+        if given:
+            raise UsageError(f"{name}: can't be shared or resumed; start one process, without torchrun and --resume")
 
 
 def say_replaced(files: list[Path]) -> None:

@@ -13,7 +13,6 @@ from seriatim.cli.evaluate import (
     DataOption,
     FeaturesOption,
     RealOption,
-    device_of,
     field_value,
     fields,
     only_images,
@@ -74,7 +73,7 @@ def sweep(
     from seriatim.evaluation.sweep import sweep as run
     from seriatim.pipeline.loading import load
 
-    pipe = load(model, device=device_of(device), dtype=dtype)
+    pipe = load(model, device=device, dtype=dtype)
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
     opened = partial(open_data, size=size, channels=channels, background=pipe.bundle.background)
     others = None if real_data is None else only_images(opened(real_data, argument="real-data"), real_data)

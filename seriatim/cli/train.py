@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
-from seriatim.core.processes import place
 
 if TYPE_CHECKING:
     from seriatim.training.classifier import ClassifierResult
@@ -59,8 +58,6 @@ def train(
             "test_accuracy_with_mirror_images": trained.accuracy.mirrored,
             "test_images": trained.test_images,
         }
-    if place().rank:
-        return None
     return print_json(report) if json else print_table(("trained", ""), list(report.items()))
 
 

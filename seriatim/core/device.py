@@ -10,21 +10,39 @@ from typing import Any
 import torch
 
 from seriatim.core.errors import UsageError, check_known, one_line
+from seriatim.core.processes import place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """The torch device; "auto" means the accelerator if there is one, else the CPU. Raises UsageError."""
+    """The torch device; "auto" means the accelerator if there is one, else the CPU. Raises UsageError.
+
+    Of several processes on a machine each gets an accelerator of its own, unless `device` has a number.
+    """
     if isinstance(device, str) and device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
+        return own_device(accelerator or torch.device("cpu"))
     try:
-        picked = torch.device(device)
+        picked = own_device(torch.device(device))
         torch.empty(0, device=picked)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device: {device!r} is not there ({one_line(error)[:100]}); use 'auto' or 'cpu'") from error
     return picked
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process among several on its machine; a device with a number, or the CPU, is for all."""
+    where = place()
+    if where.size == 1 or device.type in ("cpu", "meta") or ":" in str(device):
+        return device
+    count = torch.accelerator.device_count()
+    if where.local_size > count:
+        raise UsageError(
+            f"device: {where.local_size} processes on a machine with {count} {device.type} devices; start at most "
+            f"{count} with torchrun --nproc-per-node, or give --device cpu"
+        )
+    return torch.device(device.type, where.local_rank)
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

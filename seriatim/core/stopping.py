@@ -9,14 +9,17 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 from seriatim.core.errors import Stopped, UsageError
 from seriatim.core.files import explained
+from seriatim.core.processes import place
 
+WAIT_SECONDS = 0.2  # between looks at work that other processes hold
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 
 
@@ -107,6 +110,31 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
         path.unlink(missing_ok=True)  # deleted while the lock is held, so that no other process's file is deleted
         fcntl.flock(lock, fcntl.LOCK_UN)  # closing would not release it if a worker process has the file open too
         lock.close()
+
+
+def claims(
+    numbers: Iterable[int], lock_of: Callable[[int], Path], pause: Callable[[], object] = lambda: None
+) -> Generator[int]:
+    """Yield the numbers, each while its lock is held, so that several processes share the work.
+
+    The process of rank r of n begins with r, r + n, ..., and goes on with those of the others. A number that another
+    process holds comes again later, because that process may die; the caller must find out whether its work was done.
+    `pause` is called before each attempt, and may raise to end the work.
+    """
+    where = place()
+    todo = sorted(numbers, key=lambda number: ((number - where.rank) % where.size, number))
+    while todo:
+        busy = []
+        for number in todo:
+            pause()
+            with claimed(lock_of(number)) as mine:
+                if mine:
+                    yield number
+                else:
+                    busy.append(number)
+        if busy == todo:
+            time.sleep(WAIT_SECONDS)
+        todo = busy
 
 
 def is_at(file: TextIO, path: Path) -> bool:

@@ -25,7 +25,7 @@ from seriatim.core.errors import CheckpointError, ConfigError, NumericsError, St
 from seriatim.core.files import MANIFEST, read_manifest, sweep, writable_folder, write_manifest
 from seriatim.core.ownership import json_of, owned
 from seriatim.core.progress import Progress
-from seriatim.core.stopping import StopRequest, claimed
+from seriatim.core.stopping import StopRequest, claimed, claims
 from seriatim.core.terminal import say
 from seriatim.data.base import ImageData, StreamData
 from seriatim.data.latents import (
@@ -48,7 +48,6 @@ from seriatim.data.store import STATED
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import tokenizer_config
 
-WAIT_SECONDS = 0.2  # between checks of shards that other processes hold
 LOCK = ".cache.lock"
 LOOKED_AT = 100  # at most this many sidecars are read to find out whether a folder is a cache
 SETTINGS = {  # the fields that must equal those of an unfinished cache -> the names that users know
@@ -145,27 +144,17 @@ def write_cache(
     started, encoded, hashes = time.monotonic(), 0, dict[str, str]()
     with StopRequest() as stop, Progress(info.images, "encoding", "images", quiet=quiet) as bar:
         encoder = Encoder(data, tokenizer, info, where, batch_size, workers, stop, bar)
-        todo = list(range(info.shards))
-        while todo:
-            busy = []
-            for number in todo:
-                encoder.stop_if_asked()
-                with claimed(lock_of(out, number)) as mine:
-                    if not mine:
-                        busy.append(number)
-                        continue
-                    shards.sweep(number)
-                    found = shards.whole(number)
-                    if found is None:
-                        found = shards.write(number, encoder.shard(number))
-                        encoded += info.count(number)
-                    else:
-                        bar.skip(info.count(number))
-                    hashes[f"{shard_name(number)}.safetensors"] = found
-                    encoder.done = len(hashes)
-            if busy == todo:  # other processes hold all that is left; they may finish it or die
-                time.sleep(WAIT_SECONDS)
-            todo = busy
+        with contextlib.closing(claims(range(info.shards), shards.lock, encoder.stop_if_asked)) as numbers:
+            for number in numbers:
+                shards.sweep(number)
+                found = shards.whole(number)
+                if found is None:
+                    found = shards.write(number, encoder.shard(number))
+                    encoded += info.count(number)
+                else:
+                    bar.skip(info.count(number))
+                hashes[f"{shard_name(number)}.safetensors"] = found
+                encoder.done = len(hashes)
     with claimed(out / LOCK, wait=True):
         write_manifest(out, info.files(), hashes)
     seconds = time.monotonic() - started
@@ -231,10 +220,6 @@ def encode(tokenizer: Tokenizer, images: Tensor) -> Tensor:
 
 
 # --- the folder ---------------------------------------------------------------------------------------------------
-
-
-def lock_of(out: Path, number: int) -> Path:
-    return out / f".{shard_name(number)}.lock"
 
 
 def is_cache(folder: Path) -> bool:

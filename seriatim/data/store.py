@@ -41,6 +41,10 @@ class Shards:
     def sidecar(self, number: int) -> Path:
         return self.folder / f"{self.name(number)}.json"
 
+    def lock(self, number: int) -> Path:
+        """The lock file of a shard, for `claims`."""
+        return self.folder / f".{self.name(number)}.lock"
+
     def there(self, number: int) -> bool:
         """Whether a shard was written, without reading it to find out whether it is whole."""
         return self.sidecar(number).is_file() and self.path(number).is_file()

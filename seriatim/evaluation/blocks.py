@@ -8,17 +8,21 @@ B images of a block, F features.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seriatim.core.errors import NumericsError, UsageError
+from seriatim.core.files import writable_folder
 from seriatim.core.progress import Progress
+from seriatim.core.stopping import claims
 from seriatim.data.store import Shards
 from seriatim.evaluation.base import FeatureExtractor, Features
 from seriatim.evaluation.metrics import Array
@@ -31,15 +35,11 @@ PIXELS = "pixels"  # sha256 of a block's images in 8 bits, as 32 numbers
 ImagesOf = Callable[[range], Iterator[Tensor]]  # of a block: images (b, c, H, W) in [-1, 1] of 8 bits, a few at a time
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which blocks are this process's: those with block number % processes == process."""
+class Share(NamedTuple):
+    """The blocks that a process computes and no others: those whose number % processes == process."""
 
-    process: int = 0
-    processes: int = 1
-
-
-ALL = Share()
+    process: int
+    processes: int
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,31 @@ class Blocks:
         tensors_of: Callable[[range, Progress], Mapping[str, Tensor]],  # of a block; it moves the bar on
         what: str,
         *,
-        share: Share = ALL,
+        share: Share | None = None,
         quiet: bool = False,
     ) -> None:
-        """Compute this process's blocks that are not there, or not what was written."""
-        mine = {n: block for n, block in enumerate(self.ranges()) if n % share.processes == share.process}
+        """Compute the blocks that are missing or damaged: those of `share`, or together with other processes all.
+
+        Without a `share`, blocks of a process that died are taken over, and all blocks are there in the end.
+        """
+        mine = {
+            n: block for n, block in enumerate(self.ranges()) if share is None or n % share.processes == share.process
+        }
         todo = {n: block for n, block in mine.items() if self.shards.whole(n) is None}
         total, left = (sum(map(len, blocks.values())) for blocks in (mine, todo))
-        with Progress(total, what, "images", done=total - left, quiet=quiet) as bar:
-            for n, block in todo.items():
+        if not todo:
+            return
+        writable_folder(self.folder)
+        with (
+            Progress(total, what, "images", done=total - left, quiet=quiet) as bar,
+            contextlib.closing(claims(todo, self.shards.lock)) as numbers,
+        ):
+            for n in numbers:
                 self.shards.sweep(n)
-                self.shards.write(n, tensors_of(block, bar))
+                if self.shards.there(n) and self.shards.whole(n) is not None:
+                    bar.skip(len(todo[n]))  # another process has computed it meanwhile
+                else:
+                    self.shards.write(n, tensors_of(todo[n], bar))
 
     def arrays(self) -> dict[str, Array]:
         """The tensors of all blocks by name, in float64, one block's rows after another's."""

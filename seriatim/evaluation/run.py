@@ -24,9 +24,10 @@ from torch import Tensor
 
 from seriatim.core.errors import UsageError, shown
 from seriatim.core.files import writable_folder, write_json
+from seriatim.core.processes import place
 from seriatim.core.random import derive_seed
 from seriatim.evaluation.base import FeatureExtractor, check_pictures
-from seriatim.evaluation.blocks import ALL, SIZE, Blocks, ImagesOf, Share, eight_bits, features_of
+from seriatim.evaluation.blocks import SIZE, Blocks, ImagesOf, Share, eight_bits, features_of
 from seriatim.evaluation.figures import (
     Reference,
     Set,
@@ -66,7 +67,7 @@ READ_AT_ONCE = 64  # real images
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` gives. `figures` is None as long as other processes have not done their share."""
+    """What `evaluate` gives. `figures` is None until all shares are done, and in all processes but the first."""
 
     folder: Path
     settings: dict[str, Any]
@@ -90,7 +91,7 @@ def evaluate(
     figures: Sequence[str] = (),
     seed: int = 0,
     batch_size: int | None = None,
-    share: Share = ALL,
+    share: Share | None = None,
     cache: Path | str | None = None,
     neighbours: int = 0,
     quiet: bool = False,
@@ -161,7 +162,7 @@ def evaluate(
     for store, images_of, name in works:
         store.fill(features_of(images_of, extractor, name, pipe.device), name, share=share, quiet=quiet)
     missing = sum(len(block) for store in (samples, *stores) for block in store.missing())
-    if missing:
+    if missing or place().rank:  # the first process computes the figures
         return Evaluation(folder, chosen, missing=missing, seconds=time.monotonic() - begin)
 
     vectors = [store.read() for store in stores]

@@ -13,6 +13,7 @@ from typing import Any
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.files import atomic_write, writable_folder, write_json, write_text
 from seriatim.core.ownership import owned
+from seriatim.core.processes import place
 from seriatim.evaluation.identity import holds_features, is_sweep
 from seriatim.evaluation.reference import Images, Statistics
 from seriatim.evaluation.rows import markdown, model_name, safe
@@ -75,7 +76,7 @@ def sweep(
     for combination, name in zip(combinations, names, strict=True):
         points.append((combination, evaluate(pipe, data, folder / name, cache=cache, **settings, **combination)))
     done = Sweep(folder, {name: list(values) for name, values in fields.items()}, points)
-    if not done.missing:
+    if not done.missing and not place().rank:
         write_json(
             folder / JSON,
             {"fields": done.values, "points": [{"values": point, **made.report} for point, made in points]},

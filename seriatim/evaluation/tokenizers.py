@@ -19,9 +19,10 @@ from torch import Tensor
 from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.files import writable_folder, write_json
 from seriatim.core.keys import Keys
+from seriatim.core.processes import place
 from seriatim.core.progress import Progress
 from seriatim.evaluation.base import FeatureExtractor, check_pictures
-from seriatim.evaluation.blocks import ALL, SIZE, Blocks, Share, Vectors, eight_bits, extract, features_of
+from seriatim.evaluation.blocks import SIZE, Blocks, Share, Vectors, eight_bits, extract, features_of
 from seriatim.evaluation.figures import Reference, Set, check_count, figures_of, named
 from seriatim.evaluation.identity import SETTINGS, check_folders, same_settings
 from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_error
@@ -41,7 +42,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class TokenizerEvaluation:
-    """What `evaluate_tokenizer` gives; figures are empty as long as other processes have not done their share."""
+    """What `evaluate_tokenizer` gives; empty until all shares are done, and in all processes but the first."""
 
     figures: dict[str, Figure]  # PSNR, SSIM, and with an extractor rFD[name] and FD[name]
     real: dict[str, Figure]  # FD[name] of the images themselves
@@ -62,7 +63,7 @@ def evaluate_tokenizer(
     noise: Sequence[float] | None = None,  # None: NOISE, and none where tokens are codes
     source: str = "",
     seed: int = 0,
-    share: Share = ALL,
+    share: Share | None = None,
     cache: Path | str | None = None,
     device: torch.device | str = "cpu",
     quiet: bool = False,
@@ -119,7 +120,7 @@ def evaluate_tokenizer(
         work = features_of(partial(pictures, reference), extractor, "reference", device)
         stores[1].fill(work, "reference", share=share, quiet=quiet)
     missing = sum(len(block) for store in stores for block in store.missing())
-    if missing:
+    if missing or place().rank:  # the first process computes the figures
         return TokenizerEvaluation({}, {}, {}, {}, {}, missing)
     seen = stores[0].arrays()
 

@@ -20,7 +20,7 @@ from seriatim import __version__
 from seriatim.core.errors import DataError, SeriatimError, UsageError, one_line
 from seriatim.core.reading import Unreadable, parse_json
 from seriatim.core.validation import Strict, parse
-from seriatim.pipeline.request import Label, SampleRequest
+from seriatim.pipeline.request import SampleRequest
 
 KEY = "seriatim"
 LONGEST = 64 * 1024  # characters of the chunk at most; a request has a few hundred
@@ -58,12 +58,7 @@ def pixels_sha256(image: Image.Image) -> str:
 
 def alone(request: SampleRequest, i: int) -> dict[str, Any]:
     """A request for image i of `request` alone, as plain data. It states every setting, since defaults may change."""
-    label: Label = request.image_labels()[i]
-    update = {"class_labels": (label,), "num_images_per_label": 1, "seeds": (request.image_seeds()[i],)}
-    order = getattr(request, "order", None)
-    if isinstance(order, tuple) and order and isinstance(order[0], tuple) and len(order) == request.num_images:
-        update["order"] = (order[i],)
-    return request.model_copy(update=update).model_dump(mode="json")
+    return request.part([i]).model_dump(mode="json")
 
 
 def chunk(recorded: Recorded) -> PngImagePlugin.PngInfo:

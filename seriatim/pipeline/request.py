@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -96,6 +96,16 @@ class SampleRequest(Settings):
         if self.seeds is not None:
             return list(self.seeds)
         return [derive_seed(self.seed, i) for i in range(self.num_images)]
+
+    def part(self, images: Sequence[int]) -> SampleRequest:
+        """The request for some of the images, by their numbers, which generates them as this one does."""
+        labels = tuple(self.class_labels[i // self.num_images_per_label] for i in images)
+        seeds = tuple(derive_seed(self.seed, i) if self.seeds is None else self.seeds[i] for i in images)
+        update = {"class_labels": labels, "num_images_per_label": 1, "seeds": seeds}
+        order = self.order
+        if isinstance(order, tuple) and isinstance(order[0], tuple):
+            update["order"] = tuple(order[i] for i in images)
+        return self.model_copy(update=update)
 
     def image_labels(self) -> list[Label]:
         """A list with the label of each image: all images of the first label come first, then those of the second."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
-from seriatim.core.errors import UsageError
+from seriatim.core.errors import SeriatimError, UsageError
 from seriatim.core.ownership import json_of, owned
-from seriatim.pipeline.metadata import KEY
+from seriatim.pipeline.metadata import KEY, alone, pixels_sha256, read_recorded
+from seriatim.pipeline.request import SampleRequest
 
 SAMPLES, SAYS = "samples.npy", "samples.json"  # the files of a model that does not generate pictures
 GRID, ANIMATION = "grid.png", "animation.gif"
@@ -36,13 +38,41 @@ def holds_samples(folder: Path) -> bool:
     return any(map(is_sample, islice(names, LOOKED_AT)))
 
 
-def check_samples_folder(folder: Path, files: Sequence[Path], *, overwrite: bool) -> list[Path]:
+def is_there(file: Path, request: SampleRequest, i: int, model_sha256: str) -> bool:
+    """Whether `file` is intact and holds image i of this very request to this model, however it was computed."""
+    if not file.is_file():
+        return False
+    try:
+        image, says = read_recorded(file)
+    except SeriatimError:
+        return False
+    same = says.request == alone(request, i) and says.model_sha256 == model_sha256 and not says.edited
+    return same and says.pixels_sha256 == pixels_sha256(image)
+
+
+def seed_of(folder: Path) -> int:
+    """The seed of the samples in the folder, so that their command can go on without it; 0 where there are none."""
+    for path in sorted(folder.glob("[0-9]*.png"))[:1]:
+        with contextlib.suppress(SeriatimError):
+            return read_recorded(path)[1].sample_request().seed
+    return 0
+
+
+def opened(file: Path) -> Image.Image:
+    """The picture in a file that was written before."""
+    with Image.open(file, formats=("PNG",)) as image:
+        return image.copy()
+
+
+def check_samples_folder(
+    folder: Path, files: Sequence[Path], *, overwrite: bool, begun: Container[str] = ()
+) -> list[Path]:
     """The files that saving `files` to the folder would replace; nothing is written yet.
 
     Raises UsageError if the folder is neither new nor empty nor one of samples, or if a file exists already. With
-    `overwrite` an existing file is allowed if it is a sample.
+    `overwrite` an existing file is allowed if it is a sample. Names in `begun` prove nothing and are allowed.
     """
-    owned(folder, "folder of samples", holds_samples)
+    owned(folder, "folder of samples", holds_samples, begun=begun)
     taken = [file for file in files if os.path.lexists(file)]
     if taken and not overwrite:
         raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")

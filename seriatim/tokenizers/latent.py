@@ -163,18 +163,30 @@ class Latent(Tokenizer):
         return self.measure_moments((self.moments(images) for images in batches), statistics)
 
     def measure_moments(self, batches: Iterable[Tensor], statistics: Statistics) -> Measured:
-        """Measure mean and variance of latents over batches of moments, and normalise by them from now on.
+        """Measure mean and variance of latents over batches of moments, and normalise by them from now on."""
+        return self.measured_from(map(self.sums, batches), statistics)
+
+    def sums(self, moments: Tensor) -> Tensor:
+        """What `measured_from` needs of a batch of moments: (5, z) float64, which may be added up.
+
+        The rows are sums of means, of their squares, and of variances; the number of latents, and that of images.
+        """
+        mean, std = (part.cpu().double() for part in self.posterior(moments))
+        rows = [part.sum(dim=(0, 2, 3)) for part in (mean, mean.square(), std.square())]
+        counts = torch.tensor([mean[:, 0].numel(), len(mean)], dtype=torch.float64)
+        return torch.cat([torch.stack(rows), counts[:, None].expand(2, self.latent_channels)])
+
+    def measured_from(self, parts: Iterable[Tensor], statistics: Statistics) -> Measured:
+        """Normalise from now on by the statistics whose `sums` are given in parts.
 
         The variance is exactly that of posterior samples: the variance of the means plus the mean of the variances.
         """
         if statistics not in ("scale", "channel"):
             raise UsageError(f"statistics: {statistics!r} can't be measured; choose 'channel' or 'scale'")
-        images = latents = 0
-        sums = torch.zeros(3, self.latent_channels, dtype=torch.float64)  # of means, of their squares, and of variances
-        for batch in batches:
-            mean, std = (part.cpu().double() for part in self.posterior(batch))
-            sums += torch.stack([part.sum(dim=(0, 2, 3)) for part in (mean, mean.square(), std.square())])
-            images, latents = images + len(batch), latents + mean[:, 0].numel()
+        whole_sums = torch.zeros(5, self.latent_channels, dtype=torch.float64)
+        for part in parts:
+            whole_sums += part
+        sums, latents, images = whole_sums[:3], whole_sums[3], int(whole_sums[4, 0])
         if not images:
             raise DataError("no images to measure: latent statistics need at least one")
         if not bool(torch.isfinite(sums).all()):

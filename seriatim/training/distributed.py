@@ -111,7 +111,7 @@ def joined(device: str) -> Iterator[World]:
         return
     import torch.distributed as dist
 
-    picked = device_of(device, where)
+    picked = pick_device(device)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     made = not dist.is_initialized()
@@ -135,20 +135,6 @@ def joined(device: str) -> Iterator[World]:
     finally:
         if made:
             dist.destroy_process_group()
-
-
-def device_of(device: str, where: Place) -> torch.device:
-    """The device of a process: "auto" and a kind without a number give each process of a machine one of its own."""
-    picked = pick_device(device)
-    if picked.type == "cpu" or ":" in device:
-        return picked
-    count = torch.accelerator.device_count()
-    if where.local_size > count:
-        raise UsageError(
-            f"device: {where.local_size} processes on a machine with {count} {picked.type} devices; start at most "
-            f"{count} with torchrun --nproc-per-node, or give --device cpu"
-        )
-    return torch.device(picked.type, where.local_rank)
 
 
 def lost_peer(error: RuntimeError) -> bool:

@@ -24,7 +24,6 @@ from seriatim.training.engine import gradients
 from seriatim.training.loop import GeneratorTask
 from seriatim.training.state import RunState, tensors_of
 
-
 SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "training.batch_size=7", "training.threads=1",
          "training.dtype=float32", "training.images=29"]  # fmt: skip
 KINDS = {

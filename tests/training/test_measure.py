@@ -44,6 +44,7 @@ def folder(tmp_path: Path) -> Path:
 def test_measured_statistics_travel(tmp_path: Path, folder: Path) -> None:
     """From a folder into a recipe, a run, its model; nobody measures them again."""
     result = measure_latents(recipe({"from": str(folder)}), tmp_path / "m", images=200, device="cpu", quiet=True)
+    assert result is not None
     assert result.measured.images == len(range(0, 1437, 1437 // 200))
     tokenizer = load_tokenizer(tmp_path / "m")
     assert isinstance(tokenizer, Latent) and tokenizer.measured

@@ -1,0 +1,153 @@
+"""Several processes share one command: the files are those of one process alone, also if some of the processes die."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import FEW, content
+from helpers import make_bundle
+from processes import command, together
+
+from seriatim.checkpoints.native import save_bundle
+from seriatim.checkpoints.tokenizer import save_tokenizer
+from seriatim.core.processes import place
+from seriatim.data.store import Shards
+from seriatim.pipeline import pipeline
+from seriatim.tokenizers.kl import KL
+
+pytestmark = pytest.mark.fresh_process
+
+TINY = ["training.images=8", "model.width=16", "model.depth=1", "model.heads=2", "model.head.width=16"]
+FREE = ("seconds", "when", "versions", "made_with")  # what may differ between two runs of one command
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """What a folder holds, without what may differ and without hidden files, of which none may be left."""
+    assert not [path for path in folder.rglob(".*")]
+    found: dict[str, Any] = dict(content(folder))
+    for name in found:
+        if name.endswith("results.json"):
+            values = json.loads((folder / name).read_text())
+            found[name] = {key: value for key, value in values.items() if key not in FREE}
+    return found
+
+
+def make(folder: Path) -> None:
+    """A model and a tokenizer for the commands."""
+    save_bundle(make_bundle(), folder / "model")
+    torch.manual_seed(0)
+    kl = KL(8, channels=1, block_out_channels=(32, 32), layers_per_block=1, latent_channels=2)
+    save_tokenizer(kl, folder / "kl")
+
+
+def words_of(verb: str, folder: Path, out: str) -> list[str]:
+    model, end = str(folder / "model"), ["--out", str(folder / out)]
+    return {
+        "cache": ["cache", "mar-digits", f"tokenizer={{from: {folder / 'kl'}}}", *TINY, "--shard-images", "200", *end],
+        "sample": ["sample", model, "--num-images-per-label", "4", *FEW, "--batch-size", "3", *end],
+        "evaluate": ["evaluate", model, "--data", "digits", "--num", "600", "--features", "pixels", *FEW, *end],
+        "measure-latents": ["measure-latents", "mar-digits", f"tokenizer={{from: {folder / 'kl'}}}", *TINY, *end],
+    }[verb]
+
+
+VERBS = ("cache", "sample", "evaluate", "measure-latents")
+
+
+def with_seed(verb: str) -> list[str]:
+    """Several processes draw from seed 0 unless they are told otherwise; one process alone draws its own."""
+    return ["--seed", "0"] if verb == "sample" else []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_bytes_do_not_depend_on_the_number_of_processes(verb: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    assert command(*words_of(verb, tmp_path, "alone"), *with_seed(verb))[0] == 0
+    alone = files(tmp_path / "alone")
+    for size in (2, 3):
+        words = words_of(verb, tmp_path, f"by-{size}")
+        found = together(size, partial(command, *words), tmp_path / f"said-{size}")
+        assert [code for code, _ in found] == [0] * size, found
+        assert all(not lines for _, lines in found[1:]), "the first process speaks for all"
+        assert files(tmp_path / f"by-{size}") == alone
+    assert alone and not list(tmp_path.glob(".*measuring"))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_share_of_a_process_that_dies_is_taken_over(verb: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    assert command(*words_of(verb, tmp_path, "alone"), *with_seed(verb))[0] == 0
+    words = words_of(verb, tmp_path, "out")
+
+    def work() -> tuple[int, list[str]]:
+        true_write, true_save, done = Shards.write, pipeline.Pipeline.stream, [0]
+
+        def died() -> None:
+            done[0] += 1
+            if place().rank and done[0] == 2:
+                os._exit(9)
+
+        def write(self: Shards, *arguments: Any) -> Any:
+            died()
+            return true_write(self, *arguments)
+
+        def stream(self: pipeline.Pipeline, *arguments: Any, **options: Any) -> Any:
+            died()
+            return true_save(self, *arguments, **options)
+
+        Shards.write = write  # type: ignore[method-assign]  # this process ends soon
+        if verb == "sample":
+            pipeline.Pipeline.stream = stream  # type: ignore[method-assign]
+        return command(*words)
+
+    first, second = together(2, work, tmp_path / "said")
+    assert first[0] == 0 and second is None, first
+    assert files(tmp_path / "out") == files(tmp_path / "alone")
+
+
+def test_samples_are_resumed(tmp_path: Path) -> None:
+    """What is there stays, what is damaged or missing is drawn again, and another request is refused."""
+    make(tmp_path)
+    words = words_of("sample", tmp_path, "out")
+    assert command(*words, "--seed", "5")[0] == 0
+    out = tmp_path / "out"
+    whole, pictures = files(out), sorted(out.glob("0*.png"))
+    pictures[1].unlink()
+    pictures[7].write_bytes(pictures[7].read_bytes()[:-40])
+    (out / "grid.png").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in pictures if path not in (pictures[1], pictures[7])}
+    code, lines = command(*words)
+    assert code == 2 and "exists already" in lines[-1]
+    code, lines = command(*words, "--resume", "--overwrite")
+    assert code == 0 and files(out) == whole
+    batches = {i // 3 for i in (1, 7)}
+    untouched = [path for i, path in enumerate(pictures) if i // 3 not in batches]
+    assert untouched and all(path.stat().st_mtime_ns == kept[path] for path in untouched)
+    code, lines = command(*words, "--resume", "--seed", "6")
+    assert code == 2 and len(lines) == 1 and "exists already" in lines[0] and files(out) == whole
+    code, lines = command(*words, "--resume", "--animate")
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: animate:")
+
+
+def test_a_process_that_comes_late_finds_nothing_to_do(tmp_path: Path) -> None:
+    make(tmp_path)
+    for verb in VERBS:
+        words = words_of(verb, tmp_path, verb)
+
+        def late(words: list[str] = words) -> tuple[int, list[str]]:
+            """The first process has ended before the second begins."""
+            mark = tmp_path / f"done-{words[0]}"
+            while place().rank and not mark.exists():
+                time.sleep(0.05)
+            found = command(*words)
+            mark.touch()
+            return found
+
+        found = together(2, late, tmp_path / f"said-{verb}")
+        assert [code for code, _ in found] == [0, 0], found
