@@ -14,11 +14,11 @@ from torch import Tensor
 
 from seriatim.checkpoints.tokenizer import read_provenance, save_tokenizer, writable
 from seriatim.core.device import pick_device
-from seriatim.core.errors import ConfigError, UsageError
+from seriatim.core.errors import ConfigError, ResourceError, UsageError
 from seriatim.core.files import MANIFEST, writable_folder
 from seriatim.core.processes import place
 from seriatim.core.progress import Progress
-from seriatim.core.stopping import claims
+from seriatim.core.stopping import claimed, claims
 from seriatim.data.base import ImageData, StreamData
 from seriatim.data.loader import to_float
 from seriatim.data.store import Shards
@@ -61,10 +61,11 @@ def measure_latents(
             f"tokenizer.kind: {recipe.tokenizer.get('kind')!r} has no latents to measure; name kl or pretrained"
         )
     tokenizer.to(pick_device(device))
-    if place().size == 1:
+    parts = None if place().size == 1 else Parts(data, tokenizer, images, out)
+    if parts is None:
         measured = tokenizer.measure(look_over(data, images, BATCH, quiet=quiet), statistics)
     else:
-        parts = shared_parts(data, tokenizer, images, out, quiet=quiet)
+        parts.compute(quiet=quiet)
         if place().rank:
             return None
         measured = tokenizer.measured_from(parts.rows(), statistics)
@@ -82,51 +83,67 @@ def measure_latents(
     if source is not None:
         provenance["from"] = {"folder": source, **read_provenance(Path(source).expanduser())}
     folder = save_tokenizer(tokenizer, out, provenance)
-    shutil.rmtree(parts_folder(folder), ignore_errors=True)
+    if parts is not None:
+        parts.remove()
     return Measurement(folder, measured, digest)
 
 
-@dataclass(frozen=True)
 class Parts:
-    """The sums of blocks of images, in files that processes share."""
+    """The sums of blocks of images, in files beside `out` that several processes share."""
 
-    shards: Shards
-    count: int
+    def __init__(self, data: ImageData, tokenizer: Latent, images: int, out: Path) -> None:
+        if isinstance(data, StreamData):
+            raise ConfigError("data.kind: a stream can't be shared by several processes; start one, without torchrun")
+        self.data, self.tokenizer, self.out = data, tokenizer, out
+        self.folder = out.with_name(f".{out.name}.measuring")
+        index = torch.arange(data.count)[:: max(1, data.count // images)]
+        self.blocks = index.split(BLOCK)
+        about = f"{tokenizer.moments_fingerprint()} {data.fingerprint()} {len(index)}"
+        key = hashlib.sha256(about.encode()).hexdigest()
+        self.shards = Shards(self.folder, lambda n: f"{n:06d}", lambda n: len(self.blocks[n]), key)
+
+    def compute(self, *, quiet: bool) -> None:
+        """Compute this process's share, and those of processes that died. In the end all blocks are there."""
+        where = place()
+        if where.rank and not self.folder.exists() and (self.out / MANIFEST).exists():
+            return  # the first process has finished already
+        writable_folder(self.folder)
+        try:
+            with claimed(self.present(where.rank), wait=True):
+                self._compute(quiet)
+        except ResourceError:
+            if where.rank == 0 or self.folder.exists():
+                raise  # otherwise the first process has finished just now
+
+    def _compute(self, quiet: bool) -> None:
+        count = sum(map(len, self.blocks))
+        with (
+            Progress(count, "measuring tokens", "images", quiet=quiet) as bar,
+            contextlib.closing(claims(range(len(self.blocks)), self.shards.lock)) as numbers,
+        ):
+            for number in numbers:
+                self.shards.sweep(number)
+                if not self.shards.there(number) or self.shards.whole(number) is None:
+                    batches = [to_float(self.data.images(part)) for part in self.blocks[number].split(BATCH)]
+                    sums = [self.tokenizer.sums(self.tokenizer.moments(batch)) for batch in batches]
+                    self.shards.write(number, {"sums": torch.stack(sums)})  # (batches, 5, z)
+                bar.advance(len(self.blocks[number]))
 
     def rows(self) -> Iterator[Tensor]:
         """The sums (5, z) of each batch in the order of the images, so that they add up as in one process."""
-        for number in range(self.count):
+        for number in range(len(self.blocks)):
             yield from self.shards.read(number)["sums"]
 
+    def present(self, rank: int) -> Path:
+        """The lock that a process holds while it reads and writes blocks."""
+        return self.folder / f".process-{rank}.lock"
 
-def shared_parts(data: ImageData, tokenizer: Latent, images: int, out: Path, *, quiet: bool) -> Parts:
-    """The sums of all blocks, of which this process computes its share, and the shares of processes that died."""
-    if isinstance(data, StreamData):
-        raise ConfigError("data.kind: a stream can't be shared by several processes; start one, without torchrun")
-    index = torch.arange(data.count)[:: max(1, data.count // images)]
-    blocks = index.split(BLOCK)
-    folder = parts_folder(out)
-    key = hashlib.sha256(f"{tokenizer.moments_fingerprint()} {data.fingerprint()} {len(index)}".encode()).hexdigest()
-    shards = Shards(folder, lambda number: f"{number:06d}", lambda number: len(blocks[number]), key)
-    if place().rank and not folder.exists() and (out / MANIFEST).exists():
-        return Parts(shards, len(blocks))  # the first process has finished already
-    writable_folder(folder)
-    with (
-        Progress(len(index), "measuring tokens", "images", quiet=quiet) as bar,
-        contextlib.closing(claims(range(len(blocks)), shards.lock)) as numbers,
-    ):
-        for number in numbers:
-            shards.sweep(number)
-            if not shards.there(number) or shards.whole(number) is None:
-                batches = [to_float(data.images(part)) for part in blocks[number].split(BATCH)]
-                sums = [tokenizer.sums(tokenizer.moments(batch)) for batch in batches]
-                shards.write(number, {"sums": torch.stack(sums)})  # (batches, 5, z)
-            bar.advance(len(blocks[number]))
-    return Parts(shards, len(blocks))
-
-
-def parts_folder(out: Path) -> Path:
-    return out.with_name(f".{out.name}.measuring")
+    def remove(self) -> None:
+        """Delete the blocks when no other process uses them; one that begins later finds that all is done."""
+        with contextlib.ExitStack() as stack:
+            for rank in range(1, place().size):
+                stack.enter_context(claimed(self.present(rank), wait=True))
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def statistics_sha256(tokenizer: Latent) -> str:

@@ -41,7 +41,9 @@ def files(folder: Path) -> dict[str, Any]:
 
 def make(folder: Path) -> None:
     """A model and a tokenizer for the commands."""
-    save_bundle(make_bundle(), folder / "model")
+    bundle = make_bundle(classes=10)
+    bundle.class_names[:] = [str(digit) for digit in range(10)]
+    save_bundle(bundle, folder / "model")
     torch.manual_seed(0)
     kl = KL(8, channels=1, block_out_channels=(32, 32), layers_per_block=1, latent_channels=2)
     save_tokenizer(kl, folder / "kl")
@@ -65,50 +67,61 @@ def with_seed(verb: str) -> list[str]:
     return ["--seed", "0"] if verb == "sample" else []
 
 
+def dying(verb: str, words: list[str]) -> tuple[int, list[str]]:
+    """The command, in which every process but the first dies as by `kill -9` in its second piece of work."""
+    write, stream, done = Shards.write, pipeline.Pipeline.stream, [0]
+
+    def died() -> None:
+        done[0] += 1
+        if place().rank and done[0] == 2:
+            os._exit(9)
+
+    def dying_write(self: Shards, *arguments: Any) -> Any:
+        died()
+        return write(self, *arguments)
+
+    def dying_stream(self: pipeline.Pipeline, *arguments: Any, **options: Any) -> Any:
+        died()
+        return stream(self, *arguments, **options)
+
+    Shards.write = dying_write  # type: ignore[method-assign]  # this process ends soon
+    if verb == "sample":
+        pipeline.Pipeline.stream = dying_stream  # type: ignore[method-assign]
+    return command(*words)
+
+
+def late(words: list[str], mark: Path) -> tuple[int, list[str]]:
+    """The command, which the second process begins when the first has ended it."""
+    while place().rank and not mark.exists():
+        time.sleep(0.05)
+    found = command(*words)
+    mark.touch()
+    return found
+
+
 @pytest.mark.parametrize("verb", VERBS)
-def test_bytes_do_not_depend_on_the_number_of_processes(verb: str, tmp_path: Path) -> None:
+def test_the_files_do_not_depend_on_the_processes(verb: str, tmp_path: Path) -> None:
+    """One process, two, three; two of which one dies, and its share is taken over; two of which one comes late."""
     make(tmp_path)
     assert command(*words_of(verb, tmp_path, "alone"), *with_seed(verb))[0] == 0
     alone = files(tmp_path / "alone")
-    for size in (2, 3):
-        words = words_of(verb, tmp_path, f"by-{size}")
-        found = together(size, partial(command, *words), tmp_path / f"said-{size}")
-        assert [code for code, _ in found] == [0] * size, found
-        assert all(not lines for _, lines in found[1:]), "the first process speaks for all"
-        assert files(tmp_path / f"by-{size}") == alone
-    assert alone and not list(tmp_path.glob(".*measuring"))
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_share_of_a_process_that_dies_is_taken_over(verb: str, tmp_path: Path) -> None:
-    make(tmp_path)
-    assert command(*words_of(verb, tmp_path, "alone"), *with_seed(verb))[0] == 0
-    words = words_of(verb, tmp_path, "out")
-
-    def work() -> tuple[int, list[str]]:
-        true_write, true_save, done = Shards.write, pipeline.Pipeline.stream, [0]
-
-        def died() -> None:
-            done[0] += 1
-            if place().rank and done[0] == 2:
-                os._exit(9)
-
-        def write(self: Shards, *arguments: Any) -> Any:
-            died()
-            return true_write(self, *arguments)
-
-        def stream(self: pipeline.Pipeline, *arguments: Any, **options: Any) -> Any:
-            died()
-            return true_save(self, *arguments, **options)
-
-        Shards.write = write  # type: ignore[method-assign]  # this process ends soon
-        if verb == "sample":
-            pipeline.Pipeline.stream = stream  # type: ignore[method-assign]
-        return command(*words)
-
-    first, second = together(2, work, tmp_path / "said")
-    assert first[0] == 0 and second is None, first
-    assert files(tmp_path / "out") == files(tmp_path / "alone")
+    assert alone
+    works = {
+        name: (size, words_of(verb, tmp_path, name))
+        for name, size in (("two", 2), ("three", 3), ("dying", 2), ("late", 2))
+    }
+    for name, (size, words) in works.items():
+        work: Any = partial(command, *words)
+        if name == "dying":
+            work = partial(dying, verb, words)
+        if name == "late":
+            work = partial(late, words, tmp_path / "mark")
+        found = together(size, work, tmp_path / f"said-{name}")
+        ended = [each for each in found if each is not None]
+        assert [code for code, _ in ended] == [0] * (1 if name == "dying" else size), found
+        assert all(not lines for _, lines in ended[1:]), "the first process speaks for all"
+        assert files(tmp_path / name) == alone, name
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_samples_are_resumed(tmp_path: Path) -> None:
@@ -133,21 +146,3 @@ def test_samples_are_resumed(tmp_path: Path) -> None:
     assert code == 2 and len(lines) == 1 and "exists already" in lines[0] and files(out) == whole
     code, lines = command(*words, "--resume", "--animate")
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: animate:")
-
-
-def test_a_process_that_comes_late_finds_nothing_to_do(tmp_path: Path) -> None:
-    make(tmp_path)
-    for verb in VERBS:
-        words = words_of(verb, tmp_path, verb)
-
-        def late(words: list[str] = words) -> tuple[int, list[str]]:
-            """The first process has ended before the second begins."""
-            mark = tmp_path / f"done-{words[0]}"
-            while place().rank and not mark.exists():
-                time.sleep(0.05)
-            found = command(*words)
-            mark.touch()
-            return found
-
-        found = together(2, late, tmp_path / f"said-{verb}")
-        assert [code for code, _ in found] == [0, 0], found
