@@ -84,7 +84,7 @@ def dying(verb: str, words: list[str]) -> tuple[int, list[str]]:
         died()
         return stream(self, *arguments, **options)
 
-    Shards.write = dying_write  # type: ignore[method-assign]  # this process ends soon
+    Shards.write = dying_write  # type: ignore[method-assign, assignment]  # this process ends soon
     if verb == "sample":
         pipeline.Pipeline.stream = dying_stream  # type: ignore[method-assign]
     return command(*words)
