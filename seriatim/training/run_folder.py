@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from seriatim.checkpoints.native import CLASSIFIER, CONFIG, PARTS, replaceable
+from seriatim.checkpoints.shared_tokenizer import SHARED, TOKENIZER
 from seriatim.checkpoints.unfinished import FILES, RECIPE
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.files import (
@@ -56,7 +57,8 @@ OURS = re.compile(  # the path of every file that a run may hold
         (
             "|".join(map(re.escape, sorted(WRITTEN))),
             rf"(model|\.model\.previous)/({'|'.join(map(re.escape, (*PARTS, CLASSIFIER)))})",
-            rf"checkpoints/{CHECKPOINT.pattern}/({'|'.join(map(re.escape, (*FILES, CONFIG, MANIFEST)))})",
+            rf"checkpoints/{CHECKPOINT.pattern}/({'|'.join(map(re.escape, (*FILES, TOKENIZER, CONFIG, MANIFEST)))})",
+            rf"checkpoints/{SHARED.pattern}",
             GRID.pattern,
             r"tensorboard/events\.out\.tfevents\..*",
             r"trackers/.*",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from seriatim.backbones.base import Sequential
 from seriatim.checkpoints.native import Bundle, check_class_names
+from seriatim.checkpoints.run_names import is_local
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.construct import check_room
 from seriatim.core.errors import ConfigError, Stopped, UsageError, one_line
@@ -91,7 +92,7 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
             )
     else:
         folder = Path(source).expanduser()
-        if not folder.is_dir():
+        if not is_local(folder):
             raise ConfigError(
                 f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert`, or name a model folder"
             )
