@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from seriatim.checkpoints.native import CLASSIFIER, CONFIG, MODEL, TOKENIZER
@@ -20,14 +21,14 @@ def located(name: str, revision: str | None = None, access: Access = USUAL) -> P
     `revision` is a commit, a tag or a branch of a repository, as `hf://owner/name@REVISION` names it.
     """
     folder = present_or_previous(Path(name))
-    here = is_local(name) or folder.exists()
+    here = is_local(name) or os.path.exists(folder)
     if here and (revision is not None or access != USUAL):
         given = "revision" if revision is not None else next(k for k, v in access._asdict().items() if v)
         raise UsageError(f"{given}: only valid for a hub repository, and {folder} is here; leave it out")
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointError(f"{folder} is a file; name the model folder that holds {CONFIG}")
     if here:
-        if folder.is_dir() and not any(folder.iterdir()):
+        if os.path.isdir(folder) and not any(folder.iterdir()):
             raise CheckpointError(f"{folder} is empty: no model was saved there; check the path")
         return folder
     if name in PRESETS:

@@ -51,15 +51,15 @@ def run_and_checkpoint(name: Path | str) -> tuple[Path, str] | None:
         return None
     path = Path(name)
     run, at, which = str(path).rpartition("@")
-    if not at or "/" in which or present_or_previous(path).exists():
+    if not at or "/" in which or os.path.exists(present_or_previous(path)):
         return None
     folder = present_or_previous(Path(run))
-    return (folder, which) if run and folder.is_dir() else None
+    return (folder, which) if run and os.path.isdir(folder) else None
 
 
 def is_local(name: Path | str) -> bool:
     """Whether `name` is a folder here, or a checkpoint of a run here (which may not exist)."""
-    return present_or_previous(Path(name)).is_dir() or run_and_checkpoint(name) is not None
+    return os.path.isdir(present_or_previous(Path(name))) or run_and_checkpoint(name) is not None
 
 
 def find(name: Path | str) -> Found:
@@ -91,8 +91,8 @@ def checkpoint_named(run: Path, which: str) -> Found:
         raise CheckpointError(f"{shown(f'{run}@{which}')}: {shown(kind)} is not known; write :{RAW} or leave it out")
     if number == LATEST:
         path, passed_over = newest_whole(folder)
-        for reason in passed_over:
-            say(f"stepping back: {reason}")
+        for damage in passed_over:
+            say(f"stepping back: {damage}")
     elif number == BEST:
         path = best_of(folder)
     else:

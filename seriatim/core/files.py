@@ -157,7 +157,7 @@ def asides(path: Path) -> dict[int, Path]:
 
 def present_or_previous(path: Path) -> Path:
     """`path` if it exists, else the folder that a crash between two renames left under another name, else `path`."""
-    found = {} if path.exists() else asides(path)
+    found = {} if os.path.exists(path) else asides(path)  # `Path.exists` raises OSError for a name that is too long
     return found[max(found)] if found else path
 
 

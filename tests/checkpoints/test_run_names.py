@@ -131,7 +131,9 @@ def test_verbs_take_a_checkpoint(trained: Path, tmp_path: Path, which: str, caps
     assert command(["sample", name, "--label", "3", *FEW, "--out", str(tmp_path / "a"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model_sha256"] == wanted
     Image.new("L", (8, 8), 90).save(tmp_path / "three.png")
-    Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
+    half = Image.new("L", (8, 8))
+    half.paste(255, (0, 0, 4, 4))
+    half.save(tmp_path / "mask.png")
     edit = ["edit", name, str(tmp_path / "three.png"), "--mask", str(tmp_path / "mask.png"), *FEW]
     assert command([*edit, "--out", str(tmp_path / "edited")]) == 0
     assert command(["export", "mar", name, str(tmp_path / "official.safetensors")]) == 0

@@ -136,12 +136,22 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def as_link(path: Path) -> None:
+    path.rename(path.parents[2] / "x")
+    path.symlink_to("../../x")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flipped": (flip, "is damaged: its sha256 is not the one in"),
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-4]), "bytes,"),
     "missing": (Path.unlink, "is missing though"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is missing though"),
-    "a link": (lambda path: (path.rename(path.parents[2] / "x"), path.symlink_to("../../x")), "outside of its folder"),
+    "a folder": (as_folder, "is missing though"),
+    "a link": (as_link, "outside of its folder"),
 }
 
 
