@@ -158,11 +158,11 @@ def fit(
     with joined(device) as world, contextlib.ExitStack() as stack:
         if restarted() and world.first(lambda: is_run(out)):  # the processes before these have begun the run
             resume, overwrite = True, False
-        resume = world.first(lambda: check_out(out, resume=resume, overwrite=overwrite))
+        resuming = world.first(lambda: check_out(out, resume=resume, overwrite=overwrite))
         trackers: dict[str, Tracker] = {}
         world.first(lambda: trackers.update(build_trackers(recipe.training)))
         task = world.in_turn(lambda: task_of(world.device))
-        if not resume:
+        if not resuming:
             world.first(task.check)
         settings, data, total = recipe.training, task.data, task.total
         if world.device.type == "cpu":
@@ -174,8 +174,8 @@ def fit(
 
         world.first(hold)
         stop = stack.enter_context(StopRequest())
-        world.first(lambda: begin_run(out, recipe, data, resume=resume))
-        path = world.first(lambda: newest(out)) if resume else None
+        world.first(lambda: begin_run(out, recipe, data, resume=resuming))
+        path = world.first(lambda: newest(out)) if resuming else None
         if path is None:
             run = world.first(lambda: begun(task, stop, out, world))
             world.copy_first(task.parts.model, task.parts.tokenizer)

@@ -121,11 +121,13 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     """Two processes, then one, then three, one of them stopped by a signal that it alone got: as one alone."""
     assert command(*TRAIN, str(tmp_path / "alone"))[0] == 0
     run = tmp_path / "run"
-    for size, images, more in ((2, 70, []), (1, 140, ["--resume"]), (3, 210, ["--resume"])):
+    for size, images, more in ((2, 70, ["--resume=auto"]), (1, 140, ["--resume"]), (3, 210, ["--resume=auto"])):
         found = together(size, partial(stopped_at, images, run, *more), tmp_path / str(size))
         assert [code for code, _ in found] == [143] * size
         said = [line for _, lines in found for line in lines]
         assert len([line for line in said if f"stopped after {images} images" in line]) == 1, said
+        begun = len([line for line in said if f"there is no run in {run} yet" in line])
+        assert begun == (images == 70), said
     more = ["--resume", "training.shard=true"]
     last = together(2, lambda: command(*TRAIN, str(run), *more), tmp_path / "last")
     assert [code for code, _ in last] == [0, 0], last
