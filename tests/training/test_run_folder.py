@@ -358,7 +358,7 @@ def test_a_signal_does_not_wait_for_the_samples(tmp_path: Path, monkeypatch: pyt
     def signalling(self: Any, *arguments: Any) -> Any:
         for step in true(self, *arguments):
             calls[0] += 1
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # `os.kill` may reach another thread, and be late
             yield step
 
     monkeypatch.setattr(Pipeline, "_steps", signalling)
