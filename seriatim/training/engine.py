@@ -260,6 +260,7 @@ def fit(
                     return_heap()
                 if not stopping:
                     task.look(before, run, stop)
+                    stopping = world.size == 1 and stop.requested is not None  # others hear of it at the next step
                 due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
                 if due and not stopping:
                     save()
