@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,24 @@ from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
 from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.pixels import Pixels
+
+
+def die_at_call(fatal: int, *names: str) -> None:
+    """From here on this process kills itself at call number `fatal` of the functions `names`, such as "os.replace"."""
+    count = [0]
+
+    def deadly(true: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if count[0] == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count[0] += 1
+            return true(*arguments, **options)
+
+        return call
+
+    for name in names:
+        module, _, function = name.rpartition(".")
+        setattr(sys.modules[module], function, deadly(getattr(sys.modules[module], function)))
 
 
 def golden(kind: str) -> Path:

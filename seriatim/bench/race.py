@@ -24,6 +24,7 @@ from seriatim.bench.opponent import Draws, Opponent, Workload, replaced
 from seriatim.bench.ours import Ours, prepared
 from seriatim.bench.timing import Stages, counting, matrix_peak, median, peak_resident_bytes, processor
 from seriatim.checkpoints.native import MODEL, find_bundle, load_bundle, opened, section
+from seriatim.checkpoints.run_names import is_local
 from seriatim.core.construct import MOST_AT_ONCE, MOST_THREADS
 from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, check_known, nearest
@@ -66,7 +67,7 @@ class Subject:
 
 def subject(name: str, decodes: bool = True) -> Subject:
     """A model folder, or a preset with random weights."""
-    if Path(name).is_dir():
+    if is_local(name):
         bundle = load_bundle(name)
         return Subject(bundle.model, bundle.tokenizer, dict(bundle.sampling), FOLDER)
     if name not in PRESETS:
@@ -87,9 +88,9 @@ def subject(name: str, decodes: bool = True) -> Subject:
 def sizes(name: str) -> Subject:
     """The same without weights."""
     with torch.device("meta"):
-        if name in PRESETS and not Path(name).is_dir():
+        if name in PRESETS and not is_local(name):
             return Subject(build_model(PRESETS[name].original()), None, dict(PRESETS[name].sampling), "none")
-        with opened(find_bundle(Path(name)), MODEL) as (config, _):
+        with opened(find_bundle(name), MODEL) as (config, _):
             return Subject(build_model(section(config, "model")), None, section(config, "sampling"), FOLDER)
 
 

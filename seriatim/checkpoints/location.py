@@ -1,10 +1,12 @@
-"""Where a model is: a folder, or a repository of the hub."""
+"""Where a model is: a folder, a checkpoint of a run, or a repository of the hub."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from seriatim.checkpoints.native import CLASSIFIER, CONFIG, MODEL, TOKENIZER
+from seriatim.checkpoints.run_names import is_local
 from seriatim.core.errors import CheckpointError, UsageError, nearest, shown
 from seriatim.core.files import MANIFEST, present_or_previous
 from seriatim.core.hub import SCHEME, USUAL, Access, fetch, repository
@@ -12,18 +14,21 @@ from seriatim.zoo import PRESETS
 
 
 def located(name: str, revision: str | None = None, access: Access = USUAL) -> Path:
-    """The folder of that name, or that of a hub repository, `hf://owner/name` or `owner/name`, once it is fetched.
+    """The path of a model by its name; a hub repository, `hf://owner/name` or `owner/name`, is fetched first.
+
+    The path of a folder is returned as it is, and so is a name such as `RUN@latest`, which `load_bundle` understands.
 
     `revision` is a commit, a tag or a branch of a repository, as `hf://owner/name@REVISION` names it.
     """
     folder = present_or_previous(Path(name))
-    if folder.exists() and (revision is not None or access != USUAL):
+    here = is_local(name) or os.path.exists(folder)
+    if here and (revision is not None or access != USUAL):
         given = "revision" if revision is not None else next(k for k, v in access._asdict().items() if v)
         raise UsageError(f"{given}: only valid for a hub repository, and {folder} is here; leave it out")
-    if folder.is_file():
+    if os.path.isfile(folder):
         raise CheckpointError(f"{folder} is a file; name the model folder that holds {CONFIG}")
-    if folder.is_dir():
-        if not any(folder.iterdir()):
+    if here:
+        if os.path.isdir(folder) and not any(folder.iterdir()):
             raise CheckpointError(f"{folder} is empty: no model was saved there; check the path")
         return folder
     if name in PRESETS:

@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from seriatim import __version__
 from seriatim.checkpoints.official import read_safetensors
 from seriatim.checkpoints.renames import FORMAT, READABLE, renamed
+from seriatim.checkpoints.run_names import find
 from seriatim.checkpoints.shapes import refuse
-from seriatim.checkpoints.unfinished import AVERAGE, CHECKPOINTS, RECIPE, checkpoint_of, is_checkpoint, usable
+from seriatim.checkpoints.shared_tokenizer import tokenizer_file, tokenizer_in
+from seriatim.checkpoints.unfinished import is_checkpoint
 from seriatim.core.errors import (
     CheckpointError,
     ConfigError,
@@ -40,7 +42,6 @@ from seriatim.core.errors import (
 from seriatim.core.files import (
     MANIFEST,
     atomic_folder,
-    present_or_previous,
     put_back,
     read_manifest,
     verify_manifest,
@@ -125,7 +126,8 @@ def opened(folder: Path, *files: str) -> Iterator[tuple[dict[str, Any], dict[str
 
     What goes wrong inside with the config becomes a CheckpointError, one line that names the file.
     """
-    hashes = verify_manifest(folder, needed=(CONFIG, *files))
+    tokenizer = tokenizer_in(folder) if is_checkpoint(folder) else TOKENIZER
+    hashes = verify_manifest(folder, (CONFIG, *(tokenizer if file == TOKENIZER else file for file in files)))
     path = folder / CONFIG
     try:
         config = read_json(path, dict)
@@ -223,43 +225,29 @@ def told_by(error: Exception) -> OSError:
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(0, one_line(error))
 
 
-def find_bundle(folder: Path) -> Path:
-    """The model folder that `folder` is, or that it holds as `model/` (a run, a demo).
-
-    Where a crash interrupted its replacement, that is the previous one, which lies beside it under a hidden name. Of a
-    run that is not finished it is the newest whole checkpoint, which standard error is told.
-    """
-    folder = present_or_previous(folder)
-    if (folder / CONFIG).exists():
-        return folder
-    inner = present_or_previous(folder / "model")
-    if inner.is_dir():
-        return inner
-    if is_checkpoint(folder):
-        return usable(folder)
-    is_run = (folder / RECIPE).is_file() or (folder / CHECKPOINTS).is_dir()
-    return checkpoint_of(folder) if is_run and not (folder / MANIFEST).exists() else folder
+def find_bundle(name: Path | str) -> Path:
+    """The model folder that a name stands for, or the checkpoint."""
+    return find(name).folder
 
 
-def load_bundle(folder: Path | str) -> Bundle:
-    """Read a model folder, every file checked against its sha256 and every tensor against the config.
+def load_bundle(name: Path | str) -> Bundle:
+    """Read a model by its name (`run_names`), every file checked against its sha256, every tensor against the config.
 
     Raises CheckpointError, one line that names the file, when anything is missing, damaged or does not fit.
     """
-    found = find_bundle(Path(folder))
+    found = find(name)
     try:
-        return read_bundle(found)
+        return read_bundle(found.folder, found.weights)
     except CheckpointError:
-        if found.exists() or found == Path(folder):
+        if found.folder.exists() or found.folder == Path(name):
             raise
-    return load_bundle(folder)  # the run goes on, and has deleted this checkpoint since: there is a newer one
+    return load_bundle(name)  # the run goes on, and has deleted this checkpoint since: there is a newer one
 
 
-def read_bundle(folder: Path) -> Bundle:
-    """The bundle of a model folder, or of a checkpoint that has a config."""
+def read_bundle(folder: Path, weights: str = MODEL) -> Bundle:
+    """The bundle of a model folder, or of a checkpoint that has a config; `weights` is the file of the model's."""
     if (folder / CLASSIFIER).exists():
         raise CheckpointError(f"{folder} holds a classifier, which draws nothing; name a model folder")
-    weights = AVERAGE if is_checkpoint(folder) else MODEL
     with opened(folder, weights, TOKENIZER) as (config, hashes):
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
             model = build_model(section(config, "model"))
@@ -268,8 +256,13 @@ def read_bundle(folder: Path) -> Bundle:
         sampling, provenance = section(config, "sampling"), section(config, "provenance")
         background = as_colour(config.get("background", WHITE))
     fill(model, folder / weights, written=int(config["format"]))
-    fill(tokenizer, folder / TOKENIZER)
+    fill(tokenizer, stored_tokenizer(folder))
     return Bundle(model.eval(), tokenizer.eval(), class_names, sampling, provenance, hashes[weights], background)
+
+
+def stored_tokenizer(folder: Path) -> Path:
+    """The file with the tokenizer of a model folder or a checkpoint; what checkpoints share is verified here."""
+    return tokenizer_file(folder) if is_checkpoint(folder) else folder / TOKENIZER
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from seriatim.checkpoints.native import (
     replaceable,
     save_folder,
     section,
+    stored_tokenizer,
 )
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
 from seriatim.tokenizers.base import Tokenizer
@@ -47,7 +48,7 @@ def writable(folder: Path | str) -> Path:
 
 
 def load_tokenizer(folder: Path | str, /, **overrides: Any) -> Tokenizer:
-    """The tokenizer of a tokenizer folder, a model folder or a run; `overrides` are keys of its config.
+    """The tokenizer of a tokenizer folder, a model folder, a run or its checkpoint; `overrides` change its config.
 
     Statistics are kept (they are those of channels, whatever size and patch), unless `scale` or `statistics` change.
     Raises CheckpointError where a file is missing, damaged or does not fit, ConfigError where an override does not.
@@ -68,7 +69,7 @@ def load_tokenizer(folder: Path | str, /, **overrides: Any) -> Tokenizer:
             if shapes != {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}:
                 names = ", ".join(f"tokenizer.{key}" for key in sorted(changed))
                 raise ConfigError(f"{names}: does not go with the weights in {folder}; leave it out")
-    fill(tokenizer, folder / TOKENIZER)
+    fill(tokenizer, stored_tokenizer(folder))
     if isinstance(tokenizer, Latent) and changed.keys() & {"scale", "statistics"}:
         tokenizer.forget_statistics()
     return tokenizer.eval()
@@ -81,6 +82,6 @@ def read_provenance(folder: Path | str) -> dict[str, Any]:
 
 def read(folder: Path | str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder that holds the files, the tokenizer's config and the provenance; every file is checked."""
-    folder = find_bundle(Path(folder))
+    folder = find_bundle(folder)
     with opened(folder, TOKENIZER) as (config, _):
         return folder, section(config, "tokenizer"), section(config, "provenance")

@@ -11,14 +11,16 @@ import functools
 import shlex
 from pathlib import Path
 
+from seriatim.checkpoints.shared_tokenizer import REFERENCE, tokenizer_in
 from seriatim.core.errors import CheckpointError, one_line
 from seriatim.core.files import verify_manifest
+from seriatim.core.ownership import json_of
 from seriatim.core.terminal import say
 
 CHECKPOINTS, RECIPE = "checkpoints", "recipe.yaml"
-AVERAGE, STATE, CONFIG = "average.safetensors", "state.json", "config.json"
+MODEL, AVERAGE, STATE, CONFIG = "model.safetensors", "average.safetensors", "state.json", "config.json"
 # Release 0.1 wrote no config.json: what it wrote can be resumed, but says too little of the model to be used alone.
-FILES = ("model.safetensors", AVERAGE, "optimiser.safetensors", "tokenizer.safetensors", STATE)
+FILES = (MODEL, AVERAGE, "optimiser.safetensors", REFERENCE, STATE)
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -26,6 +28,11 @@ def all_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raise CheckpointError unless every file of a checkpoint matches its sha256; a shared tokenizer is not read."""
+    verify_manifest(path, (tokenizer_in(path) if name == REFERENCE else name for name in FILES))
 
 
 def why_not_whole(path: Path) -> str | None:
@@ -43,7 +50,7 @@ def why_not_whole(path: Path) -> str | None:
 @functools.lru_cache(maxsize=64)
 def _why_not_whole(path: Path, _stamps: tuple[tuple[str, int, int, int], ...]) -> str | None:
     try:
-        verify_manifest(path, FILES)
+        verify_checkpoint(path)
     except (CheckpointError, OSError) as error:
         return one_line(error)
     return None
@@ -58,6 +65,13 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
             return path, passed_over
         passed_over.append(reason)
     return None, passed_over
+
+
+def best_of(folder: Path) -> Path | None:
+    """The whole checkpoint with the lowest loss; None if there is none."""
+    losses = [(json_of(path / STATE).get("loss"), path) for path in all_checkpoints(folder)]
+    known = sorted((loss, path) for loss, path in losses if isinstance(loss, float))
+    return next((path for _, path in known if why_not_whole(path) is None), None)
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -21,7 +21,7 @@ from seriatim.cli.recipes import recipes
 from seriatim.cli.sample import sample
 from seriatim.cli.sampling_options import SamplingVerb
 from seriatim.cli.sweep import sweep
-from seriatim.cli.train import train
+from seriatim.cli.train import TrainVerb, train
 
 app = typer.Typer(
     name="seriatim",
@@ -50,7 +50,7 @@ def root(
 
 
 app.command()(demo)
-app.command()(train)
+app.command(cls=TrainVerb)(train)
 app.command()(cache)
 app.command(cls=SamplingVerb)(sample)
 app.command(cls=SamplingVerb)(edit)

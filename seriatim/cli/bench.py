@@ -12,7 +12,9 @@ from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="A preset (random weights), a model folder or a run.")],
+    model: Annotated[
+        str, typer.Argument(help="A preset (random weights), a model folder, a run, or RUN@latest or the like.")
+    ],
     official: Annotated[
         str | None,
         typer.Option(help="A checkout of the original code, which is then timed on the same weights and noise."),

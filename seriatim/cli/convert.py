@@ -34,7 +34,7 @@ Ema = Annotated[
     typer.Option("--ema/--raw", help="Take averaged or last weights. Default: averaged, if the file has them."),
 ]
 ClassNames = Annotated[Path | None, typer.Option(help="A text file with one class name per line.")]
-Model = Annotated[Path, typer.Argument(help="A model folder or a run.")]
+Model = Annotated[Path, typer.Argument(help="A model folder, a run, or RUN@latest or the like.")]
 OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")]
 
 
@@ -214,7 +214,7 @@ def export_llamagen(
 
 @export.command("kl16")
 def export_kl16(
-    model: Annotated[Path, typer.Argument(help="A tokenizer folder, model folder or run with a `kl` tokenizer.")],
+    model: Annotated[Path, typer.Argument(help="A tokenizer folder, model folder or run (or RUN@latest) of `kl`.")],
     out: Annotated[Path, typer.Argument(help="The file to write: .safetensors, or .ckpt for the official code.")],
     overwrite: OverwriteFile = False,
 ) -> None:

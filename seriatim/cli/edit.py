@@ -14,7 +14,7 @@ from seriatim.cli.threads import ThreadsOption, drawing_with
 
 def edit(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a run, RUN@latest or the like, or a hub repository.")],
     image: Annotated[Path, typer.Argument(help="The picture to edit, which must have the model's size.")],
     mask: Annotated[Path, typer.Option(help="A picture of the same size; its white pixels are repainted.")],
     label: Annotated[

@@ -39,7 +39,7 @@ FeaturesOption = Annotated[
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a run, RUN@latest or the like, or a hub repository.")],
     data: DataOption,
     num: Annotated[
         int,

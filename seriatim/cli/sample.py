@@ -26,7 +26,7 @@ NEARLY = 2  # a repeated pixel may differ by this much, because another batch, t
 
 def sample(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a run, RUN@latest or the like, or a hub repository.")],
     label: Annotated[
         list[str] | None,
         typer.Option(

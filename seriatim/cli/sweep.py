@@ -25,7 +25,7 @@ from seriatim.core.terminal import say
 
 
 def sweep(
-    model: Annotated[str, typer.Argument(help="A model folder, a run, or a hub repository.")],
+    model: Annotated[str, typer.Argument(help="A model folder, a run, RUN@latest or the like, or a hub repository.")],
     values: Annotated[
         list[str],
         typer.Argument(help="One or more sampling settings, each with its values: guidance_scale=1,1.5,2,3."),

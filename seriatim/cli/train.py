@@ -1,4 +1,4 @@
-"""`seriatim train` trains a recipe, with overrides, into a run folder."""
+"""`seriatim train` trains a recipe, with changed settings, into a run folder, or resumes a run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
     from seriatim.training.classifier import ClassifierResult
-    from seriatim.training.config import ClassifierRecipe, Recipe
+    from seriatim.training.config import AnyRecipe, ClassifierRecipe, Recipe
     from seriatim.training.loop import TrainingResult
+    from seriatim.training.run_folder import Resume
+
+
+AUTO, ALWAYS = "auto", "always"
+
+
+class TrainVerb(TyperCommand):
+    """A command whose `--resume` is a flag, and also takes a value: `--resume=auto` or `--resume auto`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        flags = [i for i, word in enumerate(args[:end]) if word == "--resume"]
+        for i in flags:
+            if args[i + 1 : i + 2] != [AUTO]:
+                args[i] = f"--resume={ALWAYS}"
+        return super().parse_args(ctx, args)
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="A packaged recipe (seriatim recipes list) or a YAML file.")],
-    overrides: Annotated[
+    recipe: Annotated[
+        str | None,
+        typer.Argument(help="A packaged recipe (seriatim recipes list) or a YAML file. --resume --out needs none."),
+    ] = None,
+    settings: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, such as training.images=5000 model.depth=4.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder to create. Default: runs/NAME.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest complete checkpoint of the run.")
-    ] = False,
+        str | None,
+        typer.Option(
+            "--resume",
+            metavar="[=auto]",
+            help="Continue from the newest complete checkpoint of the run. With --resume=auto, begin if there is none.",
+        ),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --resume: a setting that changes, such as training.learning_rate=1e-4; all others are the run's "
+            "own, whatever RECIPE says. Repeat it for several."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --out, which is kept until the new one is finished.")
     ] = False,
@@ -34,11 +66,14 @@ def train(
     json: JsonFlag = False,
 ) -> None:
     """Train a recipe into a run folder, which `seriatim sample` takes, or `--features` if it is a classifier."""
-    from seriatim.training.config import Recipe, read_any
+    from seriatim.core.errors import UsageError
+    from seriatim.training.config import Recipe
     from seriatim.training.trackers import build_trackers
 
-    chosen = read_any(recipe, overrides or ())
-    out = out or Path("runs") / chosen.name
+    if resume not in (None, ALWAYS, AUTO):
+        raise UsageError(f"resume: {resume!r} is not known; write --resume or --resume={AUTO}")
+    how: Resume = "auto" if resume == AUTO else resume is not None
+    chosen, out = chosen_recipe(recipe, settings or [], override or [], out, how)
     if dry_run:
         build_trackers(chosen.training)  # a missing library is reported before the data are read
         plan = generator_plan(chosen) if isinstance(chosen, Recipe) else classifier_plan(chosen, quiet=json)
@@ -47,11 +82,11 @@ def train(
     if isinstance(chosen, Recipe):
         from seriatim.training.loop import train as run
 
-        report = reported(run(chosen, out, device=device, resume=resume, overwrite=overwrite, quiet=json))
+        report = reported(run(chosen, out, device=device, resume=how, overwrite=overwrite, quiet=json))
     else:
         from seriatim.training.classifier import train_classifier
 
-        trained = train_classifier(chosen, out, device=device, resume=resume, overwrite=overwrite, quiet=json)
+        trained = train_classifier(chosen, out, device=device, resume=how, overwrite=overwrite, quiet=json)
         report = {
             **reported(trained),
             "test_accuracy": trained.accuracy.plain,
@@ -59,6 +94,38 @@ def train(
             "test_images": trained.test_images,
         }
     return print_json(report) if json else print_table(("trained", ""), list(report.items()))
+
+
+def chosen_recipe(
+    recipe: str | None, settings: list[str], overrides: list[str], out: Path | None, resume: Resume
+) -> tuple[AnyRecipe, Path]:
+    """The recipe to train, and the run folder; a run that is resumed with `overrides` or no recipe has its own recipe.
+
+    `settings` change either of the two; `check_same_run` refuses those that may not change.
+    """
+    from seriatim.checkpoints.unfinished import RECIPE
+    from seriatim.core.errors import UsageError
+    from seriatim.core.files import present_or_previous
+    from seriatim.training.config import read_any
+    from seriatim.training.run_folder import check_resumable
+
+    if overrides and not resume:
+        raise UsageError("override: only valid with --resume; write the settings after the recipe's name")
+    if recipe is None and (out is None or not resume):
+        raise UsageError("recipe: name one (seriatim recipes list) or a YAML file; only --resume with --out needs none")
+    if out is None:
+        assert recipe is not None, "one of the two is given"
+        out = Path("runs") / read_any(recipe, settings).name
+    own = present_or_previous(out) / RECIPE
+    if resume and (overrides or recipe is None):
+        if own.is_file():
+            return read_any(str(own), [*settings, *overrides]), out
+        if resume is True:
+            check_resumable(out)
+        if recipe is None:
+            raise UsageError(f"recipe: there is no run in {out} to resume, so name the recipe of the one to begin")
+    assert recipe is not None, "it was refused above"
+    return read_any(recipe, [*settings, *overrides]), out
 
 
 def generator_plan(recipe: Recipe) -> dict[str, Any]:

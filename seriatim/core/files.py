@@ -157,7 +157,7 @@ def asides(path: Path) -> dict[int, Path]:
 
 def present_or_previous(path: Path) -> Path:
     """`path` if it exists, else the folder that a crash between two renames left under another name, else `path`."""
-    found = {} if path.exists() else asides(path)
+    found = {} if os.path.exists(path) else asides(path)  # `Path.exists` raises OSError for a name that is too long
     return found[max(found)] if found else path
 
 
@@ -284,15 +284,17 @@ def read_manifest(folder: Path, remedy: str = "copy it again") -> dict[str, tupl
     return listing
 
 
-def verify_file(path: Path, size: int, digest: str | None, remedy: str = "copy it again") -> None:
+def verify_file(
+    path: Path, size: int, digest: str | None, remedy: str = "copy it again", *, listed_in: str = MANIFEST
+) -> None:
     """Raise CheckpointError unless `path` has `size` bytes and the sha256 `digest`; None checks only the size."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing though {MANIFEST} lists it; {remedy}")
+        raise CheckpointError(f"{path} is missing though {listed_in} lists it; {remedy}")
     actual = path.stat().st_size
     if actual != size:
         raise CheckpointError(f"{path} has {actual} bytes, {size} expected: truncated or changed; {remedy}")
     if digest is not None and sha256(path) != digest:
-        raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {MANIFEST}; {remedy}")
+        raise CheckpointError(f"{path} is damaged: its sha256 is not the one in {listed_in}; {remedy}")
 
 
 def refuse_outside(folder: Path, name: str) -> None:

@@ -1,4 +1,4 @@
-"""From a name to a `Pipeline`: `load` takes a model folder, a packaged name or a repository of the hub."""
+"""From a name to a `Pipeline`: `load` takes a model folder, a run or its checkpoint, or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Pipeline:
-    """A pipeline from a model folder (or a run that holds one), a packaged name, or a hub repository `owner/name`.
+    """A pipeline from a model folder, a run, a checkpoint of a run, or a hub repository `owner/name`.
+
+    A checkpoint is named `RUN@latest`, `RUN@best` or `RUN@250000` (images seen); its averaged weights are taken, or the
+    weights themselves with `:raw` at the end, as in `RUN@latest:raw`.
 
     Four arguments are for repositories of the hub alone, and mean what they mean in diffusers: `revision`, a commit,
     tag or branch; `token`, for private ones; `cache_dir`, where fetched files are kept; `local_files_only`, to use

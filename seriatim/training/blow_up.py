@@ -21,7 +21,8 @@ def way_out(settings: Common, out: Path) -> str:
     anew = f"; or begin another run with training.init_from={out}, or with one of its older checkpoints"
     return (
         f"go on with --resume and a lower training.learning_rate (now {settings.learning_rate:g}) or training.clip "
-        f"(now {settings.clip:g}){float32}{anew if isinstance(settings, Training) else ''}"
+        f"(now {settings.clip:g}){float32}{anew if isinstance(settings, Training) else ''}; "
+        "--resume takes a change as --override KEY=VALUE"
     )
 
 

@@ -31,6 +31,7 @@ from seriatim.training.config import ClassifierRecipe
 from seriatim.training.engine import Task, crossed, fit
 from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve
 from seriatim.training.optim import averaged, sgd
+from seriatim.training.run_folder import Resume
 from seriatim.training.state import RunState, Trainables
 
 TEST_BATCH = 500
@@ -136,7 +137,7 @@ def train_classifier(
     out: Path | str,
     *,
     device: str = "auto",
-    resume: bool = False,
+    resume: Resume = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> ClassifierResult:

@@ -95,6 +95,10 @@ class World:
                     dist.broadcast(tensor, src=0)
 
 
+# DDP keeps a reference to the group of processes. Were that the last one, the group would be freed while Python's lock
+# is held, and wait for ever for a thread of its own that needs the lock. So the last reference is this one.
+_GROUP: list[Any] = []
+
 ALONE = World(Place(0, 1, 0, 1), torch.device("cpu"))
 
 
@@ -123,6 +127,7 @@ def joined(device: str) -> Iterator[World]:
             )
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=PATIENCE)
+        _GROUP[:] = [dist.group.WORLD]
     try:
         yield World(where, picked)
     except RuntimeError as error:

@@ -44,7 +44,7 @@ from seriatim.training.distributed import ALONE, World, joined, whole
 from seriatim.training.heap import bound_compiled_products, return_heap
 from seriatim.training.log import MetricsLog, NoLog, record_choice
 from seriatim.training.precision import fastest, threads
-from seriatim.training.run_folder import check_out, is_run, occupied
+from seriatim.training.run_folder import Resume, check_out, is_run, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
 from seriatim.training.trackers import Tracker, build_trackers
@@ -139,14 +139,14 @@ def fit(
     out: Path,
     *,
     device: str = "auto",
-    resume: bool = False,
+    resume: Resume = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Outcome:
     """Train into the folder `out`, or with `resume` continue bitwise from the newest whole checkpoint in it.
 
-    Without `resume`, `out` must be new or empty. With `overwrite` a run in it is replaced, and kept until the new one
-    is finished.
+    Without `resume`, `out` must be new or empty; with "auto" a run is resumed if there is one, and begun otherwise.
+    With `overwrite` a run in `out` is replaced, and kept until the new one is finished.
 
     Raises UsageError if `out` holds anything but the run to resume or overwrite, if there is no run to resume, or if
     another process is training there; NumericsError if the loss or its gradient is not finite, before anything is
@@ -158,11 +158,11 @@ def fit(
     with joined(device) as world, contextlib.ExitStack() as stack:
         if restarted() and world.first(lambda: is_run(out)):  # the processes before these have begun the run
             resume, overwrite = True, False
-        world.first(lambda: check_out(out, resume=resume, overwrite=overwrite))
+        resuming = world.first(lambda: check_out(out, resume=resume, overwrite=overwrite))
         trackers: dict[str, Tracker] = {}
         world.first(lambda: trackers.update(build_trackers(recipe.training)))
         task = world.in_turn(lambda: task_of(world.device))
-        if not resume:
+        if not resuming:
             world.first(task.check)
         settings, data, total = recipe.training, task.data, task.total
         if world.device.type == "cpu":
@@ -174,8 +174,8 @@ def fit(
 
         world.first(hold)
         stop = stack.enter_context(StopRequest())
-        world.first(lambda: begin_run(out, recipe, data, resume=resume))
-        path = world.first(lambda: newest(out)) if resume else None
+        world.first(lambda: begin_run(out, recipe, data, resume=resuming))
+        path = world.first(lambda: newest(out)) if resuming else None
         if path is None:
             run = world.first(lambda: begun(task, stop, out, world))
             world.copy_first(task.parts.model, task.parts.tokenizer)
@@ -184,7 +184,7 @@ def fit(
         if path is not None:
             run = checkpoints.load(path, parts)
         world.first(lambda: refuse_fewer_images(total, run.seen, out))
-        changes = world.first(lambda: changes_of(out, recipe, run.seen))  # none of a new run, whose recipe is this one
+        changes = world.first(lambda: changes_of(out, recipe, run.seen))  # empty for a new run
         if settings.dtype != "auto":
             run.dtype = settings.dtype
         settings = settings.model_copy(update={"dtype": run.dtype, "threads": run.threads})
@@ -260,6 +260,7 @@ def fit(
                     return_heap()
                 if not stopping:
                     task.look(before, run, stop)
+                    stopping = world.size == 1 and stop.requested is not None  # others hear of it at the next step
                 due = crossed(before, run.seen, settings.save_images) or (last and settings.save_images > 0)
                 if due and not stopping:
                     save()

@@ -33,6 +33,7 @@ from seriatim.training.initialise import initialise_from, matching
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
 from seriatim.training.optim import adamw, averaged
+from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
 from seriatim.training.state import RunState, Trainables
 
@@ -207,14 +208,14 @@ def train(
     out: Path | str,
     *,
     device: str = "auto",
-    resume: bool = False,
+    resume: Resume = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> TrainingResult:
     """Train a recipe into the folder `out`, or with `resume` continue bitwise from the newest whole checkpoint in it.
 
-    Without `resume`, `out` must be new or empty. With `overwrite` a run in it is replaced, and kept until the new one
-    is finished.
+    Without `resume`, `out` must be new or empty; with "auto" a run is resumed if there is one, and begun otherwise.
+    With `overwrite` a run in `out` is replaced, and kept until the new one is finished.
 
         out/recipe.yaml       the recipe with every default filled in
         out/data.json         the number of images, their fingerprint, and the files that were left out with reasons

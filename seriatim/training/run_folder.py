@@ -12,10 +12,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from seriatim.checkpoints.native import CLASSIFIER, CONFIG, PARTS, replaceable
+from seriatim.checkpoints.shared_tokenizer import SHARED, TOKENIZER
 from seriatim.checkpoints.unfinished import FILES, RECIPE
-from seriatim.core.errors import DataError, UsageError
+from seriatim.core.errors import DataError, UsageError, shown
 from seriatim.core.files import (
     MANIFEST,
     asides,
@@ -32,6 +34,8 @@ from seriatim.core.stopping import only_trainer
 from seriatim.core.terminal import say
 from seriatim.training.config import read_any
 from seriatim.training.state import CHECKPOINT
+
+Resume = bool | Literal["auto"]
 
 GRID = re.compile(r"samples/([0-9]+\.(png|npy)|timeline\.png)")
 DATA = "data.json"
@@ -56,7 +60,8 @@ OURS = re.compile(  # the path of every file that a run may hold
         (
             "|".join(map(re.escape, sorted(WRITTEN))),
             rf"(model|\.model\.previous)/({'|'.join(map(re.escape, (*PARTS, CLASSIFIER)))})",
-            rf"checkpoints/{CHECKPOINT.pattern}/({'|'.join(map(re.escape, (*FILES, CONFIG, MANIFEST)))})",
+            rf"checkpoints/{CHECKPOINT.pattern}/({'|'.join(map(re.escape, (*FILES, TOKENIZER, CONFIG, MANIFEST)))})",
+            rf"checkpoints/{SHARED.pattern}",
             GRID.pattern,
             r"tensorboard/events\.out\.tfevents\..*",
             r"trackers/.*",
@@ -87,24 +92,33 @@ def begun(folder: Path) -> set[str]:
     return found
 
 
-def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Check that a folder can be trained into or resumed. Only an interrupted renaming of a run is repaired.
+def check_out(out: Path, *, resume: Resume, overwrite: bool) -> bool:
+    """Check that a folder can be trained into or resumed, and return whether its run is to be resumed.
 
-    Raises UsageError if the folder holds something else, holds a run already, or holds no run that can be resumed.
+    With "auto", a run is resumed if there is one, and begun otherwise. Only an interrupted renaming of a run is
+    repaired. Raises UsageError if the folder holds something else, holds a run already, or holds no run that can be
+    resumed.
     """
+    if resume not in (True, False, "auto"):
+        raise UsageError(f"resume: {shown(resume)} is not allowed; give True, False or 'auto'")
     if resume and overwrite:
         raise UsageError("overwrite: can't go with resume, which continues the existing run; leave one of them out")
     previous = present_or_previous(out)
     if previous != out and is_run(previous):
         put_back(out)
+    if resume == "auto":
+        resume = os.path.lexists(out / RECIPE)  # what is wrong with that run is said below
+        if not resume:
+            say(f"there is no run in {out} yet; beginning one")
     if resume:
-        return check_resumable(out)
+        check_resumable(out)
+        return True
     if owned(out, "run", is_run, begun=begun(out)) and not overwrite:
         raise UsageError(
             f"out: {out} holds a run already; go on with --resume, or choose another folder, or replace it with "
             "--overwrite"
         )
-    return None
+    return False
 
 
 def check_resumable(out: Path) -> None:

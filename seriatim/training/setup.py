@@ -10,13 +10,16 @@ from torch import Tensor
 
 from seriatim.backbones.base import Sequential
 from seriatim.checkpoints.native import Bundle, check_class_names
+from seriatim.checkpoints.run_names import is_local
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.construct import check_room
 from seriatim.core.errors import ConfigError, Stopped, UsageError, one_line
 from seriatim.core.files import write_json, write_text
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
+from seriatim.core.schedules import learning_rate
 from seriatim.core.stopping import StopRequest
+from seriatim.core.terminal import say
 from seriatim.data.base import ImageData, StreamData
 from seriatim.data.loader import to_float
 from seriatim.data.sources import build_data
@@ -64,7 +67,7 @@ FREE = {
     "training.workers",
 }
 # A resumed run may also change these, which affect weights, because they help a run whose loss blew up. recipe.yaml
-# records such a change.
+# records every change of either kind.
 CURES = {"training.learning_rate", "training.clip", "training.dtype"}
 MEASURED = {"training.dtype", "training.threads"}  # "auto" means the value that the run measured and recorded
 
@@ -91,7 +94,7 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
             )
     else:
         folder = Path(source).expanduser()
-        if not folder.is_dir():
+        if not is_local(folder):
             raise ConfigError(
                 f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert`, or name a model folder"
             )
@@ -193,11 +196,25 @@ def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
 
 
 def changes_of(out: Path, recipe: AnyRecipe, seen: int) -> list[str]:
-    """A list of all changes of settings when the run was resumed, including those made now after `seen` images."""
-    first = read_any(str(out / "recipe.yaml"))
+    """A list of all changes of settings when the run was resumed; those made now, after `seen` images, are reported."""
+    first = read_any(str(out / RECIPE))
     before, now = flat(first), flat(recipe)
-    changed = [key for key in sorted(CURES) if before[key] != now[key] and now[key] != "auto"]
-    return [*first.changes, *(f"after {seen} images: {key} from {before[key]} to {now[key]}" for key in changed)]
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [key for key in changed if key != "changes" and not (key in MEASURED and now[key] == "auto")]
+    new = [f"after {seen} images: {key} from {before.get(key)} to {now.get(key)}" for key in changed]
+    for change in new:
+        say(change)
+    old, new_end = first.training.images, recipe.training.images
+    if recipe.training.schedule == "cosine" and old != new_end:
+        rates = [
+            settings.learning_rate * learning_rate(seen, settings.images, settings.warmup_images, settings.schedule)
+            for settings in (first.training, recipe.training)
+        ]
+        say(
+            f"the cosine schedule now ends after {new_end} images, not after {old}: after {seen} images the learning "
+            f"rate goes from {rates[0]:.3g} to {rates[1]:.3g}"
+        )
+    return [*first.changes, *new]
 
 
 def refuse_fewer_images(images: int, seen: int, out: Path) -> None:

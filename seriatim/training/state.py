@@ -5,7 +5,7 @@
         model.safetensors             weights
         average.safetensors           averaged weights
         optimiser.safetensors         the optimiser's moments, by the names of the parameters
-        tokenizer.safetensors         statistics of the tokens
+        tokenizer.json                the tokenizer's file beside the checkpoints, which all of them share
         state.json                    images seen, updates, loss, running sums of the metrics
         manifest.json                 bytes and sha256 of these
 
@@ -38,13 +38,22 @@ from seriatim.checkpoints.native import (
     write_tensors,
 )
 from seriatim.checkpoints.renames import FORMAT, READABLE, in_order_of_format_1
-from seriatim.checkpoints.unfinished import CONFIG, FILES, STATE, all_checkpoints, why_not_whole
+from seriatim.checkpoints.shared_tokenizer import REFERENCE, SHARED, drop_unused, share, tokenizer_file
+from seriatim.checkpoints.unfinished import (
+    CONFIG,
+    FILES,
+    STATE,
+    all_checkpoints,
+    best_of,
+    verify_checkpoint,
+    why_not_whole,
+)
 from seriatim.core import files
 from seriatim.core.construct import MOST_THREADS
 from seriatim.core.device import DTYPES
 from seriatim.core.errors import CheckpointError, shown
-from seriatim.core.files import PREVIOUS, atomic_folder, put_back, verify_manifest, write_json, write_manifest
-from seriatim.core.reading import Unreadable, read_json, read_or_raise
+from seriatim.core.files import PREVIOUS, atomic_folder, put_back, write_json, write_manifest
+from seriatim.core.reading import read_json, read_or_raise
 from seriatim.core.validation import Strict, parse
 from seriatim.training.distributed import placed, whole
 
@@ -99,7 +108,7 @@ Tensors = dict[str, dict[str, Tensor]]  # the name of a file without its suffix 
 
 
 def tensors_of(parts: Trainables, *, keep: bool = True) -> Tensors:
-    """The tensors of a checkpoint, the same from any number of processes.
+    """The tensors of a checkpoint but those of the tokenizer, the same from any number of processes.
 
     Where the model is sharded, all processes must call this together; it returns them only with `keep`.
     """
@@ -107,7 +116,6 @@ def tensors_of(parts: Trainables, *, keep: bool = True) -> Tensors:
         "model": parts.model.state_dict(),
         "average": parts.average.module.state_dict(),
         "optimiser": moments(parts),
-        "tokenizer": parts.tokenizer.state_dict(),
     }
     found: Tensors = {}
     for file, tensors in given.items():
@@ -135,9 +143,11 @@ def save(
     for name in ("model", "average"):
         check_finite_weights(tensors[name], name)
     path = folder / f"{state.seen:012d}"
+    tokenizer = share(folder, parts.tokenizer.state_dict())
     with atomic_folder(path) as temporary:
         for name, values in tensors.items():
             write_tensors(temporary / f"{name}.safetensors", values)
+        write_json(temporary / REFERENCE, tokenizer)
         write_json(temporary / STATE, {"format": FORMAT, **vars(state)})
         if config is not None:
             write_config(temporary, config)
@@ -167,17 +177,17 @@ def load(path: Path, parts: Trainables) -> RunState:
 
     Raises CheckpointError, before anything changes, if a file is damaged or does not fit.
     """
-    verify_manifest(path, FILES)
+    verify_checkpoint(path)
     state, written = read_state(path / STATE)
     moments = read_moments(path / "optimiser.safetensors", parts, written)
-    modules = {"model": parts.model, "average": parts.average.module, "tokenizer": parts.tokenizer}
-    found = {
-        name: fitting(module, path / f"{name}.safetensors", FORMAT if name == "tokenizer" else written)
-        for name, module in modules.items()
-    }
-    for name, module in modules.items():
+    found = [
+        (parts.model, fitting(parts.model, path / "model.safetensors", written)),
+        (parts.average.module, fitting(parts.average.module, path / "average.safetensors", written)),
+        (parts.tokenizer, fitting(parts.tokenizer, tokenizer_file(path))),
+    ]
+    for module, tensors in found:
         now = module.state_dict()
-        module.load_state_dict({key: placed(tensor, now[key]) for key, tensor in found[name].items()})
+        module.load_state_dict({key: placed(tensor, now[key]) for key, tensor in tensors.items()})
     parts.average.n_averaged.fill_(state.steps)
     parts.optimiser.load_state_dict({"state": moments, "param_groups": parts.optimiser.state_dict()["param_groups"]})
     return state
@@ -228,19 +238,6 @@ def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[
     return found
 
 
-def best_of(folder: Path) -> Path | None:
-    """The whole checkpoint with the lowest loss; None if there is none."""
-    losses = []
-    for path in all_checkpoints(folder):
-        try:
-            loss = read_json(path / STATE, dict).get("loss")
-        except Unreadable:
-            continue
-        if isinstance(loss, float):
-            losses.append((loss, path))
-    return next((path for _, path in sorted(losses) if why_not_whole(path) is None), None)
-
-
 def set_damaged_aside(folder: Path) -> list[str]:
     """Rename the damaged checkpoints that are newer than the newest whole one, and return a message for each.
 
@@ -284,6 +281,7 @@ def prune(folder: Path, keep: int, saved: Path | None = None) -> None:
         for path in surplus:
             if path != best:
                 delete(path)
+        drop_unused(folder)
 
 
 def delete(path: Path) -> None:
@@ -301,4 +299,4 @@ def sweep(folder: Path) -> None:
             if found and path.is_dir():
                 put_back(folder / found[1])
                 shutil.rmtree(path, ignore_errors=True)  # it still exists only if the new one is whole
-        files.sweep(folder, str.isdigit)
+        files.sweep(folder, lambda name: name.isdigit() or SHARED.fullmatch(name) is not None)

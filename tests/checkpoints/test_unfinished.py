@@ -93,12 +93,12 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(stopped: Path, monkeypatc
     true, calls = native.read_bundle, [0]
     *_, older, newest = all_checkpoints(stopped / "checkpoints")
 
-    def read(folder: Path) -> Bundle:
+    def read(folder: Path, weights: str) -> Bundle:
         calls[0] += 1
         if calls[0] == 1:
             assert folder == newest
             shutil.rmtree(newest)
-        return true(folder)
+        return true(folder, weights)
 
     monkeypatch.setattr(native, "read_bundle", read)
     assert native.load_bundle(stopped).provenance["images"] == int(older.name) and calls[0] == 2

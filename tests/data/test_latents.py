@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import die_at_call
 from PIL import Image
 from torch import Tensor
-from training.test_resume import die_at_call, flip, rows, stop_after, weights
+from training.test_resume import flip, rows, stop_after, weights
 
 from seriatim.cli.main import run
 from seriatim.core import stopping
@@ -218,7 +219,7 @@ def test_kill_nine_at_each_write_and_going_on(tmp_path: Path, pets: Path) -> Non
         out = tmp_path / str(calls)
 
         def die(out: Path = out, calls: int = calls) -> None:
-            die_at_call(calls)
+            die_at_call(calls, "os.fsync", "os.replace", "shutil.rmtree")
             write(out)
 
         _, status = os.waitpid(child(die), 0)

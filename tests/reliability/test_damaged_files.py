@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from seriatim.checkpoints.native import CLASSIFIER, CONFIG, MODEL, TOKENIZER, load_bundle, save_bundle
 from seriatim.checkpoints.official import read_official
 from seriatim.checkpoints.shapes import mapped
+from seriatim.checkpoints.shared_tokenizer import REFERENCE
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.cli.convert import read_names
 from seriatim.cli.sample import read_repeatable
@@ -242,6 +243,7 @@ KINDS = {
     "checkpoint: optimiser.safetensors": Kind(
         make_checkpoint, f"{CHECKPOINT}/optimiser.safetensors", read_checkpoint, CHECKPOINT_SEAL
     ),
+    "checkpoint: tokenizer.json": Kind(make_checkpoint, f"{CHECKPOINT}/{REFERENCE}", read_checkpoint, CHECKPOINT_SEAL),
     "run: recipe.yaml": Kind(make_run, "recipe.yaml", read_run),
     "run: data.json": Kind(make_run, "data.json", read_run),
     "run: metrics.jsonl": Kind(make_run, "metrics.jsonl", read_metrics),

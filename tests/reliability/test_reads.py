@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from seriatim.checkpoints.native import CONFIG, MODEL, TOKENIZER, load_bundle
 from seriatim.checkpoints.official import read_official
+from seriatim.checkpoints.shared_tokenizer import REFERENCE, tokenizer_file
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, SeriatimError
-from seriatim.core.files import MANIFEST, write_manifest
+from seriatim.core.files import MANIFEST, sha256, write_json, write_manifest
 from seriatim.data.latents import Latents
 from seriatim.training import setup, state
 from seriatim.training.config import read_recipe
@@ -166,10 +167,13 @@ CHANGES = [drop, add, rename, reshape, poison]
 def test_a_load_that_fails_changes_nothing(file: str, change: Callable[[dict[str, Any]], None], work: Path) -> None:
     """Whichever file does not fit, the last one too: model, average, optimiser and tokenizer stay bitwise."""
     folder = work / LOADED["checkpoint"][0]
-    tensors = load_file(folder / f"{file}.safetensors")
+    path = tokenizer_file(folder) if file == "tokenizer" else folder / f"{file}.safetensors"
+    tensors = load_file(path)
     change(tensors)
-    save_file(tensors, folder / f"{file}.safetensors")
-    write_manifest(folder, state.FILES)  # so that the hash is right, and the tensors are what is wrong
+    save_file(tensors, path)
+    if file == "tokenizer":  # the hashes are right, and the tensors are what is wrong
+        write_json(folder / REFERENCE, {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)})
+    write_manifest(folder, state.FILES)
     made = parts()
     torch.manual_seed(0)
     with torch.no_grad():
@@ -178,7 +182,7 @@ def test_a_load_that_fails_changes_nothing(file: str, change: Callable[[dict[str
     before = everything(made)
     with pytest.raises(CheckpointError) as caught:
         state.load(folder, made)
-    assert f"{file}.safetensors" in str(caught.value) and "\n" not in str(caught.value)
+    assert path.name in str(caught.value) and "\n" not in str(caught.value)
     assert all(torch.equal(a, b) for a, b in zip(before, everything(made), strict=True))
 
 

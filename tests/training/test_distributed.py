@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seriatim import load
+from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.keys import Keys
 from seriatim.core.processes import place
 from seriatim.core.stopping import only_trainer
@@ -120,11 +121,13 @@ def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     """Two processes, then one, then three, one of them stopped by a signal that it alone got: as one alone."""
     assert command(*TRAIN, str(tmp_path / "alone"))[0] == 0
     run = tmp_path / "run"
-    for size, images, more in ((2, 70, []), (1, 140, ["--resume"]), (3, 210, ["--resume"])):
+    for size, images, more in ((2, 70, ["--resume=auto"]), (1, 140, ["--resume"]), (3, 210, ["--resume=auto"])):
         found = together(size, partial(stopped_at, images, run, *more), tmp_path / str(size))
         assert [code for code, _ in found] == [143] * size
         said = [line for _, lines in found for line in lines]
         assert len([line for line in said if f"stopped after {images} images" in line]) == 1, said
+        begun = len([line for line in said if f"there is no run in {run} yet" in line])
+        assert begun == (images == 70), said
     more = ["--resume", "training.shard=true"]
     last = together(2, lambda: command(*TRAIN, str(run), *more), tmp_path / "last")
     assert [code for code, _ in last] == [0, 0], last
@@ -158,7 +161,7 @@ def test_a_number_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) ->
     assert [code for code, _ in found] == [5, 5]
     said = [line for _, lines in found for line in lines if "not finite" in line]
     assert len(said) == 1 and "nothing was updated" in said[0]
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000000070"]
+    assert [path.name for path in all_checkpoints(tmp_path / "run" / "checkpoints")] == ["000000000070"]
 
 
 @pytest.mark.fresh_process

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import die_at_call
 from PIL import Image
 
+from seriatim.checkpoints.shared_tokenizer import tokenizer_file
 from seriatim.checkpoints.unfinished import all_checkpoints, newest_whole
 from seriatim.core.errors import ConfigError, DataError, ResourceError, Stopped, UsageError
 from seriatim.data import loader
@@ -51,9 +53,13 @@ def eight_pixels(folder: Path) -> list[str]:
 def weights(run: Path) -> dict[str, bytes]:
     """Every file of the last checkpoint, and of the model, as bytes."""
     newest = all_checkpoints(run / "checkpoints")[-1]
-    names = ("model.safetensors", "average.safetensors", "optimiser.safetensors", "tokenizer.safetensors")
+    names = ("model.safetensors", "average.safetensors", "optimiser.safetensors", "tokenizer.json")
     found = {name: (newest / name).read_bytes() for name in names}
-    return {**found, "final": (run / "model" / "model.safetensors").read_bytes()}
+    return {
+        **found,
+        "tokenizer": tokenizer_file(newest).read_bytes(),
+        "final": (run / "model" / "model.safetensors").read_bytes(),
+    }
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None]:
@@ -302,22 +308,6 @@ def test_kill_nine_at_random_moments_loses_no_checkpoint(tmp_path: Path, folder:
         seen = int(path.name)
 
 
-def die_at_call(fatal: int) -> None:
-    """From here on this process kills itself at call number `fatal` of what writes, renames or deletes."""
-    count = [0]
-
-    def deadly(true: Any) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            if count[0] == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count[0] += 1
-            return true(*arguments, **options)
-
-        return call
-
-    os.fsync, os.replace, shutil.rmtree = deadly(os.fsync), deadly(os.replace), deadly(shutil.rmtree)
-
-
 @pytest.mark.fresh_process
 def test_kill_nine_at_each_write_loses_no_checkpoint(tmp_path: Path) -> None:
     """A child saves a checkpoint and prunes the one before, killed at its n-th sync, rename or deletion: every n."""
@@ -332,7 +322,7 @@ def test_kill_nine_at_each_write_loses_no_checkpoint(tmp_path: Path) -> None:
     while whole:
         child = os.fork()
         if child == 0:  # the child: dies at call number `calls`, or gets to the end
-            die_at_call(calls)
+            die_at_call(calls, "os.fsync", "os.replace", "shutil.rmtree")
             state.save(folder, parts, RunState(seen=2 + calls))
             prune(folder, keep=1)
             os._exit(0)

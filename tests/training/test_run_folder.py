@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import make_bundle
+from helpers import die_at_call, make_bundle
 
 import seriatim
 from seriatim.checkpoints.native import load_bundle, save_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer
-from seriatim.checkpoints.unfinished import newest_whole, why_not_whole
+from seriatim.checkpoints.unfinished import best_of, newest_whole, why_not_whole
 from seriatim.cli.main import run as command_line
 from seriatim.core import files
 from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
@@ -133,7 +133,7 @@ def test_pruning_looks_whether_what_it_keeps_is_whole(run: Path) -> None:
 
 
 def best(folder: Path) -> str:
-    found = state.best_of(folder)
+    found = best_of(folder)
     assert found is not None
     return found.name
 
@@ -321,22 +321,6 @@ def test_overwrite_from_the_command_line(run: Path, capsys: pytest.CaptureFixtur
     assert (run / "model" / "model.safetensors").read_bytes() != before
 
 
-def die_at_call(fatal: int) -> None:
-    """From here on this process kills itself at call number `fatal` of what renames, deletes or makes a folder."""
-    count = [0]
-
-    def deadly(true: Any) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            if count[0] == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count[0] += 1
-            return true(*arguments, **options)
-
-        return call
-
-    os.replace, shutil.rmtree, os.mkdir = deadly(os.replace), deadly(shutil.rmtree), deadly(os.mkdir)
-
-
 @pytest.mark.fresh_process
 def test_kill_nine_at_each_rename_of_a_replacement_loses_no_run(finished: Path, tmp_path: Path) -> None:
     """A child replaces a run, killed at its n-th rename, deletion or new folder: the old or the new model is whole."""
@@ -348,7 +332,7 @@ def test_kill_nine_at_each_rename_of_a_replacement_loses_no_run(finished: Path, 
         child = os.fork()
         if child == 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            die_at_call(calls)
+            die_at_call(calls, "os.replace", "shutil.rmtree", "os.mkdir")
             train(recipe, out, overwrite=True, quiet=True)
             os._exit(0)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -374,7 +358,7 @@ def test_a_signal_does_not_wait_for_the_samples(tmp_path: Path, monkeypatch: pyt
     def signalling(self: Any, *arguments: Any) -> Any:
         for step in true(self, *arguments):
             calls[0] += 1
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # `os.kill` may reach another thread, and be late
             yield step
 
     monkeypatch.setattr(Pipeline, "_steps", signalling)
