@@ -18,8 +18,8 @@ from seriatim.core.errors import ConfigError, NumericsError, Stopped
 from seriatim.data.loader import Batch
 from seriatim.models.base import Loss
 from seriatim.training import classifier
-from seriatim.training.classifier import ClassifierTask, train_classifier
-from seriatim.training.config import Recipe, read_any, read_recipe
+from seriatim.training.classifier import train_classifier
+from seriatim.training.config import ClassifierRecipe, Recipe, read_any, read_recipe
 from seriatim.training.loop import GeneratorTask, train
 
 TINY = [
@@ -166,11 +166,16 @@ def test_batch_norm_forgets_a_skipped_batch(tmp_path: Path, monkeypatch: pytest.
 
     current = [0]
     monkeypatch.setattr(classifier, "augmented", damaged)
-    monkeypatch.setattr(ClassifierTask, "trial", lambda _: None)
-    settings = ["training.images=256", "training.batch_size=64", "training.save_images=64", "training.keep=9"]
-    fixed = ["training.dtype=float32", "training.threads=1", "training.log_images=64", "training.on_nan=skip"]
-    recipe = read_any("classifier-digits", [*settings, *fixed])
-    train_classifier(recipe, tmp_path, device="cpu", quiet=True)  # type: ignore[arg-type]
+    recipe = read_any(
+        "classifier-cifar10-tiny",
+        [
+            "data={kind: digits, test_share: 0.2}", "model.widths=[16]", "model.depth=[1]", "training.images=256",
+            "training.batch_size=64", "training.save_images=64", "training.keep=9", "training.log_images=64",
+            "training.crop=1", "training.dtype=float32", "training.threads=1", "training.on_nan=skip",
+        ],
+    )  # fmt: skip
+    assert isinstance(recipe, ClassifierRecipe)
+    train_classifier(recipe, tmp_path, device="cpu", quiet=True)
     assert [row.get("skipped") for row in rows(tmp_path)] == [None, None, 1, 1]
     assert same(tensors(tmp_path, 128), tensors(tmp_path, 192))
     assert any("running_mean" in name for name in tensors(tmp_path, 192))
