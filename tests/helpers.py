@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
@@ -26,6 +27,7 @@ from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
 from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.pixels import Pixels
+from seriatim.training.not_finite import FiniteGuard
 
 
 def die_at_call(fatal: int, *names: str) -> None:
@@ -44,6 +46,19 @@ def die_at_call(fatal: int, *names: str) -> None:
     for name in names:
         module, _, function = name.rpartition(".")
         setattr(sys.modules[module], function, deadly(getattr(sys.modules[module], function)))
+
+
+def signal_in_step(monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """The process sends itself a signal in the middle of step number `steps` of a training."""
+    true, calls = FiniteGuard.skips, [0]
+
+    def counted(*arguments: Any) -> bool:
+        calls[0] += 1
+        if calls[0] == steps:
+            signal.raise_signal(number)  # to this thread: `os.kill` may reach another one, and be late
+        return true(*arguments)
+
+    monkeypatch.setattr(FiniteGuard, "skips", counted)
 
 
 def golden(kind: str) -> Path:

@@ -58,6 +58,8 @@ class Common(Strict):
     save_images: StrictInt = Field(20_000, ge=0, le=MOST_IMAGES)  # images between checkpoints; 0: only when stopped
     keep: StrictInt = Field(2, ge=1, le=MOST_IMAGES)  # how many newest checkpoints are kept, besides the best
     on_blow_up: Literal["warn", "stop"] = "warn"  # when the loss exceeds its recent mean a thousand times
+    on_nan: Literal["stop", "skip"] = "stop"  # when a batch's loss or gradient is not finite; skip leaves it out
+    max_skips: StrictInt = Field(10, ge=1, le=MOST_IMAGES)  # how many batches in a row may be skipped
     trackers: list[str] = Field(default_factory=list)  # names in TRACKERS to which metrics are sent as well
     tensorboard: bool = False  # the same as the name "tensorboard" in `trackers`
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from seriatim.checkpoints.native import PARTS
 from seriatim.checkpoints.unfinished import newest_whole
 from seriatim.core.device import DTYPES
-from seriatim.core.errors import NumericsError, ResourceError, Stopped, UsageError
+from seriatim.core.errors import ResourceError, Stopped, UsageError
 from seriatim.core.files import write_text
 from seriatim.core.processes import restarted
 from seriatim.core.progress import Progress
@@ -43,6 +43,7 @@ from seriatim.training.config import AnyRecipe, dump
 from seriatim.training.distributed import ALONE, World, joined, whole
 from seriatim.training.heap import bound_compiled_products, return_heap
 from seriatim.training.log import MetricsLog, NoLog, record_choice
+from seriatim.training.not_finite import FiniteGuard
 from seriatim.training.precision import fastest, threads
 from seriatim.training.run_folder import Resume, check_out, is_run, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
@@ -150,7 +151,7 @@ def fit(
 
     Raises UsageError if `out` holds anything but the run to resume or overwrite, if there is no run to resume, or if
     another process is training there; NumericsError if the loss or its gradient is not finite, before anything is
-    updated; and Stopped on SIGTERM or SIGINT, after saving.
+    updated, unless `training.on_nan` is "skip"; and Stopped on SIGTERM or SIGINT, after saving.
 
     Under torchrun all processes call this with the same arguments. What a process that was killed leaves is resumed
     when torchrun restarts them.
@@ -195,7 +196,8 @@ def fit(
         log = MetricsLog(out / "metrics.jsonl", run.seen) if world.main else NoLog()
         stack.callback(log.close)
         world.first(lambda: log.track(trackers, recipe))
-        guard, cure = BlowUpGuard(settings, out), way_out(settings, out)
+        guard = BlowUpGuard(settings, out)
+        finite = FiniteGuard(settings, data, parts.model, way_out(settings, out), world)
         began, started = run.seen, time.monotonic()
         logged, waited = started, 0.0
 
@@ -228,34 +230,41 @@ def fit(
                 for group in parts.optimiser.param_groups:
                     group["lr"] = rate
                 losses = task.losses(batch, dtype)
+                finite.begin_step()
                 asked_to_stop = stop.requested is not None
                 found = gradients(parts.trained, losses, task.nominal(batch), settings.clip, world, stop=asked_to_stop)
-                means, norm = found.means, found.norm
-                for what, value in (("loss", means["loss"]), ("gradient", norm)):
-                    check_finite(what, value, run.seen, batch, data, cure, world)
-                guard.check(run, means["loss"])
-                parts.update()
-                before, run.seen, run.steps = run.seen, run.seen + size, run.steps + 1
+                means = found.means
+                skipped = finite.skips(run, batch, means["loss"], found.norm)
+                if skipped:
+                    parts.optimiser.zero_grad(set_to_none=True)
+                else:
+                    guard.check(run, means["loss"])
+                    parts.update()
+                    run.steps += 1
+                    run.steps_since += 1
+                    run.sums = {name: run.sums.get(name, 0.0) + value for name, value in means.items()}
+                before, run.seen = run.seen, run.seen + size
                 run.position = list(batch.after)
-                run.sums = {name: run.sums.get(name, 0.0) + value for name, value in means.items()}
-                run.steps_since += 1
                 last = run.seen >= total
                 stopping = found.stop or (world.size == 1 and stop.requested is not None)
                 # --- periodically
                 if run.seen - run.since >= settings.log_images or last:
                     now = time.monotonic()
-                    means = {name: value / run.steps_since for name, value in run.sums.items()}
+                    means = {
+                        name: value / run.steps_since for name, value in run.sums.items()
+                    }  # {} if all were skipped
                     log.write(
                         images=run.seen,
                         **means,
                         **task.tested(run, last=last),
                         learning_rate=rate,
-                        gradient_norm=norm,
+                        **({} if skipped else {"gradient_norm": found.norm}),
+                        **({"skipped": run.skipped} if run.skipped else {}),
                         images_per_second=(run.seen - max(run.since, began)) / max(1e-9, now - logged),
                         loader_share=waited / max(1e-9, now - logged),
                     )
                     bar.note = ", ".join(f"{name} {means[name]:.3f}" for name in ("loss", "accuracy") if name in means)
-                    run.loss, run.since, run.steps_since, run.sums = means["loss"], run.seen, 0, {}
+                    run.loss, run.since, run.steps_since, run.sums = means.get("loss", run.loss), run.seen, 0, {}
                     logged, waited = time.monotonic(), 0.0
                     return_heap()
                 if not stopping:
@@ -358,16 +367,3 @@ def slices(size: int, parts: int) -> list[slice]:
 def crossed(before: int, now: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (before, now]; False if `every` is 0."""
     return bool(every) and now // every > before // every
-
-
-def check_finite(what: str, value: float, seen: int, batch: Batch, data: ImageData, cure: str, world: World) -> None:
-    """Raise NumericsError, which names images of the batch, if the value is not finite."""
-    if not math.isfinite(value):
-        names = batch.names[:8] or [data.name(int(i)) for i in batch.index[:8]]
-        named = ", ".join(names) + (", ..." if len(batch.whole) > len(names) else "")
-        raise world.told(
-            NumericsError(
-                f"the {what} is not finite ({value}) after {seen} images, in the batch of images {named}; nothing was "
-                f"updated; {cure}"
-            )
-        )

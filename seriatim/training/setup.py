@@ -68,7 +68,13 @@ FREE = {
 }
 # A resumed run may also change these, which affect weights, because they help a run whose loss blew up. recipe.yaml
 # records every change of either kind.
-CURES = {"training.learning_rate", "training.clip", "training.dtype"}
+CURES = {
+    "training.learning_rate",
+    "training.clip",
+    "training.dtype",
+    "training.on_nan",
+    "training.max_skips",
+}
 MEASURED = {"training.dtype", "training.threads"}  # "auto" means the value that the run measured and recorded
 
 FIT_BATCH = 512  # images at once when the tokenizer measures its statistics

@@ -72,13 +72,15 @@ class RunState(Strict):
     model_config = ConfigDict(frozen=False)
 
     seen: Count = 0  # the number of images seen
-    steps: Count = 0
+    steps: Count = 0  # the number of updates of the weights
     loss: float | None = None  # the loss in the last line of metrics
     dtype: str = Field("float32", pattern=f"^({'|'.join(DTYPES)})$")  # the dtype of autocast
     threads: StrictInt = Field(1, ge=1, le=MOST_THREADS)  # the number of CPU threads
     sums: dict[str, float] = Field(default_factory=dict)  # the sums of the metrics since their last line
     since: Count = 0  # the number of images seen at that line
     steps_since: Count = 0
+    skipped: Count = 0  # the number of batches that were skipped because their loss or gradient was not finite
+    skipped_in_a_row: Count = 0  # how many of them came directly before this state
     recent: float | None = None  # the logarithm of the loss, averaged over about the last hundred steps
     position: list[Count] = Field([0, 0], min_length=2, max_length=2)  # a stream's complete passes, and rows since
 

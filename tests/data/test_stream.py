@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from data.test_hub_datasets import image_folder, parquet, picture, pixels, webdataset
+from helpers import signal_in_step
 from torch import Tensor
 from training.test_resume import weights
 
@@ -19,7 +18,6 @@ from seriatim.data.base import Position
 from seriatim.data.hub_datasets import HuggingFaceStream
 from seriatim.data.loader import Batch, Loader, StreamBatches, batches_of
 from seriatim.data.sources import build_data
-from seriatim.training import engine
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 
@@ -146,15 +144,7 @@ def recipe(root: Path, *settings: str) -> Recipe:
 def test_resuming_on_a_stream_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbered(tmp_path, 20, bad=(4,))
     train(recipe(tmp_path), tmp_path / "whole", device="cpu", quiet=True)
-    true, steps = engine.check_finite, [0]
-
-    def stop_at_7(what: str, *arguments: Any) -> None:
-        steps[0] += what == "gradient"
-        if what == "gradient" and steps[0] == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        true(what, *arguments)
-
-    monkeypatch.setattr(engine, "check_finite", stop_at_7)
+    signal_in_step(monkeypatch, 7)
     with pytest.raises(Stopped):
         train(recipe(tmp_path), tmp_path / "parts", device="cpu", quiet=True)
     train(recipe(tmp_path), tmp_path / "parts", device="cpu", quiet=True, resume=True)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import read_picture
+from helpers import read_picture, signal_in_step
 from PIL import Image
 
 from seriatim.checkpoints.unfinished import all_checkpoints
@@ -54,16 +52,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None]:
-    """The process sends itself SIGTERM in the middle of step number `steps`."""
-    true, calls = engine.check_finite, [0]
-
-    def counted(what: str, *arguments: Any) -> None:
-        calls[0] += what == "gradient"
-        if what == "gradient" and calls[0] == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        true(what, *arguments)
-
-    monkeypatch.setattr(engine, "check_finite", counted)
+    signal_in_step(monkeypatch, steps)
     return monkeypatch.undo
 
 

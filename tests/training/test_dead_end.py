@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.errors import ConfigError, NumericsError
-from seriatim.training import engine, loop
+from seriatim.data.loader import Batch
+from seriatim.training import loop
 from seriatim.training.blow_up import BlowUpGuard, growth
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
+from seriatim.training.not_finite import FiniteGuard
 from seriatim.training.state import RunState
 
 TINY = [
@@ -43,13 +45,13 @@ def rows(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A run in bfloat16 whose loss is not finite after 96 images; what was wrong is over afterwards."""
-    true, folder = engine.check_finite, tmp_path / "bad"
+    true, folder = FiniteGuard.skips, tmp_path / "bad"
 
-    def check(what: str, value: float, seen: int, *rest: Any) -> None:
-        true(what, value * float("nan") if seen == 96 else value, seen, *rest)
+    def check(guard: FiniteGuard, run: RunState, batch: Batch, loss: float, norm: float) -> bool:
+        return true(guard, run, batch, loss * float("nan") if run.seen == 96 else loss, norm)
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "check_finite", check)
+        patched.setattr(FiniteGuard, "skips", check)
         for resume in (False, True):  # the same batch and the same loss, again and again
             with pytest.raises(NumericsError) as caught:
                 train(tiny("training.dtype=bfloat16"), folder, resume=resume, quiet=True)

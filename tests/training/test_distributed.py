@@ -18,6 +18,8 @@ from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.keys import Keys
 from seriatim.core.processes import place
 from seriatim.core.stopping import only_trainer
+from seriatim.data.loader import Batch
+from seriatim.models.base import Loss
 from seriatim.training import engine
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.distributed import joined
@@ -162,6 +164,34 @@ def test_a_number_that_is_not_finite_on_one_process_stops_all(tmp_path: Path) ->
     said = [line for _, lines in found for line in lines if "not finite" in line]
     assert len(said) == 1 and "nothing was updated" in said[0]
     assert [path.name for path in all_checkpoints(tmp_path / "run" / "checkpoints")] == ["000000000070"]
+
+
+@pytest.mark.fresh_process
+def test_a_batch_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    """The first run is of one process, which skips the same batch; the weights are the same but for rounding."""
+
+    def work(out: Path, *more: str) -> tuple[int, list[str]]:
+        true = GeneratorTask.loss
+
+        def damaged(self: GeneratorTask, batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
+            loss = true(self, batch, part, dtype)
+            bad = batch.whole.start == 35 and place().rank == place().size - 1
+            return Loss(loss.sum * float("nan"), loss.count, loss.parts) if bad else loss
+
+        GeneratorTask.loss = damaged  # type: ignore[method-assign]
+        return command(*TRAIN, str(out), "training.on_nan=skip", *more)
+
+    for name, size, more in (("alone", 1, []), ("run", 2, []), ("shard", 2, ["training.shard=true"])):
+        found = together(size, partial(work, tmp_path / name, *more), tmp_path / "found" / name)
+        said = [line for _, lines in found for line in lines if "skipped a batch" in line]
+        assert [code for code, _ in found] == [0] * size and len(said) == 1, found
+        assert "the loss is not finite (nan) after 35 images" in said[0]
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [row["skipped"] for row in rows] == [1, 1, 1, 1]
+    one, *others = (content(tmp_path / name / "checkpoints" / "000000000280") for name in ("alone", "run", "shard"))
+    for other in others:
+        for name, tensor in one.items():
+            assert float((tensor - other[name]).norm()) <= 1e-4 * float(tensor.norm()) + 1e-7, name
 
 
 @pytest.mark.fresh_process

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import die_at_call
+from helpers import die_at_call, signal_in_step
 from PIL import Image
 
 from seriatim.checkpoints.shared_tokenizer import tokenizer_file
@@ -63,16 +63,7 @@ def weights(run: Path) -> dict[str, bytes]:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None]:
-    """The process sends itself SIGTERM in the middle of step number `steps`."""
-    true, calls = engine.check_finite, [0]
-
-    def counted(what: str, *arguments: Any) -> None:
-        calls[0] += what == "gradient"
-        if what == "gradient" and calls[0] == steps:
-            signal.raise_signal(signal.SIGTERM)  # to this thread: `os.kill` may reach another one, and be late
-        true(what, *arguments)
-
-    monkeypatch.setattr(engine, "check_finite", counted)
+    signal_in_step(monkeypatch, steps)
     return monkeypatch.undo
 
 

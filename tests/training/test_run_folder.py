@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import die_at_call, make_bundle
+from helpers import die_at_call, make_bundle, signal_in_step
 
 import seriatim
 from seriatim.checkpoints.native import load_bundle, save_bundle
@@ -26,7 +26,7 @@ from seriatim.core import files
 from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
 from seriatim.core.stopping import StopRequest
 from seriatim.pipeline.pipeline import Pipeline
-from seriatim.training import engine, setup, state
+from seriatim.training import setup, state
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.run_folder import check_out
@@ -57,19 +57,6 @@ def damage(checkpoint: Path) -> bytes:
     return bytes(data)
 
 
-def stop_in_step(monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.Signals = signal.SIGTERM) -> None:
-    """The process sends itself a signal in the middle of step number `steps`."""
-    true, calls = engine.check_finite, [0]
-
-    def counted(what: str, *arguments: Any) -> None:
-        calls[0] += what == "gradient"
-        if what == "gradient" and calls[0] == steps:
-            os.kill(os.getpid(), number)
-        true(what, *arguments)
-
-    monkeypatch.setattr(engine, "check_finite", counted)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is done: checkpoints after 48 and 64 images, and a model."""
@@ -94,7 +81,7 @@ def test_damaged_checkpoints_are_kept_aside_and_count_for_nothing(
     """The newest are damaged, the run goes on from an older one or anew and is stopped at once: nothing is lost."""
     before = {path.name: damage(path) for path in all_checkpoints(run / "checkpoints")[-damaged:]}
     older = [path.name for path in all_checkpoints(run / "checkpoints")[:-damaged]]
-    stop_in_step(monkeypatch, 1)
+    signal_in_step(monkeypatch, 1)
     with pytest.raises(Stopped, match=r"saved .*; go on with --resume") as caught:
         train(tiny("training.images=6400", f"training.keep={keep}"), run, resume=True, quiet=True)
     err = capsys.readouterr().err
@@ -274,7 +261,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_is_whole(
 ) -> None:
     before, previous = contents(run), run.with_name(".run.previous")
     with monkeypatch.context() as patched:
-        stop_in_step(patched, 2)
+        signal_in_step(patched, 2)
         with pytest.raises(Stopped):
             train(tiny("seed=5"), run, overwrite=True, quiet=True)
     err = capsys.readouterr().err
@@ -282,7 +269,7 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_is_whole(
     assert f"the run that was to be replaced is kept as {previous}" in err
     assert contents(previous) == before and not (run / "model").exists()
     with monkeypatch.context() as patched:  # replaced again, before it was whole: both are kept
-        stop_in_step(patched, 3)
+        signal_in_step(patched, 3)
         with pytest.raises(Stopped):
             train(tiny("seed=6"), run, overwrite=True, quiet=True)
     assert contents(previous) == before and run.with_name(".run.previous-2").is_dir()
