@@ -48,9 +48,16 @@ def commands(text: str) -> list[list[str]]:
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words = words[1:]  # a variable of the environment
             if words:
-                found.append(words)
+                found.append(alone(words))
             words = []
     return found
+
+
+def alone(words: list[str]) -> list[str]:
+    """A command of Seriatim that torchrun starts in several processes, as one process."""
+    if words[0] != "torchrun" or "seriatim" not in words or words[-1] == "...":
+        return words
+    return words[words.index("seriatim") :]
 
 
 def fenced_commands(block: str) -> str:

@@ -46,7 +46,14 @@ OTHERWISE: dict[str, dict[str, str]] = {  # of a command alone
     "train": {"runs/classifier": "runs/another-classifier"},
     "export llamagen": {"MODEL": "llamagen-b.model", "OUT.pt": "out.pt"},
 }
-SMALLER = {"--num": "24", "--num-images-per-label": "1", "--size": str(world.SIDE), "--batch": "2", "--threads": "1"}
+SMALLER = {
+    "--num": "24",
+    "--num-images": "24",
+    "--num-images-per-label": "1",
+    "--size": str(world.SIDE),
+    "--batch": "2",
+    "--threads": "1",
+}
 MORE: dict[str, list[str]] = {  # what makes a command small
     "train": ["training.images=4", "training.batch_size=4", "training.threads=1", "training.dtype=float32"],
     "sample": ["--overwrite"],
@@ -76,6 +83,7 @@ CANNOT = {
     "pip install -e .[dev]": "it installs",
     "pip install .[data]": "it installs",
     "pip install .[log]": "it installs",
+    "pip install seriatim[ray]": "it installs",
     "pip install seriatim[eval]": "it installs",
     "pip install --no-deps timm==0.9.12": "it installs",
     "git clone https://github.com/LTH14/mar": "the network",
