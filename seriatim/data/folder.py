@@ -115,13 +115,13 @@ class Folder(ImageData):
         return self._hashes
 
     def _files(self, entries: Sequence[Entry], *, decode: bool) -> Files:
-        paths = [self.root / entry.path for entry in entries]
+        root = str(self.root)
         return Files(
             os.path.realpath(self.root),
             [entry.path for entry in entries],
             [entry.stamp for entry in entries],
-            digest=lambda i: sha256(paths[i]),
-            stamp=lambda i: stamp_of(paths[i].stat()),
+            digest=lambda i: sha256(os.path.join(root, entries[i].path)),
+            stamp=lambda i: stamp_of(os.stat(os.path.join(root, entries[i].path))),
             decode=(lambda i: self._decode(entries[i])) if decode else None,
             reader=reader_of(self.channels, self.max_pixels),
         )

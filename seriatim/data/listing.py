@@ -71,7 +71,8 @@ class Walk:
         self.passed_over: dict[str, str] = {}
 
     def name(self, path: str) -> str:
-        return os.path.relpath(path, self.root).replace(os.sep, "/")
+        """The name of a path that was found below the root, relative to it."""
+        return path.removeprefix(str(self.root)).lstrip(os.sep).replace(os.sep, "/") or "."  # os.path.relpath is slow
 
     def folders(self) -> list[str]:
         """The paths of the folders directly in the root."""
@@ -121,7 +122,7 @@ class Walk:
                     self.passed_over[self.name(path)] = why
                 else:
                     found.append((self.name(path), stamp_of(status)))
-        return sorted(found, key=lambda picture: picture[0].split("/"))
+        return sorted(found, key=lambda picture: picture[0].replace("/", "\0"))  # folder by folder
 
 
 def stamp_of(status: os.stat_result) -> tuple[int, int]:

@@ -122,6 +122,11 @@ def entropy_pictures(toy: Toy) -> None:
     assert read_picture(toy.folder / "out.png").size[0] > 200
 
 
+def folder_start(toy: Toy) -> None:
+    first, second = toy.main("folder_start", "--files", 12, "--classes", 3, "--side", 8).splitlines()
+    assert first.startswith("12 files, first start: ") and second.startswith("12 files, second start: ")
+
+
 def hops(toy: Toy) -> None:
     said = toy.main("hops").splitlines()
     assert "pipeline/pipeline.py: " in "\n".join(said) and said[-1].endswith(" in all")
@@ -180,6 +185,7 @@ TOYS: dict[str, Callable[[Toy], None]] = {
         bf16_memory,
         editing_pictures,
         entropy_pictures,
+        folder_start,
         hops,
         known_mixture,
         mar_end_to_end,

@@ -35,6 +35,22 @@ def pets(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.parametrize("given", [".", "./", "../pets", "../pets/", "link"])
+def test_names_and_order_do_not_depend_on_how_the_folder_is_named(
+    given: str, pets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pictures come folder by folder: those of `a` before those of `a b` and `a-b`, whose names compare as less."""
+    put(*(pets / "cat" / name for name in ("a/z.png", "a-b/y.png", "a b/x.png", "a.png", "a!.png")))
+    (pets.parent / "link").symlink_to(pets)
+    monkeypatch.chdir(pets.parent if given == "link" else pets)
+    data = Folder(given, 8)
+    names = ["0.png", "1.png", "2.png", "a/z.png", "a b/x.png", "a!.png", "a-b/y.png", "a.png"]
+    assert [entry.path for entry in data.entries] == [f"cat/{name}" for name in names] + [
+        f"dog/{i}.png" for i in range(3)
+    ]
+    assert data.fingerprint() == Folder(str(pets), 8).fingerprint()
+
+
 def test_files_of_the_system_are_passed_over_wherever_they_lie(pets: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = Folder(str(pets), 8)
     assert plain.passed_over == {} and capsys.readouterr().err == ""
