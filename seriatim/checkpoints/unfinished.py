@@ -68,9 +68,15 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def best_of(folder: Path) -> Path | None:
-    """The whole checkpoint with the lowest loss; None if there is none."""
-    losses = [(json_of(path / STATE).get("loss"), path) for path in all_checkpoints(folder)]
-    known = sorted((loss, path) for loss, path in losses if isinstance(loss, float))
+    """The whole checkpoint with the lowest validation loss, or training loss where none has a validation loss."""
+    trained, validated = [], []
+    for path in all_checkpoints(folder):
+        state = json_of(path / STATE)
+        if isinstance(state.get("loss"), float):
+            trained.append((state["loss"], path))
+        if isinstance(state.get("validation_loss"), float) and state.get("validated") == int(path.name):
+            validated.append((state["validation_loss"], path))
+    known = sorted(validated) + sorted(trained)
     return next((path for _, path in known if why_not_whole(path) is None), None)
 
 

@@ -34,6 +34,7 @@ def cache(
     from seriatim.training.config import read_recipe
 
     chosen = read_recipe(recipe, overrides or ())
+    chosen.data.pop("validation", None)  # all images are encoded; training on the cache holds out the same ones
 
     from seriatim.data.caching import write_cache
     from seriatim.training.setup import build_inputs

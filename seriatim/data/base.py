@@ -33,6 +33,8 @@ class ImageData:
       background    the colour that transparent parts of pictures show
       cached        whether the "images" are a tokenizer's moments (B, m, h, w), float32 or int64 codes
       pictures      False if the data are other sequences, of size (1, L) with D features
+      named         whether `name` identifies an image whatever the order of the listing, as the name of a file does
+      held_out      images beside these on which a run measures its validation loss
     """
 
     count: int
@@ -45,6 +47,8 @@ class ImageData:
     background: Colour = WHITE
     cached = False
     pictures = True
+    named = False
+    held_out: ImageData | None = None
 
     def images(self, index: Tensor) -> Tensor:
         """The images `index` (B,): (B, c, H, W) uint8, or float in [-1, 1]."""

@@ -39,6 +39,8 @@ class Folder(ImageData):
     cache folder and holds until the size of the file or its time of change differs (`known_files.py`).
     """
 
+    named = True
+
     def __init__(
         self,
         path: str,

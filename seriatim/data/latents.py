@@ -144,7 +144,7 @@ class Latents(ImageData):
     The size of every file, and with `check` its sha256, is checked before training begins.
     """
 
-    cached = True
+    cached = named = True
 
     def __init__(
         self,

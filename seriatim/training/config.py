@@ -72,6 +72,9 @@ class Training(Common):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     workers: StrictInt = Field(0, ge=0, le=MOST_WORKERS)  # processes that read images ahead
     sample_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between sample grids at fixed seeds; 0: never
+    validate_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between validations besides those at saves
+    evaluate_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # samples that are compared with real images at saves
+    evaluate_features: PathText | None = None  # the features in which they are compared
     init_from: PathText | None = None  # a model folder with the initial weights; its classes may differ
     freeze: list[str] = Field(default_factory=list)  # patterns of the names of parameters that are not trained
 

@@ -22,6 +22,7 @@ def write_record(out: Path, data: ImageData) -> None:
         "classes": data.class_names,
         "fingerprint": data.fingerprint(),
         "traits": data.traits(),
+        **({} if data.held_out is None else {"held_out": data.held_out.count}),
         "left_out": dict(data.bad),
         "passed_over": dict(data.passed_over),
     }

@@ -114,6 +114,10 @@ class Task(ABC):
         """Figures on test images for the next line of the log; empty if none are due."""
         return {}
 
+    def judged(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> dict[str, float]:  # noqa: ARG002
+        """Figures on images that are not trained on, for a line of the log of their own; empty if none are due."""
+        return {}
+
     def look(self, before: int, run: RunState, stop: StopRequest) -> None:  # noqa: ARG002
         """Draw sample pictures if they are due since `before` images were seen."""
         return None
@@ -248,7 +252,8 @@ def fit(
                 last = run.seen >= total
                 stopping = found.stop or (world.size == 1 and stop.requested is not None)
                 # --- periodically
-                if run.seen - run.since >= settings.log_images or last:
+                figures = {} if stopping else task.judged(before, run, stop, last=last)
+                if run.seen - run.since >= settings.log_images or last or figures:
                     now = time.monotonic()
                     means = {
                         name: value / run.steps_since for name, value in run.sums.items()
@@ -257,6 +262,7 @@ def fit(
                         images=run.seen,
                         **means,
                         **task.tested(run, last=last),
+                        **figures,
                         learning_rate=rate,
                         **({} if skipped else {"gradient_norm": found.norm}),
                         **({"skipped": run.skipped} if run.skipped else {}),

@@ -87,20 +87,27 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
-    """Draw the loss and its terms over images seen as a PNG, and return its path."""
+    """Draw the losses, and distances of samples on an axis of their own, over images seen as a PNG; return its path."""
     figure, axes = empty_figure()
-    terms = [key for key in rows[-1] if key == "loss" or key.startswith("loss_")] if rows else []
+    names = dict.fromkeys(key for row in rows for key in row)
+    terms = [key for key in names if key in ("loss", "validation_loss") or key.startswith("loss_")]
+    distances = [key for key in names if key.startswith(("FD[", "FID"))]
     least = math.inf
     for key in terms:
         points = [(row["images"], row[key]) for row in rows if key in row]
         least = min(least, *(value for _, value in points))
-        width = 2 if key == "loss" else 1
-        axes.plot(*zip(*points, strict=True), label=key.replace("loss_", ""), linewidth=width)
+        label = "validation" if key == "validation_loss" else key.replace("loss_", "")
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=1 if key.startswith("loss_") else 2)
     axes.set(xlabel="images seen", ylabel="loss, mean since the last point")
     axes.set_title(title, parse_math=False)  # a name may contain a dollar sign
     if terms and least > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
+    for key in distances:
+        points = [(row["images"], row[key]) for row in rows if key in row]
+        right = axes.twinx()
+        right.plot(*zip(*points, strict=True), "k.--", label=key, linewidth=1)
+        right.set_ylabel(key, parse_math=False)
     if terms:
         axes.legend(loc="upper right")  # "best" takes seconds for a long run, and warns
     return atomic_write(path, lambda file: figure.savefig(file, format="png"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from seriatim.checkpoints.native import Bundle, bundle_config, save_bundle
-from seriatim.core.device import plain_torch
+from seriatim.core.device import DTYPES, plain_torch
 from seriatim.core.errors import NumericsError
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
@@ -36,6 +36,7 @@ from seriatim.training.optim import adamw, averaged
 from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
 from seriatim.training.state import RunState, Trainables
+from seriatim.training.validation import Judge
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class GeneratorTask(Task):
         settings = recipe.training
         self.recipe, self.out, self.where, self.quiet = recipe, out, where, quiet
         self.data, self.tokenizer, self.model = build(recipe)
+        self.judge = Judge(settings, self.data)
         self.model.to(where).train()
         self.tokenizer.to(where)
         self.net: nn.Module = self.model  # what computes the loss: the model, or the model inside DDP
@@ -175,6 +177,20 @@ class GeneratorTask(Task):
 
     def config(self, run: RunState) -> Mapping[str, Any]:
         return bundle_config(self.bundle(run, cast(SequenceModel, self.parts.average.module)))
+
+    def judged(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> dict[str, float]:
+        validated, evaluated = self.judge.due(before, run.seen, last=last)
+        if not validated and not evaluated:
+            return {}
+        trained = self.averaged_model()
+        found = self.world.first(
+            lambda: self.judge.figures(
+                self.bundle(run, trained), run.seen, DTYPES[run.dtype], stop, validated=validated, evaluated=evaluated
+            )
+        )
+        if validated:
+            run.validation_loss, run.validated = found.get("validation_loss"), run.seen
+        return found
 
     def look(self, before: int, run: RunState, stop: StopRequest) -> None:
         if not crossed(before, run.seen, self.recipe.training.sample_images):

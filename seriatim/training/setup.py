@@ -21,8 +21,8 @@ from seriatim.core.schedules import learning_rate
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.data.base import ImageData, StreamData
+from seriatim.data.held_out import build_divided
 from seriatim.data.loader import to_float
-from seriatim.data.sources import build_data
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
 from seriatim.models.registry import BACKBONES
@@ -49,11 +49,14 @@ FREE = {
     "data.max_pixels",
     "data.path",
     "data.test_path",
+    "data.validation",
     "description",
     "sampling",
     "tokenizer.from",
     "tokenizer.path",
     "training.accumulate",
+    "training.evaluate_features",
+    "training.evaluate_images",
     "training.images",
     "training.keep",
     "training.log_images",
@@ -64,6 +67,7 @@ FREE = {
     "training.tensorboard",
     "training.test_images",
     "training.trackers",
+    "training.validate_images",
     "training.workers",
 }
 # A resumed run may also change these, which affect weights, because they help a run whose loss blew up. recipe.yaml
@@ -83,7 +87,7 @@ FIT_IMAGES = 10_000  # about how many images it measures
 
 def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
     """The data and the tokenizer of a recipe. `tokenizer: {from: FOLDER, ...}` names a saved tokenizer."""
-    data = build_data(recipe.data)
+    data = build_divided(recipe.data)
     given = {"size": list(data.size), "channels": data.channels, **recipe.tokenizer}
     source = given.pop("from", None)
     if source is not None and not isinstance(source, str):
@@ -105,7 +109,9 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
                 f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert`, or name a model folder"
             )
         tokenizer = load_tokenizer(folder, **given)
-    data.check_tokenizer(tokenizer)
+    for part in (data, data.held_out):
+        if part is not None:
+            part.check_tokenizer(tokenizer)
     if tokenizer.size != data.size or tokenizer.channels != data.channels:
         ours, theirs = (f"{x.channels} x {x.size[0]} x {x.size[1]}" for x in (tokenizer, data))
         raise ConfigError(f"tokenizer: made for images of {ours}, but the data has {theirs}; make the sizes equal")

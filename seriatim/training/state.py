@@ -74,6 +74,8 @@ class RunState(Strict):
     seen: Count = 0  # the number of images seen
     steps: Count = 0  # the number of updates of the weights
     loss: float | None = None  # the loss in the last line of metrics
+    validation_loss: float | None = None  # the loss on held-out images after `validated` images
+    validated: Count = 0
     dtype: str = Field("float32", pattern=f"^({'|'.join(DTYPES)})$")  # the dtype of autocast
     threads: StrictInt = Field(1, ge=1, le=MOST_THREADS)  # the number of CPU threads
     sums: dict[str, float] = Field(default_factory=dict)  # the sums of the metrics since their last line

@@ -195,6 +195,27 @@ def test_a_batch_that_is_not_finite_on_one_process_is_skipped_by_all(tmp_path: P
 
 
 @pytest.mark.fresh_process
+def test_a_run_is_judged_alike_by_any_number_of_processes(tmp_path: Path) -> None:
+    judged = ["data.validation=0.2", "training.images=56", "training.save_images=28", "training.evaluate_images=80",
+              "training.evaluate_features=pixels", "sampling.num_inference_steps=2",
+              "sampling.num_diffusion_steps=2"]  # fmt: skip
+    lines = {}
+    for name, size, more in (("alone", 1, []), ("run", 2, []), ("shard", 2, ["training.shard=true"])):
+        run = tmp_path / name
+        work = partial(command, *TRAIN, str(run), *judged, *more)
+        found = together(size, work, tmp_path / "found" / name)
+        assert [code for code, _ in found] == [0] * size, found
+        lines[name] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["images"] for line in lines[name]] == [28, 56]
+        states = [json.loads((path / "state.json").read_text()) for path in all_checkpoints(run / "checkpoints")]
+        assert [state["validation_loss"] for state in states] == [line["validation_loss"] for line in lines[name]]
+    for name in ("run", "shard"):
+        for one, other in zip(lines["alone"], lines[name], strict=True):
+            for figure, close in (("validation_loss", 1e-4), ("FD[pixels]", 1e-2)):
+                assert other[figure] == pytest.approx(one[figure], rel=close), (name, figure)
+
+
+@pytest.mark.fresh_process
 def test_two_launchers_in_one_folder(tmp_path: Path) -> None:
     """The second one ends with one line, and leaves the first one alone."""
     run = tmp_path / "run"

@@ -1,0 +1,277 @@
+"""A run is judged on images that it does not train on, at draws that are the same each time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from seriatim.checkpoints.native import load_bundle
+from seriatim.checkpoints.run_names import find
+from seriatim.checkpoints.unfinished import all_checkpoints, best_of
+from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
+from seriatim.core.files import write_manifest
+from seriatim.core.stopping import StopRequest
+from seriatim.data.loader import Batches
+from seriatim.training import log as log_module
+from seriatim.training import loop, setup, state, validation
+from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.log import loss_curve
+from seriatim.training.loop import train
+from seriatim.training.validation import LEAST, MOST, SampleDistance, validation_loss
+
+TINY = [
+    "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
+    "model.dropout=0.1",
+    "training.batch_size=16", "training.log_images=48", "training.dtype=float32", "training.threads=1",
+    "training.images=128", "training.save_images=32", "training.keep=9", "sampling.num_inference_steps=2",
+    "sampling.num_diffusion_steps=2",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture of the loss takes longer than all these trainings; one test looks at it."""
+    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
+
+
+def tiny(*overrides: str) -> Recipe:
+    return read_recipe("mar-digits", [*TINY, *overrides])
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- the validation loss --------------------------------------------------------------------------------------------
+
+
+def test_it_is_measured_at_each_checkpoint_and_is_that_of_its_weights(tmp_path: Path) -> None:
+    train(tiny("data.validation=0.1"), tmp_path, quiet=True)
+    found = {row["images"]: row["validation_loss"] for row in rows(tmp_path) if "validation_loss" in row}
+    assert list(found) == [32, 64, 96, 128] and len(set(found.values())) == 4
+    assert all("loss" in row for row in rows(tmp_path))
+    data, _ = setup.build_inputs(tiny("data.validation=0.1"))
+    assert data.held_out is not None
+    for path in all_checkpoints(tmp_path / "checkpoints"):
+        bundle = load_bundle(path)
+        again = [validation_loss(bundle.model, bundle.tokenizer, data.held_out, torch.float32) for _ in range(2)]
+        assert again[0] == again[1] == pytest.approx(found[int(path.name)], rel=1e-6)
+    assert json.loads((tmp_path / "data.json").read_text())["held_out"] == data.held_out.count
+
+
+def test_validate_images_asks_for_more(tmp_path: Path) -> None:
+    train(tiny("data.validation=0.1", "training.save_images=0", "training.validate_images=48"), tmp_path, quiet=True)
+    assert [row["images"] for row in rows(tmp_path) if "validation_loss" in row] == [48, 96, 128]
+
+
+def test_judging_changes_nothing_of_the_weights(tmp_path: Path) -> None:
+    """The same images are trained on in both, so that only looking at the others differs."""
+    train(tiny("data.validation=0.1", "training.save_images=0"), tmp_path / "seldom", quiet=True)
+    more = ["training.evaluate_images=70", "training.evaluate_features=pixels"]
+    train(tiny("data.validation=0.1", *more), tmp_path / "often", quiet=True)
+    one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("seldom", "often"))
+    assert one == two
+
+
+def test_nobody_trains_on_the_images_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the run reads in two passes is compared with what is held out, by content."""
+    seen: set[bytes] = set()
+    true = Batches.__getitem__
+
+    def read(self: Batches, n: int) -> Any:
+        batch = true(self, n)
+        seen.update(image.numpy().tobytes() for image in batch.images)
+        return batch
+
+    monkeypatch.setattr(Batches, "__getitem__", read)
+    recipe = tiny("data.validation=0.5", "training.images=1600", "training.batch_size=200", "training.save_images=0")
+    train(recipe, tmp_path, quiet=True)
+    data, _ = setup.build_inputs(recipe)
+    assert data.held_out is not None
+    held = {image.numpy().tobytes() for image in data.held_out.images(torch.arange(data.held_out.count))}
+    trained = {image.numpy().tobytes() for image in data.images(torch.arange(data.count))}
+    assert seen == trained and not seen & held
+
+
+def test_stopping_and_resuming_gives_the_same_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training.test_resume import rows as untimed
+    from training.test_resume import stop_after, weights
+
+    recipe = tiny("data.validation=0.1", "training.validate_images=48")
+    train(recipe, tmp_path / "whole", quiet=True)
+    undo = stop_after(monkeypatch, 5)
+    with pytest.raises(Stopped):
+        train(recipe, tmp_path / "parts", quiet=True)
+    undo()
+    train(recipe, tmp_path / "parts", resume=True, quiet=True)
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+
+
+def test_other_images_held_out_are_another_run(tmp_path: Path) -> None:
+    train(tiny("data.validation=0.1", "training.images=16"), tmp_path, quiet=True)
+    with pytest.raises(DataError, match="its images are not those that"):
+        train(tiny("data.validation=0.2", "training.images=32"), tmp_path, resume=True, quiet=True)
+
+
+class Few:
+    """A data set of so many images, of which it is noted which are read."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.cached, self.read = count, False, torch.zeros(count, dtype=torch.long)
+
+    def images(self, index: torch.Tensor) -> torch.Tensor:
+        self.read += torch.bincount(index, minlength=self.count)
+        return torch.zeros(len(index), 1, 8, 8)
+
+    def labels(self, index: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(index), dtype=torch.long)
+
+
+@pytest.mark.parametrize("count", [1, 5, 100, 3000])
+def test_each_image_is_used_about_equally_often(count: int) -> None:
+    _, tokenizer, model = setup.build(tiny())
+    data: Any = Few(count)
+    assert validation_loss(model, tokenizer, data, torch.float32) is not None
+    assert int(data.read.sum()) == min(max(count, LEAST), MOST)
+    assert int(data.read.max() - data.read.min()) <= 1
+
+
+def test_a_stop_is_not_kept_waiting() -> None:
+    _, tokenizer, model = setup.build(tiny())
+    stop = StopRequest()
+    stop.requested = "SIGTERM"
+    data: Any = Few(5)
+    assert validation_loss(model.train(), tokenizer, data, torch.float32, stop) is None
+    assert model.training and not int(data.read.sum())
+
+
+# --- the best checkpoint --------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: Path, states: dict[int, dict[str, Any]]) -> Path:
+    made = folder / "pattern"
+    train(tiny("training.images=16"), made, quiet=True)
+    pattern = all_checkpoints(made / "checkpoints")[-1]
+    for seen, says in states.items():
+        path = shutil.copytree(pattern, folder / "run" / "checkpoints" / f"{seen:012d}")
+        (path / "state.json").write_text(json.dumps({**json.loads((path / "state.json").read_text()), **says}))
+        write_manifest(path, ("config.json", *state.FILES))
+    for shared in pattern.parent.glob("tokenizer-*"):
+        shutil.copy(shared, folder / "run" / "checkpoints")
+    return folder / "run"
+
+
+def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> None:
+    run = checkpoints(
+        tmp_path,
+        {
+            1: {"loss": 0.1, "validation_loss": 0.9, "validated": 1},
+            2: {"loss": 0.3, "validation_loss": 0.5, "validated": 2},
+            3: {"loss": 0.2, "validation_loss": 0.5, "validated": 2},  # that of earlier weights
+            4: {"loss": 0.0},
+        },
+    )
+    assert find(f"{run}@best").folder.name == f"{2:012d}"
+    state.prune(run / "checkpoints", keep=1)
+    assert [int(path.name) for path in all_checkpoints(run / "checkpoints")] == [2, 4]
+    (run / "checkpoints" / f"{2:012d}" / "model.safetensors").write_bytes(b"")
+    found = best_of(run / "checkpoints")
+    assert found is not None and int(found.name) == 4, "without one, the training loss decides"
+
+
+# --- samples --------------------------------------------------------------------------------------------------------
+
+
+def test_samples_are_compared_at_each_checkpoint(tmp_path: Path) -> None:
+    more = ["training.evaluate_images=80", "training.evaluate_features=pixels", "training.save_images=64"]
+    train(tiny("data.validation=0.3", *more), tmp_path, quiet=True)
+    found = {row["images"]: row["FD[pixels]"] for row in rows(tmp_path) if "FD[pixels]" in row}
+    assert list(found) == [64, 128] and all(value > 0 for value in found.values())
+    judge = SampleDistance(tiny(*more).training, setup.build_inputs(tiny("data.validation=0.3"))[0])
+    again = judge.measured(load_bundle(f"{tmp_path}@128"))
+    assert again == pytest.approx(found[128], rel=1e-4), "those of the averaged weights, at the same seeds"
+
+
+def test_what_they_are_compared_with() -> None:
+    """The images held out, or all others where those are too few for the features."""
+    settings = tiny("training.evaluate_images=80", "training.evaluate_features=pixels").training
+    many, few = (setup.build_inputs(tiny(f"data.validation={share}"))[0] for share in ("0.3", "0.02"))
+    assert SampleDistance(settings, many).data is many.held_out
+    assert few.held_out is not None and few.held_out.count <= 64
+    assert SampleDistance(settings, few).data is few
+    plain = setup.build_inputs(tiny())[0]
+    assert SampleDistance(settings, plain).data is plain
+
+
+def test_a_figure_that_is_not_finite_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert validation.finite("validation_loss", float("nan"), 32) == {}
+    assert "the validation_loss after 32 images is not finite (nan)" in capsys.readouterr().err
+    assert validation.finite("validation_loss", None, 32) == {} and validation.finite("x", 1.0, 32) == {"x": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.validate_images=64"], r"training\.validate_images: no images are held out; set data\.validation"),
+        (["data.validation=2"], r"data\.validation: 2 is not allowed; give a share between 0 and 1"),
+        (["training.evaluate_images=80"], r"training\.evaluate_features: is required by training\.evaluate_images"),
+        (["training.evaluate_features=pixels"], r"training\.evaluate_features: is used with training\.evaluate_images"),
+        (
+            ["training.evaluate_images=80", "training.evaluate_features=pixls"],
+            r"training\.evaluate_features: 'pixls' is neither an extractor nor a path .*; did you mean 'pixels'",
+        ),
+        (
+            ["training.evaluate_images=64", "training.evaluate_features=pixels"],
+            r"training\.evaluate_images: 64 images are too few for the 64 features of 'pixels'",
+        ),
+    ],
+)
+def test_what_is_wrong_is_named_before_training(tmp_path: Path, overrides: list[str], words: str) -> None:
+    with pytest.raises((ConfigError, DataError, UsageError), match=words) as caught:
+        train(tiny(*overrides), tmp_path / "run", quiet=True)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_samples_need_pictures_to_be_compared_with(tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.zeros((40, 16, 4), np.float32))
+    words = [f"data={{kind: arrays, path: {tmp_path}/tokens.npy}}", "tokenizer={kind: arrays}"]
+    settings = tiny(*words, "training.evaluate_images=80", "training.evaluate_features=pixels")
+    with pytest.raises(ConfigError, match=r"training\.evaluate_images: the data holds no pictures"):
+        SampleDistance(settings.training, setup.build_inputs(settings)[0])
+
+
+# --- the curve ------------------------------------------------------------------------------------------------------
+
+
+def test_the_curve_shows_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    true = log_module.empty_figure
+
+    def kept() -> tuple[Any, Any]:
+        figure, axes = true()
+        drawn.append(figure)
+        return figure, axes
+
+    monkeypatch.setattr(log_module, "empty_figure", kept)
+    lines: list[dict[str, Any]] = [
+        {"images": 1, "loss": 2.0},
+        {"images": 2, "loss": 1.5, "validation_loss": 1.8, "FD[pixels]": 40.0},
+        {"images": 3, "loss": 1.2},
+    ]
+    path = loss_curve(lines, tmp_path / "curve.png", "toy")
+    labels = {line.get_label(): list(line.get_xdata()) for axes in drawn[0].axes for line in axes.get_lines()}
+    assert labels == {"loss": [1, 2, 3], "validation": [2], "FD[pixels]": [2]}
+    assert drawn[0].axes[1].get_ylabel() == "FD[pixels]"
+    with Image.open(path) as picture:
+        picture.load()
+    drawn.clear()
+    loss_curve(lines[:1], tmp_path / "plain.png", "toy")
+    assert len(drawn[0].axes) == 1
