@@ -66,8 +66,9 @@ class Parallel(Backbone):
 
         tokens (B, L, D), or codes (B, L), are on the backbone's device; tokens that are not known are ignored. known
         and ask, (B, L) bool, are on the same device or on the host, where samplers keep them. Images of a batch may
-        have different numbers of known and of requested tokens. With `neighbours` the result is (N, 5, C): z of the
-        token and of its neighbours above, below, left and right on the grid, with zeros outside the grid.
+        have different numbers of known and of requested tokens, and a known token may be requested too. With
+        `neighbours` the result is (N, 5, C): z of the token and of its neighbours above, below, left and right on the
+        grid, with zeros outside the grid.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks z()")
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from seriatim.backbones.base import Parallel, token_embedding
 from seriatim.conditions.base import Condition
+from seriatim.core.buckets import padded_length
 from seriatim.core.errors import UsageError, check_known, check_least
 from seriatim.core.spec import TokenSpec, grid_of
 from seriatim.nn.block import NORM_EPS, Block, gather, xavier
@@ -77,6 +78,7 @@ class Masked(Parallel):
         self.spec = TokenSpec(tokens, dim, vocab, grid=shape)
         self.width, self.z_dim, self.buffer = E, C, buffer
         self.row_cap = ROW_CAP
+        self.buckets = 0  # the number of lengths that K and K' may have in training; 0 means any
         self.config = {
             "tokens": tokens,
             **({"dim": dim} if vocab is None else {"vocab": vocab}),
@@ -133,8 +135,10 @@ class Masked(Parallel):
             parts = [slice(i, i + chunk) for i in range(0, len(tokens), chunk)]
             return torch.cat([self.z(condition.select(s), tokens[s], known[s], ask[s], neighbours) for s in parts])
         # Counting and sorting run on the device of the masks, so masks on the host never wait for an accelerator.
-        index, valid = (None if t is None else t.to(tokens.device, non_blocking=True) for t in positions_in(known))
-        at, wanted = positions_in(ask)  # (B, K'), (B, K') or None
+        buckets = self.buckets if torch.is_grad_enabled() else 0
+        among = positions_in(known, buckets)
+        index, valid = (None if t is None else t.to(tokens.device, non_blocking=True) for t in among)
+        at, wanted = positions_in(ask, buckets)  # (B, K'), (B, K') or None
         assert index is not None
         x, seen = self.encode(condition, tokens, index, valid)  # (B, A+K, E), (B, A) or None
         there = at.to(tokens.device, non_blocking=True)
@@ -206,13 +210,15 @@ class Masked(Parallel):
         return gather(padded, index).unflatten(1, (-1, 5))
 
 
-def positions_in(chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+def positions_in(chosen: Tensor, buckets: int = 0) -> tuple[Tensor, Tensor | None]:
     """The chosen positions in raster order (B, K), and a mask (B, K) that is False at padding; chosen is (B, L) bool.
 
-    The mask is None if the same number is chosen in every image, so that there is no padding.
+    The mask is None if K positions are chosen in every image, so that there is no padding. K is the largest number
+    chosen, rounded up to one of so many `buckets`.
     """
     counts = chosen.sum(dim=1)  # (B,)
     least, most = (int(count) for count in counts.aminmax())
+    most = padded_length(most, chosen.shape[1], buckets)
     index = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, K)
     if most == least:
         return index, None

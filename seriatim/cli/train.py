@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +62,7 @@ def train(
     ] = False,
     device: DeviceOption = "auto",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and build the model, but don't train.")
+        bool, typer.Option("--dry-run", help="Check everything and measure a few steps, but write nothing.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -76,9 +77,9 @@ def train(
     chosen, out = chosen_recipe(recipe, settings or [], override or [], out, how)
     if dry_run:
         build_trackers(chosen.training)  # a missing library is reported before the data are read
-        plan = generator_plan(chosen) if isinstance(chosen, Recipe) else classifier_plan(chosen, quiet=json)
+        plan = plan_of(chosen, out, device, quiet=json)
         plan = {"recipe": chosen.name, **plan, "images": chosen.training.images, "out": str(out)}
-        return print_json(plan) if json else print_table(("plan", ""), list(plan.items()))
+        return print_json(plan) if json else print_table(("plan", ""), list(readable(plan).items()))
     if isinstance(chosen, Recipe):
         from seriatim.training.loop import train as run
 
@@ -128,34 +129,50 @@ def chosen_recipe(
     return read_any(recipe, [*settings, *overrides]), out
 
 
-def generator_plan(recipe: Recipe) -> dict[str, Any]:
+def plan_of(recipe: Recipe | ClassifierRecipe, out: Path, device: str, *, quiet: bool) -> dict[str, Any]:
+    """What a recipe would train, and what it would take on this machine; nothing is written."""
+    from seriatim.core.device import pick_device
     from seriatim.models.build import parameter_count
-    from seriatim.training.initialise import matching
-    from seriatim.training.setup import build
+    from seriatim.training.classifier import ClassifierTask
+    from seriatim.training.config import Recipe
+    from seriatim.training.loop import GeneratorTask
+    from seriatim.training.plan import measured_plan
 
-    data, tokenizer, model = build(recipe)
-    if recipe.training.init_from:
-        matching(recipe.training.init_from, model, tokenizer)
+    where = pick_device(device)
+    task: GeneratorTask | ClassifierTask
+    if isinstance(recipe, Recipe):
+        task = GeneratorTask(recipe, out, where, quiet=quiet)
+        task.check()
+        tokenizer = task.tokenizer
+        sizes = {"tokens": tokenizer.count}
+        sizes |= {"features": tokenizer.dim} if tokenizer.vocab is None else {"codes": tokenizer.vocab}
+    else:
+        task = ClassifierTask(recipe, out, where, quiet=quiet)
+        sizes = {"features": task.net.dim, "test_images": task.test.count}
     return {
-        "parameters": parameter_count(model),
-        "tokens": tokenizer.count,
-        **({"features": tokenizer.dim} if tokenizer.vocab is None else {"codes": tokenizer.vocab}),
-        "classes": len(data.class_names),
-        "training_images": data.count,
+        "parameters": parameter_count(task.parts.model),
+        **sizes,
+        "classes": len(task.data.class_names),
+        "training_images": task.data.count,
+        **measured_plan(task, where, quiet=quiet),
     }
 
 
-def classifier_plan(recipe: ClassifierRecipe, quiet: bool) -> dict[str, Any]:
-    from seriatim.models.build import parameter_count
-    from seriatim.training.classifier import build
+def readable(plan: dict[str, Any]) -> dict[str, Any]:
+    """The plan with large numbers as people read them."""
+    from seriatim.core.progress import duration
 
-    data, test, net = build(recipe, quiet=quiet)
+    forms: dict[str, Callable[[float], str]] = {
+        "flops_per_image": lambda count: f"{count / 1e9:,.3g} GFLOP",
+        "images_per_second": lambda rate: f"{rate:,.3g}",
+        "peak_memory_bytes": lambda count: f"{count / 2**30:,.2f} GiB",
+        "seconds_to_the_end": duration,
+    }
     return {
-        "parameters": parameter_count(net),
-        "features": net.dim,
-        "classes": len(data.class_names),
-        "training_images": data.count,
-        "test_images": test.count,
+        name.removesuffix("_bytes").removeprefix("seconds_"): value
+        if name not in forms or value is None
+        else forms[name](value)
+        for name, value in plan.items()
     }
 
 

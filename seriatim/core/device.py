@@ -84,6 +84,30 @@ def plain_torch(*, grad: bool = False) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def tf32(device: torch.device, *, enabled: bool) -> Iterator[None]:
+    """Run code in which float32 matrix products on CUDA are computed in TF32 if `enabled`, else in full float32.
+
+    Nothing changes on other devices. `full_float32` inside this context still means full float32. The former settings
+    are restored at the end.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    products: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [(setting, setting.fp32_precision) for setting in products]
+    lowered = any(value in ("tf32", "bf16") for _, value in before)
+    usual = torch.get_float32_matmul_precision() if lowered else "highest"
+    # This function is needed, because PyTorch fails where it disagrees with `fp32_precision`.
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(usual)
+        for setting, value in before:
+            setting.fp32_precision = value
+
+
 class _Precision:
     """PyTorch's precision of float32 products and convolutions for the whole process, while someone needs all of it.
 

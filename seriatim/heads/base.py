@@ -32,6 +32,11 @@ class HeadLoss:
     count: Tensor  # (N,) the number of those draws
     parts: dict[str, Tensor] = field(default_factory=dict)  # name -> (N,) sums of the same draws, for logs
 
+    def select(self, rows: Tensor) -> HeadLoss:
+        """The losses of the given rows, an index tensor on the device of the losses."""
+        parts = {name: value.index_select(0, rows) for name, value in self.parts.items()}
+        return HeadLoss(self.sum.index_select(0, rows), self.count.index_select(0, rows), parts)
+
 
 @dataclass(frozen=True)
 class Guidance:

@@ -70,8 +70,19 @@ class AdaLNHead(Head):
         """x (N, D) -> the network's prediction (N, O)."""
         h = self.x_embed(x)  # (N, W)
         for block, modulation in zip(self.blocks, modulations, strict=False):
-            h = block(h, *modulation)
-        return self.final(h, *modulations[-1])
+            h = block.modulated(h, *modulation)
+        return self.final.modulated(h, *modulations[-1])
+
+    def predict(self, x: Tensor, y: Tensor) -> Tensor:
+        """x (N, D) and y (N, W), time + condition -> the network's prediction (N, O).
+
+        Each block computes its own modulations, so a block can be compiled, or recomputed in the backward pass.
+        """
+        y = F.silu(y)
+        h = self.x_embed(x)  # (N, W)
+        for block in self.blocks:
+            h = block(h, y)
+        return self.final(h, y)
 
     def walk(self, times: Tensor, condition: Tensor) -> Iterator[tuple[int, list[list[Tensor]]]]:
         """Iterate from the last of `times` (S, W) to the first, as (index, modulations of all blocks and the output).

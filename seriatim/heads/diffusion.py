@@ -81,7 +81,7 @@ class Diffusion(AdaLNHead):
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """eps (N, D) and v (N, D), predicted from x (N, D) at timesteps t (N,) of the full chain and z (N, C)."""
         y = self.embed_times(t) + self.z_embed(z)  # (N, W)
-        eps, v = self.network(x, self.modulations(y)).chunk(2, dim=-1)
+        eps, v = self.predict(x, y).chunk(2, dim=-1)
         return eps, v
 
     def embed_times(self, t: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Diffusion(AdaLNHead):
         x0 = at_least_float32(target, z).repeat(M, 1)  # (M N, D)
         x_t = chain.at("sqrt_alphas_cumprod", t) * x0 + chain.at("sqrt_one_minus_alphas_cumprod", t) * eps
         y = self.embed_times(t) + self.z_embed(z).repeat(M, 1)  # (M N, W)
-        eps_hat, v = at_least_float32(self.network(x_t, self.modulations(y))).chunk(2, dim=-1)
+        eps_hat, v = at_least_float32(self.predict(x_t, y)).chunk(2, dim=-1)
         mse = (eps - eps_hat).square().mean(dim=-1)  # (M N,), eq. 1
         vb = variational_bound(chain, x0, x_t, t, eps_hat.detach(), v)  # (M N,), trains v only
         mse, vb = mse.view(M, N).sum(dim=0), vb.view(M, N).sum(dim=0)

@@ -83,7 +83,7 @@ class Flow(AdaLNHead):
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         """v (N, D), predicted from x (N, D) at times t (N,) in [0, 1] and z (N, C)."""
         y = self.embed_times(t) + self.z_embed(z)  # (N, W)
-        return self.network(x, self.modulations(y))
+        return self.predict(x, y)
 
     def embed_times(self, t: Tensor) -> Tensor:
         """The embeddings (N, W) of times t (N,) in [0, 1]."""
@@ -98,7 +98,7 @@ class Flow(AdaLNHead):
         eps = eps.transpose(0, 1).reshape(M * N, D)
         x = at_least_float32(target, z).repeat(M, 1)  # (M N, D)
         y = self.embed_times(t) + self.z_embed(z).repeat(M, 1)  # (M N, W)
-        v = at_least_float32(self.network(torch.lerp(eps, x, t[:, None]), self.modulations(y)))
+        v = at_least_float32(self.predict(torch.lerp(eps, x, t[:, None]), y))
         mse = (x - eps - v).square().mean(dim=-1).view(M, N).sum(dim=0)  # (N,), Liu et al., eq. 1
         return HeadLoss(mse, torch.full_like(mse, M))
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from seriatim.backbones.base import Parallel
 from seriatim.conditions.base import Condition, Conditioner
+from seriatim.core.buckets import padded_counts
 from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 from seriatim.core.orders import CONFIDENCE, order_vectors
@@ -64,6 +65,7 @@ class MaskedModel(SequenceModel):
         if not mask_ratio_std > 0:
             raise UsageError(f"mask_ratio_std: {mask_ratio_std!r} is not allowed; it must be above 0")
         self.min_mask_ratio, self.mask_ratio_std, self.mask_ratio_per = min_mask_ratio, mask_ratio_std, mask_ratio_per
+        self.buckets = 0  # how many numbers of tokens may be asked for in training (core/buckets.py); 0 means any
 
     @property
     def config(self) -> dict[str, object]:
@@ -80,13 +82,18 @@ class MaskedModel(SequenceModel):
         B, L = tokens.shape[:2]
         device, keys = tokens.device, keys.host  # which tokens are masked is decided on the host
         order = keys.fold("order").permutation(L)  # (B, L); the first entries are the masked positions
-        masked = torch.tensor(self._masked(keys, step)).expand(B)  # the number of masked tokens of each image
-        ask = torch.zeros(B, L, dtype=torch.bool).scatter(1, order, torch.arange(L) < masked[:, None])  # on the host
-        rows, places = ask.nonzero().unbind(1)  # (N,): the image of each masked token, and its position
-        z = self.backbone.z(condition, tokens, ~ask, ask, self.head.neighbours)  # (N, C)
+        counts = torch.tensor(self._masked(keys, step)).expand(B)  # the number of masked tokens of each image
+        masked = first_of(order, counts)  # (B, L), on the host
+        ask = first_of(order, padded_counts(counts, L, self.buckets))  # more tokens than those, if lengths are padded
+        rows, places = ask.nonzero().unbind(1)  # (N,): the image of each token asked for, and its position
+        z = self.backbone.z(condition, tokens, ~masked, ask, self.head.neighbours)  # (N, C)
         target = tokens.flatten(0, 1).index_select(0, (rows * L + places).to(device))
         own = keys.fold("token").select(rows).fold(places).to(device)
-        return summed(self.head.loss(z, target, own), B, rows.to(device))
+        loss = self.head.loss(z, target, own)
+        if self.buckets:  # the losses of known tokens, which are asked for as padding only, don't count
+            kept = masked[rows, places].nonzero()[:, 0]
+            loss, rows = loss.select(kept.to(device)), rows[kept]
+        return summed(loss, B, rows.to(device))
 
     def _masked(self, keys: Keys, step: Keys | None) -> list[int]:
         """The number of masked tokens: one number for all images, or one for each image."""
@@ -159,3 +166,9 @@ class MaskedModel(SequenceModel):
                 f"order: 'confidence' needs a head of codes; {type(self.head).__name__} draws features; use random"
             )
         super().check_settings(settings)
+
+
+def first_of(order: Tensor, counts: Tensor) -> Tensor:
+    """A mask (B, L) of the first counts[b] positions in the order of each image (B, L)."""
+    B, L = order.shape
+    return torch.zeros(B, L, dtype=torch.bool).scatter(1, order, torch.arange(L) < counts[:, None])

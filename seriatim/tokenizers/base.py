@@ -107,10 +107,17 @@ class Tokenizer(nn.Module):
         mean = self.embeddings(every).flatten(0, 1)[: self.vocab].mean(dim=0)  # (D,)
         return self.decode_embeddings(torch.where(known[..., None].to(self.device), self.embeddings(tokens), mean))
 
-    def by_parts(self, run: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        """`run` of a batch, in full float32, a few images at a time, which bounds the memory of a network."""
-        with full_float32(batch.device):
-            return torch.cat([run(part) for part in batch.split(max(1, CHUNK // (self.size[0] * self.size[1])))])
+    def by_parts(
+        self, run: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """`run` of a batch, a few images at a time, which bounds the memory of a network. The result is float32.
+
+        It is computed in full float32, or under autocast to another `dtype`.
+        """
+        device = batch.device
+        with full_float32(device) if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype):
+            parts = batch.split(max(1, CHUNK // (self.size[0] * self.size[1])))
+            return torch.cat([run(part) for part in parts]).float()
 
     def check_codes(self, codes: Tensor) -> Tensor:
         """The codes on the tokenizer's device. Raises UsageError unless they are (B, L) int64 in the vocabulary."""

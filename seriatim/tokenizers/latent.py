@@ -6,15 +6,16 @@ w' = W/s), p patch side, h x w = L tokens (h = h'/p, w = w'/p), D = z p p featur
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from seriatim.core.errors import DataError, NumericsError, UsageError, check_known, check_least
+from seriatim.core.errors import ConfigError, DataError, NumericsError, UsageError, check_known, check_least
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of, sides
@@ -23,6 +24,26 @@ Statistics = Literal["fixed", "scale", "channel"]
 
 LOGVAR = (-30.0, 20.0)  # the range to which log-variances are clamped when they are used
 STD_FLOOR = 0.02  # least standard deviation relative to all channels, so that a nearly constant one is not amplified
+
+
+@contextlib.contextmanager
+def encoding_in(tokenizer: Tokenizer, dtype: torch.dtype) -> Iterator[None]:
+    """A context in which the encoder of a tokenizer of latents computes in `dtype`; others always use float32."""
+    if isinstance(tokenizer, Latent):
+        tokenizer.encoder_dtype = dtype
+    try:
+        yield
+    finally:
+        if isinstance(tokenizer, Latent):
+            tokenizer.encoder_dtype = torch.float32
+
+
+def check_encoder_dtype(tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+    """Raise ConfigError for less than float32 if tokens are not latents: pixels have no encoder, codes would change."""
+    if dtype != torch.float32 and not isinstance(tokenizer, Latent):
+        raise ConfigError(
+            f"training.encoder_dtype: {type(tokenizer).__name__} has no encoder of continuous latents; set float32"
+        )
 
 
 @dataclass(frozen=True)
@@ -50,6 +71,7 @@ class Latent(Tokenizer):
     std: Tensor  # (z,)
     measured: Tensor  # ()
     autoencoder: Any
+    encoder_dtype = torch.float32  # the dtype in which `moments` computes; training may lower it (`encoding_in`)
 
     def __init__(
         self,
@@ -103,7 +125,7 @@ class Latent(Tokenizer):
             found = self.autoencoder.encode(part, return_dict=False)[0]
             return found.parameters if self.gaussian else found
 
-        return self.by_parts(encode, self.check_images(images))
+        return self.by_parts(encode, self.check_images(images), self.encoder_dtype)
 
     def posterior(self, moments: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and standard deviation of the posterior, (B, z, h', w') each, on the tokenizer's device."""

@@ -65,6 +65,7 @@ class ClassifierTask(Task):
     """Trains a residual network that classifies images."""
 
     files, what = PARTS, "a classifier"
+    splits = False  # because of its batch norms
 
     def __init__(self, recipe: ClassifierRecipe, out: Path, where: torch.device, *, quiet: bool) -> None:
         settings = recipe.training

@@ -69,7 +69,15 @@ class Training(Common):
 
     accumulate: StrictInt = Field(1, ge=1, le=MOST_AT_ONCE)  # the parts into which a batch is split, to save memory
     shard: bool = False  # several processes also share weights, gradients and moments (FSDP2), not batches alone (DDP)
+    optimiser: str = "adamw"  # a name in OPTIMISERS: adamw, or muon for the matrices of the backbone
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    # Masked lengths in training are padded to this many values, so that there are few shapes; 0 pads nothing.
+    buckets: StrictInt = Field(16, ge=0, le=MOST_AT_ONCE)
+    compile: bool = False  # torch.compile the blocks of the backbone and of the head's network
+    checkpoint_activations: bool = False  # recompute the blocks in the backward pass, to save memory
+    # The dtype in which the encoder of latents computes; bfloat16 is faster on CUDA, and changes tokens a little.
+    encoder_dtype: Literal["float32", "bfloat16"] = "float32"
+    tf32: bool = True  # on CUDA, compute float32 products of the model in TF32
     workers: StrictInt = Field(0, ge=0, le=MOST_WORKERS)  # processes that read images ahead
     sample_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between sample grids at fixed seeds; 0: never
     validate_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between validations besides those at saves

@@ -16,6 +16,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ class Task(ABC):
     parts: Trainables
     total: int  # the number of images of the whole run
     accumulate = 1  # the number of forward and backward passes of each update
+    splits = True  # whether `loss` can compute a part of a batch; otherwise it always computes the whole batch
     files: tuple[str, ...] = PARTS  # the files in the folder `model` that `finish` writes
     what = "a model"  # what that folder holds, for messages
 
@@ -105,6 +107,10 @@ class Task(ABC):
     @abstractmethod
     def curves(self, log: MetricsLog) -> None:
         """Draw the curves of the log."""
+
+    def settings_in_force(self) -> AbstractContextManager[None]:
+        """A context with the settings of torch and of the model's modules that hold while the run lasts."""
+        return contextlib.nullcontext()
 
     def config(self, run: RunState) -> Mapping[str, Any] | None:  # noqa: ARG002
         """The config of the model for checkpoints, so that they can be used without the run; None writes no config."""
@@ -179,6 +185,7 @@ def fit(
 
         world.first(hold)
         stop = stack.enter_context(StopRequest())
+        stack.enter_context(task.settings_in_force())
         world.first(lambda: begin_run(out, recipe, data, resume=resuming))
         path = world.first(lambda: newest(out)) if resuming else None
         if path is None:

@@ -6,6 +6,7 @@ Shapes: B images of a batch, L tokens, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from seriatim.checkpoints.native import Bundle, bundle_config, save_bundle
-from seriatim.core.device import DTYPES, plain_torch
+from seriatim.core.device import DTYPES, plain_torch, tf32
 from seriatim.core.errors import NumericsError
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
@@ -26,13 +27,15 @@ from seriatim.data.base import Position
 from seriatim.data.loader import Batch, Loader, Share, batches_of, to_float
 from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import build_model, model_config, parameter_count
+from seriatim.tokenizers.latent import check_encoder_dtype, encoding_in
+from seriatim.training.blocks import bucketed, wrapped_blocks
 from seriatim.training.config import Recipe
 from seriatim.training.distributed import ALONE, World, replicated, shard, synchronised, whole
 from seriatim.training.engine import Task, crossed, fit, slices
 from seriatim.training.initialise import initialise_from, matching
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
-from seriatim.training.optim import adamw, averaged
+from seriatim.training.optim import averaged, make_optimiser
 from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
 from seriatim.training.state import RunState, Trainables
@@ -59,6 +62,7 @@ class GeneratorTask(Task):
         self.recipe, self.out, self.where, self.quiet = recipe, out, where, quiet
         self.data, self.tokenizer, self.model = build(recipe)
         self.judge = Judge(settings, self.data)
+        check_encoder_dtype(self.tokenizer, DTYPES[settings.encoder_dtype])
         self.model.to(where).train()
         self.tokenizer.to(where)
         self.net: nn.Module = self.model  # what computes the loss: the model, or the model inside DDP
@@ -69,7 +73,9 @@ class GeneratorTask(Task):
 
     def trainables(self, average: AveragedModel) -> Trainables:
         settings = self.recipe.training
-        optimiser = adamw(self.model, settings.learning_rate, settings.betas, settings.weight_decay)
+        optimiser = make_optimiser(
+            settings.optimiser, self.model, settings.learning_rate, settings.betas, settings.weight_decay
+        )
         return Trainables(self.model, average, optimiser, self.tokenizer)
 
     def spread(self, world: World) -> None:
@@ -95,6 +101,14 @@ class GeneratorTask(Task):
         if self.recipe.training.init_from:
             matching(self.recipe.training.init_from, self.model, self.tokenizer)
 
+    @contextmanager
+    def settings_in_force(self) -> Iterator[None]:
+        settings, model = self.recipe.training, self.model
+        blocks = wrapped_blocks(model, recompute=settings.checkpoint_activations, compiled=settings.compile)
+        with tf32(self.where, enabled=settings.tf32), bucketed(model, settings.buckets), blocks:
+            with encoding_in(self.tokenizer, DTYPES[settings.encoder_dtype]):
+                yield
+
     def begin(self, stop: StopRequest) -> None:
         folder = self.recipe.training.init_from
         if folder:
@@ -107,7 +121,7 @@ class GeneratorTask(Task):
         settings = self.recipe.training
         position, share = Position(*run.position), Share(self.world.rank, self.world.size)
         batches = batches_of(self.data, self.recipe.seed, run.seen, self.total, settings.batch_size, position, share)
-        return iter(Loader(batches, settings.workers))
+        return iter(Loader(batches, settings.workers, pin=self.where.type == "cuda" and torch.cuda.is_available()))
 
     def trial(self) -> Callable[[torch.dtype], Loss]:
         settings = self.recipe.training
@@ -135,7 +149,7 @@ class GeneratorTask(Task):
         # Every random number, also of dropout, depends on (seed, first) alone, so that resuming is bitwise.
         first, size = batch.first + part.start, part.stop - part.start
         keys = self.keys.fold(torch.arange(first, first + size))  # image g of the run has the key (seed, "train", g)
-        images = batch.images[part].to(self.where)
+        images = batch.images[part].to(self.where, non_blocking=True)  # from pinned memory on CUDA
         labels = None if batch.labels is None else batch.labels[part]
         with torch.random.fork_rng(devices=[] if self.where.type == "cpu" else None):
             torch.manual_seed(derive_seed(self.recipe.seed, "dropout", first))

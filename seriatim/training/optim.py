@@ -1,14 +1,17 @@
-"""AdamW with MAR's parameter groups, SGD for classifiers, and a weight average whose decay warms up."""
+"""The optimisers of generators by name, SGD for classifiers, and a weight average whose decay warms up."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from seriatim.core.errors import ConfigError, nearest
 from seriatim.core.schedules import ema_decay
+from seriatim.training.muon import MuonAndAdamW, trunk_matrices
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -27,7 +30,36 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas)
+    groups = parameter_groups(model, weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=is_fused(model))
+
+
+def muon(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> MuonAndAdamW:
+    """Muon for the matrices of the backbone, and AdamW for everything else."""
+    matrices = trunk_matrices(model)
+    taken = {id(parameter) for parameter in matrices}
+    rest = parameter_groups(model, weight_decay)
+    for group in rest:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
+    return MuonAndAdamW(matrices, rest, weight_decay, lr=learning_rate, betas=betas, fused=is_fused(model))
+
+
+def is_fused(model: nn.Module) -> bool | None:
+    """True on CUDA and on CPUs, where a fused AdamW reads every tensor once; None leaves the choice to torch."""
+    return True if next(model.parameters()).device.type in ("cpu", "cuda") else None
+
+
+Maker = Callable[[nn.Module, float, tuple[float, float], float], torch.optim.Optimizer]
+OPTIMISERS: dict[str, Maker] = {"adamw": adamw, "muon": muon}
+
+
+def make_optimiser(
+    name: str, model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimiser `name` of OPTIMISERS for a model; raises ConfigError for an unknown name."""
+    if name not in OPTIMISERS:
+        raise ConfigError(f"training.optimiser: {name!r} is not known{nearest(name, OPTIMISERS)}")
+    return OPTIMISERS[name](model, learning_rate, betas, weight_decay)
 
 
 def sgd(model: nn.Module, learning_rate: float, momentum: float, weight_decay: float) -> torch.optim.SGD:

@@ -55,6 +55,7 @@ FREE = {
     "tokenizer.from",
     "tokenizer.path",
     "training.accumulate",
+    "training.checkpoint_activations",
     "training.evaluate_features",
     "training.evaluate_images",
     "training.images",

@@ -56,10 +56,12 @@ from seriatim.core.files import PREVIOUS, atomic_folder, put_back, write_json, w
 from seriatim.core.reading import read_json, read_or_raise
 from seriatim.core.validation import Strict, parse
 from seriatim.training.distributed import placed, whole
+from seriatim.training.muon import MuonAndAdamW
 
-MOMENTS = {  # the tensors that each optimiser keeps for a parameter
+MOMENTS: dict[type[torch.optim.Optimizer], set[str]] = {  # the tensors that each optimiser keeps for a parameter
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},  # AdamW is a subclass
     torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.Muon: {"momentum_buffer"},
 }
 CHECKPOINT = re.compile(r"(\.[0-9]+\.previous|[0-9]+(\.damaged(-[0-9]+)?)?)")  # the name of a checkpoint's folder
 
@@ -218,14 +220,14 @@ def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[
 
     Raises CheckpointError if a parameter has only some of the optimiser's tensors, or in another shape.
     """
-    kept = next(kept for kind, kept in MOMENTS.items() if isinstance(parts.optimiser, kind))
+    kept = moments_of(parts.optimiser)
     now, then = {name: number for number, name in enumerate(names_of(parts))}, names_of(parts, written)
     found: dict[int, dict[str, Tensor]] = {}
     for key, tensor in read_tensors(path).items():
         name, _, moment = key.rpartition(".")
         if written == 1 and re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(then):
             name = then[int(name)]
-        if name not in now or moment not in kept:
+        if name not in now or moment not in kept[now[name]]:
             raise CheckpointError(f"{path} has an unknown tensor {key!r}: it is not this optimiser's")
         shape = torch.Size() if moment == "step" else parts.trained[now[name]].shape
         wanted = torch.empty(shape, dtype=torch.float32, device="meta")
@@ -234,12 +236,19 @@ def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[
             tensor if moment == "step" else placed(tensor, parts.trained[now[name]])
         )
     for number, given in found.items():
-        lacking = sorted(kept - given.keys())
+        lacking = sorted(kept[number] - given.keys())
         if lacking:
             raise CheckpointError(
                 f"{path} lacks tensor '{names_of(parts)[number]}.{lacking[0]}': it is not this optimiser's"
             )
     return found
+
+
+def moments_of(optimiser: torch.optim.Optimizer) -> list[set[str]]:
+    """The names of the tensors that an optimiser keeps for each of its parameters, in their order."""
+    every = optimiser.both if isinstance(optimiser, MuonAndAdamW) else (optimiser,)
+    kept = [next(names for kind, names in MOMENTS.items() if isinstance(each, kind)) for each in every]
+    return [kept[i] for i, each in enumerate(every) for group in each.param_groups for _ in group["params"]]
 
 
 def set_damaged_aside(folder: Path) -> list[str]:

@@ -87,7 +87,7 @@ def arinar_head(toy: Toy) -> None:
 
 
 def bf16_memory(toy: Toy) -> None:
-    """Both trainings, here and one after the other, and the table of what they printed."""
+    """All trainings, here and one after the other, and the table of what they printed."""
     script: Any = importlib.import_module("bf16_memory")
     script.pictures(toy.folder / "pictures", count=8)
     toy.monkeypatch.setattr(script, "BATCH", 4)
@@ -96,12 +96,15 @@ def bf16_memory(toy: Toy) -> None:
     toy.monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     measured = {}
     for bound in script.BOUNDS:
-        script.train_and_measure(bound, toy.folder, "bfloat16", 4, 1, "mar-cifar10-tiny", [*TINY, "tokenizer.patch=8"])
+        words, log = [*TINY, "tokenizer.patch=8"], toy.folder / "log.jsonl"
+        script.train_and_measure(bound, toy.folder, "bfloat16", 4, 1, "mar-cifar10-tiny", words, log)
         measured[bound] = [json.loads(line) for line in toy.capsys.readouterr().out.splitlines()]
         assert [line["step"] for line in measured[bound][:-1]] == [1, 2, 3, 4]
         assert all(line["resident"] > 10 for line in measured[bound][:-1]) and measured[bound][-1]["largest"] > 10
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "1024"
-    assert [row.split()[0] for row in script.table(measured).splitlines()] == ["start", "bounded", "free"]
+    assert [row.split()[0] for row in script.table(measured).splitlines()] == ["start", *script.BOUNDS]
+    logged = [json.loads(line) for line in (toy.folder / "log.jsonl").read_text().splitlines()]
+    assert [(line["bound"], line["step"]) for line in logged] == [(b, s) for b in script.BOUNDS for s in (1, 2, 3, 4)]
 
 
 def editing_pictures(toy: Toy) -> None:
@@ -165,6 +168,23 @@ def mar_training_step(toy: Toy) -> None:
         assert found[dtype]["ratio"] == pytest.approx(theirs / seconds) and seconds > 0 < theirs
 
 
+def optimisers(toy: Toy) -> None:
+    """Both optimisers, one seed; the second call does nothing again."""
+    pictures, real = toy.pictures(32), toy.pictures(32, "real")
+    small = ["model.widths=[8]", "model.depth=[0]", "training.images=12", "training.batch_size=6", "data.max_bad=0"]
+    words = [f"data.path={pictures}", f"data.test_path={real}", *small, "training.threads=1", "training.dtype=float32"]
+    assert run(["train", "classifier-cifar10-tiny", *words, "--out", str(toy.folder / "c"), "--json"]) == 0
+    folders = ["--data", pictures, "--real-data", real, "--classifier", toy.folder / "c", "--out", toy.folder / "o"]
+    arguments = [*TINY, "training.batch_size=4", *folders, "--minutes", "0.0001", "--samples", 12, "--seeds", 0]
+    toy.capsys.readouterr()
+    said = toy.main("optimisers", *arguments).splitlines()
+    assert said == toy.main("optimisers", *arguments).splitlines()
+    rows = [json.loads(line) for line in said[:2]]
+    assert [row["optimiser"] for row in rows] == ["adamw", "muon"]
+    assert all(row["updates"] >= 1 and row["loss"] > 0 and row["distance"] > 0 for row in rows)
+    assert said[-1].startswith("| muon less adamw | | ")
+
+
 def schedule_pictures(toy: Toy) -> None:
     said = toy.main("schedule_pictures", "--out", toy.folder).split()
     assert [Path(path).name for path in said] == ["orders.png", "guidance.png", "tokens-per-step.png"]
@@ -190,6 +210,7 @@ TOYS: dict[str, Callable[[Toy], None]] = {
         known_mixture,
         mar_end_to_end,
         mar_training_step,
+        optimisers,
         schedule_pictures,
         training_throughput,
     )

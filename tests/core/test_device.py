@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from seriatim.core.device import full_float32, pick_dtype
+from seriatim.core.device import full_float32, pick_dtype, tf32
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -67,6 +67,21 @@ def test_settings_of_the_process_are_raised_and_put_back(chosen: list[Any]) -> N
         assert not lowered()
     assert settings() == chosen
     with pytest.raises(ZeroDivisionError), full_float32(CPU):
+        _ = 1 / 0
+    assert settings() == chosen
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_tf32_holds_on_cuda_and_not_inside_full_float32(chosen: list[Any], enabled: bool) -> None:
+    with tf32(CPU, enabled=enabled):
+        assert settings() == chosen, "nothing changes on a CPU"
+    with tf32(CUDA, enabled=enabled):
+        assert (BACKENDS.cuda.matmul.fp32_precision == "tf32") == enabled
+        with full_float32(CUDA):
+            assert not lowered()
+        assert (BACKENDS.cuda.matmul.fp32_precision == "tf32") == enabled
+    assert settings() == chosen
+    with pytest.raises(ZeroDivisionError), tf32(CUDA, enabled=enabled):
         _ = 1 / 0
     assert settings() == chosen
 

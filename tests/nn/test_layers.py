@@ -71,10 +71,12 @@ def test_adaln_formulas() -> None:
     shift, scale, gate = block.modulation(condition).chunk(3, dim=-1)
     normed = F.layer_norm(x, (8,), eps=1e-6) * block.norm.weight + block.norm.bias
     h = block.fc2(F.silu(block.fc1(normed * (1 + scale) + shift)))
-    assert torch.allclose(block(x, *block.modulate(condition)), x + gate * h, atol=1e-6)
+    assert torch.allclose(block(x, condition), x + gate * h, atol=1e-6)
     shift, scale = output.modulation(condition).chunk(2, dim=-1)
     expected = output.linear(F.layer_norm(x, (8,), eps=1e-6) * (1 + scale) + shift)
-    assert torch.allclose(output(x, *output.modulate(condition)), expected, atol=1e-6)
+    assert torch.allclose(output(x, condition), expected, atol=1e-6)
+    assert torch.equal(block.modulated(x, *block.modulate(condition)), block(x, condition))
+    assert torch.equal(output.modulated(x, *output.modulate(condition)), output(x, condition))
     assert not list(output.norm.parameters())
 
 

@@ -1,0 +1,169 @@
+"""AdamW and Muon at equal time: the same recipe, minutes and seeds, judged by the loss and by samples.
+
+    OMP_NUM_THREADS=1 python benchmarks/optimisers.py --out runs/optimisers --data cifar10/train \\
+        --real-data cifar10/test --classifier runs/classifier --minutes 4.5
+
+Each training has one thread, and ends when its updates have taken --minutes of the thread's processor time; reading
+images doesn't count. Both optimisers have the recipe's learning rate, which warms up and then stays, unless
+--rates names others. Judged are the averaged weights: by the loss on images of --real-data, at fixed random numbers,
+and by the Frechet distance of samples to --data in the features of a classifier. Intervals are 95 % of Student's t over
+the seeds, differences are taken seed by seed. What is done already in --out is not done again, and a training goes on
+from its last checkpoint: stop at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ablation_cifar import power_average
+from known_density_tables import interval, show
+from torch.optim.swa_utils import AveragedModel
+
+from seriatim.checkpoints.native import Bundle, save_bundle
+from seriatim.checkpoints.unfinished import newest_whole
+from seriatim.core.files import write_json
+from seriatim.core.keys import Keys
+from seriatim.core.random import derive_seed
+from seriatim.data.folder import Folder
+from seriatim.data.loader import Batches, to_float
+from seriatim.evaluation.features import open_features
+from seriatim.evaluation.run import evaluate
+from seriatim.models.base import SequenceModel
+from seriatim.pipeline.loading import load
+from seriatim.tokenizers.base import Tokenizer
+from seriatim.training import state as checkpoints
+from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.engine import gradients
+from seriatim.training.optim import OPTIMISERS, make_optimiser
+from seriatim.training.setup import build, fit_tokenizer
+from seriatim.training.state import RunState, Trainables
+
+SAVE_SECONDS, FOREVER = 60.0, 1 << 40
+HELD_OUT = 1000  # images of the loss
+
+
+def train(recipe: Recipe, name: str, rate: float, seconds: float, folder: Path) -> dict[str, float]:
+    """Train until the budget is used up, then save the averaged weights in `folder/model`."""
+    settings = recipe.training
+    data, tokenizer, model = build(recipe)
+    fit_tokenizer(tokenizer, data, quiet=True)
+    optimiser = make_optimiser(name, model.train(), rate, settings.betas, settings.weight_decay)
+    parts = Trainables(model, AveragedModel(model, multi_avg_fn=power_average), optimiser)
+    checkpoints.sweep(folder / "checkpoints")
+    newest, _ = newest_whole(folder / "checkpoints")
+    run = checkpoints.load(newest, parts) if newest is not None else RunState()
+    spent, saved = run.sums.get("seconds", 0.0), time.monotonic()
+    batches = Batches(data, recipe.seed, 0, FOREVER, settings.batch_size)
+    while spent < seconds:
+        batch = batches[run.steps]
+        tokens = tokenizer.tokens(tokenizer.moments(to_float(batch.images)))
+        step = Keys.of("step", recipe.seed, run.steps)
+        torch.manual_seed(derive_seed("dropout", recipe.seed, run.steps))
+        begin = time.process_time()
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1.0, (run.seen + len(batch)) / max(1, settings.warmup_images))
+        loss = model(tokens, batch.labels, step.fold(torch.arange(len(batch))), step)
+        gradients(parts.trained, [loss], float(len(batch) * model.tokens), settings.clip)
+        parts.update()
+        spent += time.process_time() - begin
+        run.seen, run.steps, run.sums = run.seen + len(batch), run.steps + 1, {"seconds": spent}
+        if time.monotonic() - saved > SAVE_SECONDS:
+            checkpoints.save(folder / "checkpoints", parts, run)
+            checkpoints.prune(folder / "checkpoints", 1)
+            saved = time.monotonic()
+    trained: Any = parts.average.module
+    told = {"images": run.seen, "updates": run.steps, "seconds": spent}
+    save_bundle(Bundle(trained, tokenizer, data.class_names, recipe.sampling, told), folder / "model")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return told
+
+
+@torch.no_grad()
+def held_out_loss(model: SequenceModel, tokenizer: Tokenizer, data: Folder) -> float:
+    """The mean loss on HELD_OUT images from all over the data, which draw the same random numbers for every model."""
+    total = count = 0.0
+    index = torch.arange(data.count)[:: max(1, data.count // HELD_OUT)]
+    for n, part in enumerate(index.split(100)):
+        step = Keys.of("held out", n)
+        tokens = tokenizer.tokens(tokenizer.moments(to_float(data.images(part))))
+        loss = model.eval()(tokens, data.labels(part), step.fold(torch.arange(len(part))), step)
+        total, count = total + float(loss.sum), count + float(loss.count)
+    return total / count
+
+
+def judged(given: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str, float]:
+    size = recipe.data["size"]
+    data, real = (Folder(str(path), size, check=False) for path in (given.data, given.real_data))
+    pipe = load(folder / "model", device="cpu", dtype="float32", prepare=False)
+    loss = held_out_loss(pipe.model, pipe.tokenizer, real)
+    features = open_features(str(given.classifier), size=(size, size), channels=3)
+    made = evaluate(
+        load(folder / "model", device="cpu", dtype="float32"),
+        data,
+        folder / "judged",
+        num=given.samples,
+        features=features,
+        real=real,
+        figures=("frechet",),
+        seed=recipe.seed,
+        cache=given.out / "real",
+    )
+    assert made.figures is not None, "this process has all shares"
+    return {"loss": loss, "distance": next(iter(made.figures.values())).value}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The means over seeds with their intervals, and the differences seed by seed."""
+    lines = ["| optimiser | updates | loss | Frechet distance |", "|---|---|---|---|"]
+    names = [name for name in OPTIMISERS if any(row["optimiser"] == name for row in rows)]
+    of = {(row["optimiser"], row["seed"]): row for row in rows}
+    for name in names:
+        mine = [row for row in rows if row["optimiser"] == name]
+        cells = (show(interval([row[key] for row in mine])) for key in ("updates", "loss", "distance"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name in names[1:]:
+        firsts = [row for row in rows if row["optimiser"] == names[0]]
+        pairs = [(row, of[name, row["seed"]]) for row in firsts if (name, row["seed"]) in of]
+        cells = (show(interval([b[key] - a[key] for a, b in pairs]), signed=True) for key in ("loss", "distance"))
+        lines.append(f"| {name} less {names[0]} | | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(command: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of the recipe, such as model.width=128")
+    parser.add_argument("--out", type=Path, default=Path("runs/optimisers"))
+    parser.add_argument("--recipe", default="mar-cifar10-tiny")
+    parser.add_argument("--data", type=Path, required=True, help="class folders of training images")
+    parser.add_argument("--real-data", type=Path, required=True, help="class folders of other images")
+    parser.add_argument("--classifier", type=Path, required=True, help="a trained classifier, whose features judge")
+    parser.add_argument("--minutes", type=float, default=4.5, help="of updates, for each training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--rates", nargs="*", default=[], metavar="NAME=RATE", help="other learning rates")
+    given = parser.parse_args(command)
+    torch.set_num_threads(1)
+    rates = {name: float(rate) for name, _, rate in (text.partition("=") for text in given.rates)}
+    rows = []
+    for seed in given.seeds:
+        for name in OPTIMISERS:
+            recipe = read_recipe(given.recipe, [*given.overrides, f"data.path={given.data}", f"seed={seed}"])
+            folder = given.out / f"{name}-{seed}"
+            if not (folder / "row.json").exists():
+                rate = rates.get(name, recipe.training.learning_rate)
+                told = train(recipe, name, rate, 60 * given.minutes, folder)
+                row = {"optimiser": name, "seed": seed, "rate": rate, **told, **judged(given, recipe, folder)}
+                write_json(folder / "row.json", row)
+            rows.append(json.loads((folder / "row.json").read_text()))
+            print(json.dumps(rows[-1]), flush=True)  # noqa: T201
+    print(table(rows))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
