@@ -94,8 +94,8 @@ def tf32(device: torch.device, *, enabled: bool) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    products: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [(setting, setting.fp32_precision) for setting in products]
+    mkldnn: Any = torch.backends.mkldnn
+    before = [(setting, setting.fp32_precision) for setting in (torch.backends.cuda.matmul, mkldnn.matmul)]
     lowered = any(value in ("tf32", "bf16") for _, value in before)
     usual = torch.get_float32_matmul_precision() if lowered else "highest"
     # This function is needed, because PyTorch fails where it disagrees with `fp32_precision`.

@@ -107,9 +107,7 @@ class Tokenizer(nn.Module):
         mean = self.embeddings(every).flatten(0, 1)[: self.vocab].mean(dim=0)  # (D,)
         return self.decode_embeddings(torch.where(known[..., None].to(self.device), self.embeddings(tokens), mean))
 
-    def by_parts(
-        self, run: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
+    def by_parts(self, run: Callable[[Tensor], Tensor], batch: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """`run` of a batch, a few images at a time, which bounds the memory of a network. The result is float32.
 
         It is computed in full float32, or under autocast to another `dtype`.

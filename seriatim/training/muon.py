@@ -18,20 +18,24 @@ from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from seriatim.core.errors import ConfigError
+from seriatim.training.distributed import placed, whole
 
 MOMENTUM = 0.95
 
 
 class Orthogonal(torch.optim.Muon):
-    """`torch.optim.Muon`, which computes in float32 on a CPU that has no matrix products in bfloat16.
+    """`torch.optim.Muon` for matrices that may be sharded, in float32 on a CPU without matrix products in bfloat16.
 
-    PyTorch computes such products about fifty times slower than those in float32 (docs/log.md).
+    PyTorch emulates such products there. Each process computes the whole update of a sharded matrix, and keeps its own
+    part.
     """
 
     @torch.no_grad()
     @override
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        if not slow_in_bfloat16(self.param_groups[0]["params"][0].device):
+        example = self.param_groups[0]["params"][0]
+        slow = slow_in_bfloat16(example.device)
+        if not slow and whole(example) is example:
             return super().step(closure)
         assert closure is None, "no loop here hands the optimiser a closure"
         for group in self.param_groups:
@@ -42,9 +46,12 @@ class Orthogonal(torch.optim.Muon):
                 if "momentum_buffer" not in (state := self.state[parameter]):
                     state["momentum_buffer"] = torch.zeros_like(parameter)
                 mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-                update = orthogonal(parameter.grad.lerp(mean, momentum), group["ns_coefficients"], group["ns_steps"])
+                update = whole(parameter.grad.lerp(mean, momentum))
+                update = orthogonal(update if slow else update.bfloat16(), group["ns_coefficients"], group["ns_steps"])
                 parameter.mul_(1 - rate * group["weight_decay"])
-                parameter.add_(update, alpha=-rate * 0.2 * max(parameter.shape) ** 0.5)  # "match_rms_adamw"
+                parameter.add_(
+                    placed(update.to(parameter.dtype), parameter), alpha=-rate * 0.2 * max(parameter.shape) ** 0.5
+                )  # "match_rms_adamw"
         return None
 
 

@@ -95,7 +95,7 @@ def shapes_at_linear_layers(model: nn.Module, images: int) -> dict[str, set[tupl
     """The shapes of the inputs of each Linear over many mask ratios."""
     found: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     hooks = [
-        layer.register_forward_pre_hook(lambda _, x, name=name: found[name].add(tuple(x[0].shape)))  # type: ignore[misc]
+        layer.register_forward_pre_hook(lambda _, x, name=name: found[name].add(tuple(x[0].shape)))
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
     ]

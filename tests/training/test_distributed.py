@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from processes import command, together
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from seriatim import load
 from seriatim.checkpoints.unfinished import all_checkpoints
@@ -20,12 +22,12 @@ from seriatim.core.processes import place
 from seriatim.core.stopping import only_trainer
 from seriatim.data.loader import Batch
 from seriatim.models.base import Loss
-from seriatim.training import engine
+from seriatim.training import blocks, engine, muon
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.distributed import joined
 from seriatim.training.engine import gradients
 from seriatim.training.loop import GeneratorTask
-from seriatim.training.state import RunState, tensors_of
+from seriatim.training.state import RunState, Trainables, tensors_of
 
 SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "training.batch_size=7", "training.threads=1",
          "training.dtype=float32", "training.images=29"]  # fmt: skip
@@ -58,8 +60,9 @@ def recipe_of(kind: str, *more: str) -> Recipe:
 
 def trained(recipe: Recipe, out: Path, cls: Any = InFloat64) -> tuple[dict[str, Tensor], list[float], list[int]]:
     """The weights and averages after five steps, the losses, and the images that this process saw."""
-    with joined("cpu") as world:
+    with joined("cpu") as world, ExitStack() as stack:
         task = cls(recipe, out, world.device)
+        stack.enter_context(task.settings_in_force())
         task.begin(None)
         task.spread(world)
         losses: list[float] = []
@@ -90,6 +93,43 @@ def test_one_process_is_two_is_three(kind: str, tmp_path: Path) -> None:
                 scale = float(alone[0][name].abs().max()) + 1e-12
                 assert float((tensor - alone[0][name]).abs().max()) <= 1e-9 * scale, (name, size, more)
         assert sorted(i for _, _, seen in found for i in seen) == sorted(alone[2])
+
+
+class Muon(InFloat64):
+    """Trains in float64 with Muon, which computes in bfloat16 where the processor has products in it."""
+
+    def trainables(self, average: AveragedModel) -> Trainables:
+        muon.slow_in_bfloat16 = lambda _: True  # this process ends soon
+        return super().trainables(average)
+
+
+class Compiled(InFloat64):
+    """Hands its blocks to torch.compile, which runs them as they are, since a compiler would take long."""
+
+    def settings_in_force(self) -> AbstractContextManager[None]:
+        return blocks.wrapped_blocks(self.model, compiled=True, recompute=True, backend="eager")
+
+
+OPTIONS: dict[str, tuple[type[InFloat64], list[str]]] = {
+    "muon": (Muon, ["training.optimiser=muon"]),
+    "recomputed": (InFloat64, ["training.checkpoint_activations=true", "training.buckets=4"]),
+    "compiled": (Compiled, []),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of dynamo, which looks at inputs that are no leaves
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_training_are_the_same_with_two_processes(name: str, tmp_path: Path) -> None:
+    """Replicated and sharded. Muon needs whole matrices, of which each process holds a part where they are sharded."""
+    cls, options = OPTIONS[name]
+    (alone,) = together(1, partial(trained, recipe_of("masked", *options), tmp_path, cls), tmp_path / "1")
+    for more in ([], ["training.shard=true"]):
+        both = together(2, partial(trained, recipe_of("masked", *options, *more), tmp_path, cls), tmp_path / f"2{more}")
+        for weights, losses, _ in both:
+            assert losses == pytest.approx(alone[1], rel=1e-9)
+            for key, tensor in weights.items():
+                scale = float(alone[0][key].abs().max()) + 1e-12
+                assert float((tensor - alone[0][key]).abs().max()) <= 1e-9 * scale, (key, more)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

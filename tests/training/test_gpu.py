@@ -19,6 +19,7 @@ from seriatim.data.loader import Batches, Loader
 from seriatim.tokenizers.latent import Latent, check_encoder_dtype, encoding_in
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.training.config import read_recipe
+from seriatim.training.distributed import ALONE
 from seriatim.training.loop import GeneratorTask, train
 from seriatim.training.state import RunState
 
@@ -78,9 +79,14 @@ def test_images_are_pinned_for_cuda_alone(
 ) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr("seriatim.training.loop.Loader", lambda *_, pin: asked.append(pin) or [])
+
+    def loader(*_: Any, pin: bool) -> list[Any]:
+        asked.append(pin)
+        return []
+
+    monkeypatch.setattr("seriatim.training.loop.Loader", loader)
     task: Any = SimpleNamespace(
-        recipe=read_recipe("mar-digits", TINY), data=Digits(), total=64, where=torch.device(device)
+        recipe=read_recipe("mar-digits", TINY), data=Digits(), total=64, where=torch.device(device), world=ALONE
     )
     GeneratorTask.batches(task, RunState())
     assert asked == [wanted]
