@@ -1,14 +1,14 @@
 """AdamW and Muon at equal time: the same recipe, minutes and seeds, judged by the loss and by samples.
 
     OMP_NUM_THREADS=1 python benchmarks/optimisers.py --out runs/optimisers --data cifar10/train \\
-        --real-data cifar10/test --classifier runs/classifier --minutes 4.5
+        --real-data cifar10/test --minutes 4.5 --classifier runs/classifier
 
 Each training has one thread, and ends when its updates have taken --minutes of the thread's processor time; reading
 images doesn't count. Both optimisers have the recipe's learning rate, which warms up and then stays, unless
 --rates names others. Judged are the averaged weights: by the loss on images of --real-data, at fixed random numbers,
-and by the Frechet distance of samples to --data in the features of a classifier. Intervals are 95 % of Student's t over
-the seeds, differences are taken seed by seed. What is done already in --out is not done again, and a training goes on
-from its last checkpoint: stop at any time.
+and with --classifier also by the Frechet distance of samples to --data in its features. Intervals are 95 % of Student's
+t over the seeds, differences are taken seed by seed. What is done already in --out is not done again, and a training
+goes on from its last checkpoint: stop at any time.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from seriatim.training.state import RunState, Trainables
 
 SAVE_SECONDS, FOREVER = 60.0, 1 << 40
 HELD_OUT = 1000  # images of the loss
+NAMES = {"loss": "loss", "distance": "Frechet distance"}
 
 
 def train(recipe: Recipe, name: str, rate: float, seconds: float, folder: Path) -> dict[str, float]:
@@ -102,6 +103,8 @@ def judged(given: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str,
     data, real = (Folder(str(path), size, check=False) for path in (given.data, given.real_data))
     pipe = load(folder / "model", device="cpu", dtype="float32", prepare=False)
     loss = held_out_loss(pipe.model, pipe.tokenizer, real)
+    if given.classifier is None:
+        return {"loss": loss}
     features = open_features(str(given.classifier), size=(size, size), channels=3)
     made = evaluate(
         load(folder / "model", device="cpu", dtype="float32"),
@@ -120,17 +123,21 @@ def judged(given: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str,
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The means over seeds with their intervals, and the differences seed by seed."""
-    lines = ["| optimiser | updates | loss | Frechet distance |", "|---|---|---|---|"]
+    figures = [key for key in ("loss", "distance") if key in rows[0]]
+    lines = [
+        f"| optimiser | updates | {' | '.join(NAMES[key] for key in figures)} |",
+        "|---" * (2 + len(figures)) + "|",
+    ]
     names = [name for name in OPTIMISERS if any(row["optimiser"] == name for row in rows)]
     of = {(row["optimiser"], row["seed"]): row for row in rows}
     for name in names:
         mine = [row for row in rows if row["optimiser"] == name]
-        cells = (show(interval([row[key] for row in mine])) for key in ("updates", "loss", "distance"))
+        cells = (show(interval([row[key] for row in mine])) for key in ("updates", *figures))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     for name in names[1:]:
         firsts = [row for row in rows if row["optimiser"] == names[0]]
         pairs = [(row, of[name, row["seed"]]) for row in firsts if (name, row["seed"]) in of]
-        cells = (show(interval([b[key] - a[key] for a, b in pairs]), signed=True) for key in ("loss", "distance"))
+        cells = (show(interval([b[key] - a[key] for a, b in pairs]), signed=True) for key in figures)
         lines.append(f"| {name} less {names[0]} | | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -142,7 +149,7 @@ def main(command: list[str] | None = None) -> None:
     parser.add_argument("--recipe", default="mar-cifar10-tiny")
     parser.add_argument("--data", type=Path, required=True, help="class folders of training images")
     parser.add_argument("--real-data", type=Path, required=True, help="class folders of other images")
-    parser.add_argument("--classifier", type=Path, required=True, help="a trained classifier, whose features judge")
+    parser.add_argument("--classifier", type=Path, help="a trained classifier, whose features judge samples")
     parser.add_argument("--minutes", type=float, default=4.5, help="of updates, for each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=1000)

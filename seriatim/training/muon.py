@@ -49,9 +49,8 @@ class Orthogonal(torch.optim.Muon):
                 update = whole(parameter.grad.lerp(mean, momentum))
                 update = orthogonal(update if slow else update.bfloat16(), group["ns_coefficients"], group["ns_steps"])
                 parameter.mul_(1 - rate * group["weight_decay"])
-                parameter.add_(
-                    placed(update.to(parameter.dtype), parameter), alpha=-rate * 0.2 * max(parameter.shape) ** 0.5
-                )  # "match_rms_adamw"
+                scale = 0.2 * max(parameter.shape) ** 0.5  # "match_rms_adamw"
+                parameter.add_(placed(update.to(parameter.dtype), parameter), alpha=-rate * scale)
         return None
 
 

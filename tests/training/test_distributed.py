@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -99,15 +101,17 @@ class Muon(InFloat64):
     """Trains in float64 with Muon, which computes in bfloat16 where the processor has products in it."""
 
     def trainables(self, average: AveragedModel) -> Trainables:
-        muon.slow_in_bfloat16 = lambda _: True  # this process ends soon
+        muon.slow_in_bfloat16 = Mock(return_value=True)  # this process ends soon
         return super().trainables(average)
 
 
 class Compiled(InFloat64):
     """Hands its blocks to torch.compile, which runs them as they are, since a compiler would take long."""
 
-    def settings_in_force(self) -> AbstractContextManager[None]:
-        return blocks.wrapped_blocks(self.model, compiled=True, recompute=True, backend="eager")
+    @contextmanager
+    def settings_in_force(self) -> Iterator[None]:
+        with blocks.wrapped_blocks(self.model, compiled=True, recompute=True, backend="eager"):
+            yield
 
 
 OPTIONS: dict[str, tuple[type[InFloat64], list[str]]] = {
