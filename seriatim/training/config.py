@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, StrictInt
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, StrictInt, model_validator
 
 from seriatim.core.construct import MOST_AT_ONCE, MOST_THREADS, MOST_WORKERS
 from seriatim.core.errors import ConfigError, UsageError, nearest, shown
@@ -31,6 +31,13 @@ def thread_count(value: Any) -> Any:
     """The value. Raises ValueError if it is neither "auto" nor a number of threads that a machine can start."""
     if value != "auto" and not (type(value) is int and 1 <= value <= MOST_THREADS):
         raise ValueError(f"must be 'auto' or a whole number from 1 to {MOST_THREADS}")
+    return value
+
+
+def micro_batch_size(value: Any) -> Any:
+    """The value. Raises ValueError if it is neither None, "auto", nor a number of images."""
+    if value is not None and value != "auto" and not (type(value) is int and 1 <= value <= MOST_AT_ONCE):
+        raise ValueError(f"must be 'auto' or a whole number from 1 to {MOST_AT_ONCE}")
     return value
 
 
@@ -68,6 +75,8 @@ class Training(Common):
     """How to train a generator."""
 
     accumulate: StrictInt = Field(1, ge=1, le=MOST_AT_ONCE)  # the parts into which a batch is split, to save memory
+    # Or how many images each process computes at once; auto takes what fits into memory.
+    micro_batch: Annotated[int | str | None, BeforeValidator(micro_batch_size)] = None
     shard: bool = False  # several processes also share weights, gradients and moments (FSDP2), not batches alone (DDP)
     optimiser: str = "adamw"  # a name in OPTIMISERS: adamw, or muon for the matrices of the backbone
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -85,6 +94,15 @@ class Training(Common):
     evaluate_features: PathText | None = None  # the features in which they are compared
     init_from: PathText | None = None  # a model folder with the initial weights; its classes may differ
     freeze: list[str] = Field(default_factory=list)  # patterns of the names of parameters that are not trained
+
+    @model_validator(mode="after")
+    def split_once(self) -> Training:
+        if self.micro_batch is not None and self.accumulate > 1:
+            raise ValueError(
+                f"micro_batch: {self.micro_batch!r} is not allowed with accumulate={self.accumulate}, as each says how "
+                "a batch is split; leave one out"
+            )
+        return self
 
 
 class ClassifierTraining(Common):

@@ -59,7 +59,8 @@ class Task(ABC):
     data: ImageData
     parts: Trainables
     total: int  # the number of images of the whole run
-    accumulate = 1  # the number of forward and backward passes of each update
+    accumulate = 1  # the number of forward and backward passes of each update, unless `micro_batch` says it
+    micro_batch: int | None = None  # the number of images that one of these passes computes in each process
     splits = True  # whether `loss` can compute a part of a batch; otherwise it always computes the whole batch
     files: tuple[str, ...] = PARTS  # the files in the folder `model` that `finish` writes
     what = "a model"  # what that folder holds, for messages
@@ -83,9 +84,18 @@ class Task(ABC):
     def trial(self) -> Callable[[torch.dtype], Loss]:
         """A function that computes the loss of a first batch in a given dtype and has no side effects."""
 
+    def largest_micro_batch(self, world: World) -> int:
+        """How many images a process can compute at once; called for `training.micro_batch: auto`."""
+        raise NotImplementedError(f"{type(self).__name__} lacks largest_micro_batch()")
+
+    def slices(self, size: int) -> list[slice]:
+        """Slices that split `size` images of this process into equal parts, of which the last may be smaller."""
+        step = self.micro_batch or -(-size // self.accumulate)
+        return [slice(i, min(i + step, size)) for i in range(0, size, step)]
+
     def losses(self, batch: Batch, dtype: torch.dtype) -> Iterator[Loss]:
         """Yield the loss of each part of a batch; `gradients` goes backward through one before it takes the next."""
-        for part in slices(len(batch), self.accumulate):
+        for part in self.slices(len(batch)):
             yield self.loss(batch, part, dtype)
 
     def spread(self, world: World) -> None:
@@ -199,7 +209,10 @@ def fit(
         changes = world.first(lambda: changes_of(out, recipe, run.seen))  # empty for a new run
         if settings.dtype != "auto":
             run.dtype = settings.dtype
-        settings = settings.model_copy(update={"dtype": run.dtype, "threads": run.threads})
+        chosen: dict[str, Any] = {"dtype": run.dtype, "threads": run.threads}
+        if getattr(settings, "micro_batch", None) == "auto":
+            chosen["micro_batch"] = task.micro_batch = run.micro_batch
+        settings = settings.model_copy(update=chosen)
         task.recipe = recipe = recipe.model_copy(update={"training": settings, "changes": changes})
         world.first(lambda: write_text(out / "recipe.yaml", dump(recipe)))  # with what was measured, so that it repeats
         dtype = DTYPES[run.dtype]
@@ -306,13 +319,20 @@ def begun(task: Task, stop: StopRequest, out: Path, world: World) -> RunState:
     """The state of a new run, with the dtype and the number of threads that it will use, which are measured."""
     task.begin(stop)
     settings = task.recipe.training
+    choose_micro_batch(task, world)
     count = settings.threads
     if count == "auto" and world.device.type == "cpu" and world.local_size > 1:
         count = max(1, len(os.sched_getaffinity(0)) // world.local_size)
     chosen = fastest(settings.dtype, count, world.device, task.trial())
     record_choice(out, chosen)
     task.parts.model.zero_grad(set_to_none=True)
-    return RunState(dtype=chosen.dtype, threads=chosen.threads)
+    return RunState(dtype=chosen.dtype, threads=chosen.threads, micro_batch=task.micro_batch)
+
+
+def choose_micro_batch(task: Task, world: World) -> None:
+    """Find how many images a process computes at once, if the recipe leaves it open."""
+    if getattr(task.recipe.training, "micro_batch", None) == "auto":
+        task.micro_batch = task.largest_micro_batch(world)
 
 
 class Gradients(NamedTuple):
@@ -369,12 +389,6 @@ def newest(out: Path) -> Path | None:
     else:
         say(f"resuming after {int(path.name):,} images from {path}")
     return path
-
-
-def slices(size: int, parts: int) -> list[slice]:
-    """Slices that split `size` images into at most `parts` equal parts, of which the last may be smaller."""
-    step = -(-size // parts)
-    return [slice(i, min(i + step, size)) for i in range(0, size, step)]
 
 
 def crossed(before: int, now: int, every: int) -> bool:

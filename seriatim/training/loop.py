@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -31,10 +31,11 @@ from seriatim.tokenizers.latent import check_encoder_dtype, encoding_in
 from seriatim.training.blocks import bucketed, wrapped_blocks
 from seriatim.training.config import Recipe
 from seriatim.training.distributed import ALONE, World, replicated, shard, synchronised, whole
-from seriatim.training.engine import Task, crossed, fit, slices
+from seriatim.training.engine import Task, crossed, fit
 from seriatim.training.initialise import initialise_from, matching
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
+from seriatim.training.micro_batch import largest_fitting
 from seriatim.training.optim import averaged, make_optimiser
 from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
@@ -69,6 +70,7 @@ class GeneratorTask(Task):
         self.world = ALONE
         self.parts = self.trainables(averaged(self.model, settings.ema))
         self.total, self.accumulate = settings.images, settings.accumulate
+        self.micro_batch = settings.micro_batch if isinstance(settings.micro_batch, int) else None
         self.keys, self.step_keys = Keys.of(recipe.seed, "train"), Keys.of(recipe.seed, "step")
 
     def trainables(self, average: AveragedModel) -> Trainables:
@@ -123,20 +125,33 @@ class GeneratorTask(Task):
         batches = batches_of(self.data, self.recipe.seed, run.seen, self.total, settings.batch_size, position, share)
         return iter(Loader(batches, settings.workers, pin=self.where.type == "cuda" and torch.cuda.is_available()))
 
+    def probe(self) -> Batch:
+        """The first batch of the run."""
+        first = batches_of(self.data, self.recipe.seed, 0, self.total, self.recipe.training.batch_size)
+        return next(iter(Loader(first, 0)))
+
     def trial(self) -> Callable[[torch.dtype], Loss]:
-        settings = self.recipe.training
-        first = batches_of(self.data, self.recipe.seed, 0, self.total, settings.batch_size)
-        probe = next(iter(Loader(first, 0)))
-        return lambda dtype: self.loss(probe, slice(0, -(-len(probe) // self.accumulate)), dtype)
+        probe = self.probe()
+        return lambda dtype: self.loss(probe, self.slices(len(probe))[0], dtype)
+
+    def largest_micro_batch(self, world: World) -> int:
+        probe, settings = self.probe(), self.recipe.training
+        dtype = DTYPES.get(settings.dtype, torch.float32)  # float32 takes most, if the dtype will be measured
+
+        def loss_of(count: int, step: int) -> Loss:  # a model may draw for each step how many tokens are masked
+            return self.loss(replace(probe, whole=range(step, step + len(probe))), slice(0, count), dtype)
+
+        images = Share(0, world.size).of(len(probe)).stop
+        return largest_fitting(images, loss_of, self.parts.trained, self.where, world.local_size)
 
     def nominal(self, batch: Batch) -> float:
         return float(len(batch.whole) * self.model.tokens)
 
     def losses(self, batch: Batch, dtype: torch.dtype) -> Iterator[Loss]:
         # All processes must go forward equally often, so one with fewer parts repeats its first and counts nothing.
-        ours = [] if batch.spare else slices(len(batch), self.accumulate)
+        ours = [] if batch.spare else self.slices(len(batch))
         longest = Share(0, self.world.size).of(len(batch.whole))  # the first process has the most images
-        rounds = len(slices(longest.stop, self.accumulate))
+        rounds = len(self.slices(longest.stop))
         for number in range(rounds):
             with synchronised(self.net, last=number == rounds - 1):
                 if number < len(ours):

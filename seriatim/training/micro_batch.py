@@ -1,12 +1,11 @@
-"""How many images a process computes at once, `training.micro_batch`: a number, or the largest that fits into memory.
+"""Find how many images a process can compute at once, for `training.micro_batch: auto`.
 
-An update adds up the gradients of as many micro-batches as a batch has, so its result does not depend on their size,
-except for rounding and for which elements dropout zeroes.
+An update adds up the gradients of all parts of a batch, so its result does not depend on their size, except for
+rounding and for which elements dropout zeroes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,64 +14,49 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from seriatim.core.construct import machine_memory
-from seriatim.core.errors import ConfigError, ResourceError, is_out_of_memory
+from seriatim.core.errors import ResourceError, is_out_of_memory
 from seriatim.models.base import Loss
 
 SHARE = 0.5  # of a CPU's available memory for what a forward pass keeps; the backward pass needs room of its own
-
-
-def micro_batches(batch_size: int, micro_batch: int, processes: int = 1) -> int:
-    """The number of micro-batches of each process in an update; raises ConfigError unless they fill the batch."""
-    if batch_size % (micro_batch * processes):
-        at_once = "" if processes == 1 else f" in each of {processes} processes"
-        each, rest = divmod(batch_size, processes)
-        allowed = "" if rest else f": {', '.join(map(str, divisors(each)))}"
-        raise ConfigError(
-            f"training.micro_batch: {micro_batch} images{at_once} do not divide training.batch_size {batch_size}; "
-            + (f"use a divisor{allowed}" if allowed else f"use a batch size that {processes} processes divide")
-        )
-    return batch_size // (micro_batch * processes)
-
-
-def divisors(number: int) -> list[int]:
-    """The divisors of a number, ascending."""
-    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*low, *(number // d for d in low)})
+STEPS = 8  # how many training steps are tried, since each may draw another number of masked tokens
+LossOf = Callable[[int, int], Loss]  # (a number of images, the number of a step) -> their loss, without side effects
 
 
 def largest_fitting(
-    images: int, loss_of: Callable[[int], Loss], trained: Sequence[Tensor], device: torch.device
+    images: int, loss_of: LossOf, trained: Sequence[Tensor], device: torch.device, processes: int = 1
 ) -> int:
-    """The largest divisor of `images`, those of one process in a batch, that memory allows as a micro-batch.
+    """The number of images that memory allows at once, of the `images` that one process has of a batch.
 
-    `loss_of(n)` is the loss of n images, without side effects. On an accelerator, divisors are tried from the largest
-    down, forward and backward, with room for the optimiser's two tensors for each weight, until one does not run out of
-    memory. On a CPU, running out would end the process, so what the forward passes of one and of two images keep is
-    counted, and SHARE of the memory that is available may be taken.
-
-    Raises ResourceError if not even one image fits.
+    On an accelerator, all images are tried forward and backward, with room for the optimiser's two tensors for each
+    weight, and then half as many, until memory does not run out. On a CPU, running out would end the process, so the
+    bytes that the forward passes of one and of two images keep are counted, and the `processes` on this machine may
+    take SHARE of the memory that is available. Raises ResourceError if not even one image fits.
     """
-    sizes = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     if device.type == "cpu":
-        fixed, each = kept_by_autograd(loss_of, images)
-        room = SHARE * available_memory() - 3 * sizes  # the gradients and the optimiser's two tensors
-        fitting = [count for count in divisors(images) if fixed + each * count <= room]
+        fixed, each = kept_by_autograd(images, loss_of)
+        room = SHARE * available_memory() / processes - 3 * weights  # the gradients and the optimiser's two tensors
+        found = images if fixed + each * images <= room else int((room - fixed) // max(1.0, each))
     else:
-        room_of_optimiser = torch.empty(2 * sizes, dtype=torch.uint8, device=device)
-        fitting = [next((count for count in reversed(divisors(images)) if fits(count, loss_of, trained)), 0)]
+        room_of_optimiser = torch.empty(2 * weights, dtype=torch.uint8, device=device)
+        found = images
+        while found and not fits(found, loss_of, trained):
+            found = -(-found // 2) if found > 1 else 0
         del room_of_optimiser
-    if not any(fitting):
+    if found < 1:
         raise ResourceError(
             "training.micro_batch: not even one image at a time fits into memory; use a smaller model, or "
             "training.checkpoint_activations=true"
         )
-    return max(fitting)
+    parts = -(-images // found)
+    return -(-images // parts)  # as equal as they can be
 
 
-def fits(count: int, loss_of: Callable[[int], Loss], trained: Sequence[Tensor]) -> bool:
+def fits(count: int, loss_of: LossOf, trained: Sequence[Tensor]) -> bool:
     """Whether the gradients of `count` images can be computed without running out of memory."""
     try:
-        loss_of(count).mean.backward()
+        for step in range(STEPS):
+            loss_of(count, step).mean.backward()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -85,12 +69,10 @@ def fits(count: int, loss_of: Callable[[int], Loss], trained: Sequence[Tensor]) 
     return False
 
 
-def kept_by_autograd(loss_of: Callable[[int], Loss], images: int) -> tuple[float, float]:
-    """The bytes that a forward pass keeps for the backward pass, as (fixed, for each image)."""
-    one = kept_bytes(lambda: loss_of(1))
-    if images < 2:
-        return 0.0, float(one)
-    each = max(0, kept_bytes(lambda: loss_of(2)) - one)
+def kept_by_autograd(images: int, loss_of: LossOf) -> tuple[float, float]:
+    """The bytes that a forward pass keeps for the backward pass, as (fixed, for each image), of the largest step."""
+    one, two = (max(kept_bytes(lambda: loss_of(n, step)) for step in range(STEPS)) for n in (1, min(2, images)))  # noqa: B023
+    each = max(0, two - one) if images > 1 else 0
     return float(one - each), float(each)
 
 

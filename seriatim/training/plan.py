@@ -16,7 +16,8 @@ from seriatim.core.progress import Progress
 from seriatim.core.stopping import StopRequest
 from seriatim.data.loader import Batch
 from seriatim.nn.onednn_training import prepare_training
-from seriatim.training.engine import Task, gradients
+from seriatim.training.distributed import ALONE
+from seriatim.training.engine import Task, choose_micro_batch, gradients
 from seriatim.training.heap import bound_compiled_products
 from seriatim.training.precision import fastest, threads
 from seriatim.training.state import RunState
@@ -39,6 +40,7 @@ def measured_plan(task: Task, device: torch.device, *, quiet: bool = False) -> d
         stop = stack.enter_context(StopRequest())
         stack.enter_context(task.settings_in_force())
         task.begin(stop)
+        choose_micro_batch(task, ALONE)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         dtype = pick_dtype("auto", device) if settings.dtype == "auto" else DTYPES[settings.dtype]

@@ -80,7 +80,8 @@ CURES = {
     "training.on_nan",
     "training.max_skips",
 }
-MEASURED = {"training.dtype", "training.threads"}  # "auto" means the value that the run measured and recorded
+# "auto" means the value that the run measured and recorded.
+MEASURED = {"training.dtype", "training.micro_batch", "training.threads"}
 
 FIT_BATCH = 512  # images at once when the tokenizer measures its statistics
 FIT_IMAGES = 10_000  # about how many images it measures

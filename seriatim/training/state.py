@@ -80,6 +80,7 @@ class RunState(Strict):
     validated: Count = 0
     dtype: str = Field("float32", pattern=f"^({'|'.join(DTYPES)})$")  # the dtype of autocast
     threads: StrictInt = Field(1, ge=1, le=MOST_THREADS)  # the number of CPU threads
+    micro_batch: Annotated[StrictInt, Field(ge=1)] | None = None  # how many images a process computes at once, if found
     sums: dict[str, float] = Field(default_factory=dict)  # the sums of the metrics since their last line
     since: Count = 0  # the number of images seen at that line
     steps_since: Count = 0

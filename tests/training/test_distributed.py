@@ -86,7 +86,7 @@ def trained(recipe: Recipe, out: Path, cls: Any = InFloat64) -> tuple[dict[str, 
 def test_one_process_is_two_is_three(kind: str, tmp_path: Path) -> None:
     """After five steps, replicated and sharded, with one pass a step and with two."""
     (alone,) = together(1, lambda: trained(recipe_of(kind), tmp_path), tmp_path / "1")
-    for size, more in ((2, []), (3, ["training.accumulate=2"]), (2, ["training.shard=true", "training.accumulate=2"])):
+    for size, more in ((2, []), (3, ["training.accumulate=2"]), (2, ["training.shard=true", "training.micro_batch=2"])):
         changed = recipe_of(kind, *more)
         found = together(size, partial(trained, changed, tmp_path), tmp_path / f"{size}{more}")
         for weights, losses, _ in found:
