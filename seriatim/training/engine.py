@@ -44,6 +44,7 @@ from seriatim.training.config import AnyRecipe, dump
 from seriatim.training.distributed import ALONE, World, joined, whole
 from seriatim.training.heap import bound_compiled_products, return_heap
 from seriatim.training.log import MetricsLog, NoLog, record_choice
+from seriatim.training.micro_batch import repeated
 from seriatim.training.not_finite import FiniteGuard
 from seriatim.training.precision import fastest, threads
 from seriatim.training.run_folder import Resume, check_out, is_run, occupied
@@ -209,10 +210,9 @@ def fit(
         changes = world.first(lambda: changes_of(out, recipe, run.seen))  # empty for a new run
         if settings.dtype != "auto":
             run.dtype = settings.dtype
-        chosen: dict[str, Any] = {"dtype": run.dtype, "threads": run.threads}
-        if getattr(settings, "micro_batch", None) == "auto":
-            chosen["micro_batch"] = task.micro_batch = run.micro_batch
-        settings = settings.model_copy(update=chosen)
+        task.micro_batch = run.micro_batch = repeated(getattr(settings, "micro_batch", None), run.micro_batch)
+        measured = {"dtype": run.dtype, "threads": run.threads, "micro_batch": run.micro_batch}
+        settings = settings.model_copy(update={key: measured[key] for key in measured if hasattr(settings, key)})
         task.recipe = recipe = recipe.model_copy(update={"training": settings, "changes": changes})
         world.first(lambda: write_text(out / "recipe.yaml", dump(recipe)))  # with what was measured, so that it repeats
         dtype = DTYPES[run.dtype]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from seriatim.core.construct import machine_memory
-from seriatim.core.errors import ResourceError, is_out_of_memory
+from seriatim.core.errors import ConfigError, ResourceError, is_out_of_memory
 from seriatim.models.base import Loss
 
 SHARE = 0.5  # of a CPU's available memory for what a forward pass keeps; the backward pass needs room of its own
@@ -50,6 +50,13 @@ def largest_fitting(
         )
     parts = -(-images // found)
     return -(-images // parts)  # as equal as they can be
+
+
+def repeated(given: int | str | None, found: int | None) -> int | None:
+    """The size that a recipe gives, or what was found when the run began. Raises ConfigError if nothing was."""
+    if given == "auto" and found is None:
+        raise ConfigError("training.micro_batch: 'auto' is looked for when a run begins, not later; give a number")
+    return found if isinstance(given, str) else given
 
 
 def fits(count: int, loss_of: LossOf, trained: Sequence[Tensor]) -> bool:

@@ -61,6 +61,7 @@ FREE = {
     "training.images",
     "training.keep",
     "training.log_images",
+    "training.micro_batch",
     "training.on_blow_up",
     "training.sample_images",
     "training.save_images",

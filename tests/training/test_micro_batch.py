@@ -177,9 +177,13 @@ def test_what_was_found_is_recorded_and_a_resumed_run_repeats_it(
         more = [*words[:-2], f"training.micro_batch={given}", "training.save_images=24", "training.images=36"]
         train(read_recipe("mar-digits", more), tmp_path / "run", resume=True, quiet=True)
     assert asked == [12] and used == [5, 5, 2], "it is not looked for again, and the second run is finished already"
-    more = [*words, "training.micro_batch=4", "training.images=48"]
-    with pytest.raises(ConfigError, match=r"training\.micro_batch: 5 in .*, 4 now"):
+    for given, images, wanted in (("4", 48, [4, 4, 4]), ("auto", 60, [4, 4, 4]), ("null", 72, [12])):
+        used.clear()
+        more = [*words, f"training.micro_batch={given}", f"training.images={images}"]
         train(read_recipe("mar-digits", more), tmp_path / "run", resume=True, quiet=True)
+        assert asked == [12] and used == wanted, "the last number that was used is repeated"
+    with pytest.raises(ConfigError, match=r"training\.micro_batch: 'auto' is looked for when a run begins, .* number"):
+        train(read_recipe("mar-digits", [*words, "training.images=84"]), tmp_path / "run", resume=True, quiet=True)
 
 
 def test_a_small_model_is_computed_at_once(tmp_path: Path) -> None:
