@@ -89,7 +89,10 @@ def train_and_measure(
         "training.save_images=0",
         "training.sample_images=0",
     ]
-    loop.train(read_recipe(recipe, [*overrides, *fixed]), folder / bound, device="cpu", quiet=True)
+    try:
+        loop.train(read_recipe(recipe, [*overrides, *fixed]), folder / bound, device="cpu", quiet=True)
+    finally:
+        engine.return_heap = returned
     print(json.dumps({"largest": largest()}), flush=True)  # noqa: T201
 
 

@@ -154,7 +154,7 @@ def test_readme_recipe_keys_are_all_there() -> None:
     from seriatim.training.config import ClassifierTraining, Training
 
     text = (ROOT / "docs" / "recipes.md").read_text()
-    listed = set(re.findall(r"`((?:training|model)\.[a-z_.]+)`", text)) - {"training.png"}
+    listed = set(re.findall(r"`((?:training|model)\.[a-z0-9_.]+)`", text)) - {"training.png"}
     derived = {"tokens", "dim", "vocab", "classes", "channels", "backbone", "head", "z_dim", "conditioner"}
     expected = {f"training.{key}" for cls in (Training, ClassifierTraining) for key in cls.model_fields}
     expected |= {"model.kind", "model.head.kind"}

@@ -104,11 +104,8 @@ def chosen_recipe(
 
     `settings` change either of the two; `check_same_run` refuses those that may not change.
     """
-    from seriatim.checkpoints.unfinished import RECIPE
     from seriatim.core.errors import UsageError
-    from seriatim.core.files import present_or_previous
     from seriatim.training.config import read_any
-    from seriatim.training.run_folder import check_resumable
 
     if overrides and not resume:
         raise UsageError("override: only valid with --resume; write the settings after the recipe's name")
@@ -117,8 +114,11 @@ def chosen_recipe(
     if out is None:
         assert recipe is not None, "one of the two is given"
         out = Path("runs") / read_any(recipe, settings).name
-    own = present_or_previous(out) / RECIPE
     if resume and (overrides or recipe is None):
+        from seriatim.core.files import present_or_previous
+        from seriatim.training.run_folder import RECIPE, check_resumable
+
+        own = present_or_previous(out) / RECIPE
         if own.is_file():
             return read_any(str(own), [*settings, *overrides]), out
         if resume is True:

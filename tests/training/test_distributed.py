@@ -26,7 +26,7 @@ from seriatim.data.loader import Batch
 from seriatim.models.base import Loss
 from seriatim.training import blocks, engine, muon
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.distributed import joined
+from seriatim.training.distributed import joined, whole
 from seriatim.training.engine import gradients
 from seriatim.training.loop import GeneratorTask
 from seriatim.training.state import RunState, Trainables, tensors_of
@@ -95,6 +95,36 @@ def test_one_process_is_two_is_three(kind: str, tmp_path: Path) -> None:
                 scale = float(alone[0][name].abs().max()) + 1e-12
                 assert float((tensor - alone[0][name]).abs().max()) <= 1e-9 * scale, (name, size, more)
         assert sorted(i for _, _, seen in found for i in seen) == sorted(alone[2])
+
+
+def first_gradients(recipe: Recipe, out: Path) -> dict[str, Tensor]:
+    """The gradients of the first step in float32, whole and not clipped."""
+    with joined("cpu") as world:
+        task = GeneratorTask(recipe, out, world.device, quiet=True)
+        task.begin(None)  # type: ignore[arg-type]
+        task.spread(world)
+        batch = next(task.batches(RunState()))
+        gradients(task.parts.trained, task.losses(batch, torch.float32), task.nominal(batch), 1e9, world)
+        return {name: whole(p.grad) for name, p in task.parts.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.fresh_process
+def test_gradients_in_float32_differ_by_rounding_alone(tmp_path: Path) -> None:
+    for kind in KINDS:
+        (alone,) = together(1, partial(first_gradients, recipe_of(kind), tmp_path), tmp_path / f"{kind}1")
+        for size, more in ((2, []), (3, []), (2, ["training.shard=true"])):
+            found = together(
+                size, partial(first_gradients, recipe_of(kind, *more), tmp_path), tmp_path / f"{kind}{size}{more}"
+            )
+            for one in found:
+                assert one.keys() == alone.keys() and len(alone) > 10
+                for name, tensor in one.items():
+                    assert float((tensor - alone[name]).norm()) <= 1e-5 * float(alone[name].norm()) + 1e-9, (
+                        name,
+                        kind,
+                        size,
+                        more,
+                    )
 
 
 class Muon(InFloat64):
