@@ -52,7 +52,7 @@ def is_there(file: Path, request: SampleRequest, i: int, model_sha256: str) -> b
 
 def seed_of(folder: Path) -> int:
     """The seed of the samples in the folder, so that their command can go on without it; 0 where there are none."""
-    for path in sorted(folder.glob("[0-9]*.png"))[:1]:
+    for path in sorted(folder.glob("[0-9]*.png")):  # the first that is intact
         with contextlib.suppress(SeriatimError):
             return read_recorded(path)[1].sample_request().seed
     return 0

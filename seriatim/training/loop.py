@@ -28,11 +28,11 @@ from seriatim.data.loader import Batch, Loader, Share, batches_of, to_float
 from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import build_model, model_config, parameter_count
 from seriatim.tokenizers.latent import check_encoder_dtype, encoding_in
-from seriatim.training.blocks import bucketed, wrapped_blocks
 from seriatim.training.config import Recipe
 from seriatim.training.distributed import ALONE, World, replicated, shard, synchronised, whole
 from seriatim.training.engine import Task, crossed, fit
 from seriatim.training.initialise import initialise_from, matching
+from seriatim.training.judge import Judge
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
 from seriatim.training.micro_batch import largest_fitting
@@ -40,7 +40,7 @@ from seriatim.training.optim import averaged, make_optimiser
 from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.validation import Judge
+from seriatim.training.wrapping import bucketed, wrapped_blocks
 
 
 @dataclass(frozen=True)

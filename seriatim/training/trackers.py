@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class Remote:
+class Remote(ABC):
     """A library with `init`, `log` and `finish`, which can't take back points that were logged before."""
 
     name: str
@@ -91,9 +92,9 @@ class Remote:
         project = os.environ.get(f"{self.name.upper()}_PROJECT") or PROJECT
         self.library.init(project=project, config=dict(config.recipe), resume="allow", **self.of(config))
 
+    @abstractmethod
     def of(self, config: RunConfig) -> dict[str, Any]:
         """The arguments of `init` that identify the run."""
-        raise NotImplementedError
 
     def log(self, images: int, values: Mapping[str, float]) -> None:
         if images > self.logged:  # a resumed run computes the same points again

@@ -13,7 +13,7 @@ from torch import nn
 from seriatim.core.buckets import bucket_size, padded_counts, padded_length
 from seriatim.core.keys import Keys
 from seriatim.models.build import build_model, seeded
-from seriatim.training.blocks import bucketed
+from seriatim.training.wrapping import bucketed
 
 L = 24
 DIFFUSION = {"kind": "diffusion", "width": 12, "depth": 1, "draws": 2}

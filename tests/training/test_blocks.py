@@ -17,10 +17,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from seriatim.core.errors import ResourceError
 from seriatim.core.keys import Keys
 from seriatim.models.build import build_model, seeded
-from seriatim.training import blocks
-from seriatim.training.blocks import blocks_of, wrapped_blocks
+from seriatim.training import wrapping as blocks
 from seriatim.training.config import read_recipe
 from seriatim.training.loop import train
+from seriatim.training.wrapping import blocks_of, wrapped_blocks
 
 SHAPE: dict[str, Any] = {"tokens": 16, "dim": 4, "width": 16, "heads": 2, "dropout": 0.2, "classes": 3}
 DIFFUSION = {"kind": "diffusion", "width": 16, "depth": 2, "draws": 2}

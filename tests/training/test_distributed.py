@@ -24,7 +24,8 @@ from seriatim.core.processes import place
 from seriatim.core.stopping import only_trainer
 from seriatim.data.loader import Batch
 from seriatim.models.base import Loss
-from seriatim.training import blocks, engine, muon
+from seriatim.training import engine, muon
+from seriatim.training import wrapping as blocks
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.distributed import joined, whole
 from seriatim.training.engine import gradients

@@ -19,12 +19,12 @@ from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
 from seriatim.core.files import write_manifest
 from seriatim.core.stopping import StopRequest
 from seriatim.data.loader import Batches
+from seriatim.training import judge, loop, setup, state
 from seriatim.training import log as log_module
-from seriatim.training import loop, setup, state, validation
 from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.judge import LEAST, MOST, SampleDistance, validation_loss
 from seriatim.training.log import loss_curve
 from seriatim.training.loop import train
-from seriatim.training.validation import LEAST, MOST, SampleDistance, validation_loss
 
 TINY = [
     "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
@@ -212,9 +212,9 @@ def test_what_they_are_compared_with() -> None:
 
 
 def test_a_figure_that_is_not_finite_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert validation.finite("validation_loss", float("nan"), 32) == {}
+    assert judge.finite("validation_loss", float("nan"), 32) == {}
     assert "the validation_loss after 32 images is not finite (nan)" in capsys.readouterr().err
-    assert validation.finite("validation_loss", None, 32) == {} and validation.finite("x", 1.0, 32) == {"x": 1.0}
+    assert judge.finite("validation_loss", None, 32) == {} and judge.finite("x", 1.0, 32) == {"x": 1.0}
 
 
 @pytest.mark.parametrize(
