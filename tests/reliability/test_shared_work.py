@@ -67,21 +67,29 @@ def with_seed(verb: str) -> list[str]:
     return ["--seed", "0"] if verb == "sample" else []
 
 
-def dying(verb: str, words: list[str]) -> tuple[int, list[str]]:
-    """The command, in which every process but the first dies as by `kill -9` in its second piece of work."""
+def dying(verb: str, words: list[str], mark: Path) -> tuple[int, list[str]]:
+    """The command, in which the second process dies as by `kill -9` in its second piece of work.
+
+    The first process waits in its first piece until then; otherwise it might do all the work before the other begins.
+    """
     write, stream, done = Shards.write, pipeline.Pipeline.stream, [0]
 
-    def died() -> None:
+    def piece() -> None:
         done[0] += 1
         if place().rank and done[0] == 2:
+            mark.touch()
             os._exit(9)
+        end = time.monotonic() + 120
+        while place().rank == 0 and not mark.exists():
+            assert time.monotonic() < end, "the second process found no second piece of work"
+            time.sleep(0.05)
 
     def dying_write(self: Shards, *arguments: Any) -> Any:
-        died()
+        piece()
         return write(self, *arguments)
 
     def dying_stream(self: pipeline.Pipeline, *arguments: Any, **options: Any) -> Any:
-        died()
+        piece()
         return stream(self, *arguments, **options)
 
     Shards.write = dying_write  # type: ignore[method-assign, assignment]  # this process ends soon
@@ -113,7 +121,7 @@ def test_the_files_do_not_depend_on_the_processes(verb: str, tmp_path: Path) -> 
     for name, (size, words) in works.items():
         work: Any = partial(command, *words)
         if name == "dying":
-            work = partial(dying, verb, words)
+            work = partial(dying, verb, words, tmp_path / "died")
         if name == "late":
             work = partial(late, words, tmp_path / "mark")
         found = together(size, work, tmp_path / f"said-{name}")
