@@ -120,12 +120,18 @@ class Latent(Tokenizer):
 
         A point posterior has no log-variance: (B, z, h', w').
         """
+        return self.by_parts(self.encode, self.check_images(images), self.encoder_dtype)
 
-        def encode(part: Tensor) -> Tensor:
-            found = self.autoencoder.encode(part, return_dict=False)[0]
-            return found.parameters if self.gaussian else found
+    def encode(self, images: Tensor) -> Tensor:
+        """The moments of images (B, c, H, W) in one pass, in the precision of the caller and with gradients."""
+        found = self.autoencoder.encode(images, return_dict=False)[0]
+        moments: Tensor = found.parameters if self.gaussian else found
+        return moments
 
-        return self.by_parts(encode, self.check_images(images), self.encoder_dtype)
+    def draw(self, latents: Tensor) -> Tensor:
+        """The images (B, c, H, W), not clamped, of latents (B, z, h', w') that are not normalised, likewise."""
+        images: Tensor = self.autoencoder.decode(latents, return_dict=False)[0]
+        return images
 
     def posterior(self, moments: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and standard deviation of the posterior, (B, z, h', w') each, on the tokenizer's device."""
@@ -159,8 +165,7 @@ class Latent(Tokenizer):
     def decode(self, tokens: Tensor) -> Tensor:
         x = unpatchify(tokens.to(self.device, torch.float32), self.patch, *self.grid)  # (B, z, h', w')
         latents = x * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
-        images = self.by_parts(lambda part: self.autoencoder.decode(part, return_dict=False)[0], latents)
-        return images.clamp(-1, 1)  # (B, c, H, W)
+        return self.by_parts(self.draw, latents).clamp(-1, 1)  # (B, c, H, W)
 
     def moments_config(self) -> dict[str, Any]:
         """The settings of autoencoder and images. Scale, statistics and patch are applied after the moments."""
