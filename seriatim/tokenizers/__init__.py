@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["KL", "VQ", "Arrays", "KMeans", "Latent", "Pixels", "Pretrained", "Quantiser", "Tokenizer"]
+__all__ = ["KL", "VQ", "Arrays", "Detok", "KMeans", "Latent", "Pixels", "Pretrained", "Quantiser", "Tokenizer"]
 
 
 __getattr__ = exporter(
     __name__,
     {
         "Arrays": "seriatim.tokenizers.arrays",
+        "Detok": "seriatim.tokenizers.detok",
         "KL": "seriatim.tokenizers.kl",
         "KMeans": "seriatim.tokenizers.kmeans",
         "Latent": "seriatim.tokenizers.latent",

@@ -9,6 +9,7 @@ from seriatim.core.construct import check_sizes, construct, pop_kind
 from seriatim.core.errors import ConfigError, shown
 from seriatim.tokenizers.arrays import Arrays
 from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.detok import Detok
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
@@ -19,6 +20,7 @@ PLACES = ("path", "subfolder")  # the keys of a recipe that name a place outside
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "arrays": Arrays,
+    "detok": Detok,
     "kl": KL,
     "kmeans": KMeans,
     "pixels": Pixels,
