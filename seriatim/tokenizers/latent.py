@@ -19,6 +19,7 @@ from seriatim.core.errors import ConfigError, DataError, NumericsError, UsageErr
 from seriatim.core.keys import Keys
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import Tokenizer, digest_of, sides
+from seriatim.tokenizers.trainable import Coded
 
 Statistics = Literal["fixed", "scale", "channel"]
 
@@ -71,6 +72,7 @@ class Latent(Tokenizer):
     std: Tensor  # (z,)
     measured: Tensor  # ()
     autoencoder: Any
+    masks = False  # convolutions see whole images
     encoder_dtype = torch.float32  # the dtype in which `moments` computes; training may lower it (`encoding_in`)
 
     def __init__(
@@ -132,6 +134,24 @@ class Latent(Tokenizer):
         """The images (B, c, H, W), not clamped, of latents (B, z, h', w') that are not normalised, likewise."""
         images: Tensor = self.autoencoder.decode(latents, return_dict=False)[0]
         return images
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weights of the last layer of the decoder."""
+        convolutions = [module for module in self.autoencoder.decoder.modules() if isinstance(module, nn.Conv2d)]
+        return convolutions[-1].weight
+
+    def coded(self, images: Tensor, keys: Keys, kept: Tensor | None = None) -> Coded:
+        """The contract of `trainable.Trainable`: posterior samples, with the loss "kl" of a posterior with a variance.
+
+        The decoder takes latents in the scale of the encoder; they are normalised for generators alone.
+        """
+        assert kept is None, "a convolutional encoder sees whole images"
+        mean, std = self.posterior(self.encode(images))
+        if not self.gaussian:
+            return Coded(mean)
+        drawn = keys.to(mean.device).normal(*mean.shape[1:])  # (B, z, h', w')
+        return Coded(mean + std * drawn, {"kl": kl_divergence(mean, std)})
 
     def posterior(self, moments: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and standard deviation of the posterior, (B, z, h', w') each, on the tokenizer's device."""
@@ -238,6 +258,15 @@ class Latent(Tokenizer):
         self.mean.copy_(mean)
         self.std.copy_(std)
         self.measured.fill_(measured)
+
+
+def kl_divergence(mean: Tensor, std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(0, 1)), summed over the latents of an image, and the mean over images: ().
+
+    (mu^2 + sigma^2 - 1 - log sigma^2) / 2: Kingma and Welling 2013, arXiv 1312.6114, appendix B.
+    """
+    variance = std.square()
+    return 0.5 * (mean.square() + variance - 1 - variance.log()).flatten(1).sum(dim=1).mean()
 
 
 def given_scale(scale: Any, latent_channels: int) -> tuple[list[float], list[float]]:

@@ -33,6 +33,11 @@ class Trainable(Protocol):
     stride: int  # H / h' = W / w'
     masks: bool  # whether the encoder can be shown a part of an image, as `kept` below says
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The weights of the last layer of the decoder."""
+        ...
+
     def coded(self, images: Tensor, keys: Keys, kept: Tensor | None = None) -> Coded:
         """The latents of images (B, c, H, W), sampled with one key for each image, and their terms of the loss.
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, NumericsError, UsageError
 from seriatim.core.keys import Keys
+from seriatim.nn.patch import patchify
 from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.kl import KL
-from seriatim.tokenizers.latent import STD_FLOOR, Latent, Statistics
+from seriatim.tokenizers.latent import STD_FLOOR, Latent, Statistics, kl_divergence
 from seriatim.tokenizers.pretrained import Pretrained
 
 TINY: dict[str, Any] = {
@@ -232,7 +233,7 @@ def test_the_default_is_kl16() -> None:
         ({"patch": 0}, "tokenizer.patch: 0"),
         ({"scale": 0}, "tokenizer.scale: 0"),
         ({"statistics": "all"}, "tokenizer.statistics"),
-        ({"block_out_channels": [40]}, "multiples of 32"),
+        ({"block_out_channels": [0]}, "the channels of each level"),
         ({"attention": [5]}, "levels are 0 to 4"),
         ({"latent_channels": 0}, "tokenizer.latent_channels: 0"),
         ({"channels": 2}, "tokenizer.channels: 2"),
@@ -406,3 +407,47 @@ def test_a_path_that_leads_nowhere_is_one_line(tmp_path: Path) -> None:
         Pretrained()
     with pytest.raises(UsageError, match="this autoencoder takes 3"):
         Pretrained(8, channels=1, path=str(tmp_path / "pipe"), subfolder="vae")
+
+
+# --- what training needs ----------------------------------------------------------------------------------------------
+
+
+def test_the_short_form_is_a_width_for_each_level() -> None:
+    made = KL(16, stride=8, width=16, groups=8, latent_channels=2, layers_per_block=1)
+    assert made.config["block_out_channels"] == [16, 32, 64, 64] and made.stride == 8 and made.grid == (2, 2)
+    assert tokenizer_config(build_tokenizer(tokenizer_config(made))) == tokenizer_config(made)
+    assert KL(4, stride=1, width=32, layers_per_block=1).grid == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"stride": 3, "width": 32}, "tokenizer.stride: 3 is not allowed; it must be 1, 2, 4, 8 or 16"),
+        ({"stride": 4}, "tokenizer.width: is required beside stride"),
+        ({"width": 32}, "tokenizer.stride: is required beside width"),
+        ({"stride": 2, "width": 40, "groups": 32}, "tokenizer.groups: 32 is not allowed; it must divide"),
+        ({"stride": 2, "width": 32, "groups": 0}, "tokenizer.groups: 0 is not allowed"),
+        ({"stride": 2, "width": 32, "block_out_channels": [32, 32]}, "leave out either"),
+        ({"stride": 16, "width": 32}, "multiples of 16"),
+        ({"stride": 2, "width": 32, "latent_channels": 0}, "tokenizer.latent_channels: 0 is not allowed"),
+    ],
+)
+def test_a_wrong_short_form_is_one_line(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_tokenizer({"kind": "kl", "size": 8, **given})
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_kl_term_is_that_of_torch_and_what_training_codes_is_the_posterior() -> None:
+    torch.manual_seed(0)
+    mean, std = torch.randn(3, 2, 4, 4), torch.rand(3, 2, 4, 4) + 0.1
+    theirs = torch.distributions.kl_divergence(torch.distributions.Normal(mean, std), torch.distributions.Normal(0, 1))
+    assert torch.allclose(kl_divergence(mean, std), theirs.sum(dim=(1, 2, 3)).mean(), atol=1e-4)
+    tokenizer = KL(8, stride=2, width=32, layers_per_block=1, latent_channels=2).requires_grad_(True)
+    images, keys = torch.rand(3, 3, 8, 8) * 2 - 1, Keys.of_seeds([1, 2, 3])
+    found = tokenizer.coded(images, keys)
+    tokens = tokenizer.tokens(tokenizer.moments(images), keys)
+    assert torch.allclose(tokens, patchify(found.latents / tokenizer.std.view(-1, 1, 1), 1), atol=1e-4)
+    (tokenizer.draw(found.latents).sum() + found.losses["kl"]).backward()
+    assert all(p.grad is not None for p in tokenizer.parameters())
+    assert tokenizer.last_layer.shape == (3, 32, 3, 3)
