@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.official import OfficialFile
 from seriatim.checkpoints.shapes import count, mapped, official_name, shape
 from seriatim.core.errors import CheckpointError, UsageError, one_line, shown
 from seriatim.core.reading import read_json, read_or_raise
@@ -144,7 +143,7 @@ def sized(
 def read_statistics(
     path: Path | str, z: int, *, key: str | None = None, stem: str = ""
 ) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each of z channels, from the authors' stats.pkl or a JSON file of `mean` and `std`.
+    """Mean and std of each of z channels, from the authors' stats.pkl or from a JSON file with `mean` and `std`.
 
     The pickle holds statistics of several tokenizers under their names: `key` chooses one, otherwise the name that the
     weights file called `stem` begins with, otherwise the only one. Nothing in the pickle is run. Raises UsageError or

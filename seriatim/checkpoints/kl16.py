@@ -21,7 +21,7 @@ from torch import Tensor
 
 from seriatim.checkpoints.shapes import mapped, shape
 from seriatim.core.errors import CheckpointError, UsageError, one_line
-from seriatim.tokenizers.kl import KL
+from seriatim.tokenizers.kl import GROUPS, KL
 
 IGNORED = "loss."  # LPIPS and the discriminator
 HINT = "not the weights of an autoencoder in LDM's layout"
@@ -77,6 +77,14 @@ def tokenizer_from_kl16(
     return tokenizer
 
 
+def check_groups(widths: Sequence[int], where: str) -> None:
+    """Raise CheckpointError for widths that the official group norms can't have; shapes do not show their groups."""
+    if any(width % GROUPS for width in widths):
+        raise CheckpointError(
+            f"{where}: its levels have {list(widths)} channels, but official autoencoders have multiples of {GROUPS}"
+        )
+
+
 def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], patch: int, scale: float) -> KL:
     """A tokenizer of the sizes that the tensors show."""
 
@@ -89,6 +97,8 @@ def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], 
     conv = "encoder.down.{}.block.0.conv1.weight"
     levels = max(1, count(conv))
     widths = [width(conv.format(i), 0) for i in range(levels)]
+
+    check_groups(widths, where)
 
     def attends(half: str) -> list[int]:
         return [i for i in range(levels) if f"{half}.{i}.attn.0.q.weight" in tensors]

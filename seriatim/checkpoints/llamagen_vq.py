@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.kl16 import ATTENTION
+from seriatim.checkpoints.kl16 import ATTENTION, check_groups
 from seriatim.checkpoints.official import OfficialFile
 from seriatim.checkpoints.shapes import mapped, shape
 from seriatim.core.errors import CheckpointError, UsageError, one_line
@@ -111,6 +111,8 @@ def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], 
         [width(conv.format(half).format(i), 0) for i in range(max(1, count(conv.format(half))))]
         for half in ("encoder", "decoder")
     )
+    check_groups(widths, where)
+    check_groups(decoder, where)
     code_dim = width("quant_conv.weight", 0)
     if width(CODEBOOK, 1, axes=2) != code_dim:
         raise CheckpointError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from seriatim.core.lazy import exporter
 
-__all__ = ["KL", "VQ", "Arrays", "Detok", "KMeans", "Latent", "Pixels", "Pretrained", "Quantiser", "Tokenizer"]
+__all__ = ["FSQ", "KL", "VQ", "Arrays", "Detok", "KMeans", "Latent", "Pixels", "Pretrained", "Quantiser", "Tokenizer"]
 
 
 __getattr__ = exporter(
@@ -12,6 +12,7 @@ __getattr__ = exporter(
     {
         "Arrays": "seriatim.tokenizers.arrays",
         "Detok": "seriatim.tokenizers.detok",
+        "FSQ": "seriatim.tokenizers.vq",
         "KL": "seriatim.tokenizers.kl",
         "KMeans": "seriatim.tokenizers.kmeans",
         "Latent": "seriatim.tokenizers.latent",

@@ -29,7 +29,7 @@ from seriatim.nn.block import gather
 from seriatim.nn.linear import Linear, at_least_float32
 from seriatim.nn.patch import patchify, unpatchify
 from seriatim.tokenizers.base import digest_of, sides
-from seriatim.tokenizers.latent import LOGVAR, Latent, Statistics
+from seriatim.tokenizers.latent import LOGVAR, Latent, Statistics, kl_divergence
 from seriatim.tokenizers.trainable import Coded
 
 NORM_EPS = 1e-6
@@ -269,11 +269,18 @@ class Detok(Latent):
 
     @override
     def draw(self, latents: Tensor, kept: Tensor | None = None) -> Tensor:
-        """The images, not clamped, of latents (B, z, h, w); the mask token stands for each that is not `kept` (B, L)."""
+        """The images, not clamped, of latents (B, z, h, w); the mask token replaces those not in the mask `kept`."""
         kept = None if kept is None else kept.to(latents.device, non_blocking=True)
         images: Tensor = self.autoencoder.decoder(patchify(latents, 1), kept)
         return images
 
+    @property
+    @override
+    def last_layer(self) -> Tensor:
+        weight: Tensor = self.autoencoder.decoder.conv_out.weight
+        return weight
+
+    @override
     def coded(self, images: Tensor, keys: Keys, kept: Tensor | None = None) -> Coded:
         """Sampled latents (B, z, h, w) of images, and their KL divergence from a standard normal distribution.
 
@@ -287,14 +294,13 @@ class Detok(Latent):
             at = at.to(images.device, non_blocking=True)
         moments = at_least_float32(self.autoencoder.encoder(images, at))  # (B, L or S, 2z)
         mean, logvar = moments.chunk(2, dim=-1)
-        logvar = logvar.clamp(*LOGVAR)
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2))  # (B,)
+        std = (0.5 * logvar.clamp(*LOGVAR)).exp()
         h, w = self.size[0] // self.stride, self.size[1] // self.stride
         noise = patchify(keys.to(images.device).fold("posterior").normal(self.latent_channels, h, w), 1)  # (B, L, z)
-        latents = mean + (0.5 * logvar).exp() * (noise if at is None else gather(noise, at))
+        latents = mean + std * (noise if at is None else gather(noise, at))
         if at is not None:
             latents = torch.zeros_like(noise).scatter(1, at[..., None].expand_as(latents), latents)
-        return Coded(self.on_grid(latents), {"kl": kl.mean()})
+        return Coded(self.on_grid(latents), {"kl": kl_divergence(mean, std)})
 
     def on_grid(self, x: Tensor) -> Tensor:
         """(B, L, D) -> (B, D, h', w')."""

@@ -14,13 +14,14 @@ from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.pretrained import Pretrained
-from seriatim.tokenizers.vq import VQ
+from seriatim.tokenizers.vq import FSQ, VQ
 
 PLACES = ("path", "subfolder")  # the keys of a recipe that name a place outside of a saved folder
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "arrays": Arrays,
     "detok": Detok,
+    "fsq": FSQ,
     "kl": KL,
     "kmeans": KMeans,
     "pixels": Pixels,

@@ -1,10 +1,15 @@
 """A codebook: it finds the nearest codeword of each vector, has the losses that train it, and measures its usage.
 
+Training calls `Quantiser.forward` through a tokenizer's `coded`. It sets `quantiser.entropy = True` where the entropy
+term has a weight, as this term alone is expensive: N x V numbers. `code_watch.py` follows the usage of codes in
+training and revives those that are not used.
+
 Shapes: N vectors of C features, V codewords.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +30,8 @@ class Quantised:
 
     values: Tensor  # (..., C): codewords; the gradient passes straight through to the vectors
     codes: Tensor  # (...) int64
-    losses: dict[str, Tensor] = field(default_factory=dict)  # codebook, commitment, entropy: () each, weighted
+    vectors: Tensor  # (..., C): what was quantised, without gradient; each could be a codeword
+    losses: dict[str, Tensor] = field(default_factory=dict)  # codebook, commitment, entropy: () each, without weights
 
 
 def nearest_codes(vectors: Tensor, codewords: Tensor) -> Tensor:
@@ -50,12 +56,12 @@ class Quantiser(nn.Module):
     normalised whenever they are used, because the stored codewords drift in training.
     """
 
-    def __init__(
-        self, vocab: int, dim: int, *, l2: bool = True, commitment: float = 0.25, entropy: float = 0.0
-    ) -> None:
+    entropy = False  # whether `forward` computes the entropy term
+
+    def __init__(self, vocab: int, dim: int, *, l2: bool = True) -> None:
         super().__init__()
         check_least(1, vocab=vocab, dim=dim)
-        self.vocab, self.dim, self.l2, self.commitment, self.entropy = vocab, dim, l2, commitment, entropy
+        self.vocab, self.dim, self.l2 = vocab, dim, l2
         weight = torch.empty(vocab, dim).uniform_(-1 / vocab, 1 / vocab)
         self.codebook = nn.Parameter(F.normalize(weight, dim=-1) if l2 else weight)
 
@@ -72,18 +78,22 @@ class Quantiser(nn.Module):
         return F.embedding(codes, self.normalised(self.codebook))
 
     def forward(self, vectors: Tensor) -> Quantised:
-        """The codewords of vectors (..., C), with a straight-through gradient, and the losses (1711.00937, eq. 3)."""
-        z, e = self.normalised(vectors), self.normalised(self.codebook)
-        with torch.no_grad():
-            codes = nearest_codes(z.flatten(0, -2), e).view(z.shape[:-1])
-        chosen = F.embedding(codes, e)  # (..., C)
-        losses = {
-            "codebook": (chosen - z.detach()).square().mean(),
-            "commitment": self.commitment * (chosen.detach() - z).square().mean(),
-        }
-        if self.entropy:
-            losses["entropy"] = self.entropy * entropy_loss(z.flatten(0, -2), e)
-        return Quantised(z + (chosen - z).detach(), codes, losses)  # straight through
+        """The codewords of vectors (..., C), with a straight-through gradient, and the losses (1711.00937, eq. 3).
+
+        All is computed in float32, since autocast would decide near-ties otherwise.
+        """
+        with full_float32(vectors.device):
+            z, e = self.normalised(vectors.float()), self.normalised(self.codebook)
+            flat = z.flatten(0, -2)  # (N, C)
+            codes = nearest_codes(flat.detach(), e.detach()).view(z.shape[:-1])
+            chosen = F.embedding(codes, e)  # (..., C)
+            losses = {
+                "codebook": (chosen - z.detach()).square().mean(),
+                "commitment": (chosen.detach() - z).square().mean(),
+            }
+            if self.entropy:
+                losses["entropy"] = entropy_loss(flat, e)
+            return Quantised(z + (chosen - z).detach(), codes, z.detach(), losses)  # straight through
 
 
 def entropy_loss(vectors: Tensor, codewords: Tensor) -> Tensor:
@@ -111,20 +121,25 @@ class Usage:
         self.counts += torch.bincount(codes.detach().flatten().cpu(), minlength=len(self.counts))
 
     def summary(self) -> dict[str, float]:
-        """A mapping of figures:
+        return usage_figures(self.counts)
 
-        codes        the size of the vocabulary
-        used         the share of codes that occur at all
-        perplexity   exp of the entropy: this many equally frequent codes would have the same entropy
-        bits         the entropy of a code in bits
-        largest      the share of all tokens that have the most frequent code
-        """
-        p = self.counts.double() / max(1, int(self.counts.sum()))
-        entropy = float(torch.special.entr(p).sum())  # nats
-        return {
-            "codes": len(p),
-            "used": float((self.counts > 0).double().mean()),
-            "perplexity": float(torch.tensor(entropy, dtype=torch.float64).exp()),
-            "bits": entropy / float(torch.log(torch.tensor(2.0, dtype=torch.float64))),
-            "largest": float(p.max()),
-        }
+
+def usage_figures(counts: Tensor) -> dict[str, float]:
+    """Figures of how often each of V codes occurred, (V,) whole numbers:
+
+    codes        the size of the vocabulary
+    used         the share of codes that occur at all
+    perplexity   exp of the entropy: this many equally frequent codes would have the same entropy
+    bits         the entropy of a code in bits
+    largest      the share of all tokens that have the most frequent code
+    """
+    counts = counts.cpu()
+    p = counts.double() / max(1, int(counts.sum()))
+    entropy = float(torch.special.entr(p).sum())  # nats
+    return {
+        "codes": len(p),
+        "used": float((counts > 0).double().mean()),
+        "perplexity": math.exp(entropy),
+        "bits": entropy / math.log(2),
+        "largest": float(p.max()),
+    }

@@ -20,6 +20,7 @@ class Coded:
     latents: Tensor  # (B, z, h', w') posterior samples, or codewords; the gradient reaches the encoder
     losses: dict[str, Tensor] = field(default_factory=dict)  # terms of the loss without weights, means over images: ()
     codes: Tensor | None = None  # (B, L) int64, of a tokenizer with a vocabulary
+    vectors: Tensor | None = None  # (B, L, C) what was quantised, without gradient; `code_watch.py` takes it
 
 
 @runtime_checkable

@@ -74,7 +74,8 @@ def test_lengths_count_only_without_l2() -> None:
 
 def test_gradients_go_where_they_should() -> None:
     torch.manual_seed(0)
-    quantiser, z = Quantiser(6, 3, l2=False, entropy=0.5), torch.randn(7, 3, requires_grad=True)
+    quantiser, z = Quantiser(6, 3, l2=False), torch.randn(7, 3, requires_grad=True)
+    quantiser.entropy = True
     found = quantiser(z)
     assert torch.allclose(found.values, quantiser.lookup(found.codes))
     (straight,) = torch.autograd.grad(found.values.sum(), z, retain_graph=True)
@@ -163,8 +164,14 @@ def test_codes_that_are_none_are_refused(codes: torch.Tensor, words: str) -> Non
         ({"vocab": 0}, "vocab: 0 is not allowed"),
         ({"code_dim": 0}, "code_dim: 0 is not allowed"),
         ({"latent_channels": 0}, "latent_channels: 0"),
-        ({"block_out_channels": [32, 40]}, "multiples of 32"),
-        ({"decoder_block_out_channels": [32]}, "the encoder has 2 levels"),
+        ({"block_out_channels": [32, 0]}, "block_out_channels: [32, 0] is not allowed"),
+        ({"block_out_channels": []}, "block_out_channels: [] is not allowed"),
+        ({"decoder_block_out_channels": [32, 0]}, "give the channels of each of 2 levels"),
+        ({"block_out_channels": None, "stride": 3, "width": 32}, "stride: 3 is not allowed; it must be 1, 2, 4, 8"),
+        ({"block_out_channels": None, "stride": 32, "width": 32}, "stride: 32 is not allowed"),
+        ({"block_out_channels": None, "stride": 4}, "width: is required beside stride"),
+        ({"stride": 2, "width": 32}, "can't go with stride and width"),
+        ({"decoder_block_out_channels": [32]}, "give the channels of each of 2 levels"),
         ({"channels": 2}, "channels: 2 is not allowed"),
         ({"size": [8, 8, 8]}, "size: [8, 8, 8] is not allowed; it must be a side in pixels, or [height, width]"),
         ({"size": 7}, "size: 7x7 is not allowed; both sides must be multiples of 2"),
