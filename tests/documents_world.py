@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from helpers import randomise
 from PIL import Image
 
 from seriatim.checkpoints.arinar import arinar_tensors
+from seriatim.checkpoints.detok import detok_tensors
 from seriatim.checkpoints.kl16 import kl16_from_tokenizer, tokenizer_from_kl16
 from seriatim.checkpoints.llamagen import llamagen_tensors
 from seriatim.checkpoints.llamagen_vq import official_tensors
@@ -21,6 +23,7 @@ from seriatim.checkpoints.tokenizer import save_tokenizer
 from seriatim.evaluation.residual_net import ResNet, TrainedClassifier, save_classifier
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
+from seriatim.tokenizers.detok import Detok
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.vq import VQ
@@ -107,6 +110,10 @@ def make(root: Path) -> Path:
     with seeded(0):
         kl = KL(SIDE, block_out_channels=(32, 32), layers_per_block=1)
         vq = VQ(SIDE, vocab=40, code_dim=4, latent_channels=32, block_out_channels=(32, 32), layers_per_block=1)
+        detok = Detok(SIDE, stride=2, width=512, depth=1, heads=8)
+    torch.save({"model_ema": detok_tensors(detok)}, root / "detok-BB-gamm3.0-m0.7.pth")
+    numbers = (torch.zeros(32), torch.ones(32))
+    (root / "stats.pkl").write_bytes(pickle.dumps({"detok-BB-gamm3.0-m0.7": {"channel": numbers}}))
     tensors = kl16_from_tokenizer(kl)
     torch.save({"model": tensors}, root / "kl16.ckpt")
     kl = tokenizer_from_kl16(tensors, "kl16.ckpt", size=SIDE)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seriatim.checkpoints.official import OfficialFile
 from seriatim.checkpoints.shapes import count, mapped, official_name, shape
 from seriatim.core.errors import CheckpointError, UsageError, one_line, shown
 from seriatim.core.reading import read_json, read_or_raise
@@ -66,6 +67,21 @@ def detok_tensors(tokenizer: Detok) -> dict[str, Tensor]:
             tensor = tensor[..., None, None]  # (p p c, C, 1, 1)
         result[official] = tensor
     return result
+
+
+def tokenizer_from_file(
+    file: OfficialFile,
+    *,
+    size: int | None = None,
+    heads: Sequence[int] | None = None,
+    statistics: Path | None = None,
+    key: str | None = None,
+) -> Detok:
+    """The tokenizer of an official file, with statistics from a file (`read_statistics`) or to be measured."""
+    where = str(file.path)
+    _, z = shape(file.tensors, "decoder.decoder_embed.weight", 2, where, HINT)
+    found = None if statistics is None else read_statistics(statistics, z, key=key, stem=file.path.stem)
+    return tokenizer_from_detok(file.tensors, where, size=size, heads=heads, statistics=found)
 
 
 def tokenizer_from_detok(
@@ -115,20 +131,17 @@ def sized(
         heads = [HEADS[C] for C in widths]
     if size is None:
         size = math.isqrt(L) * stride
+    depth = [count(tensors, f"{half}.transformer", where) for half in ("encoder", "decoder")]
+    arguments: Any = {"stride": stride, "latent_channels": z, "width": widths, "depth": depth}
+    try:
+        Detok(stride, 1, channels, heads=1, **arguments)
+    except UsageError as error:
+        raise CheckpointError(
+            f"{where}: its tensors are not those of a tokenizer we know: {one_line(error)}"
+        ) from error
     mean, std = statistics or (None, None)
-    tokenizer = Detok(
-        size,
-        1,
-        channels,
-        stride=stride,
-        latent_channels=z,
-        width=widths,
-        depth=[count(tensors, f"{half}.transformer", where) for half in ("encoder", "decoder")],
-        heads=list(heads),
-        statistics="channel" if statistics is None else "fixed",
-        mean=mean,
-        std=std,
-    )
+    kind: Any = "channel" if statistics is None else "fixed"
+    tokenizer = Detok(size, 1, channels, heads=list(heads), statistics=kind, mean=mean, std=std, **arguments)
     if tokenizer.count != L:
         raise UsageError(
             f"size: {tokenizer.size[0]}x{tokenizer.size[1]} pixels are {tokenizer.count} patches of {stride}x{stride}, "
@@ -191,7 +204,7 @@ def read_pickle(path: Path) -> Mapping[Any, Any]:
     if path.stat().st_size > MOST_BYTES:
         raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes, which is too much for statistics")
     try:
-        content = Statistics(io.BytesIO(path.read_bytes())).load()
+        content = PlainPickle(path).load()
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its last whole byte led to
@@ -204,8 +217,12 @@ def read_pickle(path: Path) -> Mapping[Any, Any]:
     return content
 
 
-class Statistics(pickle.Unpickler):
+class PlainPickle(pickle.Unpickler):
     """Reads tensors and plain containers. Each tensor's memory is a torch file of its own inside the pickle."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.BytesIO(path.read_bytes()))
+        self.path = path
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
@@ -215,9 +232,8 @@ class Statistics(pickle.Unpickler):
         }
         if (module, name) not in known:
             raise CheckpointError(
-                "stats: the file asks for "
-                f"'{module}.{name}', which could run any program; nothing of it was run; give a JSON file with `mean` "
-                "and `std`"
+                f"{self.path}: holds more than tensors (it asks for {f'{module}.{name}'!r}), which could run any "
+                "program; nothing of it was run; give a JSON file with `mean` and `std`"
             )
         return known[module, name]
 

@@ -130,8 +130,9 @@ class Latent(Tokenizer):
         moments: Tensor = found.parameters if self.gaussian else found
         return moments
 
-    def draw(self, latents: Tensor) -> Tensor:
+    def draw(self, latents: Tensor, kept: Tensor | None = None) -> Tensor:
         """The images (B, c, H, W), not clamped, of latents (B, z, h', w') that are not normalised, likewise."""
+        assert kept is None, "a convolutional decoder has no mask token"
         images: Tensor = self.autoencoder.decode(latents, return_dict=False)[0]
         return images
 

@@ -55,7 +55,8 @@ class CodeAutoencoder(Tokenizer):
         decoder = widths if decoder is None else [int(width) for width in decoder]
         if len(decoder) != len(widths) or min(decoder) < 1:
             raise UsageError(
-                f"decoder_block_out_channels: {decoder} is not allowed; give the channels of each of {len(widths)} levels"
+                f"decoder_block_out_channels: {decoder} is not allowed; give the channels of each of {len(widths)} "
+                "levels"
             )
         check_least(1, latent_channels=latent_channels, layers_per_block=layers_per_block)
         if channels not in (1, 3):

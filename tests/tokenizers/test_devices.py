@@ -18,13 +18,17 @@ from seriatim.core.keys import Keys
 from seriatim.models.build import seeded
 from seriatim.tokenizers.arrays import Arrays
 from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.code_watch import CodeWatch
+from seriatim.tokenizers.detok import Detok
 from seriatim.tokenizers.kl import KL
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.pretrained import Pretrained
-from seriatim.tokenizers.vq import VQ
+from seriatim.tokenizers.quantise import Quantiser
+from seriatim.tokenizers.vq import FSQ, VQ
 
 NETWORK: dict[str, Any] = {"block_out_channels": (32, 32), "layers_per_block": 1, "latent_channels": 4}
+VIT: dict[str, Any] = {"stride": 4, "latent_channels": 3, "width": (16, 24), "depth": 1, "heads": 2}
 POINT: dict[str, Any] = {
     "_class_name": "AutoencoderTiny", "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
     "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1), "latent_channels": 4,
@@ -37,6 +41,9 @@ MAKE: dict[str, Callable[[], Tokenizer]] = {
     "arrays of codes": lambda: Arrays((1, 5), vocab=7),
     "vq": lambda: VQ(8, vocab=11, code_dim=4, **NETWORK),
     "vq, by distance": lambda: VQ(8, vocab=11, code_dim=4, l2=False, **NETWORK),
+    "fsq": lambda: FSQ(8, code_levels=(5, 4), **NETWORK),
+    "detok": lambda: Detok((8, 12), **VIT),
+    "detok, fixed": lambda: Detok(8, statistics="fixed", mean=[0.5] * 3, std=[2, 3, 4], **VIT),
     "kl": lambda: KL((8, 12), 2, statistics="channel", **NETWORK),
     "kl, fixed": lambda: KL(8, scale=0.5, **NETWORK),
     "pretrained": lambda: Pretrained(8, statistics="scale", autoencoder=POINT),
@@ -162,3 +169,47 @@ def test_other_dtypes_become_float32(kit: Kit, dtype: torch.dtype) -> None:
         assert tokenizer.tokens(moments.to(dtype)).dtype == tokens.dtype
     if tokens.is_floating_point():
         assert tokenizer.decode(tokens.to(dtype)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", [name for name in MAKE if name.startswith(("detok", "fsq", "kl", "vq"))])
+def test_training_is_the_same_on_a_device_and_reads_nothing_from_it(kit: Kit) -> None:
+    """One step of training: codes or latents, pictures, and the gradient of each parameter."""
+    tokenizer, images = kit
+    kept = torch.tensor([[True, False] * (tokenizer.count // 2)] * 3) if tokenizer.masks else None  # type: ignore[attr-defined]
+
+    def step(tokenizer: Any, send: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        tokenizer.requires_grad_(True)
+        coded = tokenizer.coded(send(images), Keys.of_seeds([1, 2, 3]), kept)
+        decoded = tokenizer.draw(coded.latents, kept)
+        loss = decoded.square().mean() + sum(coded.losses.values())
+        loss.backward()
+        found = [coded.latents.detach(), decoded.detach(), *coded.losses.values(), tokenizer.last_layer.grad]
+        return [x.detach() for x in found] + [p.grad for p in tokenizer.parameters() if p.grad is not None]
+
+    expected = step(copy.deepcopy(tokenizer), lambda x: x)
+    with pretend_cuda() as device:
+        found = step(pretend(copy.deepcopy(tokenizer)), pretend)
+    assert len(found) == len(expected) and not device.reads
+    for ours, theirs in zip(found, expected, strict=True):
+        assert isinstance(ours, Pretend)
+        torch.testing.assert_close(real(ours), theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_codes_are_watched_and_revived_on_a_device() -> None:
+    vectors = torch.nn.functional.normalize(torch.randn(8, 5, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    codes, books = torch.zeros(8, 5, dtype=torch.int64), []
+    with pretend_cuda() as device:
+        for send in (lambda x: x, pretend):
+            with seeded(0):
+                quantiser: Any = send(Quantiser(4, 4))
+            watch: Any = send(CodeWatch(quantiser, 5, 16))
+            for step in range(2):
+                watch.begin(8 * step, 8)
+                watch.add(send(codes), send(vectors), Keys.of_seeds(range(8)))
+                assert not device.reads, "only the end of a window waits for the device"
+                watch.end()
+            books.append(quantiser.codebook.detach())
+            assert watch.figures()["used"] == 0.25
+            device.reset()
+    assert isinstance(books[1], Pretend) and torch.equal(real(books[1]), books[0])
+    assert len(books[0].unique(dim=0)) == 4

@@ -9,6 +9,7 @@ import torch
 
 from seriatim.core.errors import UsageError
 from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.detok import Detok
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.tokenizers.vq import VQ
@@ -16,6 +17,7 @@ from seriatim.tokenizers.vq import VQ
 SMALL: list[tuple[type[Tokenizer], dict[str, Any]]] = [
     (Pixels, {}),
     (KMeans, {}),
+    (Detok, {"stride": 4, "width": 16, "depth": 1, "heads": 2}),
     (VQ, {"block_out_channels": [32], "latent_channels": 32, "layers_per_block": 1, "vocab": 4}),
 ]
 
