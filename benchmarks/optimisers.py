@@ -39,7 +39,7 @@ from seriatim.pipeline.loading import load
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.training import state as checkpoints
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.engine import gradients
+from seriatim.training.gradients import gradients
 from seriatim.training.optim import OPTIMISERS, make_optimiser
 from seriatim.training.setup import build, fit_tokenizer
 from seriatim.training.state import RunState, Trainables

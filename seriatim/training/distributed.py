@@ -85,6 +85,16 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def rows(self, values: Tensor) -> Tensor:
+        """The rows of all processes, each of which gives equally many: (n, ...) -> (n * size, ...)."""
+        if self.size == 1:
+            return values
+        import torch.distributed as dist
+
+        found = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(found, values.contiguous())
+        return torch.cat(found)
+
     def copy_first(self, *modules: nn.Module) -> None:
         """Copy parameters and buffers of the first process to all others."""
         if self.size > 1:

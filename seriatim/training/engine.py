@@ -15,14 +15,13 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from seriatim.checkpoints.native import PARTS
 from seriatim.checkpoints.unfinished import newest_whole
@@ -41,7 +40,8 @@ from seriatim.nn.onednn_training import prepare_training
 from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import AnyRecipe, dump
-from seriatim.training.distributed import ALONE, World, joined, whole
+from seriatim.training.distributed import World, joined
+from seriatim.training.gradients import gradients
 from seriatim.training.heap import bound_compiled_products, return_heap
 from seriatim.training.log import MetricsLog, NoLog, record_choice
 from seriatim.training.micro_batch import repeated
@@ -125,6 +125,10 @@ class Task(ABC):
 
     def config(self, run: RunState) -> Mapping[str, Any] | None:  # noqa: ARG002
         """The config of the model for checkpoints, so that they can be used without the run; None writes no config."""
+        return None
+
+    def updated(self) -> None:
+        """Do what follows an update of the weights, in all processes."""
         return None
 
     def tested(self, run: RunState, *, last: bool) -> dict[str, float]:  # noqa: ARG002
@@ -252,11 +256,14 @@ def fit(
                     run.seen + size, total, settings.warmup_images, settings.schedule
                 )
                 for group in parts.optimiser.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("relative_rate", 1.0)
                 losses = task.losses(batch, dtype)
                 finite.begin_step()
                 asked_to_stop = stop.requested is not None
-                found = gradients(parts.trained, losses, task.nominal(batch), settings.clip, world, stop=asked_to_stop)
+                nominal = task.nominal(batch)
+                found = gradients(
+                    parts.trained, losses, nominal, settings.clip, world, stop=asked_to_stop, apart=parts.opponent
+                )
                 means = found.means
                 skipped = finite.skips(run, batch, means["loss"], found.norm)
                 if skipped:
@@ -264,6 +271,7 @@ def fit(
                 else:
                     guard.check(run, means["loss"])
                     parts.update()
+                    task.updated()
                     run.steps += 1
                     run.steps_since += 1
                     run.sums = {name: run.sums.get(name, 0.0) + value for name, value in means.items()}
@@ -333,45 +341,6 @@ def choose_micro_batch(task: Task, world: World) -> None:
     """Find how many images a process computes at once, if the recipe leaves it open."""
     if getattr(task.recipe.training, "micro_batch", None) == "auto":
         task.micro_batch = task.largest_micro_batch(world)
-
-
-class Gradients(NamedTuple):
-    """What one step has computed. The gradients themselves are in the parameters."""
-
-    means: dict[str, float]  # the means of the loss and its terms over all processes
-    norm: float  # of the gradients before clipping
-    stop: bool  # whether a process was asked to stop
-
-
-def gradients(
-    trained: Sequence[Tensor],
-    losses: Iterable[Loss],
-    nominal: float,
-    clip: float,
-    world: World = ALONE,
-    *,
-    stop: bool = False,
-) -> Gradients:
-    """Compute the clipped gradients of a loss that comes in parts.
-
-    Each part is a sum over its own count. It is divided by the nominal count before the backward pass, and the
-    gradients are corrected once all counts are known, so that the result depends neither on how the batch is split nor
-    on the number of processes. The device is waited for twice: for the loss and for the norm.
-    """
-    sums: dict[str, Tensor] = {}
-    for loss in losses:
-        (loss.sum / nominal).backward()
-        for name, value in (("loss", loss.sum), ("count", loss.count), *loss.parts.items()):
-            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-    flag = torch.full((), float(stop), device=sums["loss"].device)
-    values = world.total(torch.stack([flag, *sums.values()])).tolist()
-    means = dict(zip(sums, values[1:], strict=True))
-    count = means.pop("count")
-    # The gradients are means over the processes of sums over their images.
-    factor = nominal * world.size / count
-    torch._foreach_mul_([parameter.grad for parameter in trained if parameter.grad is not None], factor)
-    norm = whole(torch.nn.utils.clip_grad_norm_(trained, clip)).item()
-    return Gradients({name: value / count for name, value in means.items()}, norm, values[0] > 0)
 
 
 def newest(out: Path) -> Path | None:

@@ -5,37 +5,37 @@ Shapes: B images of a batch, L tokens, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from seriatim.checkpoints.native import Bundle, bundle_config, save_bundle
+from seriatim.checkpoints.tokenizer import read_provenance
 from seriatim.core.device import DTYPES, plain_torch, tf32
 from seriatim.core.errors import NumericsError
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
-from seriatim.data.base import Position
-from seriatim.data.loader import Batch, Loader, Share, batches_of, to_float
+from seriatim.data.loader import Batch, to_float
 from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import build_model, model_config, parameter_count
 from seriatim.tokenizers.latent import check_encoder_dtype, encoding_in
+from seriatim.training.batched_task import BatchedTask
 from seriatim.training.config import Recipe
-from seriatim.training.distributed import ALONE, World, replicated, shard, synchronised, whole
-from seriatim.training.engine import Task, crossed, fit
+from seriatim.training.distributed import World, shard, whole
+from seriatim.training.engine import crossed, fit
 from seriatim.training.initialise import initialise_from, matching
 from seriatim.training.judge import Judge
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
-from seriatim.training.micro_batch import largest_fitting
 from seriatim.training.optim import averaged, make_optimiser
 from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
@@ -55,23 +55,24 @@ class TrainingResult:
     threads: int
 
 
-class GeneratorTask(Task):
+class GeneratorTask(BatchedTask):
     """Trains a sequence model on the tokens of a tokenizer."""
+
+    model: SequenceModel
 
     def __init__(self, recipe: Recipe, out: Path, where: torch.device, *, quiet: bool) -> None:
         settings = recipe.training
-        self.recipe, self.out, self.where, self.quiet = recipe, out, where, quiet
-        self.data, self.tokenizer, self.model = build(recipe)
+        data, self.tokenizer, model = build(recipe)
+        self.set_up(recipe, data, model.to(where).train(), where)
+        self.out, self.quiet = out, quiet
+        # The features that the tokenizer was trained with, which therefore can't judge its models.
+        source = recipe.tokenizer.get("from")
+        made = {} if source is None else read_provenance(Path(source).expanduser())
+        self.seen_features = {"perceptual": made["perceptual"]} if "perceptual" in made else {}
         self.judge = Judge(settings, self.data)
         check_encoder_dtype(self.tokenizer, DTYPES[settings.encoder_dtype])
-        self.model.to(where).train()
         self.tokenizer.to(where)
-        self.net: nn.Module = self.model  # what computes the loss: the model, or the model inside DDP
-        self.world = ALONE
         self.parts = self.trainables(averaged(self.model, settings.ema))
-        self.total, self.accumulate = settings.images, settings.accumulate
-        self.micro_batch = settings.micro_batch if isinstance(settings.micro_batch, int) else None
-        self.keys, self.step_keys = Keys.of(recipe.seed, "train"), Keys.of(recipe.seed, "step")
 
     def trainables(self, average: AveragedModel) -> Trainables:
         settings = self.recipe.training
@@ -81,23 +82,13 @@ class GeneratorTask(Task):
         return Trainables(self.model, average, optimiser, self.tokenizer)
 
     def spread(self, world: World) -> None:
-        self.world = world
-        if world.size == 1:
-            return
-        if self.recipe.training.shard:
-            average = self.parts.average
+        if world.size == 1 or not self.recipe.training.shard:
+            super().spread(world)
+        else:
+            self.world, average = world, self.parts.average
             for model in (self.model, cast(SequenceModel, average.module)):
                 shard(model, model.backbone, world)
             self.parts = self.trainables(average)  # sharding has replaced the parameters
-        else:
-            self.net = replicated(self.model, world.first(self.some_idle))
-
-    def some_idle(self) -> bool:
-        """Whether some trained parameters, as those of somebody's own head, take no part in the loss."""
-        self.trial()(torch.float32).sum.backward()
-        idle = any(p.grad is None for p in self.model.parameters() if p.requires_grad)
-        self.model.zero_grad(set_to_none=True)
-        return idle
 
     def check(self) -> None:
         if self.recipe.training.init_from:
@@ -119,46 +110,8 @@ class GeneratorTask(Task):
         else:
             fit_tokenizer(self.tokenizer, self.data, quiet=self.quiet, stop=stop)
 
-    def batches(self, run: RunState) -> Generator[Batch]:
-        settings = self.recipe.training
-        position, share = Position(*run.position), Share(self.world.rank, self.world.size)
-        batches = batches_of(self.data, self.recipe.seed, run.seen, self.total, settings.batch_size, position, share)
-        return iter(Loader(batches, settings.workers, pin=self.where.type == "cuda" and torch.cuda.is_available()))
-
-    def probe(self) -> Batch:
-        """The first batch of the run."""
-        first = batches_of(self.data, self.recipe.seed, 0, self.total, self.recipe.training.batch_size)
-        return next(iter(Loader(first, 0)))
-
-    def trial(self) -> Callable[[torch.dtype], Loss]:
-        probe = self.probe()
-        return lambda dtype: self.loss(probe, self.slices(len(probe))[0], dtype)
-
-    def largest_micro_batch(self, world: World) -> int:
-        probe, settings = self.probe(), self.recipe.training
-        dtype = DTYPES.get(settings.dtype, torch.float32)  # float32 takes most, if the dtype will be measured
-
-        def loss_of(count: int, step: int) -> Loss:  # a model may draw for each step how many tokens are masked
-            return self.loss(replace(probe, whole=range(step, step + len(probe))), slice(0, count), dtype)
-
-        images = Share(0, world.size).of(len(probe)).stop
-        return largest_fitting(images, loss_of, self.parts.trained, self.where, world.local_size)
-
     def nominal(self, batch: Batch) -> float:
         return float(len(batch.whole) * self.model.tokens)
-
-    def losses(self, batch: Batch, dtype: torch.dtype) -> Iterator[Loss]:
-        # All processes must go forward equally often, so one with fewer parts repeats its first and counts nothing.
-        ours = [] if batch.spare else self.slices(len(batch))
-        longest = Share(0, self.world.size).of(len(batch.whole))  # the first process has the most images
-        rounds = len(self.slices(longest.stop))
-        for number in range(rounds):
-            with synchronised(self.net, last=number == rounds - 1):
-                if number < len(ours):
-                    yield self.loss(batch, ours[number], dtype)
-                else:
-                    loss = self.loss(batch, slice(0, 1), dtype)
-                    yield Loss(loss.sum * 0, loss.count * 0, {name: value * 0 for name, value in loss.parts.items()})
 
     def loss(self, batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
         # Every random number, also of dropout, depends on (seed, first) alone, so that resuming is bitwise.
@@ -199,6 +152,7 @@ class GeneratorTask(Task):
     def bundle(self, run: RunState, trained: SequenceModel) -> Bundle:
         """A bundle of a model of this run with its provenance."""
         provenance = {"recipe": self.recipe.model_dump(mode="json"), "images": run.seen, "data": self.trained_on}
+        provenance |= self.seen_features
         data = self.data
         return Bundle(
             trained, self.tokenizer, data.class_names, self.recipe.sampling, provenance, background=data.background

@@ -17,7 +17,8 @@ from seriatim.core.stopping import StopRequest
 from seriatim.data.loader import Batch
 from seriatim.nn.onednn_training import prepare_training
 from seriatim.training.distributed import ALONE
-from seriatim.training.engine import Task, choose_micro_batch, gradients
+from seriatim.training.engine import Task, choose_micro_batch
+from seriatim.training.gradients import gradients
 from seriatim.training.heap import bound_compiled_products
 from seriatim.training.precision import fastest, threads
 from seriatim.training.state import RunState
@@ -85,8 +86,10 @@ def timed_steps(
     rate = 0.0
     with Progress(STEPS + 1, "measuring", "steps", quiet=quiet) as bar:
         for step in range(STEPS + 1):
-            gradients(task.parts.trained, task.losses(batch, dtype), task.nominal(batch), clip)
+            losses = task.losses(batch, dtype)
+            gradients(task.parts.trained, losses, task.nominal(batch), clip, apart=task.parts.opponent)
             task.parts.update()
+            task.updated()
             synchronise(device)
             images, steps = images + len(batch), max(1, step)
             rate = images / (time.perf_counter() - begin)

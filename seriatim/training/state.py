@@ -104,6 +104,12 @@ class Trainables:
         """The parameters that the optimiser updates."""
         return [parameter for group in self.optimiser.param_groups for parameter in group["params"]]
 
+    @property
+    def opponent(self) -> list[nn.Parameter]:
+        """Those of them that are trained against the others, as a discriminator is: groups with `relative_rate`."""
+        groups = [group for group in self.optimiser.param_groups if "relative_rate" in group]
+        return [parameter for group in groups for parameter in group["params"]]
+
     def update(self) -> None:
         """Update the weights by the gradients, drop the gradients, and update the average."""
         self.optimiser.step()

@@ -28,7 +28,7 @@ from seriatim.training import engine, muon
 from seriatim.training import wrapping as blocks
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.distributed import joined, whole
-from seriatim.training.engine import gradients
+from seriatim.training.gradients import gradients
 from seriatim.training.loop import GeneratorTask
 from seriatim.training.state import RunState, Trainables, tensors_of
 

@@ -84,7 +84,7 @@ def test_images_are_pinned_for_cuda_alone(
         asked.append(pin)
         return []
 
-    monkeypatch.setattr("seriatim.training.loop.Loader", loader)
+    monkeypatch.setattr("seriatim.training.batched_task.Loader", loader)
     task: Any = SimpleNamespace(
         recipe=read_recipe("mar-digits", TINY), data=Digits(), total=64, where=torch.device(device), world=ALONE
     )

@@ -14,10 +14,10 @@ from seriatim.core.errors import ConfigError, ResourceError
 from seriatim.core.keys import Keys
 from seriatim.core.stopping import StopRequest
 from seriatim.models.base import Loss
-from seriatim.training import loop
+from seriatim.training import batched_task
 from seriatim.training import micro_batch as module
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.engine import gradients
+from seriatim.training.gradients import gradients
 from seriatim.training.loop import GeneratorTask, train
 from seriatim.training.micro_batch import kept_by_autograd, largest_fitting
 from seriatim.training.state import RunState
@@ -167,7 +167,7 @@ def test_what_was_found_is_recorded_and_a_resumed_run_repeats_it(
         asked.append(images)
         return 5
 
-    monkeypatch.setattr(loop, "largest_fitting", found)
+    monkeypatch.setattr(batched_task, "largest_fitting", found)
     used = sizes(monkeypatch)
     train(read_recipe("mar-digits", words), tmp_path / "run", quiet=True)
     assert asked == [12] and used == [5, 5, 2] * 2
