@@ -5,7 +5,7 @@ B images, c channels, H x W pixels in [-1, 1], F features, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,8 @@ class FeatureExtractor(nn.Module):
     and, where they apply,
       classes      K of its logits; 0 where it has none
       class_names  their names; a model's classes are matched by name, else by number where there are equally many
+      layers         names of the modules whose outputs a perceptual loss compares; none: the features
+      layer_weights  a weight (C,) for each channel of some of these, by name
       standard     its figures may be called "FID", "IS", "KID", "sFID": the known Inception weights alone
     Register it: FEATURES["mine"] = Mine; then `--features mine`, or `--features mine:PATH`.
     """
@@ -43,6 +45,8 @@ class FeatureExtractor(nn.Module):
     classes: int = 0
     class_names: Sequence[str] = ()
     standard: bool = False
+    layers: Sequence[str] = ()
+    layer_weights: Mapping[str, Tensor] = {}
 
     @classmethod
     def open(cls, path: Path | None, *, size: tuple[int, int], channels: int) -> FeatureExtractor:  # noqa: ARG003

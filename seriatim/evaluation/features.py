@@ -12,6 +12,7 @@ from torch import Tensor
 from seriatim.core.errors import UsageError, nearest
 from seriatim.evaluation.base import FeatureExtractor, Features
 from seriatim.evaluation.inception import Inception, InceptionPytorchFid
+from seriatim.evaluation.lpips import LPIPS
 from seriatim.evaluation.residual_net import Classifier
 
 CLASSIFIER = "classifier"  # opens a folder given without a name
@@ -40,6 +41,7 @@ FEATURES: dict[str, type[FeatureExtractor]] = {
     CLASSIFIER: Classifier,
     "inception": Inception,
     "inception-pytorch-fid": InceptionPytorchFid,
+    "lpips": LPIPS,
     "pixels": PixelFeatures,
 }
 

@@ -237,6 +237,7 @@ class Classifier(FeatureExtractor):
         self.net, self.size = trained.net.eval(), trained.size
         self.name, self.dim = trained.name, trained.net.dim
         self.classes, self.class_names = trained.net.classes, tuple(trained.class_names)
+        self.layers = [f"net.stages.{number}" for number in range(len(trained.net.stages))]
         self.config = {
             **classifier_config(trained.net),
             "size": list(self.size),

@@ -14,30 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from seriatim.core.errors import NumericsError, UsageError
-from seriatim.core.files import writable_folder, write_json
+from seriatim.core.files import atomic_write, writable_folder, write_json
 from seriatim.core.keys import Keys
 from seriatim.core.processes import place
 from seriatim.core.progress import Progress
 from seriatim.evaluation.base import FeatureExtractor, check_pictures
 from seriatim.evaluation.blocks import SIZE, Blocks, Share, Vectors, eight_bits, extract, features_of
 from seriatim.evaluation.figures import Reference, Set, check_count, figures_of, named
+from seriatim.evaluation.grid import grid, save_png
 from seriatim.evaluation.identity import SETTINGS, check_folders, same_settings
 from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_error
 from seriatim.evaluation.reference import Images, Part, as_many, described, halves, whole
 from seriatim.evaluation.rows import tokenizer_row
 from seriatim.evaluation.run import MOST_IMAGES, features_folder, pictures
 from seriatim.pipeline.metadata import versions
-from seriatim.tokenizers.base import Tokenizer
+from seriatim.pipeline.result import as_pil
+from seriatim.tokenizers.base import Tokenizer, to_uint8
 from seriatim.tokenizers.quantise import Usage
 
 BATCH = 32
 MOST_PSNR = 100.0  # dB: what an image that comes back exactly counts, since infinity has no mean
 SSIM_SIDE = 6  # its window reaches 5 pixels over the edge, into the mirror image
 NOISE = (0.05, 0.1, 0.2, 0.4)  # standard deviations, in units of a token's own of about 1
-RESULTS = "results.json"
+RESULTS, PICTURES = "results.json", "reconstructions.png"
+SHOWN, COLUMNS, SHOWN_SIDE = 16, 8, 64  # images in reconstructions.png, images of a row, and the side in pixels
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,14 @@ def evaluate_tokenizer(
 ) -> TokenizerEvaluation:
     """Encode and decode `num` images of `real` (without it: of half of `data`) and compare.
 
-    PSNR, SSIM    of the reconstructions, in 8 bits
+    PSNR, SSIM    of the reconstructions, in 8 bits, from which the mean over images is taken
     rFD[name]     Frechet distance of the reconstructions to the images that they are of
     FD[name]      to the reference `data`, which doesn't hold them; beside it that of the images themselves
-    Tokens are the posterior's mode. Stopped, shared and cached as `evaluate` is.
+    Tokens are the posterior's mode. Stopped, shared and cached as `evaluate` is. The folder holds these besides:
+
+        results.json          the figures, with mean and std of each feature of a token
+        reconstructions.png   rows of originals, of their reconstructions, and of reconstructions from noisy tokens
+        noise.png             the PSNR over the noise on tokens, if tokens are no codes
     """
     begin = time.monotonic()
     folder = Path(out)
@@ -139,7 +147,12 @@ def evaluate_tokenizer(
         figures |= made
         beside = {name: true[name] for name in (named("FD", extractor),)}
     shaken = {level: spread(seen["noisy"][:, i]) for i, level in enumerate(noise)}
-    latents = together(tally_of(tokenizer), seen).summary()
+    tally = together(tally_of(tokenizer), seen)
+    latents = tally.summary()
+    if not (folder / PICTURES).exists():
+        write_pictures(tokenizer, part, max(noise, default=0.0), seed, device, folder / PICTURES)
+    if shaken:
+        draw_noise({0.0: figures["PSNR"], **shaken}, folder / "noise.png")
     report = {
         "figures": {
             name: {"value": x.value, "error": x.error}
@@ -148,6 +161,7 @@ def evaluate_tokenizer(
         },
         "psnr_under_noise": {str(level): {"value": x.value, "error": x.error} for level, x in shaken.items()},
         "latents" if tokenizer.vocab is None else "codes": latents,
+        **({"features": tally.by_feature()} if isinstance(tally, LatentStatistics) else {}),
         "num": count,
         "exact": float((psnr >= MOST_PSNR).mean()),
         "error": "jackknife over 10 groups of the images",
@@ -205,6 +219,43 @@ def look(
     return tensors_of
 
 
+@torch.no_grad()
+def write_pictures(
+    tokenizer: Tokenizer, part: Part, level: float, seed: int, device: torch.device | str, path: Path
+) -> None:
+    """Write originals, each row above its reconstructions and, with a `level` of noise on tokens, above noisy ones."""
+    images = eight_bits(part.data.images(part.index[:SHOWN])).to(device)
+    tokens = tokenizer.tokens(tokenizer.moments(images))
+    sets = [images, tokenizer.decode(tokens)]
+    if level:
+        keys = Keys.of(seed, "latent noise").fold(torch.arange(len(images))).to(device)  # as in the figures
+        sets.append(tokenizer.decode(tokens + level * keys.normal(*tokens.shape[1:])))
+    rows = [as_pil(to_uint8(some)) for some in sets]
+    columns = min(COLUMNS, len(images))
+    shown = [image for i in range(0, len(images), columns) for row in rows for image in padded(row, i, columns)]
+    save_png(grid(shown, columns, side=SHOWN_SIDE), path)
+
+
+def padded(row: list[Image.Image], first: int, columns: int) -> list[Image.Image]:
+    """A row of a grid, filled up with grey."""
+    some = row[first : first + columns]
+    return some + [Image.new(some[0].mode, some[0].size, "grey")] * (columns - len(some))
+
+
+def draw_noise(found: Mapping[float, Figure], path: Path) -> None:
+    """Draw the PSNR over the standard deviation of the noise on tokens."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Drawing
+
+    figure = Drawing(figsize=(6, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.errorbar(list(found), [x.value for x in found.values()], [x.error for x in found.values()], marker="o")
+    axes.set(xlabel="standard deviation of the noise on tokens", ylabel="PSNR of the reconstructions, dB")
+    axes.grid(alpha=0.3)
+    atomic_write(path, lambda file: figure.savefig(file, format="png"))
+
+
 def similarity() -> tuple[Any, Any]:
     """PSNR and SSIM of images (B, c, H, W) in [-1, 1] with others: (B,) each."""
     try:
@@ -242,6 +293,12 @@ class LatentStatistics:
         self.fourth += (x**4).sum(dim=0)
         self.products += x.T @ x
         self.largest = torch.maximum(self.largest, x.abs().max())
+
+    def by_feature(self) -> dict[str, list[float]]:
+        """The mean and the standard deviation of each feature of a token."""
+        mean = self.total / self.count
+        variance = self.products.diagonal() / self.count - mean.square()
+        return {"mean": mean.tolist(), "std": variance.clamp(min=0).sqrt().tolist()}
 
     def summary(self) -> dict[str, float]:
         """mean, std             of all features together

@@ -165,6 +165,14 @@ def test_tokenizer_that_loses_nothing(tmp_path: Path) -> None:
     assert found.latents["directions"] == pytest.approx(4, abs=0.2), "independent pixels"
     report = json.loads((tmp_path / "results.json").read_text())
     assert report["settings"]["tokenizer"]["sha256"] == tokenizer.fingerprint() and "PSNR" in report["markdown"]
+    assert report["features"]["std"] == pytest.approx([1] * 4, abs=0.1)
+    assert report["features"]["mean"] == pytest.approx([0] * 4, abs=0.1)
+    assert (tmp_path / "noise.png").stat().st_size > 1000
+    with Image.open(tmp_path / "reconstructions.png") as sheet:
+        place = 64 + 2  # enlarged images with a gap; rows are originals, reconstructions and noisy ones, twice
+        assert sheet.size == (8 * place + 2, 6 * place + 2)
+        rows = [np.asarray(sheet)[2 + i * place : (i + 1) * place] for i in range(3)]
+    assert np.array_equal(rows[0], rows[1]) and not np.array_equal(rows[0], rows[2])
 
 
 def test_psnr_and_ssim() -> None:
@@ -191,6 +199,7 @@ def test_latent_statistics_of_known_tokens() -> None:
     assert says["directions"] == pytest.approx(25 / 17, rel=0.03)
     one = LatentStatistics(1)
     one.add(torch.randn(100, 500, 1, generator=generator))
+    assert found.by_feature()["std"] == pytest.approx([1, 2, 0], abs=0.05)
     assert one.summary()["fourth"] == pytest.approx(3, rel=0.03), "Gaussian"
 
 
