@@ -137,6 +137,8 @@ def translated(words: list[str]) -> list[str]:
         said[said.index("--num") + 1] = "70"  # more than the features of an image of 8 x 8
     if verb == "train" and not said[2].startswith("classifier"):
         said += ["training.sample_images=0", "training.workers=0"]
+        if said[2].startswith(("kl-", "vq-")):  # the recipe of a tokenizer, which has no model
+            return [*said, *MORE[verb]]
         if said[2].startswith("mar-") and not any("causal" in word for word in said):
             said.append("sampling.num_inference_steps=2")
         if not any(word.startswith("model") for word in said):

@@ -33,10 +33,15 @@ from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
 from seriatim.tokenizers.latent import Latent
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path | str, provenance: Mapping[str, Any] | None = None) -> Path:
-    """Write a tokenizer folder, replacing one that is there only when the new one is complete."""
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path | str, provenance: Mapping[str, Any] | None = None, *, card: str | None = None
+) -> Path:
+    """Write a tokenizer folder, replacing one that is there only when the new one is complete.
+
+    `card` becomes its README.md, which the manifest leaves out, because people may edit it.
+    """
     config = {"tokenizer": tokenizer_config(tokenizer), "provenance": dict(provenance or {})}
-    return save_folder(writable(folder), config, {TOKENIZER: tokenizer})
+    return save_folder(writable(folder), config, {TOKENIZER: tokenizer}, card)
 
 
 def writable(folder: Path | str) -> Path:

@@ -16,6 +16,7 @@ from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
     from seriatim.core.flatten import Colour
+    from seriatim.evaluation.base import FeatureExtractor
     from seriatim.evaluation.blocks import Share
     from seriatim.evaluation.reference import Images, Statistics
 
@@ -119,6 +120,7 @@ def evaluate(
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
     settings = {**context.obj, **fields(set_ or [])}
     extractor = open_features(features, size=size, channels=channels)
+    refuse_partial(pipe.bundle.provenance, extractor)
     opened = partial(open_data, size=size, channels=channels, background=pipe.bundle.background)
     reference = opened(data, argument="data")
     others = None if real_data is None else only_images(opened(real_data, argument="real-data"), real_data)
@@ -159,9 +161,18 @@ def refuse_given(options: dict[str, Any], what: str) -> None:
             raise UsageError(f"{name}: has no meaning in the evaluation of {what}; leave it out")
 
 
-def is_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds the weights of a tokenizer but not of a model."""
-    return (folder / "tokenizer.safetensors").is_file() and not (folder / "model.safetensors").exists()
+def is_tokenizer(name: Path) -> bool:
+    """Whether a folder, a run or its checkpoint holds a tokenizer but no model, as its config says."""
+    from seriatim.checkpoints.native import CONFIG
+    from seriatim.checkpoints.run_names import find
+    from seriatim.core.errors import CheckpointError
+    from seriatim.core.ownership import json_of
+
+    try:
+        config = json_of(find(name).folder / CONFIG)
+    except CheckpointError:  # whoever reads the model says what is wrong
+        return False
+    return "tokenizer" in config and "model" not in config
 
 
 def evaluate_tokenizer(
@@ -178,7 +189,7 @@ def evaluate_tokenizer(
     device: str,
     json: bool,
 ) -> None:
-    from seriatim.checkpoints.tokenizer import load_tokenizer
+    from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance
     from seriatim.core.device import pick_device
     from seriatim.evaluation.base import check_pictures
     from seriatim.evaluation.features import open_features
@@ -187,12 +198,15 @@ def evaluate_tokenizer(
     made = load_tokenizer(folder)
     check_pictures(made)
     size, channels = made.size, made.channels
+    extractor = None if features == "none" else open_features(features, size=size, channels=channels)
+    if extractor is not None:
+        refuse_partial(read_provenance(folder), extractor)
     done = run(
         made,
         only_images(open_data(data, "data", size, channels), data),
         out,
         num=num,
-        features=None if features == "none" else open_features(features, size=size, channels=channels),
+        features=extractor,
         real=None if real_data is None else only_images(open_data(real_data, "real-data", size, channels), real_data),
         noise=noise,
         source=folder,
@@ -217,6 +231,18 @@ def evaluate_tokenizer(
     typer.echo(done.report["markdown"])
     say(f"markdown and settings: {out / 'results.json'}")
     return None
+
+
+def refuse_partial(provenance: dict[str, Any], extractor: FeatureExtractor) -> None:
+    """Raise UsageError for features with which a tokenizer was trained: they would judge it and its models too well."""
+    from seriatim.core.errors import UsageError
+
+    trained_with = provenance.get("perceptual")
+    if isinstance(trained_with, dict) and trained_with.get("sha256") == extractor.fingerprint():
+        raise UsageError(
+            f"features: the tokenizer was trained with those of {extractor.name}, which therefore can't judge it; name "
+            "a classifier of another seed and architecture"
+        )
 
 
 def say_missing(out: Path, missing: int, json: bool) -> None:

@@ -13,9 +13,10 @@ from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
     from seriatim.training.classifier import ClassifierResult
-    from seriatim.training.config import AnyRecipe, ClassifierRecipe, Recipe
+    from seriatim.training.config import AnyRecipe
     from seriatim.training.loop import TrainingResult
     from seriatim.training.run_folder import Resume
+    from seriatim.training.tokenizer_task import TokenizerResult
 
 
 AUTO, ALWAYS = "auto", "always"
@@ -66,9 +67,13 @@ def train(
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train a recipe into a run folder, which `seriatim sample` takes, or `--features` if it is a classifier."""
+    """Train a recipe into a run folder.
+
+    `seriatim sample` takes the run of a generator, `--features` that of a classifier, `tokenizer.from=` that of a
+    tokenizer.
+    """
     from seriatim.core.errors import UsageError
-    from seriatim.training.config import Recipe
+    from seriatim.training.config import ClassifierRecipe, Recipe
     from seriatim.training.trackers import build_trackers
 
     if resume not in (None, ALWAYS, AUTO):
@@ -84,7 +89,7 @@ def train(
         from seriatim.training.loop import train as run
 
         report = reported(run(chosen, out, device=device, resume=how, overwrite=overwrite, quiet=json))
-    else:
+    elif isinstance(chosen, ClassifierRecipe):
         from seriatim.training.classifier import train_classifier
 
         trained = train_classifier(chosen, out, device=device, resume=how, overwrite=overwrite, quiet=json)
@@ -94,6 +99,11 @@ def train(
             "test_accuracy_with_mirror_images": trained.accuracy.mirrored,
             "test_images": trained.test_images,
         }
+    else:
+        from seriatim.training.tokenizer_task import train_tokenizer
+
+        made = train_tokenizer(chosen, out, device=device, resume=how, overwrite=overwrite, quiet=json)
+        report = {**reported(made), "psnr": made.psnr}
     return print_json(report) if json else print_table(("trained", ""), list(report.items()))
 
 
@@ -129,26 +139,31 @@ def chosen_recipe(
     return read_any(recipe, [*settings, *overrides]), out
 
 
-def plan_of(recipe: Recipe | ClassifierRecipe, out: Path, device: str, *, quiet: bool) -> dict[str, Any]:
+def plan_of(recipe: AnyRecipe, out: Path, device: str, *, quiet: bool) -> dict[str, Any]:
     """What a recipe would train, and what it would take on this machine; nothing is written."""
     from seriatim.core.device import pick_device
     from seriatim.models.build import parameter_count
     from seriatim.training.classifier import ClassifierTask
-    from seriatim.training.config import Recipe
+    from seriatim.training.config import ClassifierRecipe, Recipe
     from seriatim.training.loop import GeneratorTask
     from seriatim.training.plan import measured_plan
+    from seriatim.training.tokenizer_task import TokenizerTask
 
     where = pick_device(device)
-    task: GeneratorTask | ClassifierTask
-    if isinstance(recipe, Recipe):
-        task = GeneratorTask(recipe, out, where, quiet=quiet)
-        task.check()
-        tokenizer = task.tokenizer
-        sizes = {"tokens": tokenizer.count}
-        sizes |= {"features": tokenizer.dim} if tokenizer.vocab is None else {"codes": tokenizer.vocab}
-    else:
+    task: GeneratorTask | ClassifierTask | TokenizerTask
+    if isinstance(recipe, ClassifierRecipe):
         task = ClassifierTask(recipe, out, where, quiet=quiet)
         sizes = {"features": task.net.dim, "test_images": task.test.count}
+    else:
+        if isinstance(recipe, Recipe):
+            task = GeneratorTask(recipe, out, where, quiet=quiet)
+            task.check()
+            tokenizer = task.tokenizer
+        else:
+            task = TokenizerTask(recipe, out, where, quiet=quiet)
+            tokenizer = task.result
+        sizes = {"tokens": tokenizer.count}
+        sizes |= {"features": tokenizer.dim} if tokenizer.vocab is None else {"codes": tokenizer.vocab}
     return {
         "parameters": parameter_count(task.parts.model),
         **sizes,
@@ -176,7 +191,7 @@ def readable(plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def reported(result: TrainingResult | ClassifierResult) -> dict[str, Any]:
+def reported(result: TrainingResult | ClassifierResult | TokenizerResult) -> dict[str, Any]:
     return {
         "folder": str(result.folder),
         "model": str(result.folder / "model"),

@@ -50,6 +50,7 @@ class CodeAutoencoder(Tokenizer):
         widths: list[int],  # of the encoder's levels
         decoder: Sequence[int] | None,  # widths; None takes those of the encoder
         layers_per_block: int,  # in the encoder; the decoder has one more
+        groups: int | None,  # of the group norms; None: the most up to 32 that divide all widths
     ) -> None:
         super().__init__()
         decoder = widths if decoder is None else [int(width) for width in decoder]
@@ -74,8 +75,9 @@ class CodeAutoencoder(Tokenizer):
             "block_out_channels": widths,
             "decoder_block_out_channels": decoder,
             "layers_per_block": layers_per_block,
+            **({} if groups is None else {"groups": groups}),
         }
-        self.encoder, self.decoder = halves(channels, latent_channels, widths, decoder, layers_per_block)
+        self.encoder, self.decoder = halves(channels, latent_channels, widths, decoder, layers_per_block, groups)
         self.quant_conv = nn.Conv2d(latent_channels, self.dim, 1)
         self.quantiser = quantiser
         self.post_quant_conv = nn.Conv2d(self.dim, latent_channels, 1)
@@ -176,12 +178,13 @@ class VQ(CodeAutoencoder):
         decoder_block_out_channels: Sequence[int] | None = None,
         stride: int | None = None,
         width: int | None = None,
+        groups: int | None = None,
         layers_per_block: int = 2,
         l2: bool = True,  # whether only the directions of codewords matter
     ) -> None:
         check_least(1, vocab=vocab, code_dim=code_dim)
         widths = level_widths(block_out_channels, stride, width)
-        blocks = (latent_channels, widths, decoder_block_out_channels, layers_per_block)
+        blocks = (latent_channels, widths, decoder_block_out_channels, layers_per_block, groups)
         super().__init__(Quantiser(vocab, code_dim, l2=l2), size, channels, *blocks)
         self.config |= {"vocab": vocab, "code_dim": code_dim, "l2": l2}
 
@@ -204,16 +207,17 @@ class FSQ(CodeAutoencoder):
         decoder_block_out_channels: Sequence[int] | None = None,
         stride: int | None = None,
         width: int | None = None,
+        groups: int | None = None,
         layers_per_block: int = 2,
     ) -> None:
         widths = level_widths(block_out_channels, stride, width)
-        blocks = (latent_channels, widths, decoder_block_out_channels, layers_per_block)
+        blocks = (latent_channels, widths, decoder_block_out_channels, layers_per_block, groups)
         super().__init__(FiniteScalar(code_levels), size, channels, *blocks)
         self.config |= {"code_levels": list(self.quantiser.levels)}
 
 
 def halves(
-    channels: int, latent_channels: int, widths: list[int], decoder: list[int], layers: int
+    channels: int, latent_channels: int, widths: list[int], decoder: list[int], layers: int, groups: int | None
 ) -> tuple[nn.Module, nn.Module]:
     """An Encoder and a Decoder of diffusers with random weights."""
     from diffusers.models.autoencoders.vae import Decoder, Encoder  # this import takes seconds
@@ -226,7 +230,7 @@ def halves(
             down_block_types=(*["DownEncoderBlock2D"] * (n - 1), "AttnDownEncoderBlock2D"),
             block_out_channels=tuple(widths),
             layers_per_block=layers,
-            norm_num_groups=norm_groups(widths),
+            norm_num_groups=norm_groups(widths, groups),
             double_z=False,
         ),
         Decoder(
@@ -235,6 +239,6 @@ def halves(
             up_block_types=("AttnUpDecoderBlock2D", *["UpDecoderBlock2D"] * (n - 1)),
             block_out_channels=tuple(decoder),
             layers_per_block=layers,
-            norm_num_groups=norm_groups(decoder),
+            norm_num_groups=norm_groups(decoder, groups),
         ),
     )

@@ -1,7 +1,7 @@
 """Recipes: read from YAML files or the package, changed by dotted overrides, and validated.
 
-A recipe has the settings of data, tokenizer, model, training and sampling, or those of a classifier. `docs/recipes.md`
-lists the keys.
+A recipe has the settings of data, tokenizer, model, training and sampling, or those of a classifier or a tokenizer.
+`docs/recipes.md` lists the keys.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, StrictInt, model_validator
@@ -71,38 +71,43 @@ class Common(Strict):
     tensorboard: bool = False  # the same as the name "tensorboard" in `trackers`
 
 
-class Training(Common):
-    """How to train a generator."""
+class Batched(Common):
+    """The settings of trainings whose batches may be split, and read ahead by other processes."""
 
     accumulate: StrictInt = Field(1, ge=1, le=MOST_AT_ONCE)  # the parts into which a batch is split, to save memory
     # Or how many images each process computes at once; auto takes what fits into memory.
     micro_batch: Annotated[int | str | None, BeforeValidator(micro_batch_size)] = None
-    shard: bool = False  # several processes also share weights, gradients and moments (FSDP2), not batches alone (DDP)
-    optimiser: str = "adamw"  # a name in OPTIMISERS: adamw, or muon for the matrices of the backbone
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    # Masked lengths in training are padded to this many values, so that there are few shapes; 0 pads nothing.
-    buckets: StrictInt = Field(16, ge=0, le=MOST_AT_ONCE)
-    compile: bool = False  # torch.compile the blocks of the backbone and of the head's network
-    checkpoint_activations: bool = False  # recompute the blocks in the backward pass, to save memory
-    # The dtype in which the encoder of latents computes; bfloat16 is faster on CUDA, and changes tokens a little.
-    encoder_dtype: Literal["float32", "bfloat16"] = "float32"
     tf32: bool = True  # on CUDA, compute float32 products of the model in TF32
     workers: StrictInt = Field(0, ge=0, le=MOST_WORKERS)  # processes that read images ahead
     sample_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between sample grids at fixed seeds; 0: never
     validate_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between validations besides those at saves
-    evaluate_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # samples that are compared with real images at saves
-    evaluate_features: PathText | None = None  # the features in which they are compared
-    init_from: PathText | None = None  # a model folder with the initial weights; its classes may differ
     freeze: list[str] = Field(default_factory=list)  # patterns of the names of parameters that are not trained
 
     @model_validator(mode="after")
-    def split_once(self) -> Training:
+    def split_once(self) -> Self:
         if self.micro_batch is not None and self.accumulate > 1:
             raise ValueError(
                 f"micro_batch: {self.micro_batch!r} is not allowed with accumulate={self.accumulate}, as each says how "
                 "a batch is split; leave one out"
             )
         return self
+
+
+class Training(Batched):
+    """How to train a generator."""
+
+    shard: bool = False  # several processes also share weights, gradients and moments (FSDP2), not batches alone (DDP)
+    optimiser: str = "adamw"  # a name in OPTIMISERS: adamw, or muon for the matrices of the backbone
+    # Masked lengths in training are padded to this many values, so that there are few shapes; 0 pads nothing.
+    buckets: StrictInt = Field(16, ge=0, le=MOST_AT_ONCE)
+    compile: bool = False  # torch.compile the blocks of the backbone and of the head's network
+    checkpoint_activations: bool = False  # recompute the blocks in the backward pass, to save memory
+    # The dtype in which the encoder of latents computes; bfloat16 is faster on CUDA, and changes tokens a little.
+    encoder_dtype: Literal["float32", "bfloat16"] = "float32"
+    evaluate_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # samples that are compared with real images at saves
+    evaluate_features: PathText | None = None  # the features in which they are compared
+    init_from: PathText | None = None  # a model folder with the initial weights; its classes may differ
 
 
 class ClassifierTraining(Common):
@@ -120,6 +125,59 @@ class ClassifierTraining(Common):
     log_images: StrictInt = Field(25_000, ge=1, le=MOST_IMAGES)
     save_images: StrictInt = Field(200_000, ge=0, le=MOST_IMAGES)
     test_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between tests of the accuracy; 0: at the end
+
+
+class TokenizerTraining(Batched):
+    """How to train a tokenizer, with AdamW."""
+
+    schedule: Literal["constant", "cosine"] = "cosine"
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0, lt=1e35)
+    clip: float = Field(1.0, gt=0, lt=1e35)
+    ema: float = Field(0.999, ge=0, lt=1)
+
+
+Weight = Annotated[float, Field(ge=0, lt=1e35)]
+
+
+class Objective(Strict):
+    """What a tokenizer is trained for: the weights of the loss's terms, and what happens to latents before decoding.
+
+    `training/tokenizer_losses.py` has the equations. A weight of 0 leaves a term out.
+    """
+
+    reconstruction: Literal["l1", "l2"] = "l1"  # the mean absolute, or squared, error of the values in [-1, 1]
+    kl: Weight = 1e-6  # of continuous latents: the KL divergence, summed over an image's latents
+    codebook: Weight = 1.0  # of codes: how far codewords are from the vectors that chose them
+    commitment: Weight = 0.25  # of codes: how far vectors are from their codewords
+    entropy: Weight = 0.0  # of codes: sure choices of which all are used
+    revive_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # of codes: images without a use after which one is moved
+    perceptual: Weight = 0.0  # of the distance in the features of `perceptual_features`
+    perceptual_features: PathText | None = None  # an extractor, such as the run of a classifier, or lpips:FILE
+    perceptual_layers: list[str] = Field(default_factory=list)  # names of its modules; empty: those that it proposes
+    gan: Weight = 0.0  # of the adversarial term, besides its adaptive factor
+    gan_start: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images seen before the discriminator takes part
+    gan_width: StrictInt = Field(64, ge=1, le=MOST_AT_ONCE)  # channels of the discriminator's first layer
+    gan_layers: StrictInt = Field(3, ge=1, le=8)  # how often the discriminator halves the sides
+    gan_learning_rate: float = Field(0.5, gt=0, lt=1e35)  # of the discriminator, relative to training.learning_rate
+    latent_noise: Weight = 0.0  # the most noise on latents, relative to their spread
+    interpolated_noise: Weight = 0.0  # l-DeTok's gamma: latents are interpolated with noise of this size
+    mask: float = Field(0.0, ge=0, lt=1)  # l-DeTok's largest share of patches that the encoder does not see
+    equivariance: float = Field(0.0, ge=0, le=1)  # EQ-VAE's share of steps in which latents are scaled and rotated
+
+    @model_validator(mode="after")
+    def complete(self) -> Self:
+        for weight, others in (("perceptual", ("features", "layers")), ("gan", ("start",))):
+            given = [f"{weight}_{name}" for name in others if getattr(self, f"{weight}_{name}")]
+            if given and not getattr(self, weight):
+                raise ValueError(f"{given[0]}: has no effect without a weight; set objective.{weight}, or leave it out")
+        if self.perceptual and self.perceptual_features is None:
+            raise ValueError(
+                "perceptual_features: is required by objective.perceptual; name the run of a classifier, or lpips:FILE"
+            )
+        if self.latent_noise and self.interpolated_noise:
+            raise ValueError("interpolated_noise: can't go with latent_noise, as each sets the noise; leave one out")
+        return self
 
 
 def plain_name(name: str) -> str:
@@ -164,8 +222,31 @@ class ClassifierRecipe(Described):
     training: ClassifierTraining
 
 
-AnyRecipe = Recipe | ClassifierRecipe
-RECIPES: dict[str, type[Recipe] | type[ClassifierRecipe]] = {"generator": Recipe, "classifier": ClassifierRecipe}
+class TokenizerRecipe(Described):
+    """Everything that decides the training of a tokenizer, marked by `kind: tokenizer`."""
+
+    kind: Literal["tokenizer"]
+    tokenizer: dict[str, Any]
+    objective: Objective = Field(default_factory=lambda: Objective())
+    training: TokenizerTraining
+
+    @model_validator(mode="after")
+    def judged_in_time(self) -> Self:
+        start, images = self.objective.gan_start, self.training.images
+        if self.objective.gan and start >= images:
+            raise ValueError(
+                f"objective.gan_start: {start} is not allowed, as the run ends after {images} images and the "
+                "discriminator would never be used; give fewer, or leave out objective.gan"
+            )
+        return self
+
+
+AnyRecipe = Recipe | ClassifierRecipe | TokenizerRecipe
+RECIPES: dict[str, type[Recipe] | type[ClassifierRecipe] | type[TokenizerRecipe]] = {
+    "generator": Recipe,
+    "classifier": ClassifierRecipe,
+    "tokenizer": TokenizerRecipe,
+}
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
@@ -197,11 +278,11 @@ def find_recipe(name: str) -> Path:
 
 
 def read_recipe(name: str, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe of a generator, as `read_any` reads it. Raises UsageError if it is a classifier's."""
+    """The recipe of a generator, as `read_any` reads it. Raises UsageError for one of another kind."""
     recipe = read_any(name, overrides)
     if not isinstance(recipe, Recipe):
         raise UsageError(
-            f"recipe: {name!r} trains a classifier, which `seriatim train` alone takes; name a generator's recipe"
+            f"recipe: {name!r} trains a {recipe.kind}, which `seriatim train` alone takes; name a generator's recipe"
         )
     return recipe
 

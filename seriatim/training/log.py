@@ -20,7 +20,7 @@ from seriatim.core.markdown import block, inline
 from seriatim.core.reading import Unreadable, parse_json
 from seriatim.core.terminal import say
 from seriatim.data.base import ImageData
-from seriatim.training.config import AnyRecipe, ClassifierRecipe, Recipe, dump
+from seriatim.training.config import AnyRecipe, ClassifierRecipe, Recipe, TokenizerRecipe, dump
 from seriatim.training.precision import Choice
 from seriatim.training.trackers import RunConfig, Tracker, Tracking
 
@@ -115,15 +115,33 @@ def loss_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> P
 
 def accuracy_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
     """Draw the accuracy on training and test images over images seen as a PNG, and return its path."""
+    shares = [{key: 100 * value if key != "images" else value for key, value in row.items()} for row in rows]
+    lines = {"accuracy": ("training, augmented", "-"), "test_accuracy": ("test", "o-")}
+    return curves(shares, path, lines, "recognised, %", title)
+
+
+def psnr_curve(rows: Sequence[dict[str, Any]], path: Path, title: str = "") -> Path:
+    """Draw the PSNR of training and held-out images over images seen as a PNG, and return its path."""
+    lines = {
+        "psnr": ("training, as the decoder sees them", "-"),
+        "validation_psnr": ("held out, averaged weights", "o-"),
+    }
+    return curves(rows, path, lines, "PSNR, dB", title)
+
+
+def curves(
+    rows: Sequence[dict[str, Any]], path: Path, lines: Mapping[str, tuple[str, str]], ylabel: str, title: str
+) -> Path:
+    """Draw the figures named by the keys of `lines`, each with a label and a style."""
     figure, axes = empty_figure()
-    for key, label, style in (("accuracy", "training, augmented", "-"), ("test_accuracy", "test", "o-")):
-        points = [(row["images"], 100 * row[key]) for row in rows if key in row]
+    for key, (label, style) in lines.items():
+        points = [(row["images"], row[key]) for row in rows if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
-    axes.set(xlabel="images seen", ylabel="recognised, %")
+    axes.set(xlabel="images seen", ylabel=ylabel)
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
-    if rows:
+    if axes.lines:
         axes.legend(loc="lower right")
     return atomic_write(path, lambda file: figure.savefig(file, format="png"))
 
@@ -228,6 +246,39 @@ pipeline_tag: image-classification
 - recognised of {tested:,} test images: {accuracy["test"]:.2%}; with their mirror images {mirrored:.2%}
 
 It judges samples: `seriatim evaluate MODEL --features path/to/this/folder`.
+
+## Recipe
+
+{block(dump(recipe), "yaml")}
+"""
+
+
+def tokenizer_card(
+    recipe: TokenizerRecipe, seen: int, parameters: int, data: ImageData, rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """The text of README.md for a tokenizer folder: what it is, what it was trained on, how to use it."""
+    found = [(key, row[key]) for row in rows for key in ("psnr", "validation_psnr") if key in row]
+    H, W = data.size
+    psnr = "not logged"
+    if found:
+        which = "held-out images" if found[-1][0] == "validation_psnr" else "training images"
+        psnr = f"{found[-1][1]:.2f} dB on {which}"
+    return f"""---
+library_name: seriatim
+tags: [image-tokenizer, autoencoder]
+---
+
+# {inline(recipe.name)}
+
+{inline(recipe.description) or "An image tokenizer."} {parameters:,} parameters, trained with Seriatim {__version__}.
+
+- images: {f"{data.count:,}" if data.count else "a stream"}, {H}x{W} pixels, channels: {data.channels}
+- seen in training: {seen:,} images
+- PSNR: {psnr}
+
+A generator takes it as `tokenizer: {{from: path/to/this/folder}}`. What it loses:
+
+    seriatim evaluate path/to/this/folder --data photos --num 1000 --out tokenizer-evaluation
 
 ## Recipe
 

@@ -46,19 +46,19 @@ def draw_samples(bundle: Bundle, folder: Path, seen: int, seed: int, stop: StopR
     return path
 
 
-def timeline(folder: Path, most: int = 12) -> Path:
-    """Write `timeline.png`, which stacks the first rows of at most `most` grids, evenly chosen, the oldest on top."""
+def timeline(folder: Path, most: int = 12, rows: int = 1) -> Path:
+    """Write `timeline.png`: the first `rows` of at most `most` grids, evenly chosen, the oldest on top."""
     files = sorted(path for path in folder.glob("*.png") if path.stem.isdigit())
     if len(files) > most:
         files = [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
-    rows = []
+    found = []
     for file in files:
         with Image.open(file, formats=("PNG",)) as sheet:
-            height = sheet.height // -(-IMAGES // COLUMNS)
-            rows.append(sheet.crop((0, 0, sheet.width, height)))
-    picture = Image.new(rows[0].mode, (rows[0].width, sum(row.height for row in rows)))
+            height = min(rows * (sheet.height // -(-IMAGES // COLUMNS)), sheet.height)
+            found.append(sheet.crop((0, 0, sheet.width, height)))
+    picture = Image.new(found[0].mode, (found[0].width, sum(row.height for row in found)))
     top = 0
-    for row in rows:
+    for row in found:
         picture.paste(row, (0, top))
         top += row.height
     return save_png(picture, folder / "timeline.png")

@@ -50,6 +50,7 @@ WRITTEN = {
     "metrics.jsonl",
     "training.png",
     "accuracy.png",
+    "psnr.png",
     "results.json",
     "grid.png",
     "report.json",

@@ -102,8 +102,9 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
         tokenizer = build_tokenizer(given)
         if isinstance(tokenizer, (KL, VQ)):
             raise ConfigError(
-                f"tokenizer.kind: {recipe.tokenizer['kind']!r} begins with random weights; name a tokenizer or model "
-                "folder with trained weights by tokenizer.from=FOLDER; the folder of training.init_from is possible too"
+                f"tokenizer.kind: {recipe.tokenizer['kind']!r} begins with random weights; train one with a "
+                "recipe such as kl-32, and name its run, or another folder with trained weights, by "
+                "tokenizer.from=FOLDER; the folder of training.init_from is possible too"
             )
     else:
         folder = Path(source).expanduser()
@@ -196,7 +197,7 @@ def check_same_run(out: Path, recipe: AnyRecipe, data: ImageData) -> None:
     """Raise ConfigError or DataError, which names what differs, if the settings or images are not those of the run."""
     first = read_any(str(out / RECIPE))
     if type(first) is not type(recipe):
-        kinds = ["generator" if isinstance(r, Recipe) else "classifier" for r in (first, recipe)]
+        kinds = [r.kind if not isinstance(r, Recipe) else "generator" for r in (first, recipe)]
         raise ConfigError(f"kind: {out} holds the run of a {kinds[0]}, not of a {kinds[1]}; begin another run")
     before, now = flat(first), flat(recipe)
     for key in sorted(before.keys() | now.keys()):

@@ -1,0 +1,310 @@
+"""Tokenizers are trained by the same engine: resuming, processes, values that are not finite, previews, results."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import signal_in_step
+from PIL import Image
+from processes import together
+from safetensors.torch import load_file
+from torch import Tensor
+
+from seriatim import load
+from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance
+from seriatim.checkpoints.unfinished import all_checkpoints
+from seriatim.core.errors import ConfigError, NumericsError, Stopped
+from seriatim.data.loader import Batch, to_float
+from seriatim.data.sources import build_data
+from seriatim.evaluation.residual_net import ResNet, TrainedClassifier, save_classifier
+from seriatim.models.build import seeded
+from seriatim.training import tokenizer_task
+from seriatim.training.autoencoding import Autoencoding
+from seriatim.training.config import TokenizerRecipe, read_any
+from seriatim.training.distributed import joined
+from seriatim.training.gradients import gradients
+from seriatim.training.log import psnr_curve
+from seriatim.training.loop import train
+from seriatim.training.plan import measured_plan
+from seriatim.training.state import RunState, tensors_of
+from seriatim.training.tokenizer_task import TokenizerTask, train_tokenizer
+
+COMMON = ["training.batch_size=8", "training.threads=1", "training.dtype=float32", "training.log_images=24",
+          "training.images=80", "training.save_images=40", "training.sample_images=40", "training.warmup_images=8",
+          "data={kind: digits}"]  # fmt: skip
+KL = ["kl-32-tiny", *COMMON, "tokenizer={kind: kl, stride: 2, latent_channels: 2, width: 8, layers_per_block: 1}"]
+VQ = ["vq-32-tiny", *COMMON, "tokenizer={kind: vq, stride: 2, vocab: 16, code_dim: 4, latent_channels: 8, width: 8, "
+      "layers_per_block: 1}"]  # fmt: skip
+DETOK = ["kl-32-tiny", *COMMON, "tokenizer={kind: detok, stride: 2, latent_channels: 2, width: 16, depth: 1, heads: 2}",
+         "objective.interpolated_noise=1.0", "objective.mask=0.5"]  # fmt: skip
+GAN = ["objective.gan=0.5", "objective.gan_start=32", "objective.gan_width=8", "objective.gan_layers=1"]
+ROBUST = ["objective.latent_noise=0.4", "objective.equivariance=0.5"]
+CASES = {
+    "kl": [*KL, *ROBUST],
+    "gan": [*KL, *GAN],
+    "vq": [*VQ, "objective.revive_images=16", "objective.entropy=0.1"],
+    "detok": DETOK,
+    "accumulate": [*KL, *GAN, "training.accumulate=2"],
+}
+
+
+@pytest.fixture(autouse=True)
+def without_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing them would take most of the time."""
+    for name in ("loss_curve", "psnr_curve"):
+        monkeypatch.setattr(tokenizer_task, name, lambda *_: None)
+    monkeypatch.setattr(tokenizer_task, "AT_SAVES", 64)
+
+
+def recipe_of(name: str, *more: str) -> TokenizerRecipe:
+    recipe = read_any(name, more)
+    assert isinstance(recipe, TokenizerRecipe)
+    return recipe
+
+
+def of(case: str, *more: str) -> TokenizerRecipe:
+    return recipe_of(*CASES[case], *more)
+
+
+def content(run: Path) -> dict[str, bytes]:
+    newest = all_checkpoints(run / "checkpoints")[-1]
+    files = [newest / name for name in ("model.safetensors", "average.safetensors", "optimiser.safetensors")]
+    return {str(file.name): file.read_bytes() for file in [*files, run / "model" / "tokenizer.safetensors"]}
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    timed = {"images_per_second", "loader_share"}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
+
+
+# --- one engine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_in_parts_is_the_run_in_one_piece(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bitwise: weights, averages, moments of both sides, statistics, and the lines of the log."""
+    train_tokenizer(of(case), tmp_path / "whole", quiet=True)
+    for steps, resume in ((3, False), (4, True)):
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            signal_in_step(patch, steps)
+            train_tokenizer(of(case), tmp_path / "parts", resume=resume, quiet=True)
+    train_tokenizer(of(case), tmp_path / "parts", resume=True, quiet=True)
+    assert content(tmp_path / "whole") == content(tmp_path / "parts")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+class InFloat64(TokenizerTask):
+    """Computes everything in float64, so that only rounding of float64 depends on how a batch is split."""
+
+    def __init__(self, recipe: TokenizerRecipe, out: Path, where: torch.device) -> None:
+        super().__init__(recipe, out, where, quiet=True)
+        self.model.double()
+        self.parts.average.double()
+
+    def images_of(self, batch: Batch, part: slice) -> Tensor:
+        return super().images_of(batch, part).double()
+
+
+def trained(recipe: TokenizerRecipe, out: Path) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """The weights and averages after five steps, the last of one image, and the means of the loss's terms."""
+    torch.set_num_threads(1)
+    with joined("cpu") as world, ExitStack() as stack:
+        task = InFloat64(recipe, out, world.device)
+        stack.enter_context(task.settings_in_force())
+        task.spread(world)
+        found = []
+        for batch in task.batches(RunState()):
+            losses, nominal = task.losses(batch, torch.float32), task.nominal(batch)
+            done = gradients(
+                task.parts.trained, losses, nominal, recipe.training.clip, world, apart=task.parts.opponent
+            )
+            task.parts.update()
+            task.updated()
+            found.append(done.means)
+        tensors = tensors_of(task.parts)
+    return {f"{file}/{name}": t for file in ("model", "average") for name, t in tensors[file].items()}, found
+
+
+@pytest.mark.fresh_process
+@pytest.mark.parametrize("case", ["kl", "gan", "vq", "detok"])
+def test_one_process_is_two_is_three(case: str, tmp_path: Path) -> None:
+    """The adversarial factor, the masks and the revived codes included."""
+    sizes = ["training.batch_size=7", "training.images=29", "training.ema=0.5", "objective.entropy=0"]
+    sizes += ["objective.gan_start=7"] if case == "gan" else []
+    (alone,) = together(1, partial(trained, of(case, *sizes), tmp_path), tmp_path / "1")
+    split = [] if case == "gan" else ["training.accumulate=2"]  # the factor is that of each pass
+    for size, more in ((2, []), (3, split)):
+        for weights, means in together(size, partial(trained, of(case, *sizes, *more), tmp_path), tmp_path / f"{size}"):
+            for ours, theirs in zip(means, alone[1], strict=True):
+                assert ours == pytest.approx(theirs, rel=1e-7, abs=1e-9)
+            for name, tensor in weights.items():
+                scale = float(alone[0][name].abs().max()) + 1e-9
+                assert float((tensor - alone[0][name]).abs().max()) <= 1e-7 * scale, (name, size)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_anything_is_updated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = Autoencoding.forward
+
+    def broken(self: Any, images: Tensor, *arguments: Any, **options: Any) -> Any:
+        return true(self, images * float("nan"), *arguments, **options)
+
+    monkeypatch.setattr(Autoencoding, "forward", broken)
+    with pytest.raises(NumericsError, match=r"the loss is not finite .* after 0 images"):
+        train_tokenizer(of("kl"), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_both_sides_are_clipped_on_their_own(tmp_path: Path) -> None:
+    task = TokenizerTask(of("gan", "objective.gan_start=0"), tmp_path, torch.device("cpu"), quiet=True)
+    batch = next(task.batches(RunState()))
+    with torch.no_grad():
+        for parameter in task.parts.opponent:
+            parameter *= 30
+    gradients(task.parts.trained, task.losses(batch, torch.float32), 8.0, 1e-3, apart=task.parts.opponent)
+    other = {id(parameter) for parameter in task.parts.opponent}
+    ours = [p.grad.norm() for p in task.parts.trained if id(p) not in other and p.grad is not None]
+    theirs = [p.grad.norm() for p in task.parts.opponent if p.grad is not None]
+    assert torch.stack(ours).norm() == pytest.approx(1e-3, rel=1e-3)
+    assert torch.stack(theirs).norm() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_discriminator_learns_from_its_start_only(tmp_path: Path) -> None:
+    train_tokenizer(of("gan", "training.images=32", "objective.gan_start=16", "training.save_images=16"),
+                    tmp_path, quiet=True)  # fmt: skip
+    states = [load_file(path / "model.safetensors") for path in all_checkpoints(tmp_path / "checkpoints")]
+    names = [name for name in states[0] if name.startswith("discriminator.") and name.endswith("weight")]
+    assert len(states) == 2 and names
+    assert all(not torch.equal(states[0][name], states[1][name]) for name in names), "after 16 images it learns"
+    before = load_file(all_checkpoints(tmp_path / "checkpoints")[0] / "optimiser.safetensors")
+    assert not any(key.startswith("discriminator.") for key in before)
+    last = rows(tmp_path)[-1]
+    assert {"loss_gan", "loss_discriminator"} <= last.keys()
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_a_tokenizer_for_generators_and_lowers_its_error(tmp_path: Path) -> None:
+    recipe = of("kl", "training.images=400", "data={kind: digits, validation: 0.1}", "objective.latent_noise=0",
+                "objective.equivariance=0", "training.learning_rate=4e-3", "training.save_images=200",
+                "training.sample_images=200")  # fmt: skip
+    result = train_tokenizer(recipe, tmp_path / "kl", quiet=True)
+    logged = rows(tmp_path / "kl")
+    first, last = [row["validation_loss"] for row in logged if "validation_loss" in row]
+    assert last < 0.95 * first
+    assert result.psnr == logged[-1]["validation_psnr"] > 8
+    assert psnr_curve(logged, tmp_path / "psnr.png", "a title").stat().st_size > 1000
+    with Image.open(tmp_path / "kl" / "samples" / f"{400:012d}.png") as sheet:
+        assert sheet.height > sheet.width / 2 - 8, "four rows of eight"
+    assert (tmp_path / "kl" / "samples" / "timeline.png").is_file()
+
+    tokenizer = load_tokenizer(tmp_path / "kl")
+    images = to_float(build_data({"kind": "digits"}).images(torch.arange(600)))
+    tokens = tokenizer.tokens(tokenizer.moments(images))
+    assert bool(tokenizer.measured) and tokens.mean().abs() < 0.3 and 0.6 < tokens.std() < 1.4
+    assert read_provenance(tmp_path / "kl")["images"] == 400
+    checkpoint = load_tokenizer(f"{tmp_path / 'kl'}@200")
+    assert bool(checkpoint.measured) and not torch.equal(checkpoint.mean, tokenizer.mean)
+
+    more = [f"tokenizer={{from: {tmp_path / 'kl'}}}", "training.images=32", "training.batch_size=16",
+            "model.width=16", "model.depth=1", "model.heads=2", "training.threads=1"]  # fmt: skip
+    generator: Any = read_any("mar-digits", more)
+    train(generator, tmp_path / "mar", quiet=True)
+    pipe = load(tmp_path / "mar")
+    assert torch.equal(pipe.tokenizer.mean, tokenizer.mean), "its statistics travel with it"
+    assert pipe([1], seed=0, num_inference_steps=2).images[0].size == (8, 8)
+
+
+def test_a_tokenizer_begins_with_the_weights_of_another_and_parts_stay_frozen(tmp_path: Path) -> None:
+    train_tokenizer(of("kl"), tmp_path / "first", quiet=True)
+    more = [
+        "kl-32-tiny",
+        *COMMON,
+        f"tokenizer={{from: {tmp_path / 'first'}}}",
+        "training.freeze=[autoencoder.encoder.*]",
+    ]
+    train_tokenizer(recipe_of(*more), tmp_path / "second", quiet=True)
+    first, second = (load_file(tmp_path / run / "model" / "tokenizer.safetensors") for run in ("first", "second"))
+    same = {name for name in first if torch.equal(first[name], second[name])}
+    assert {name for name in first if name.startswith("autoencoder.encoder.")} <= same
+    assert not any(name.startswith("autoencoder.decoder.conv") for name in same)
+
+
+def test_a_perceptual_term_comes_from_a_classifier_and_is_recorded(tmp_path: Path) -> None:
+    with seeded(0):
+        net = ResNet(2, channels=1, widths=[4, 8], depth=[0, 0]).eval()
+    save_classifier(TrainedClassifier(net, "judge", (8, 8), ["a", "b"], {}, {}), tmp_path / "judge")
+    more = ["objective.perceptual=0.5", f"objective.perceptual_features={tmp_path / 'judge'}"]
+    train_tokenizer(of("kl", *more), tmp_path / "run", quiet=True)
+    assert "loss_perceptual" in rows(tmp_path / "run")[-1]
+    assert read_provenance(tmp_path / "run")["perceptual"]["name"] == "judge"
+    assert not any("stages" in name for name in load_file(tmp_path / "run" / "model" / "tokenizer.safetensors"))
+    with pytest.raises(ConfigError, match=r"perceptual_layers: 'net.stage.0' is no module of judge.* 'net.stages.0'"):
+        train_tokenizer(of("kl", *more, "objective.perceptual_layers=[net.stage.0]"), tmp_path / "no", quiet=True)
+
+
+def test_usage_and_perplexity_are_logged_and_a_collapsed_codebook_is_warned_of(tmp_path: Path) -> None:
+    train_tokenizer(of("vq"), tmp_path / "vq", quiet=True)
+    for row in rows(tmp_path / "vq"):
+        assert 0 < row["usage"] <= 1 and 1 <= row["perplexity"] <= 16
+    large = "tokenizer={kind: vq, stride: 4, vocab: 60, code_dim: 1, latent_channels: 8, width: 8, layers_per_block: 1}"
+    collapsed = recipe_of(*VQ, large, "training.images=120", "training.learning_rate=1e-6", "objective.revive_images=0")
+    with pytest.warns(UserWarning, match=r"the codebook has collapsed: .*% of 60 codes .*objective.revive_images"):
+        train_tokenizer(collapsed, tmp_path / "few", quiet=True)
+
+
+def test_a_dry_run_measures_and_writes_nothing(tmp_path: Path) -> None:
+    for case in ("gan", "vq"):
+        task = TokenizerTask(of(case), tmp_path / "run", torch.device("cpu"), quiet=True)
+        plan = measured_plan(task, torch.device("cpu"), quiet=True)
+        assert plan["flops_per_image"] > 1e5 and plan["images_per_second"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "more", "says"),
+    [
+        (KL, ["tokenizer.stride=3"], "tokenizer.stride: 3 is not allowed; it must be 1, 2, 4, 8 or 16"),
+        (KL, ["tokenizer.stride=16"], "both sides must be multiples of 16"),
+        (KL, ["tokenizer.latent_channels=0"], "tokenizer.latent_channels: 0 is not allowed"),
+        (KL, ["tokenizer={kind: pixels}"], "tokenizer.kind: Pixels has nothing to train; name one of detok"),
+        (KL, ["tokenizer={kind: klx}"], "tokenizer.kind: 'klx' is not known"),
+        (KL, ["tokenizer={from: nowhere}"], "tokenizer.from: there is no folder 'nowhere'"),
+        (KL, ["objective.gan=0.5", "objective.gan_start=80"], "objective.gan_start: 80 is not allowed, as the run"),
+        (KL, ["objective.gan=0.5", "objective.gan_start=-1"], "objective.gan_start"),
+        (KL, ["objective.gan_start=5"], "gan_start: has no effect without a weight"),
+        (KL, ["objective.gan=0.5"], "objective.gan_layers: 3 is not allowed, as it halves sides of 8 pixels too often"),
+        (KL, [*GAN, "training.freeze=[autoencoder.decoder.*]"], "objective.gan needs its gradient"),
+        (KL, ["objective.perceptual=1"], "perceptual_features: is required"),
+        (KL, ["objective.perceptual=1", "objective.perceptual_features=nowhere"], "objective.perceptual_features:"),
+        (KL, ["objective.reconstruction=l3"], "objective.reconstruction"),
+        (KL, ["objective.kl=-1"], "objective.kl"),
+        (KL, ["objective.entropy=0.1"], "objective.entropy: has no effect, as the tokens of KL are continuous latents"),
+        (VQ, ["objective.kl=0.1"], "objective.kl: has no effect, as the tokens of VQ are codes"),
+        (VQ, ["objective.latent_noise=0.1"], "objective.latent_noise: has no effect"),
+        (KL, ["objective.mask=0.5"], "objective.mask: KL can't leave patches out"),
+        (DETOK, ["objective.equivariance=0.5"], "objective.equivariance: can't go with objective.mask"),
+        (KL, ["objective.latent_noise=1", "objective.interpolated_noise=1"], "can't go with latent_noise"),
+        (KL, ["training.freeze=[nothing]"], "training.freeze: no parameter matches 'nothing'"),
+        (KL, ["model.width=8"], "unknown key 'model.width'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_before_anything_is_written(
+    base: list[str], more: list[str], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        train_tokenizer(recipe_of(*base, *more), tmp_path / "run", quiet=True)
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
