@@ -244,7 +244,7 @@ def test_statistics_are_those_of_means(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*_stats.pkl")), ids=lambda path: path.stem)
 def test_the_official_file_of_statistics(path: Path) -> None:
-    beside = FOLDER / f"{case_of(path)}_statistics.safetensors"
+    beside = path.with_name(path.name.replace("_stats.pkl", "_statistics.safetensors"))
     if not beside.exists():
         pytest.skip("no file has the same numbers")
     io = load_file(beside)
