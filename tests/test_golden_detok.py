@@ -24,6 +24,7 @@ from seriatim.checkpoints.mar import infer
 from seriatim.checkpoints.shapes import official_name
 from seriatim.tokenizers.detok import Detok, angle_table
 from seriatim.tokenizers.latent import LOGVAR, kl_divergence
+from seriatim.training.tokenizer_losses import kept_patches, with_interpolated_noise
 from seriatim.zoo import PRESETS
 
 FOLDER = golden("detok")
@@ -199,12 +200,20 @@ def test_a_training_step(path: Path) -> None:
     kept, at = kept_of(io, count)
     L = kept.shape[1]
     masked = kept if count < L else None
+    if {"drawn_ratio", "max_mask_ratio"} <= about.keys():
+        most = about["max_mask_ratio"]
+        step = replay({"mask/uniform": torch.tensor([(about["drawn_ratio"] + 0.1) / (most + 0.1)])})
+        ours = kept_patches(L, most, replay({"mask/permutation": io["mask_uniform"].argsort().argsort()}), step)
+        assert ours is None if masked is None else ours is not None and torch.equal(ours, masked)
     normal = placed(io["posterior_normal"], at, L)
     keys = replay({"posterior/normal": on_grid(tokenizer, normal)})
     coded = tokenizer.coded(io["images"], keys, masked)
-    t = io["level_uniform"].view(-1, 1, 1, 1)
-    noise = about["gamma"] * t * on_grid(tokenizer, placed(io["noise_normal"], at, L))
-    latents = (coded.latents if about.get("additive") else (1 - t) * coded.latents) + noise
+    level, noise = io["level_uniform"].flatten(), on_grid(tokenizer, placed(io["noise_normal"], at, L))
+    if about.get("additive"):  # which is no choice here
+        latents = coded.latents + about["gamma"] * level.view(-1, 1, 1, 1) * noise
+    else:
+        keys = replay({"level/uniform": level, "noise/normal": noise})
+        latents = with_interpolated_noise(coded.latents, about["gamma"], keys)
     decoded = tokenizer.draw(latents, masked)
     expected = on_grid(tokenizer, placed(io["latents"], at, L))
     close(latents, expected, "latents")
