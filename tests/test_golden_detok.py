@@ -170,7 +170,7 @@ def test_hidden_patches(path: Path) -> None:
     kept, at = kept_of(io, io["latents"].shape[1])
     shuffled = tokenizer.autoencoder.encoder(io["images"], at).chunk(2, dim=-1)[0]
     close(shuffled, io["latents"], "latents")
-    silent = replay({"posterior/normal": torch.zeros(len(at), tokenizer.latent_channels, *tokenizer.grid)})
+    silent = replay({"normal": torch.zeros(len(at), tokenizer.latent_channels, *tokenizer.grid)})
     latents = tokenizer.coded(io["images"], silent, kept).latents  # without noise, the means
     close(latents, on_grid(tokenizer, placed(io["latents"], at, kept.shape[1])), "coded")
     close(tokenizer.draw(latents, kept), io["decoded"], "decoded")
@@ -206,7 +206,7 @@ def test_a_training_step(path: Path) -> None:
         ours = kept_patches(L, most, replay({"mask/permutation": io["mask_uniform"].argsort().argsort()}), step)
         assert ours is None if masked is None else ours is not None and torch.equal(ours, masked)
     normal = placed(io["posterior_normal"], at, L)
-    keys = replay({"posterior/normal": on_grid(tokenizer, normal)})
+    keys = replay({"normal": on_grid(tokenizer, normal)})
     coded = tokenizer.coded(io["images"], keys, masked)
     level, noise = io["level_uniform"].flatten(), on_grid(tokenizer, placed(io["noise_normal"], at, L))
     if about.get("additive"):  # which is no choice here

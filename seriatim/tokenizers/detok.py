@@ -274,12 +274,6 @@ class Detok(Latent):
         images: Tensor = self.autoencoder.decoder(patchify(latents, 1), kept)
         return images
 
-    @property
-    @override
-    def last_layer(self) -> Tensor:
-        weight: Tensor = self.autoencoder.decoder.conv_out.weight
-        return weight
-
     @override
     def coded(self, images: Tensor, keys: Keys, kept: Tensor | None = None) -> Coded:
         """Sampled latents (B, z, h, w) of images, and their KL divergence from a standard normal distribution.
@@ -296,7 +290,7 @@ class Detok(Latent):
         mean, logvar = moments.chunk(2, dim=-1)
         std = (0.5 * logvar.clamp(*LOGVAR)).exp()
         h, w = self.size[0] // self.stride, self.size[1] // self.stride
-        noise = patchify(keys.to(images.device).fold("posterior").normal(self.latent_channels, h, w), 1)  # (B, L, z)
+        noise = patchify(keys.to(images.device).normal(self.latent_channels, h, w), 1)  # (B, L, z)
         latents = mean + std * (noise if at is None else gather(noise, at))
         if at is not None:
             latents = torch.zeros_like(noise).scatter(1, at[..., None].expand_as(latents), latents)
