@@ -40,31 +40,69 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def in_fork(
-    work: Callable[[Sequence[str]], object], words: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float
-) -> subprocess.CompletedProcess[str]:
-    """Call `work(words)` in a fork in the folder `cwd` with the environment `env`, and wait until it ends.
+class Fork:
+    """A fork that calls `work(words)` in the folder `cwd`, with the environment `env` or this process's own.
 
-    `work` is a function of a module. SystemExit sets the exit code. Raises TimeoutExpired once the fork is killed.
+    It is used as `subprocess.Popen` is, and killed at the end of a `with` block. SystemExit in `work`, a function of a
+    module, sets the exit code.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    with environment({**os.environ, "OMP_NUM_THREADS": "1"}):
-        forkserver.ensure_running()
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = context.Process(target=begin, args=(work, list(words), cwd, dict(env), streams))
-        process.start()
-        process.join(timeout)
-        code = process.exitcode
-        if code is None:
-            process.kill()
-            process.join()
-        process.close()
-        said = [stream.read_text(errors="replace") if stream.exists() else "" for stream in streams]
-    if code is None:
-        raise subprocess.TimeoutExpired(list(words), timeout, *said)
-    return subprocess.CompletedProcess(list(words), code, *said)
+
+    def __init__(
+        self,
+        work: Callable[[Sequence[str]], object],
+        words: Sequence[str],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
+        with environment({**os.environ, "OMP_NUM_THREADS": "1"}):
+            forkserver.ensure_running()
+        self.words = list(words)
+        self.folder = tempfile.TemporaryDirectory()
+        self.streams = [Path(self.folder.name) / name for name in ("stdout", "stderr")]
+        own = {"OMP_NUM_THREADS": "1", **(os.environ if env is None else env)}
+        arguments = (work, self.words, Path.cwd() if cwd is None else cwd, own, self.streams)
+        self.process = context.Process(target=begin, args=arguments)
+        self.process.start()
+
+    def __enter__(self) -> Fork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        self.folder.cleanup()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        """What a fork that has ended by itself leaves; raises TimeoutExpired."""
+        self.process.join(timeout)
+        said = [stream.read_text(errors="replace") if stream.exists() else "" for stream in self.streams]
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.words, timeout, *said)
+        return subprocess.CompletedProcess(self.words, self.process.exitcode, *said)
+
+
+def in_fork(
+    work: Callable[[Sequence[str]], object],
+    words: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Call `work(words)` in a `Fork` and wait until it ends, as `subprocess.run` does."""
+    with Fork(work, words, cwd=cwd, env=env) as fork:
+        return fork.wait(timeout)
 
 
 def begin(
