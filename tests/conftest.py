@@ -7,12 +7,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from forked import command_line, in_fork, run_tests
 
 if TYPE_CHECKING:
     from seriatim.checkpoints.native import Bundle
@@ -40,16 +40,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """
     if pyfuncitem.get_closest_marker("fresh_process") is None or os.environ.get(FRESH):
         return None
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid]
-    environment = {**os.environ, FRESH: "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command,
-        env=environment,
+    done = in_fork(
+        run_tests,
+        ["-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid],
         cwd=pyfuncitem.config.rootpath,
-        capture_output=True,
-        text=True,
+        env={**os.environ, FRESH: "1", "OMP_NUM_THREADS": "1"},
         timeout=600,
-        check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     return True
@@ -100,13 +96,7 @@ def seriatim(tmp_path: Path) -> Run:
     def run(
         *arguments: str, timeout: float = 300, cwd: Path = tmp_path, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "seriatim", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            cwd=cwd,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **env},
-        )
+        own = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "OMP_NUM_THREADS": "1", **env}
+        return in_fork(command_line, arguments, cwd=cwd, env=own, timeout=timeout)
 
     return run

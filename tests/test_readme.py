@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from forked import Fork, command_line, in_fork
 from helpers import read_picture
 
 from seriatim.zoo import PRESETS
@@ -26,24 +28,17 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
 
-def run(arguments: list[str], cwd: Path) -> str:
-    done = subprocess.run(
-        arguments,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
-    )
+def run(arguments: Sequence[str], cwd: Path) -> None:
+    """Run `seriatim` with these arguments, which must succeed."""
+    done = in_fork(command_line, arguments, cwd=cwd, env={**os.environ, "COLUMNS": "200"})
     assert done.returncode == 0, (arguments, done.stdout, done.stderr)
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the demo has run, shortened."""
     folder = tmp_path_factory.mktemp("readme")
-    run([sys.executable, "-m", "seriatim", "demo", *SHORTER["demo"]], folder)
+    run(["demo", *SHORTER["demo"]], folder)
     return folder
 
 
@@ -69,22 +64,18 @@ def test_readme_demo_leaves_what_it_promises(folder: Path) -> None:
 
 def test_readme_demo_can_be_run_again(folder: Path) -> None:
     first = (folder / "demo" / "report.json").read_text()
-    run([sys.executable, "-m", "seriatim", "demo", *SHORTER["demo"], "--json"], folder)
+    run(["demo", *SHORTER["demo"], "--json"], folder)
     again = json.loads((folder / "demo" / "report.json").read_text())
     assert again["loss"] == pytest.approx(json.loads(first)["loss"], rel=0.2)
 
 
 def test_readme_demo_goes_over_what_an_interrupted_one_left(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "seriatim", "demo", "--images"]
-    killed = subprocess.Popen([*words, "1000000"], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    words = ["demo", "--images"]
     end = time.monotonic() + 60
-    try:
+    with Fork(command_line, [*words, "1000000"], cwd=tmp_path) as killed:
         while not (tmp_path / "demo" / "metrics.jsonl").exists():
             assert time.monotonic() < end and killed.poll() is None
             time.sleep(0.05)
-    finally:
-        killed.kill()
-        killed.wait()
     run([*words, "64"], tmp_path)
     assert json.loads((tmp_path / "demo" / "report.json").read_text())["training_images"] == 64
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
@@ -93,14 +84,13 @@ def test_readme_demo_goes_over_what_an_interrupted_one_left(tmp_path: Path) -> N
 def test_readme_demo_does_not_replace_a_run(folder: Path, tmp_path: Path) -> None:
     """A run that looks like a demo, and a demo that was trained longer, are the user's own."""
     small = ["model.width=32", "training.images=64", "training.threads=1"]
-    run([sys.executable, "-m", "seriatim", "train", "mar-digits", *small, "--out", "run"], tmp_path)
+    run(["train", "mar-digits", *small, "--out", "run"], tmp_path)
     shutil.copytree(folder / "demo", tmp_path / "longer")
     recipe = tmp_path / "longer" / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("images: 1280", "images: 1281"))
     for name in ("run", "longer"):
         before = {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
-        words = [sys.executable, "-m", "seriatim", "demo", "--images", "64", "--out", name]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        done = in_fork(command_line, ["demo", "--images", "64", "--out", name], cwd=tmp_path)
         assert done.returncode == 2 and "which is not the demo's" in done.stderr and done.stderr.count("\n") == 1
         assert before == {path: path.read_bytes() for path in (tmp_path / name).rglob("*") if path.is_file()}
 
@@ -110,14 +100,16 @@ def test_readme_commands(folder: Path) -> None:
     assert len(commands) >= 5
     for command in commands:
         verb, *rest = shlex.split(command)[1:]
-        run([sys.executable, "-m", "seriatim", verb, *rest, *SHORTER.get(verb, [])], folder)
+        run([verb, *rest, *SHORTER.get(verb, [])], folder)
     assert len(list((folder / "sevens").glob("*-7.png"))) == 8
     assert (folder / "runs" / "digits" / "model").is_dir()
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_readme_python(folder: Path, number: int) -> None:
-    run([sys.executable, "-W", "error", "-c", blocks("python")[number]], folder)
+    command = [sys.executable, "-W", "error", "-c", blocks("python")[number]]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
     if number == 0:
         assert (folder / "three.png").exists() and (folder / "five.png").exists()
 

@@ -106,7 +106,9 @@ def test_doctor(seriatim: Run, tmp_path: Path) -> None:
     broken = tmp_path / "broken" / "torchvision"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    done = seriatim("doctor", PYTHONPATH=os.pathsep.join([str(broken.parent), os.environ.get("PYTHONPATH", "")]))
+    path = os.pathsep.join([str(broken.parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "seriatim", "doctor"]  # a new interpreter, because paths are read at its start
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0 and "broken: RuntimeError: operator torchvision::nms" in done.stdout
     assert "pip uninstall torchvision" in done.stderr
 

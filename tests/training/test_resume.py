@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,13 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forked import Fork, command_line
 from helpers import die_at_call, signal_in_step
 from PIL import Image
 
@@ -259,7 +259,7 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
         "training.threads=1",
     ]
     settings += ["training.dtype=float32", "training.sample_images=0", "training.log_images=320", "model.width=32"]
-    return [sys.executable, "-m", "seriatim", "train", "mar-cifar10-tiny", *settings, *more, "--out", str(out)]
+    return ["train", "mar-cifar10-tiny", *settings, *more, "--out", str(out)]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -267,16 +267,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "it never happened"
         time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def killed_at_the_end(process: subprocess.Popen[Any]) -> Iterator[None]:
-    """However the block ends, so that a test that fails leaves no trainer behind."""
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize("rounds", [5, pytest.param(30, marks=pytest.mark.slow)])
@@ -290,7 +280,7 @@ def test_kill_nine_at_random_moments_loses_no_checkpoint(tmp_path: Path, folder:
             newest = newest_whole(out / "checkpoints")[0]
             return newest is not None and int(newest.name) > seen
 
-        with killed_at_the_end(subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)):
+        with Fork(command_line, words):
             wait_for(went_on)
             time.sleep(chance.random() * 0.5)
         path, passed_over = newest_whole(out / "checkpoints")
@@ -333,13 +323,13 @@ def test_kill_nine_at_each_write_loses_no_checkpoint(tmp_path: Path) -> None:
 def test_a_signal_saves_and_exits(tmp_path: Path, folder: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     more = ["training.workers=1", "training.save_images=0", "training.log_images=64"]
-    trainer = subprocess.Popen(command(folder, out, *more), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with killed_at_the_end(trainer):
+    with Fork(command_line, command(folder, out, *more)) as trainer:
         wait_for(lambda: (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size > 0)
         trainer.send_signal(number)
-        _, err = trainer.communicate(timeout=60)
-    assert trainer.returncode == 143
-    assert f"{number.name}: finishing this step" in err and "go on with --resume" in err and "Traceback" not in err
+        done = trainer.wait(60)
+    assert done.returncode == 143
+    said = done.stderr
+    assert f"{number.name}: finishing this step" in said and "go on with --resume" in said and "Traceback" not in said
     assert newest_whole(out / "checkpoints")[0] is not None
 
 
