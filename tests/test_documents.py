@@ -42,6 +42,7 @@ STANDS_FOR = {
 }
 OTHERWISE: dict[str, dict[str, str]] = {  # of a command alone
     "convert arinar": {"checkpoint-last.pth": "arinar-last.pth"},
+    "convert mar": {"mar_base.pth": "checkpoint-last.pth"},
     "bench": {"runs/photos": "runs/cifar10"},
     "train": {"runs/classifier": "runs/another-classifier"},
     "export llamagen": {"MODEL": "llamagen-b.model", "OUT.pt": "out.pt"},
