@@ -46,7 +46,7 @@ class Autoencoding(nn.Module):
         self.tokenizer, self.objective = tokenizer, objective
         self.discriminator: PatchDiscriminator | None = None
         if objective.gan:
-            self.discriminator = PatchDiscriminator(tokenizer.channels, objective.gan_width, objective.gan_layers)
+            self.discriminator = PatchDiscriminator(objective.gan_width, objective.gan_layers)
         self.watch: CodeWatch | None = None
         if tokenizer.vocab is not None:
             quantiser = cast(Any, tokenizer).quantiser

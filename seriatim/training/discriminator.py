@@ -19,12 +19,15 @@ CHANNELS = 16  # channels of a group of the norms
 
 
 class PatchDiscriminator(nn.Module):
-    """Halves the sides `layers` times, with `width` channels at first and at most eight times as many."""
+    """Halves the sides `layers` times, with `width` channels at first and at most eight times as many.
 
-    def __init__(self, channels: int, width: int = 64, layers: int = 3) -> None:
+    Grey images are seen as colour images.
+    """
+
+    def __init__(self, width: int = 64, layers: int = 3) -> None:
         super().__init__()
         widths = [width * min(2**i, 8) for i in range(layers + 1)]
-        parts: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(SLOPE)]
+        parts: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(SLOPE)]
         for i in range(layers):
             stride = 2 if i < layers - 1 else 1
             parts += [
@@ -39,7 +42,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits (B, 1, m, n) of images (B, c, H, W); positive for originals."""
-        logits: Tensor = self.layers(images)
+        logits: Tensor = self.layers(images.expand(-1, 3, -1, -1))
         return logits
 
 

@@ -123,7 +123,7 @@ class TokenizerTask(BatchedTask):
                 self.step_keys.fold(batch.whole.start),
                 perceptual=self.perceptual,
                 adversarial=bool(objective.gan) and batch.whole.start >= objective.gan_start,
-                total=self.world.total,
+                total=lambda values: self.world.total(values * (not batch.spare)),
             )
         return loss
 

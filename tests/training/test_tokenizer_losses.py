@@ -135,7 +135,7 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long() -> None:
 
 def test_the_discriminator_judges_each_image_alone_and_learns_to_tell_two_kinds_apart() -> None:
     torch.manual_seed(0)
-    net = PatchDiscriminator(3, width=16, layers=2)
+    net = PatchDiscriminator(width=16, layers=2)
     x = torch.rand(4, 3, 16, 16)
     assert torch.allclose(net(x)[1:2], net(x[1:2]), atol=1e-5)
     optimiser = torch.optim.Adam(net.parameters(), 1e-3, betas=(0.5, 0.9))

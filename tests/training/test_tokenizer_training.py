@@ -128,9 +128,10 @@ def test_one_process_is_two_is_three(case: str, tmp_path: Path) -> None:
             for one, means in together(count, partial(first_gradients, which, tmp_path), tmp_path / f"{count} {size}"):
                 assert means == pytest.approx(alone[1], rel=1e-4)
                 assert one.keys() == alone[0].keys() and len(one) > 20
-                for name, tensor in one.items():
-                    scale = float(alone[0][name].norm()) + 1e-6
-                    assert float((tensor - alone[0][name]).norm()) <= 2e-4 * scale, (name, count, size)
+                largest = max(float(tensor.norm()) for tensor in alone[0].values())
+                for name, tensor in one.items():  # some gradients, as of a bias before a norm, are rounding alone
+                    bound = 2e-4 * float(alone[0][name].norm()) + 1e-6 * largest
+                    assert float((tensor - alone[0][name]).norm()) <= bound, (name, count, size)
 
 
 def whole_run(recipe: TokenizerRecipe, out: Path) -> float | None:
