@@ -120,12 +120,12 @@ def test_one_process_is_two_is_three(case: str, tmp_path: Path) -> None:
     """The adversarial factor, masks and revived codes included; the second of two batches leaves a process idle."""
     split = [] if case == "gan" else ["training.accumulate=2"]  # the adversarial factor is that of each pass
     start = ["objective.gan_start=0"] if case == "gan" else []
-    for size in (12, 1):
-        recipe = of(case, f"training.batch_size={size}", "objective.entropy=0", *start)
-        (alone,) = together(1, partial(first_gradients, recipe, tmp_path), tmp_path / f"1 {size}")
-        more = of(case, f"training.batch_size={size}", "objective.entropy=0", *start, *split)
-        for count, which in ((2, recipe), (3, more)):
-            for one, means in together(count, partial(first_gradients, which, tmp_path), tmp_path / f"{count} {size}"):
+    for size, others in ((12, ((2, []), (3, split))), (1, ((2, []),))):
+        common = [f"training.batch_size={size}", "objective.entropy=0", *start]
+        (alone,) = together(1, partial(first_gradients, of(case, *common), tmp_path), tmp_path / f"1 {size}")
+        for count, more in others:
+            work = partial(first_gradients, of(case, *common, *more), tmp_path)
+            for one, means in together(count, work, tmp_path / f"{count} {size}"):
                 assert means == pytest.approx(alone[1], rel=1e-4)
                 assert one.keys() == alone[0].keys() and len(one) > 20
                 largest = max(float(tensor.norm()) for tensor in alone[0].values())
