@@ -18,6 +18,7 @@ from torch import Tensor
 from seriatim import load
 from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance
 from seriatim.checkpoints.unfinished import all_checkpoints
+from seriatim.cli.main import run as command
 from seriatim.core.errors import ConfigError, NumericsError, Stopped
 from seriatim.data.loader import to_float
 from seriatim.data.sources import build_data
@@ -240,7 +241,9 @@ def test_a_tokenizer_begins_with_the_weights_of_another_and_parts_stay_frozen(tm
     assert not any(name.startswith("autoencoder.decoder.conv") for name in same)
 
 
-def test_a_perceptual_term_comes_from_a_classifier_and_is_recorded(tmp_path: Path) -> None:
+def test_a_perceptual_term_comes_from_a_classifier_which_then_cannot_judge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with seeded(0):
         net = ResNet(2, channels=1, widths=[4, 8], depth=[0, 0]).eval()
     save_classifier(TrainedClassifier(net, "judge", (8, 8), ["a", "b"], {}, {}), tmp_path / "judge")
@@ -249,6 +252,21 @@ def test_a_perceptual_term_comes_from_a_classifier_and_is_recorded(tmp_path: Pat
     assert "loss_perceptual" in rows(tmp_path / "run")[-1]
     assert read_provenance(tmp_path / "run")["perceptual"]["name"] == "judge"
     assert not any("stages" in name for name in load_file(tmp_path / "run" / "model" / "tokenizer.safetensors"))
+    words = [
+        "evaluate",
+        str(tmp_path / "run"),
+        "--data",
+        "digits",
+        "--num",
+        "40",
+        "--out",
+        str(tmp_path / "evaluation"),
+    ]
+    capsys.readouterr()
+    assert command([*words, "--features", str(tmp_path / "judge")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "features: the tokenizer was trained with those of judge" in line
+    assert command([*words, "--features", "none"]) == 0 and "PSNR" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"perceptual_layers: 'net.stage.0' is no module of judge.* 'net.stages.0'"):
         train_tokenizer(of("kl", *more, "objective.perceptual_layers=[net.stage.0]"), tmp_path / "no", quiet=True)
 
