@@ -175,7 +175,7 @@ def test_other_dtypes_become_float32(kit: Kit, dtype: torch.dtype) -> None:
 def test_training_is_the_same_on_a_device_and_reads_nothing_from_it(kit: Kit) -> None:
     """One step of training: codes or latents, pictures, and the gradient of each parameter."""
     tokenizer, images = kit
-    kept = torch.tensor([[True, False] * (tokenizer.count // 2)] * 3) if tokenizer.masks else None  # type: ignore[attr-defined]
+    kept = torch.tensor([[True, False] * (tokenizer.count // 2)] * 3) if tokenizer.masks else None
 
     def step(tokenizer: Any, send: Callable[[Tensor], Tensor]) -> list[Tensor]:
         tokenizer.requires_grad_(True)
