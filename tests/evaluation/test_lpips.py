@@ -16,7 +16,8 @@ from seriatim.training.perceptual import open_perceptual
 
 def official() -> dict[str, torch.Tensor]:
     """Random tensors by the names that the `lpips` package gives them."""
-    random, inner, found = torch.Generator().manual_seed(0), 3, {}
+    random, inner = torch.Generator().manual_seed(0), 3
+    found: dict[str, torch.Tensor] = {}
     for number, convolutions in enumerate(SLICES):
         for layer, outer in convolutions:
             found[f"net.slice{number + 1}.{layer}.weight"] = (

@@ -58,7 +58,7 @@ def test_latent_noise_has_the_size_that_it_says_relative_to_the_latents() -> Non
 def test_the_encoder_cannot_escape_latent_noise_by_its_scale() -> None:
     latents = torch.randn(3, 2, 4, 4, requires_grad=True)
     with_latent_noise(latents, 2.0, Keys.of(0).fold(torch.arange(3))).sum().backward()
-    assert torch.allclose(latents.grad, torch.ones_like(latents)), "the noise itself has no gradient"
+    assert latents.grad is not None and torch.allclose(latents.grad, torch.ones_like(latents)), "the noise has none"
 
 
 def test_interpolated_noise_is_between_the_latents_and_noise_of_size_gamma() -> None:

@@ -121,7 +121,8 @@ def test_one_process_is_two_is_three(case: str, tmp_path: Path) -> None:
     """The adversarial factor, masks and revived codes included; the second of two batches leaves a process idle."""
     split = [] if case == "gan" else ["training.accumulate=2"]  # the adversarial factor is that of each pass
     start = ["objective.gan_start=0"] if case == "gan" else []
-    for size, others in ((12, ((2, []), (3, split))), (1, ((2, []),))):
+    cases: list[tuple[int, list[tuple[int, list[str]]]]] = [(12, [(2, []), (3, split)]), (1, [(2, [])])]
+    for size, others in cases:
         common = [f"training.batch_size={size}", "objective.entropy=0", *start]
         (alone,) = together(1, partial(first_gradients, of(case, *common), tmp_path), tmp_path / f"1 {size}")
         for count, more in others:
