@@ -2,8 +2,7 @@
 
 A kind of model is a `Task`, which has the batches, the loss and what is written at the end. The loop does everything
 else: it resumes bitwise, measures dtype and threads, accumulates gradients, checks for values that are not finite,
-writes checkpoints, logs and curves, and stops on a signal. Loops without a run folder, such as benchmarks, use
-`gradients` alone.
+writes checkpoints, logs and curves, and stops on a signal. Benchmarks, which have no run folder, use `updates.updates`.
 
 Shapes: B images of a batch.
 """
@@ -15,14 +14,13 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from seriatim.checkpoints.native import PARTS
 from seriatim.checkpoints.unfinished import newest_whole
@@ -41,7 +39,7 @@ from seriatim.nn.onednn_training import prepare_training
 from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import AnyRecipe, dump
-from seriatim.training.distributed import ALONE, World, joined, whole
+from seriatim.training.distributed import World, joined
 from seriatim.training.heap import bound_compiled_products, return_heap
 from seriatim.training.log import MetricsLog, NoLog, record_choice
 from seriatim.training.micro_batch import repeated
@@ -51,6 +49,7 @@ from seriatim.training.run_folder import Resume, check_out, is_run, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
 from seriatim.training.trackers import Tracker, build_trackers
+from seriatim.training.updates import gradients
 
 
 class Task(ABC):
@@ -333,45 +332,6 @@ def choose_micro_batch(task: Task, world: World) -> None:
     """Find how many images a process computes at once, if the recipe leaves it open."""
     if getattr(task.recipe.training, "micro_batch", None) == "auto":
         task.micro_batch = task.largest_micro_batch(world)
-
-
-class Gradients(NamedTuple):
-    """What one step has computed. The gradients themselves are in the parameters."""
-
-    means: dict[str, float]  # the means of the loss and its terms over all processes
-    norm: float  # of the gradients before clipping
-    stop: bool  # whether a process was asked to stop
-
-
-def gradients(
-    trained: Sequence[Tensor],
-    losses: Iterable[Loss],
-    nominal: float,
-    clip: float,
-    world: World = ALONE,
-    *,
-    stop: bool = False,
-) -> Gradients:
-    """Compute the clipped gradients of a loss that comes in parts.
-
-    Each part is a sum over its own count. It is divided by the nominal count before the backward pass, and the
-    gradients are corrected once all counts are known, so that the result depends neither on how the batch is split nor
-    on the number of processes. The device is waited for twice: for the loss and for the norm.
-    """
-    sums: dict[str, Tensor] = {}
-    for loss in losses:
-        (loss.sum / nominal).backward()
-        for name, value in (("loss", loss.sum), ("count", loss.count), *loss.parts.items()):
-            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-    flag = torch.full((), float(stop), device=sums["loss"].device)
-    values = world.total(torch.stack([flag, *sums.values()])).tolist()
-    means = dict(zip(sums, values[1:], strict=True))
-    count = means.pop("count")
-    # The gradients are means over the processes of sums over their images.
-    factor = nominal * world.size / count
-    torch._foreach_mul_([parameter.grad for parameter in trained if parameter.grad is not None], factor)
-    norm = whole(torch.nn.utils.clip_grad_norm_(trained, clip)).item()
-    return Gradients({name: value / count for name, value in means.items()}, norm, values[0] > 0)
 
 
 def newest(out: Path) -> Path | None:
