@@ -150,6 +150,24 @@ def read_image(source: Source, channels: int, background: Colour = WHITE, max_pi
         raise BadImage(printable(reason)[:120]) from None
 
 
+def read_png(path: Path, max_pixels: int = MOST_PIXELS, *, decode: bool = True) -> Image.Image:
+    """A PNG that this package wrote, as it is stored, with its texts in `info`. Raises BadImage for any other file.
+
+    Without `decode` the image has no pixels, and only the texts that stand before them.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImage(f"{image.width}x{image.height} pixels, more than any model here draws")
+            if decode:
+                image.load()
+            return image
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, ... for a damaged PNG
+        raise BadImage(f"not a readable PNG ({printable(one_line(error))[:120]})") from error
+
+
 def load_pixels(
     source: Source,
     size: Sequence[int],

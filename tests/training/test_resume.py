@@ -29,6 +29,7 @@ from seriatim.core.errors import ConfigError, DataError, ResourceError, Stopped,
 from seriatim.data import loader
 from seriatim.training import engine, loop, setup, state
 from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.look import timeline
 from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.state import RunState, Trainables, prune
@@ -477,3 +478,15 @@ def test_samples_and_a_timeline(tmp_path: Path) -> None:
     train(tiny("training.images=96"), tmp_path / "blind", quiet=True)
     one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("seen", "blind"))
     assert one == two, "looking changes nothing"
+
+
+def test_a_damaged_grid_does_not_stop_the_timeline(tmp_path: Path) -> None:
+    """The file of a full disk, and one that is no picture at all."""
+    sheet = Image.fromarray(np.full((40, 80, 3), 200, np.uint8))
+    for seen in (32, 64, 96):
+        sheet.save(tmp_path / f"{seen:012d}.png")
+    whole = (tmp_path / f"{64:012d}.png").read_bytes()
+    (tmp_path / f"{64:012d}.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / f"{80:012d}.png").write_text("no picture")
+    with Image.open(timeline(tmp_path)) as picture:
+        assert picture.size == (80, 2 * 10), "the first of four rows of the two whole ones"
