@@ -43,7 +43,7 @@ from seriatim.evaluation.figures import Reference, Set, class_map, figures_of
 from seriatim.evaluation.grid import grid, save_png
 from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Part, as_many, whole
-from seriatim.evaluation.run import READ_AT_ONCE, asked, evaluate, features_folder, pictures, request_for
+from seriatim.evaluation.run import READ_AT_ONCE, asked, evaluate, features_folder, pictures
 from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import build_model, parameter_count, seeded
 from seriatim.pipeline.loading import load
@@ -291,7 +291,7 @@ def judge(work: CifarWork, name: str, budget: str, guidance: float) -> None:
         **settings,
     )
     assert made.figures is not None, "this process has all shares"
-    request = request_for(pipe, asked(pipe, task.samples, work.seed, settings), range(min(SHOWN, task.samples)))
+    request = asked(pipe, task.samples, work.seed, settings).part(range(min(SHOWN, task.samples)))
     begin = time.process_time()
     images = pipe(request=request, output_type="pt").images
     took = (time.process_time() - begin) / len(images)
