@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from forked import Fork, command_line
-from helpers import die_at_call, signal_in_step
+from helpers import die_at_call, signal_in_step, untimed_metrics
 from PIL import Image
 
 from seriatim.checkpoints.shared_tokenizer import tokenizer_file
@@ -68,12 +68,6 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None
     return monkeypatch.undo
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    timed = {"images_per_second", "loader_share"}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
-
-
 CASES = {
     "plain": [], "workers": ["training.workers=2"], "accumulate": ["training.accumulate=3"],
     "threads": ["training.threads=2", "model.width=128"],
@@ -101,7 +95,7 @@ def test_twenty_steps_are_the_same_in_parts(
         assert not (tmp_path / "parts" / "model").exists()
     train(recipe, tmp_path / "parts", resume=True, quiet=True)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert untimed_metrics(tmp_path / "whole") == untimed_metrics(tmp_path / "parts")
 
 
 @pytest.mark.parametrize("lost", ["noise", "data", "optimiser", "average"])
