@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from seriatim.core.lazy import exporter
+from seriatim.core.lazy import exports
 
-__all__ = ["KL", "VQ", "Arrays", "KMeans", "Latent", "Pixels", "Pretrained", "Quantiser", "Tokenizer"]
-
-
-__getattr__ = exporter(
+__all__, __getattr__ = exports(
     __name__,
     {
-        "Arrays": "seriatim.tokenizers.arrays",
-        "KL": "seriatim.tokenizers.kl",
-        "KMeans": "seriatim.tokenizers.kmeans",
-        "Latent": "seriatim.tokenizers.latent",
-        "Pixels": "seriatim.tokenizers.pixels",
-        "Pretrained": "seriatim.tokenizers.pretrained",
-        "Quantiser": "seriatim.tokenizers.quantise",
-        "Tokenizer": "seriatim.tokenizers.base",
-        "VQ": "seriatim.tokenizers.vq",
+        "arrays": "Arrays",
+        "base": "Tokenizer",
+        "kl": "KL",
+        "kmeans": "KMeans",
+        "latent": "Latent",
+        "pixels": "Pixels",
+        "pretrained": "Pretrained",
+        "quantise": "Quantiser",
+        "vq": "VQ",
     },
 )
