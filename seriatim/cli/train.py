@@ -12,9 +12,8 @@ from typer.core import TyperCommand
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
-    from seriatim.training.classifier import ClassifierResult
     from seriatim.training.config import AnyRecipe, ClassifierRecipe, Recipe
-    from seriatim.training.loop import TrainingResult
+    from seriatim.training.engine import TrainingResult
     from seriatim.training.run_folder import Resume
 
 
@@ -176,7 +175,7 @@ def readable(plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def reported(result: TrainingResult | ClassifierResult) -> dict[str, Any]:
+def reported(result: TrainingResult) -> dict[str, Any]:
     return {
         "folder": str(result.folder),
         "model": str(result.folder / "model"),

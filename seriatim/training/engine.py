@@ -140,18 +140,15 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The result of a run."""
-
-    task: Any  # the `Task` with its trained parts
-    run: RunState
+class TrainingResult:
+    folder: Path  # the run folder; `folder / "model"` holds what was trained
+    images: int
     seconds: float  # the time in the training loop
     images_per_second: float
-
-    @property
-    def loss(self) -> float:
-        """The mean loss in the last line of the log."""
-        return math.nan if self.run.loss is None else self.run.loss
+    loss: float  # the mean in the last line of the log
+    parameters: int
+    dtype: str
+    threads: int
 
 
 def fit(
@@ -163,11 +160,12 @@ def fit(
     resume: Resume = False,
     overwrite: bool = False,
     quiet: bool = False,
-) -> Outcome:
+) -> tuple[Any, TrainingResult]:
     """Train into the folder `out`, or with `resume` continue bitwise from the newest whole checkpoint in it.
 
     Without `resume`, `out` must be new or empty; with "auto" a run is resumed if there is one, and begun otherwise.
-    With `overwrite` a run in `out` is replaced, and kept until the new one is finished.
+    With `overwrite` a run in `out` is replaced, and kept until the new one is finished. Returns the task with its
+    trained parts, and the figures of the run.
 
     Raises UsageError if `out` holds anything but the run to resume or overwrite, if there is no run to resume, or if
     another process is training there; NumericsError if the loss or its gradient is not finite, before anything is
@@ -311,7 +309,10 @@ def fit(
         seconds = time.monotonic() - started
         task.finish(run, log)
         world.first(lambda: task.curves(log))
-    return Outcome(task, run, seconds, (run.seen - began) / seconds if run.seen > began else 0.0)
+    speed = (run.seen - began) / seconds if run.seen > began else 0.0
+    loss = math.nan if run.loss is None else run.loss
+    parameters = sum(parameter.numel() for parameter in parts.trained)
+    return task, TrainingResult(out, run.seen, seconds, speed, loss, parameters, run.dtype, run.threads)
 
 
 def begun(task: Task, stop: StopRequest, out: Path, world: World) -> RunState:
