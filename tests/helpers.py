@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 
 from seriatim.backbones.masked_transformer import Masked
+from seriatim.checkpoints.llamagen_vq import official_name
 from seriatim.checkpoints.native import Bundle
+from seriatim.checkpoints.shapes import official_autoencoder
 from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys, ReplayKeys
 from seriatim.core.settings import Settings
@@ -28,6 +30,7 @@ from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
 from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.pixels import Pixels
+from seriatim.tokenizers.vq import VQ
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.not_finite import FiniteGuard
 
@@ -61,6 +64,11 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.S
         return true(*arguments)
 
     monkeypatch.setattr(FiniteGuard, "skips", counted)
+
+
+def official_tensors(tokenizer: VQ) -> dict[str, torch.Tensor]:
+    """The weights of LlamaGen's tokenizer under official names, of official shapes."""
+    return official_autoencoder(tokenizer, official_name)
 
 
 def golden(kind: str) -> Path:
