@@ -256,7 +256,8 @@ def asked(pipe: Pipeline, num: int, seed: int, settings: Mapping[str, Any]) -> S
             raise UsageError(f"{name}: is not for evaluation, which draws every class alike; leave it out")
     if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= MOST_IMAGES:
         raise UsageError(f"num: {shown(num)} is not allowed; it must be an integer from 1 to {MOST_IMAGES:,}")
-    labels = [label_of(c, pipe.class_names) for c in range(pipe.model.classes)] or [None]
+    classes = range(pipe.model.classes)
+    labels = tuple(label_of(c, pipe.class_names) for c in classes) if classes else (None,)
     request = pipe.request(**{**settings, "seed": seed, "class_labels": labels})
     if isinstance(request.order, tuple) and request.order and isinstance(request.order[0], tuple):
         raise UsageError("order: one for each image is not for evaluation; give a name, or one order for all")

@@ -89,7 +89,7 @@ class SelectsOthers(Causal):
 class SilentlyTogether(Causal):
     """Answers for each of several tokens with z of the next one."""
 
-    def step(self, state: Any, content: Any = None, content_valid: Any = None, ask: Any = None, **_: Any) -> Tensor:
+    def step(self, state: Any, content: Any = None, *given: Any, ask: Any = None, **_: Any) -> Tensor:
         z = super().step(state, content, content_valid)
         return z if ask is None else z.expand(-1, ask.shape[1], -1)
 
@@ -136,13 +136,13 @@ class CausalInside(Groups):
 
 
 class SortsRequests(Groups):
-    def step(self, state: Any, content: Any = None, content_valid: Any = None, ask: Any = None, **_: Any) -> Tensor:
+    def step(self, state: Any, content: Any = None, *given: Any, ask: Any = None, **_: Any) -> Tensor:
         z = super().step(state, content, content_valid, ask)
         return z if content is not None or ask is None else z.gather(1, ask.argsort(1)[..., None].expand_as(z))
 
 
 class CountsRequests(Groups):
-    def step(self, state: Any, content: Any = None, content_valid: Any = None, ask: Any = None, **_: Any) -> Tensor:
+    def step(self, state: Any, content: Any = None, *given: Any, ask: Any = None, **_: Any) -> Tensor:
         lone = content is None and ask is None and state.counts[0] > 0
         return super().step(state, content, content_valid, ask) + (0.1 if lone else 0)
 
@@ -188,7 +188,7 @@ class SelectsAll(Causal):
 
 
 class RequestsMove(Groups):
-    def step(self, state: Any, content: Any = None, content_valid: Any = None, ask: Any = None, **_: Any) -> Tensor:
+    def step(self, state: Any, content: Any = None, *given: Any, ask: Any = None, **_: Any) -> Tensor:
         z = super().step(state, content, content_valid, ask)
         state.condition = state.condition + (0 if ask is None else 0.5)
         return z

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import metrics, tiny_run
+from helpers import metrics, tiny_run, untimed_metrics
 from PIL import Image
 
 from seriatim.checkpoints.native import load_bundle
@@ -93,7 +93,6 @@ def test_nobody_trains_on_the_images_held_out(tmp_path: Path, monkeypatch: pytes
 
 
 def test_stopping_and_resuming_gives_the_same_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training.test_resume import rows as untimed
     from training.test_resume import stop_after, weights
 
     recipe = tiny("data.validation=0.1", "training.validate_images=48")
@@ -103,7 +102,7 @@ def test_stopping_and_resuming_gives_the_same_lines(tmp_path: Path, monkeypatch:
         train(recipe, tmp_path / "parts", quiet=True)
     undo()
     train(recipe, tmp_path / "parts", resume=True, quiet=True)
-    assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
+    assert untimed_metrics(tmp_path / "whole") == untimed_metrics(tmp_path / "parts")
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
 
 
