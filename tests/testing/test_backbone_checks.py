@@ -89,9 +89,9 @@ class SelectsOthers(Causal):
 class SilentlyTogether(Causal):
     """Answers for each of several tokens with z of the next one."""
 
-    def step(self, state: Any, content: Any = None, *given: Any, ask: Any = None, **_: Any) -> Tensor:
-        z = super().step(state, content, content_valid)
-        return z if ask is None else z.expand(-1, ask.shape[1], -1)
+    def step(self, state: Any, content: Any = None, *valid: Any, **asked: Any) -> Tensor:
+        z = super().step(state, content, *valid)
+        return z.expand(-1, asked["ask"].shape[1], -1) if "ask" in asked else z
 
 
 class ClaimsGroups(Causal):
@@ -129,34 +129,36 @@ class SingleTokensDiffer(Groups):
 class CausalInside(Groups):
     """The tokens of a group enter one after another, so that they don't see one another as in one pass."""
 
-    def step(self, state: Any, content: Any = None, content_valid: Any = None, **ask: Any) -> Tensor:
-        if content is None or content_valid is not None:
-            return super().step(state, content, content_valid, **ask)
-        return [super(CausalInside, self).step(state, each, None, **ask) for each in content.split(1, dim=1)][-1]
+    def step(self, state: Any, content: Any = None, *valid: Any, **asked: Any) -> Tensor:
+        if content is None or valid:
+            return super().step(state, content, *valid, **asked)
+        return [super(CausalInside, self).step(state, each, **asked) for each in content.split(1, dim=1)][-1]
 
 
 class SortsRequests(Groups):
-    def step(self, state: Any, content: Any = None, *given: Any, ask: Any = None, **_: Any) -> Tensor:
-        z = super().step(state, content, content_valid, ask)
-        return z if content is not None or ask is None else z.gather(1, ask.argsort(1)[..., None].expand_as(z))
+    def step(self, state: Any, content: Any = None, *valid: Any, **asked: Any) -> Tensor:
+        z = super().step(state, content, *valid, **asked)
+        if content is not None or "ask" not in asked:
+            return z
+        return z.gather(1, asked["ask"].argsort(1)[..., None].expand_as(z))
 
 
 class CountsRequests(Groups):
-    def step(self, state: Any, content: Any = None, *given: Any, ask: Any = None, **_: Any) -> Tensor:
-        lone = content is None and ask is None and state.counts[0] > 0
-        return super().step(state, content, content_valid, ask) + (0.1 if lone else 0)
+    def step(self, state: Any, content: Any = None, *valid: Any, **asked: Any) -> Tensor:
+        lone = content is None and not asked and state.counts[0] > 0
+        return super().step(state, content, *valid, **asked) + (0.1 if lone else 0)
 
 
 class MindsPadding(Groups):
-    def step(self, *given: Any, ask_valid: Any = None, **ask: Any) -> Tensor:
-        z = super().step(*given, **ask)
-        return z if ask_valid is None else z + ask_valid.float().mean()
+    def step(self, state: Any, content: Any = None, *valid: Any, **asked: Any) -> Tensor:
+        z = super().step(state, content, *valid, **asked)
+        return z + asked["ask_valid"].float().mean() if "ask_valid" in asked else z
 
 
 class PadsGroups(Groups):
-    def step(self, state: Any, content: Any = None, content_valid: Any = None, **ask: Any) -> Tensor:
-        z = super().step(state, content, content_valid, **ask)
-        return z if content_valid is None else z + (~content_valid).float().mean()
+    def step(self, state: Any, content: Any = None, *valid: Any, **asked: Any) -> Tensor:
+        z = super().step(state, content, *valid, **asked)
+        return z + (~valid[0]).float().mean() if valid else z
 
 
 class IgnoresKnown(Masked):
@@ -188,9 +190,9 @@ class SelectsAll(Causal):
 
 
 class RequestsMove(Groups):
-    def step(self, state: Any, content: Any = None, *given: Any, ask: Any = None, **_: Any) -> Tensor:
-        z = super().step(state, content, content_valid, ask)
-        state.condition = state.condition + (0 if ask is None else 0.5)
+    def step(self, state: Any, content: Any = None, *valid: Any, **asked: Any) -> Tensor:
+        z = super().step(state, content, *valid, **asked)
+        state.condition = state.condition + (0.5 if asked else 0)
         return z
 
 
