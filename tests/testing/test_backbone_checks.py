@@ -185,7 +185,7 @@ class NoCondition(Causal):
 class SelectsAll(Causal):
     def start(self, condition: Condition, order: Tensor | None = None) -> Any:
         state = super().start(condition, order)
-        state.select = lambda _: state  # type: ignore[method-assign]
+        state.select = lambda rows: state  # type: ignore[method-assign]  # noqa: ARG005
         return state
 
 
