@@ -40,7 +40,7 @@ def reading(path: Path, what: str) -> Iterator[None]:
     """Name the file in an error of memory, and turn every other one into Unreadable."""
     try:
         yield
-    except Unreadable:
+    except (Unreadable, ResourceError):
         raise
     except Exception as error:  # zipfile's, zlib's, those of numpy's parsers: a damaged file makes them raise anything
         if is_out_of_memory(error):
