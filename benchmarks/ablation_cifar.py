@@ -11,7 +11,6 @@ OUT/CELL-....json                   what the tables are made of
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,14 +22,14 @@ from typing import Any, cast
 
 import torch
 from ablation_cells import CELLS, Cell, refuse_other
+from known_density import reached, spent_by
 from known_density_tables import BUDGETS
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
-from seriatim.checkpoints.unfinished import newest_whole
-from seriatim.core.errors import DataError, NumericsError
+from seriatim.core.errors import DataError
 from seriatim.core.files import write_json
 from seriatim.core.keys import Keys
 from seriatim.core.progress import Progress
@@ -44,15 +43,15 @@ from seriatim.evaluation.figures import Reference, Set, class_map, figures_of
 from seriatim.evaluation.grid import grid, save_png
 from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import Part, as_many, whole
-from seriatim.evaluation.run import READ_AT_ONCE, asked, evaluate, features_folder, pictures, request_for
-from seriatim.models.base import SequenceModel
+from seriatim.evaluation.run import READ_AT_ONCE, asked, evaluate, features_folder, pictures
+from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import build_model, parameter_count, seeded
 from seriatim.pipeline.loading import load
 from seriatim.tokenizers.base import Tokenizer, to_uint8
 from seriatim.tokenizers.kmeans import KMeans
 from seriatim.tokenizers.pixels import Pixels
-from seriatim.training import state as checkpoints
-from seriatim.training.state import RunState, Trainables
+from seriatim.training.state import Trainables
+from seriatim.training.updates import power_average, updates
 
 BATCH, RATE, WARMUP, CLIP, AVERAGE = 32, 1e-3, 50, 1.0, 8  # AVERAGE: the power of the average, about 10 % wide
 FIGURES = ("frechet", "manifold", "accuracy")
@@ -236,57 +235,42 @@ def train(work: CifarWork, budgets: Sequence[str]) -> None:
     task, cell = work.task, CELLS[work.training]
     data, tokenizer = task.folder(task.data), task.tokenizer(cell.loss)
     model = task.model(cell, len(data.class_names), work.seed).train()
-    optimiser = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
-    average = AveragedModel(model, multi_avg_fn=power_average)
-    parts, folder = Trainables(model, average, optimiser), work.folder / "checkpoints"
-    checkpoints.sweep(folder)
-    newest, _ = newest_whole(folder)
-    run = checkpoints.load(newest, parts) if newest is not None else RunState()
-    seconds = run.sums.get("seconds", 0.0)  # of updates, so far; the sums are kept in a checkpoint
+    average = AveragedModel(model, multi_avg_fn=power_average(AVERAGE))
+    parts = Trainables(model, average, torch.optim.Adam(model.parameters(), lr=RATE, fused=True))
     batches = Batches(data, derive_seed("training", work.seed), 0, FOREVER, BATCH)
-    saved = time.monotonic()
+    folder = work.folder / "checkpoints"
+
+    def batch_of(update: int) -> tuple[Tensor, Tensor | None]:
+        batch = batches[update]
+        return tokenizer.tokens(tokenizer.moments(to_float(batch.images))), batch.labels
+
+    def loss_of(batch: tuple[Tensor, Tensor | None], update: int) -> Loss:
+        step = Keys.of("noise", work.seed, update)
+        loss: Loss = model(*batch, step.fold(torch.arange(BATCH)), step)
+        return loss
+
+    def rate(images: int) -> float:
+        return RATE * min(1.0, images / BATCH / WARMUP)
+
+    states = updates(
+        parts, batch_of, loss_of, size=BATCH, rate=rate, clip=CLIP, folder=folder, save_seconds=SAVE_SECONDS
+    )
+    run = next(states)  # every later step changes this same state
     with Progress(task.images, f"training {work.training}", "images", done=run.seen) as bar:
         while True:
-            reached = {"images": run.seen >= task.images, "seconds": seconds >= task.seconds}
-            for budget in [b for b in budgets if reached[b] and not (work.folder / b).exists()]:
-                told = {"training": work.training, "images": run.seen, "updates": run.steps, "train_seconds": seconds}
+            used_up = reached(run, budgets, task.images, task.seconds)
+            for budget in [b for b in used_up if not (work.folder / b).exists()]:
+                told = {"training": work.training, **spent_by(run)}
                 made = Bundle(cast(SequenceModel, average.module), tokenizer, data.class_names, {}, told)
                 save_bundle(made, work.folder / budget)
-            if all(reached[b] for b in budgets):
+            if len(used_up) == len(budgets):
                 break
-            if time.monotonic() - saved >= SAVE_SECONDS:
-                run.sums = {"seconds": seconds}
-                checkpoints.save(folder, parts, run)
-                checkpoints.prune(folder, 1)
-                saved = time.monotonic()
-            batch = batches[run.steps]  # no part of an update's time: reading, decoding, tokens
-            tokens = tokenizer.tokens(tokenizer.moments(to_float(batch.images)))
-            step = Keys.of("noise", work.seed, run.steps)
-            keys = step.fold(torch.arange(BATCH))
-            begin = time.process_time()
-            for group in optimiser.param_groups:
-                group["lr"] = RATE * min(1.0, (run.steps + 1) / WARMUP)
-            loss = model(tokens, batch.labels, keys, step).mean
-            if not math.isfinite(loss.item()):
-                raise NumericsError(f"{work.label}: the loss is not finite after {run.seen} images")
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimiser.step()
-            average.update_parameters(model)
-            seconds += time.process_time() - begin
-            run.seen, run.steps = run.seen + BATCH, run.steps + 1
+            next(states)
             if "seconds" in budgets:  # how many images that will be, at the mean rate so far
                 least = task.images if "images" in budgets else 0
-                bar.total = max(least, round(run.seen * max(1.0, task.seconds / seconds)))
-            bar.advance(BATCH, f"loss {loss.item():.3f}, {seconds:.0f} s of updates")
+                bar.total = max(least, round(run.seen * max(1.0, task.seconds / run.sums["seconds"])))
+            bar.advance(BATCH, f"loss {run.sums['loss']:.3f}, {run.sums['seconds']:.0f} s of updates")
     shutil.rmtree(folder, ignore_errors=True)
-
-
-@torch.no_grad()
-def power_average(average: Any, current: Any, updates: Tensor | int) -> None:
-    """A power function of time (Karras et al. 2024): about 10 % of all updates wide, whenever it is looked at."""
-    torch._foreach_lerp_(average, current, 1 - (1 - 1 / (int(updates) + 1)) ** AVERAGE)
 
 
 def judge(work: CifarWork, name: str, budget: str, guidance: float) -> None:
@@ -307,7 +291,7 @@ def judge(work: CifarWork, name: str, budget: str, guidance: float) -> None:
         **settings,
     )
     assert made.figures is not None, "this process has all shares"
-    request = request_for(pipe, asked(pipe, task.samples, work.seed, settings), range(min(SHOWN, task.samples)))
+    request = asked(pipe, task.samples, work.seed, settings).part(range(min(SHOWN, task.samples)))
     begin = time.process_time()
     images = pipe(request=request, output_type="pt").images
     took = (time.process_time() - begin) / len(images)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ablation_cells import CELLS, Cell, refuse_other
 from known_contestants import LEAVES, TRUNKS, Contestant
-from known_density import AVERAGE, BATCH, RATE, judge, ruler_of, run_truth, stream, trained
+from known_density import AVERAGE, BATCH, RATE, judge, reached, ruler_of, run_truth, spent_by, stream, trained
 from known_density_scores import Codes
 from known_density_tables import BUDGETS
 from known_processes import TASKS
@@ -75,13 +75,12 @@ class KnownWork:
         batches, noise = stream(process, self.seed, codes), derive_seed("noise", self.seed)
         size = {"backbone": parameter_count(model.backbone), "head": parameter_count(model.head)}
         row = {"task": self.task, "seed": self.seed, "parameters": size}
-        progress = enumerate(trained(model, batches, noise), start=1)
+        progress = trained(model, batches, noise)
         try:
             while waiting:
-                update, (average, seconds) = next(progress)
-                reached = {"images": update * BATCH >= self.images, "seconds": seconds >= self.seconds}
-                spent = {"images": update * BATCH, "updates": update, "train_seconds": seconds}
-                for name, budget in [w for w in waiting if reached[w[1]]]:
+                average, state = next(progress)
+                spent, used_up = spent_by(state), reached(state, BUDGETS, self.images, self.seconds)
+                for name, budget in [w for w in waiting if w[1] in used_up]:
                     scores = judge(cells[name], average, process, ruler, codes, self.seed)
                     self.write(name, budget, row | spent | {"scores": scores})
                     waiting.remove((name, budget))

@@ -30,7 +30,6 @@ B sequences, L tokens, D features, N samples, P directions.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import multiprocessing
@@ -43,7 +42,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from known_contestants import CONTESTANTS, HELD_OUT, USUAL, Contestant
@@ -51,14 +50,17 @@ from known_density_scores import Codes, Ruler, log_likelihood
 from known_density_tables import BUDGETS, figure, is_truth, tables
 from known_processes import TASKS, Process
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from seriatim.core.errors import DataError, NumericsError, SeriatimError, UsageError, nearest, one_line
 from seriatim.core.files import writable_folder, write_json
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed, generator
 from seriatim.core.schedules import tokens_per_step
-from seriatim.models.base import SequenceModel
+from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import parameter_count
+from seriatim.training.state import RunState, Trainables
+from seriatim.training.updates import power_average, updates
 
 SEEDS, IMAGES, SECONDS = (0, 1, 2), 24_576, 10.0
 BATCH, RATE, WARMUP, CLIP, AVERAGE = 48, 2e-3, 30, 1.0, 8  # AVERAGE: the power of the average, about 10 % wide
@@ -106,28 +108,22 @@ class Work:
 
 def trained(
     model: SequenceModel, batches: Iterator[tuple[Tensor, Tensor]], noise_seed: int
-) -> Iterator[tuple[SequenceModel, float]]:
-    """After each update: the averaged model, and the processor's seconds that updates took so far. All else is free."""
-    average = copy.deepcopy(model).eval().requires_grad_(False)
-    weights: list[Tensor] = list(model.parameters())
-    averages: list[Tensor] = list(average.parameters())
-    optimiser = torch.optim.Adam(weights, lr=RATE, fused=True)
+) -> Iterator[tuple[SequenceModel, RunState]]:
+    """Yield the averaged model and the state of the training after each update, without end."""
     model.train()
-    seconds = 0.0
-    for update, (x, labels) in enumerate(batches, start=1):
-        begin = time.process_time()
-        for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1.0, update / WARMUP)
-        step = Keys.of(noise_seed, update)
-        loss = model(x, labels, step.fold(torch.arange(len(x))), step).mean
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, CLIP)
-        optimiser.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, [p.detach() for p in weights], 1 - (1 - 1 / update) ** AVERAGE)
-        seconds += time.process_time() - begin
-        yield average, seconds
+    average = AveragedModel(model, multi_avg_fn=power_average(AVERAGE)).eval().requires_grad_(False)
+    parts = Trainables(model, average, torch.optim.Adam(model.parameters(), lr=RATE, fused=True))
+
+    def loss_of(batch: tuple[Tensor, Tensor], update: int) -> Loss:
+        step = Keys.of(noise_seed, update + 1)
+        loss: Loss = model(*batch, step.fold(torch.arange(BATCH)), step)
+        return loss
+
+    def rate(images: int) -> float:
+        return RATE * min(1.0, images / BATCH / WARMUP)
+
+    for state in updates(parts, lambda _: next(batches), loss_of, size=BATCH, rate=rate, clip=CLIP):
+        yield cast(SequenceModel, average.module), state
 
 
 def stream(process: Process, seed: int, codes: Codes | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -149,6 +145,17 @@ def judge(
     return gap(contestant, model, process, seed) | (ruler(samples) if finite else {"distance": math.nan})
 
 
+def reached(state: RunState, budgets: Iterable[str], images: int, seconds: float) -> list[str]:
+    """Those of the budgets that are used up."""
+    used_up = {"images": state.seen >= images, "seconds": state.sums["seconds"] >= seconds}
+    return [budget for budget in budgets if used_up[budget]]
+
+
+def spent_by(state: RunState) -> dict[str, float]:
+    """What a training took, as the files of results have it."""
+    return {"images": state.seen, "updates": state.steps, "train_seconds": state.sums["seconds"]}
+
+
 def run(work: Work) -> tuple[Work, float]:
     """Train and judge, a file for each budget; in a process of its own."""
     torch.set_num_threads(1)
@@ -159,14 +166,13 @@ def run(work: Work) -> tuple[Work, float]:
     batches = stream(process, work.seed, codes)
     size = {"backbone": parameter_count(model.backbone), "head": parameter_count(model.head)}
     row = {"task": work.task, "name": work.name, "seed": work.seed, "parameters": size, "settings": settings(work)}
-    progress = enumerate(trained(model, batches, derive_seed("noise", work.seed)), start=1)
+    progress = trained(model, batches, derive_seed("noise", work.seed))
     try:
         while waiting:
-            update, (average, seconds) = next(progress)
-            reached = {"images": update * BATCH >= work.images, "seconds": seconds >= work.seconds}
-            for budget in [b for b in waiting if reached[b]]:
+            average, state = next(progress)
+            for budget in reached(state, waiting, work.images, work.seconds):
                 scores = judge(contestant, average, process, ruler, codes, work.seed)
-                spent = {"images": update * BATCH, "updates": update, "train_seconds": seconds}
+                spent = spent_by(state)
                 write_json(work.file(budget), row | spent | {"budget": budget, "scores": scores})
                 waiting.remove(budget)
     except NumericsError as error:  # that it diverged is its result; the others go on

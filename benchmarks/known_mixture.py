@@ -35,7 +35,10 @@ from seriatim.core.schedules import learning_rate
 from seriatim.heads.ddpm import full_chain
 from seriatim.heads.diffusion import Diffusion
 from seriatim.heads.solvers import SOLVERS
+from seriatim.models.base import Loss
 from seriatim.models.build import seeded
+from seriatim.training.state import Trainables
+from seriatim.training.updates import updates
 
 STEPS = (5, 8, 10, 15, 25, 50, 100)
 STARTS = {"stable": None, "official": 999}
@@ -107,26 +110,31 @@ class OneZ(Diffusion):
         return super().walk(times, condition[:1])
 
 
-def trained(mixture: Mixture, seed: int, file: Path, updates: int) -> OneZ:
+def trained(mixture: Mixture, seed: int, file: Path, count: int) -> OneZ:
     """A head for the mixture, from `file` if it is there: Adam, half a cosine, an average of some 500 updates."""
     with seeded(seed):
         head = OneZ(mixture.means.shape[1], WIDTH, DEPTH, z_dim=len(mixture.z))
     if file.exists():
         head.load_state_dict(load_file(file))
         return head.eval()
-    optimiser = torch.optim.Adam(head.parameters(), lr=3e-3)
     average = torch.optim.swa_utils.AveragedModel(head, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
+    parts = Trainables(head, average, torch.optim.Adam(head.parameters(), lr=3e-3))
     g = torch.Generator().manual_seed(1000 + seed)
-    for update in range(updates):
-        for group in optimiser.param_groups:
-            group["lr"] = 3e-3 * learning_rate(update, updates, updates // 20, "cosine")
-        which = torch.randint(len(mixture.z), (BATCH,), generator=g)
+
+    def loss_of(which: Tensor, update: int) -> Loss:
         keys = Keys.of("training", seed, update).fold(torch.arange(BATCH))
         loss = head.loss(mixture.z[which], mixture.sample(which, g), keys)
-        optimiser.zero_grad()
-        (loss.sum.sum() / loss.count.sum()).backward()
-        optimiser.step()
-        average.update_parameters(head)
+        return Loss(loss.sum.sum(), loss.count.sum(), {})
+
+    def rate(images: int) -> float:
+        return 3e-3 * learning_rate(images // BATCH - 1, count, count // 20, "cosine")
+
+    def batch_of(_: int) -> Tensor:
+        return torch.randint(len(mixture.z), (BATCH,), generator=g)
+
+    for state in updates(parts, batch_of, loss_of, size=BATCH, rate=rate):
+        if state.steps == count:
+            break
     head.load_state_dict(average.module.state_dict())
     save_file(head.state_dict(), file)
     return head.eval()
@@ -180,9 +188,9 @@ class Ruler:
         return math.sqrt(statistics.mean(squares)), statistics.mean(ratios)
 
 
-def measure(folder: Path, updates: int) -> list[dict[str, object]]:
+def measure(folder: Path, count: int) -> list[dict[str, object]]:
     """All rows, from `results.jsonl` as far as they are there."""
-    settings = json.dumps({"head": [WIDTH, DEPTH], "batch": BATCH, "updates": updates, "samples": SAMPLES})
+    settings = json.dumps({"head": [WIDTH, DEPTH], "batch": BATCH, "updates": count, "samples": SAMPLES})
     made = folder / "settings.json"
     if made.exists() and made.read_text() != settings:
         sys.exit(f"error: --out: {folder} was made with {made.read_text()}, not {settings}; choose another folder")
@@ -196,7 +204,7 @@ def measure(folder: Path, updates: int) -> list[dict[str, object]]:
             ruler = Ruler(mixture)
             for seed in SEEDS:
                 begin = time.perf_counter()
-                head = trained(mixture, seed, folder / f"{name}-{seed}.safetensors", updates)
+                head = trained(mixture, seed, folder / f"{name}-{seed}.safetensors", count)
                 fit = " ".join(f"{k} {v:.5f}" for k, v in excess(head, mixture).items())
                 print(f"{name}, seed {seed}: {fit} ({time.perf_counter() - begin:.0f} s)", flush=True)  # noqa: T201
                 wanted = [(s, start, n) for s in SOLVERS for start in STARTS for n in STEPS] + [("truth", "", 0)]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from seriatim.bench.checkout import here
 from seriatim.bench.official_mar import OfficialMAR
@@ -26,8 +25,11 @@ from seriatim.bench.race import subject
 from seriatim.bench.timing import processor
 from seriatim.core.keys import Keys
 from seriatim.models import masked_model
+from seriatim.models.base import Loss
 from seriatim.nn.onednn_training import prepare_training
 from seriatim.training.optim import adamw, averaged
+from seriatim.training.state import Trainables
+from seriatim.training.updates import gradients
 
 RATIOS = (0.77, 0.88, 0.96)  # of masked tokens: a sixth, half and five sixths of those that training draws are below
 
@@ -58,8 +60,8 @@ def main(command: list[str] | None = None) -> None:
     official = OfficialMAR(arguments.official, model, device, {"num_diffusion_steps": 100})
     theirs = official.model.train()
     prepare_training(model)  # as the training engine does
-    optimisers = [adamw(model, 1e-4, (0.9, 0.95), 0.02), torch.optim.AdamW(theirs.parameters(), lr=1e-4)]
-    average = averaged(model, 0.9999)
+    parts = Trainables(model, averaged(model, 0.9999), adamw(model, 1e-4, (0.9, 0.95), 0.02))
+    optimiser = torch.optim.AdamW(theirs.parameters(), lr=1e-4)
     copies = [p.detach().clone() for p in theirs.parameters()]
     latents = model.spec.blank(arguments.batch, device).normal_()
     labels = torch.arange(arguments.batch) % max(1, model.classes)
@@ -67,24 +69,21 @@ def main(command: list[str] | None = None) -> None:
     side = round(model.tokens**0.5)
     image = latents.transpose(1, 2).reshape(arguments.batch, -1, side, side)
 
-    def finish(module: torch.nn.Module, loss: Tensor, optimiser: torch.optim.Optimizer) -> None:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 3.0)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-
     def our_step(ratio: float, dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             with replaced((masked_model, "mask_ratio", lambda *_, **__: ratio)):
-                loss: Tensor = model(latents, labels, keys, Keys.of(0)).mean
-        finish(model, loss, optimisers[0])
-        average.update_parameters(model)
+                loss: Loss = model(latents, labels, keys, Keys.of(0))
+        gradients(parts.trained, [loss], float(loss.count), 3.0)
+        parts.update()
 
     def their_step(ratio: float, dtype: torch.dtype) -> None:
         with here(device), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             with replaced((theirs, "mask_ratio_generator", Fixed(ratio))):
                 loss = theirs(image, labels)
-        finish(theirs, loss, optimisers[1])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 3.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
             for mean, value in zip(copies, theirs.parameters(), strict=True):
                 mean.mul_(0.9999).add_(value, alpha=0.0001)

@@ -16,17 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from ablation_cifar import power_average
 from known_density_tables import interval, show
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from seriatim.checkpoints.native import Bundle, save_bundle
-from seriatim.checkpoints.unfinished import newest_whole
 from seriatim.core.files import write_json
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
@@ -34,15 +32,14 @@ from seriatim.data.folder import Folder
 from seriatim.data.loader import Batches, to_float
 from seriatim.evaluation.features import open_features
 from seriatim.evaluation.run import evaluate
-from seriatim.models.base import SequenceModel
+from seriatim.models.base import Loss, SequenceModel
 from seriatim.pipeline.loading import load
 from seriatim.tokenizers.base import Tokenizer
-from seriatim.training import state as checkpoints
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.gradients import gradients
 from seriatim.training.optim import OPTIMISERS, make_optimiser
 from seriatim.training.setup import build, fit_tokenizer
-from seriatim.training.state import RunState, Trainables
+from seriatim.training.state import Trainables
+from seriatim.training.updates import power_average, updates
 
 SAVE_SECONDS, FOREVER = 60.0, 1 << 40
 HELD_OUT = 1000  # images of the loss
@@ -55,31 +52,32 @@ def train(recipe: Recipe, name: str, rate: float, seconds: float, folder: Path) 
     data, tokenizer, model = build(recipe)
     fit_tokenizer(tokenizer, data, quiet=True)
     optimiser = make_optimiser(name, model.train(), rate, settings.betas, settings.weight_decay)
-    parts = Trainables(model, AveragedModel(model, multi_avg_fn=power_average), optimiser)
-    checkpoints.sweep(folder / "checkpoints")
-    newest, _ = newest_whole(folder / "checkpoints")
-    run = checkpoints.load(newest, parts) if newest is not None else RunState()
-    spent, saved = run.sums.get("seconds", 0.0), time.monotonic()
+    parts = Trainables(model, AveragedModel(model, multi_avg_fn=power_average(8)), optimiser)
     batches = Batches(data, recipe.seed, 0, FOREVER, settings.batch_size)
-    while spent < seconds:
-        batch = batches[run.steps]
-        tokens = tokenizer.tokens(tokenizer.moments(to_float(batch.images)))
-        step = Keys.of("step", recipe.seed, run.steps)
-        torch.manual_seed(derive_seed("dropout", recipe.seed, run.steps))
-        begin = time.process_time()
-        for group in optimiser.param_groups:
-            group["lr"] = rate * min(1.0, (run.seen + len(batch)) / max(1, settings.warmup_images))
-        loss = model(tokens, batch.labels, step.fold(torch.arange(len(batch))), step)
-        gradients(parts.trained, [loss], float(len(batch) * model.tokens), settings.clip)
-        parts.update()
-        spent += time.process_time() - begin
-        run.seen, run.steps, run.sums = run.seen + len(batch), run.steps + 1, {"seconds": spent}
-        if time.monotonic() - saved > SAVE_SECONDS:
-            checkpoints.save(folder / "checkpoints", parts, run)
-            checkpoints.prune(folder / "checkpoints", 1)
-            saved = time.monotonic()
+
+    def batch_of(update: int) -> tuple[Tensor, Tensor | None]:
+        batch = batches[update]
+        return tokenizer.tokens(tokenizer.moments(to_float(batch.images))), batch.labels
+
+    def loss_of(batch: tuple[Tensor, Tensor | None], update: int) -> Loss:
+        step = Keys.of("step", recipe.seed, update)
+        torch.manual_seed(derive_seed("dropout", recipe.seed, update))
+        loss: Loss = model(*batch, step.fold(torch.arange(settings.batch_size)), step)
+        return loss
+
+    states = updates(
+        parts,
+        batch_of,
+        loss_of,
+        size=settings.batch_size,
+        rate=lambda images: rate * min(1.0, images / max(1, settings.warmup_images)),
+        clip=settings.clip,
+        folder=folder / "checkpoints",
+        save_seconds=SAVE_SECONDS,
+    )
+    run = next(run for run in states if run.sums["seconds"] >= seconds)
     trained: Any = parts.average.module
-    told = {"images": run.seen, "updates": run.steps, "seconds": spent}
+    told = {"images": run.seen, "updates": run.steps, "seconds": run.sums["seconds"]}
     save_bundle(Bundle(trained, tokenizer, data.class_names, recipe.sampling, told), folder / "model")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return told

@@ -9,42 +9,32 @@ Importing this package imports no torch; a public name does, when it is first us
 
 from __future__ import annotations
 
-from seriatim.core.lazy import exporter
+from seriatim.core.lazy import exports
 
 __version__ = "0.2.0"
 
-_PUBLIC = {
-    "BACKBONES": "seriatim.models.registry",
-    "FEATURES": "seriatim.evaluation.features",
-    "FeatureExtractor": "seriatim.evaluation.base",
-    "Features": "seriatim.evaluation.base",
-    "HEADS": "seriatim.models.registry",
-    "MODELS": "seriatim.models.registry",
-    "ORDERS": "seriatim.core.orders",
-    "PRESETS": "seriatim.zoo",
-    "SPLITS": "seriatim.models.registry",
-    "TOKENIZERS": "seriatim.tokenizers.kinds",
-    "CheckpointError": "seriatim.core.errors",
-    "ConfigError": "seriatim.core.errors",
-    "DataError": "seriatim.core.errors",
-    "NumericsError": "seriatim.core.errors",
-    "Pipeline": "seriatim.pipeline.pipeline",
-    "ResourceError": "seriatim.core.errors",
-    "Result": "seriatim.pipeline.result",
-    "SampleRequest": "seriatim.pipeline.request",
-    "SeriatimError": "seriatim.core.errors",
-    "Step": "seriatim.sampling.step",
-    "UsageError": "seriatim.core.errors",
-    "evaluate": "seriatim.evaluation.run",
-    "load": "seriatim.pipeline.loading",
-    "open_features": "seriatim.evaluation.features",
-    "sweep": "seriatim.evaluation.sweep",
-    "train": "seriatim.training.loop",
-}
+_PUBLIC, __getattr__ = exports(
+    __name__,
+    {
+        "core.errors": "CheckpointError ConfigError DataError NumericsError ResourceError SeriatimError UsageError",
+        "core.orders": "ORDERS",
+        "evaluation.base": "FeatureExtractor Features",
+        "evaluation.features": "FEATURES open_features",
+        "evaluation.run": "evaluate",
+        "evaluation.sweep": "sweep",
+        "models.registry": "BACKBONES HEADS MODELS SPLITS",
+        "pipeline.loading": "load",
+        "pipeline.pipeline": "Pipeline",
+        "pipeline.request": "SampleRequest",
+        "pipeline.result": "Result",
+        "sampling.step": "Step",
+        "tokenizers.kinds": "TOKENIZERS",
+        "training.loop": "train",
+        "zoo": "PRESETS",
+    },
+)
 
 __all__ = sorted(["__version__", *_PUBLIC])
-
-__getattr__ = exporter(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

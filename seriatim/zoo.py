@@ -35,6 +35,15 @@ class Preset:
         return self.model | self.theirs
 
 
+LATENTS = "ImageNet 256x256 as 16x16 latents of a KL autoencoder"
+
+
+def _masked(width: int, depth: int, heads: int, head: dict[str, Any]) -> dict[str, Any]:
+    """The config of a masked model of those latents."""
+    size = {"width": width, "depth": depth, "heads": heads}
+    return {"kind": "masked", "tokens": 256, "dim": 16, **size, "buffer": 64, "classes": 1000, "head": head}
+
+
 def _mar(
     size: str,
     *,
@@ -51,20 +60,10 @@ def _mar(
     return Preset(
         name=f"mar-{size}",
         summary=f"MAR-{size.upper()}: {depth}+{depth} blocks of {width}, head {head['depth']} x {head['width']}",
-        model={
-            "kind": "masked",
-            "tokens": 256,
-            "dim": 16,
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "buffer": 64,
-            "classes": 1000,
-            "head": {"kind": "diffusion", **head},
-        },
+        model=_masked(width, depth, heads, {"kind": "diffusion", **head}),
         parameters=parameters,
         tokens=256,
-        image="ImageNet 256x256 as 16x16 latents of a KL autoencoder",
+        image=LATENTS,
         published={
             "FID": guided[0],
             "IS": guided[1],
@@ -113,16 +112,11 @@ def _arinar(
     return Preset(
         name=f"arinar-{size}",
         summary=f"ARINAR-{size.upper()}: {depth}+{depth} blocks of {width}, feature by feature, 4 Gaussians each{note}",
-        model={
-            "kind": "masked",
-            "tokens": 256,
-            "dim": 16,
-            "width": width,
-            "depth": depth,
-            "heads": heads,
-            "buffer": 64,
-            "classes": 1000,
-            "head": {
+        model=_masked(
+            width,
+            depth,
+            heads,
+            {
                 "kind": "nested",
                 "split": {"kind": "features", "group": 1, "order": "natural"},
                 "model": {
@@ -134,10 +128,10 @@ def _arinar(
                     "head": {"kind": "mixture", "components": 4, "depth": 0},
                 },
             },
-        },
+        ),
         parameters=parameters,
         tokens=256,
-        image="ImageNet 256x256 as 16x16 latents of a KL autoencoder",
+        image=LATENTS,
         published=published,
         proven=(
             "names, shapes and counts of the official model; parity on golden tensors of small official models",

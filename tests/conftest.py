@@ -51,6 +51,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
+@pytest.fixture
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no picture of the loss, which takes longer than a tiny training."""
+    from seriatim.training import loop
+
+    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
+
+
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What is known about files is kept for one test, and not in the user's cache folder."""

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers import randomise
+from helpers import official_tensors, randomise
 from PIL import Image
 
 from seriatim.checkpoints.arinar import arinar_tensors
 from seriatim.checkpoints.detok import detok_tensors
 from seriatim.checkpoints.kl16 import kl16_from_tokenizer, tokenizer_from_kl16
 from seriatim.checkpoints.llamagen import llamagen_tensors
-from seriatim.checkpoints.llamagen_vq import official_tensors
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.checkpoints.tokenizer import save_tokenizer

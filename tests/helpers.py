@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ import torch
 from PIL import Image
 
 from seriatim.backbones.masked_transformer import Masked
+from seriatim.checkpoints.llamagen_vq import official_name
 from seriatim.checkpoints.native import Bundle
+from seriatim.checkpoints.shapes import official_autoencoder
 from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys, ReplayKeys
 from seriatim.core.settings import Settings
@@ -27,6 +30,8 @@ from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
 from seriatim.sampling.step import Start, Step
 from seriatim.tokenizers.pixels import Pixels
+from seriatim.tokenizers.vq import VQ
+from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.not_finite import FiniteGuard
 
 
@@ -59,6 +64,11 @@ def signal_in_step(monkeypatch: pytest.MonkeyPatch, steps: int, number: signal.S
         return true(*arguments)
 
     monkeypatch.setattr(FiniteGuard, "skips", counted)
+
+
+def official_tensors(tokenizer: VQ) -> dict[str, torch.Tensor]:
+    """The weights of LlamaGen's tokenizer under official names, of official shapes."""
+    return official_autoencoder(tokenizer, official_name)
 
 
 def golden(kind: str) -> Path:
@@ -94,6 +104,35 @@ def make_masked(classes: int = 3, tokens: int = 16, width: int = 32) -> MaskedMo
     model = make_bundle(classes, tokens, width).model
     assert isinstance(model, MaskedModel)
     return model
+
+
+TINY_RUN = [  # settings of a training of the recipe mar-digits that takes a fraction of a second
+    "model.width=16",
+    "model.depth=1",
+    "model.heads=1",
+    "model.head.width=16",
+    "model.head.depth=1",
+    "training.batch_size=16",
+    "training.log_images=16",
+    "training.dtype=float32",
+    "training.threads=1",
+]
+
+
+def tiny_run(*overrides: str) -> Recipe:
+    """The recipe of such a training; later overrides win."""
+    return read_recipe("mar-digits", [*TINY_RUN, *overrides])
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log without what depends on the clock."""
+    timed = {"images_per_second", "loader_share"}
+    return [{k: v for k, v in line.items() if k not in timed} for line in metrics(run)]
 
 
 def one_line(done: subprocess.CompletedProcess[str], code: int, *words: str) -> str:

@@ -6,12 +6,14 @@ and presets exist. A listed command that the documents no longer have fails.
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import re
 import runpy
 import shutil
 import sys
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from documents import DATA, PAGES, PROGRAMS, ROOT, SHELL, commands, fenced, firs
 from seriatim.bench import race as bench_run
 from seriatim.cli.app import app
 from seriatim.cli.main import run
+from seriatim.core.orders import ORDERS
 from seriatim.evaluation.features import FEATURES
 from seriatim.models.registry import HEADS
 from seriatim.training.config import packaged
@@ -208,6 +211,19 @@ def test_every_block_has_a_language_that_is_known() -> None:
                     assert not word or word.startswith("#") or word in PROGRAMS, f"{page}: {line}"
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_python_is_fenced(page: str) -> None:
+    """Indented lines are not run as Python, so none of them may be some that does anything."""
+    rest = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.M | re.S)
+    for block in re.findall(r"(?:^    .*\n)+", rest, flags=re.M):
+        try:
+            parsed = ast.walk(ast.parse(textwrap.dedent(block)))
+        except SyntaxError:
+            continue
+        does = [node for node in parsed if isinstance(node, ast.Call | ast.Assign | ast.Import | ast.ImportFrom)]
+        assert not does, f"{page}: begin this with ```python\n{block}"
+
+
 def test_what_cannot_run_is_still_there() -> None:
     assert CANNOT.keys() <= {" ".join(words) for _, words in ALL}
     extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("optional-dependencies]")[1], re.M)
@@ -270,7 +286,7 @@ def test_the_commands_run(page: str, monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("page", [page for page in PAGES if python(PAGES[page])])
 def test_the_python_runs(page: str) -> None:
-    registries: list[dict[str, Any]] = [HEADS, FEATURES]
+    registries: list[dict[str, Any]] = [HEADS, FEATURES, ORDERS]
     before = [dict(registry) for registry in registries]
     try:
         exec(compile(python(PAGES[page]), page, "exec"), {"__name__": "__main__"})

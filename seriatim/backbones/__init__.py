@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from seriatim.core.lazy import exporter
+from seriatim.core.lazy import exports
 
-__all__ = ["Backbone", "Causal", "Masked", "Parallel", "Sequential"]
-
-
-__getattr__ = exporter(
+__all__, __getattr__ = exports(
     __name__,
     {
-        "Backbone": "seriatim.backbones.base",
-        "Parallel": "seriatim.backbones.base",
-        "Sequential": "seriatim.backbones.base",
-        "Causal": "seriatim.backbones.causal_transformer",
-        "Masked": "seriatim.backbones.masked_transformer",
+        "base": "Backbone Parallel Sequential",
+        "causal_transformer": "Causal",
+        "masked_transformer": "Masked",
     },
 )

@@ -10,6 +10,7 @@ P vectors of a condition, A width of each, m tokens of content, n requested toke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 from torch import Tensor, nn
@@ -91,9 +92,13 @@ class Sequential(Backbone):
 
     A subclass also sets
       any_order    True if it accepts an order for each image; otherwise tokens come in raster order
+      groups       True if several tokens may come together: z of all of them is requested in one step, and they may
+                   look at one another once they are known; otherwise a step gives z of one token, and it does not
+                   matter how many tokens of content enter with it
     """
 
     any_order: bool = False
+    groups: bool = False
 
     def sequence(self, condition: Condition, tokens: Tensor, order: Tensor | None = None) -> Tensor:
         """z of every token in one pass, each from the condition and the tokens before it: (B, L, C).
@@ -103,6 +108,15 @@ class Sequential(Backbone):
         order.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks sequence()")
+
+    def sequence_of_groups(
+        self, condition: Condition, tokens: Tensor, order: Tensor | None, sizes: Sequence[int]
+    ) -> Tensor:
+        """The same if tokens come together in groups of these sizes, which add up to L; only with `groups`.
+
+        z of a token depends on the condition and the tokens of the groups before its own.
+        """
+        raise NotImplementedError(f"{type(self).__name__} lacks sequence_of_groups()")
 
     def start(self, condition: Condition, order: Tensor | None = None) -> Any:
         """The state of images that have no token yet; the arguments are those of `sequence`."""
@@ -119,10 +133,12 @@ class Sequential(Backbone):
         """z of the next n tokens of each image, after m more tokens became known: (B, n, C).
 
         content (B, m, D), or codes (B, m), holds the tokens that come next in each image's order after the tokens that
-        the state has seen; None means that there are none. content_valid (B, m) bool, on the host, is False at the end
+        the state has seen; None means that there are none. With `groups`, the content of one step is one group.
+        content_valid (B, m) bool, on the host, is False at the end
         of rows with fewer than m tokens; None means that all rows have m. ask (B, n) holds the requested positions,
         which are the next ones of the order; None means the next one. ask_valid (B, n) bool, on the host, is False at
-        the end of rows with fewer than n requests; z at these entries is arbitrary.
+        the end of rows with fewer than n requests; z at these entries is arbitrary. A request does not change the
+        state. Without `groups`, a request for more than one token raises UsageError.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks step()")
 

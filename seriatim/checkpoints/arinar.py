@@ -150,23 +150,14 @@ def bundle_from_arinar(
 ) -> Bundle:
     """A model folder's content: model, tokenizer, the authors' sampling settings where the sizes are a preset's."""
     model = model_from_arinar(file, inner_heads=inner_heads, **options)
-    shapes.check_fit(model, tokenizer, class_names, "vae")
-    preset = named_preset(model_config(model), None, str(file.path), NAMES)
-    sampling: dict[str, Any] = dict(preset.sampling) if preset else {"guidance_schedule": "linear"}
-    if "cfg" in file.arguments and not preset:
-        sampling["guidance_scale"] = float(file.argument("cfg", 1.0))
+    made = mar.bundle_of(model, file, tokenizer, class_names, NAMES, {"guidance_schedule": "linear"})
     if "temperature" in file.arguments:
         usual = {heads: name for name, heads in INNER_HEADS.items()}.get(inner_heads, "current")
-        sampling["temperature"] = our_temperature(file.argument("temperature", 1.0, most=100), convention or usual)
+        made.sampling["temperature"] = our_temperature(file.argument("temperature", 1.0, most=100), convention or usual)
     if file.arguments.get("bilevel_schedule", "constant") != "constant":
-        sampling["feature_schedule"] = str(file.arguments["bilevel_schedule"])
-    provenance = {
-        "converted_from": file.path.name,
-        "weights": file.which,
-        "preset": preset.name if preset else None,
-        "inner_heads": inner_heads,
-    }
-    return Bundle(model, tokenizer, class_names, sampling, provenance)
+        made.sampling["feature_schedule"] = str(file.arguments["bilevel_schedule"])
+    made.provenance["inner_heads"] = inner_heads
+    return made
 
 
 def arinar_tensors(model: SequenceModel) -> dict[str, Tensor]:

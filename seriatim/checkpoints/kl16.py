@@ -11,7 +11,6 @@ C channels, z channels of a latent, n levels.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.shapes import mapped, shape
-from seriatim.core.errors import CheckpointError, UsageError, one_line
+from seriatim.checkpoints.shapes import Autoencoder, official_autoencoder
+from seriatim.core.errors import CheckpointError
 from seriatim.tokenizers.kl import GROUPS, KL
 
 IGNORED = "loss."  # LPIPS and the discriminator
@@ -49,13 +48,9 @@ def official_name(name: str, levels: int) -> str:
 
 
 def kl16_from_tokenizer(tokenizer: KL) -> dict[str, Tensor]:
-    """The autoencoder's weights under official names, of official shapes; attention's matrices are convolutions."""
-    levels, result = len(tokenizer.config["block_out_channels"]), {}
-    for name, tensor in tokenizer.autoencoder.state_dict().items():
-        official = official_name(name, levels)
-        matrix = ".attn" in official and tensor.ndim == 2
-        result[official] = tensor[..., None, None] if matrix else tensor  # (C, C, 1, 1)
-    return result
+    """The autoencoder's weights under official names, of official shapes."""
+    levels = len(tokenizer.config["block_out_channels"])
+    return official_autoencoder(tokenizer.autoencoder, lambda name: official_name(name, levels))
 
 
 def tokenizer_from_kl16(
@@ -67,13 +62,25 @@ def tokenizer_from_kl16(
     shape or not finite. `loss.*` is left out. UsageError where `size` does not fit.
     """
     given = {name: tensor for name, tensor in tensors.items() if not name.startswith(IGNORED)}
+    known = Autoencoder(given, where, HINT)
+    widths = known.widths("encoder.down.{}.block.0.conv1.weight")
+    check_groups(widths, where)
+    levels = len(widths)
+    down, up = (
+        [i for i in range(levels) if f"{half}.{i}.attn.0.q.weight" in given] for half in ("encoder.down", "decoder.up")
+    )
+    arguments: dict[str, Any] = {
+        "latent_channels": known.width("decoder.conv_in.weight", 1),
+        "block_out_channels": widths,
+        "layers_per_block": known.count("encoder.down.0.block.{}.conv1.weight"),
+        "attention": down,
+        "decoder_attention": up,
+    }
+    channels = known.width("encoder.conv_in.weight", 1)
     with torch.device("meta"):
-        tokenizer = sized(given, where, size, patch, scale)
-    levels = len(tokenizer.config["block_out_channels"])
-    wanted = {name: tensor.shape for name, tensor in tokenizer.autoencoder.state_dict().items()}
-    weights = mapped(given, wanted, lambda name: official_name(name, levels), where, HINT)
-    # The tokenizer shares no memory with the tensors that the caller has.
-    tokenizer.autoencoder.load_state_dict({name: t.clone() for name, t in weights.items()}, assign=True)
+        known.check(lambda: KL(2 ** (levels - 1), 1, channels, **arguments))
+        tokenizer = KL(size, patch, channels, scale=scale, **arguments)  # what is wrong now is the caller's
+    known.fill(tokenizer.autoencoder, lambda name: official_name(name, levels))
     return tokenizer
 
 
@@ -83,38 +90,3 @@ def check_groups(widths: Sequence[int], where: str) -> None:
         raise CheckpointError(
             f"{where}: its levels have {list(widths)} channels, but official autoencoders have multiples of {GROUPS}"
         )
-
-
-def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], patch: int, scale: float) -> KL:
-    """A tokenizer of the sizes that the tensors show."""
-
-    def width(name: str, axis: int) -> int:
-        return shape(tensors, name, 4, where, HINT)[axis]
-
-    def count(pattern: str) -> int:
-        return next(i for i in itertools.count() if pattern.format(i) not in tensors)
-
-    conv = "encoder.down.{}.block.0.conv1.weight"
-    levels = max(1, count(conv))
-    widths = [width(conv.format(i), 0) for i in range(levels)]
-
-    check_groups(widths, where)
-
-    def attends(half: str) -> list[int]:
-        return [i for i in range(levels) if f"{half}.{i}.attn.0.q.weight" in tensors]
-
-    arguments: dict[str, Any] = {
-        "latent_channels": width("decoder.conv_in.weight", 1),
-        "block_out_channels": widths,
-        "layers_per_block": max(1, count("encoder.down.0.block.{}.conv1.weight")),
-        "attention": attends("encoder.down"),
-        "decoder_attention": attends("decoder.up"),
-    }
-    channels = width("encoder.conv_in.weight", 1)
-    try:
-        KL(2 ** (levels - 1), 1, channels, **arguments)
-    except UsageError as error:
-        raise CheckpointError(
-            f"{where}: its tensors are not those of an autoencoder we know: {one_line(error)}"
-        ) from error
-    return KL(size, patch, channels, scale=scale, **arguments)  # what is wrong now is the caller's

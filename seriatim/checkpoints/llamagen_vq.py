@@ -13,7 +13,6 @@ C features of a codeword, V codewords.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,8 +22,8 @@ from torch import Tensor
 
 from seriatim.checkpoints.kl16 import ATTENTION, check_groups
 from seriatim.checkpoints.official import OfficialFile
-from seriatim.checkpoints.shapes import mapped, shape
-from seriatim.core.errors import CheckpointError, UsageError, one_line
+from seriatim.checkpoints.shapes import Autoencoder
+from seriatim.core.errors import CheckpointError
 from seriatim.tokenizers.vq import VQ
 
 ENTRIES = ("ema", "model")  # of an official file
@@ -55,15 +54,6 @@ def official_name(name: str) -> str:
     return name
 
 
-def official_tensors(tokenizer: VQ) -> dict[str, Tensor]:
-    """The weights under official names, of official shapes; attention's matrices are convolutions."""
-    result = {}
-    for name, tensor in tokenizer.state_dict().items():
-        matrix = ".attentions." in name and tensor.ndim == 2
-        result[official_name(name)] = tensor[..., None, None] if matrix else tensor  # (C, C, 1, 1)
-    return result
-
-
 def tokenizer_from_file(file: OfficialFile, *, size: int | Sequence[int] = 256) -> VQ:
     """The tokenizer of an official file; what the training script's arguments say of the codebook must be so."""
     where, said = str(file.path), file.arguments
@@ -87,52 +77,27 @@ def tokenizer_from_llamagen(
     `where` and names the tensor that is missing, unknown, of another shape or not finite. UsageError where `size` does
     not fit.
     """
-    given = {name: tensor for name, tensor in tensors.items() if name != IGNORED}
-    with torch.device("meta"):
-        tokenizer = sized(given, where, size, l2)
-    wanted = {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}
-    weights = mapped(given, wanted, official_name, where, HINT)
-    # The tokenizer shares no memory with the tensors that the caller has.
-    tokenizer.load_state_dict({name: t.clone() for name, t in weights.items()}, assign=True)
-    return tokenizer.requires_grad_(False).eval()
-
-
-def sized(tensors: Mapping[str, Tensor], where: str, size: int | Sequence[int], l2: bool) -> VQ:
-    """A tokenizer of the sizes that the tensors show."""
-
-    def width(name: str, axis: int, axes: int = 4) -> int:
-        return shape(tensors, name, axes, where, HINT)[axis]
-
-    def count(pattern: str) -> int:
-        return next(i for i in itertools.count() if pattern.format(i) not in tensors)
-
-    conv = "{}.conv_blocks.{{}}.res.0.conv1.weight"
-    widths, decoder = (
-        [width(conv.format(half).format(i), 0) for i in range(max(1, count(conv.format(half))))]
-        for half in ("encoder", "decoder")
-    )
-    check_groups(widths, where)
-    check_groups(decoder, where)
-    code_dim = width("quant_conv.weight", 0)
-    if width(CODEBOOK, 1, axes=2) != code_dim:
+    known = Autoencoder({name: tensor for name, tensor in tensors.items() if name != IGNORED}, where, HINT)
+    widths, decoder = (known.widths(f"{half}.conv_blocks.{{}}.res.0.conv1.weight") for half in ("encoder", "decoder"))
+    check_groups([*widths, *decoder], where)
+    code_dim = known.width("quant_conv.weight", 0)
+    if known.width(CODEBOOK, 1, axes=2) != code_dim:
         raise CheckpointError(
             f"{where}: tensor {CODEBOOK!r} has shape {tuple(tensors[CODEBOOK].shape)}: a codebook of another size; "
             f"its codewords must have {code_dim} features, as 'quant_conv.weight' gives"
         )
     arguments: dict[str, Any] = {
-        "vocab": width(CODEBOOK, 0, axes=2),
+        "vocab": known.width(CODEBOOK, 0, axes=2),
         "code_dim": code_dim,
-        "latent_channels": width("quant_conv.weight", 1),
+        "latent_channels": known.width("quant_conv.weight", 1),
         "block_out_channels": widths,
         "decoder_block_out_channels": decoder[::-1],
-        "layers_per_block": max(1, count("encoder.conv_blocks.0.res.{}.conv1.weight")),
+        "layers_per_block": known.count("encoder.conv_blocks.0.res.{}.conv1.weight"),
         "l2": l2,
     }
-    channels = width("encoder.conv_in.weight", 1)
-    try:
-        VQ(2 ** (len(widths) - 1), channels, **arguments)
-    except UsageError as error:
-        raise CheckpointError(
-            f"{where}: its tensors are not those of a tokenizer we know: {one_line(error)}"
-        ) from error
-    return VQ(size, channels, **arguments)  # what is wrong now is the caller's
+    channels = known.width("encoder.conv_in.weight", 1)
+    with torch.device("meta"):
+        known.check(lambda: VQ(2 ** (len(widths) - 1), channels, **arguments))
+        tokenizer = VQ(size, channels, **arguments)  # what is wrong now is the caller's
+    known.fill(tokenizer, official_name)
+    return tokenizer.requires_grad_(False).eval()

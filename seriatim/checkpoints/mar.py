@@ -7,7 +7,7 @@ heads) comes from the preset with the same sizes, or from the caller.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -138,9 +138,22 @@ def infer_trunk(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
 def bundle_from_mar(file: OfficialFile, tokenizer: Tokenizer, class_names: list[str], **options: Any) -> Bundle:
     """A model folder's content: model, tokenizer, the authors' sampling settings where the sizes are a preset's."""
     model = model_from_mar(file, **options)
+    usual = {"guidance_schedule": "linear", "num_diffusion_steps": 100}
+    return bundle_of(model, file, tokenizer, class_names, NAMES, usual)
+
+
+def bundle_of(
+    model: SequenceModel,
+    file: OfficialFile,
+    tokenizer: Tokenizer,
+    class_names: list[str],
+    among: Collection[str],
+    usual: Mapping[str, Any],
+) -> Bundle:
+    """A model folder's content, with the settings of the preset `among` that has the same sizes, or else `usual`."""
     shapes.check_fit(model, tokenizer, class_names, "vae")
-    preset = named_preset(model_config(model), None, str(file.path), NAMES)
-    sampling = dict(preset.sampling) if preset else {"guidance_schedule": "linear", "num_diffusion_steps": 100}
+    preset = named_preset(model_config(model), None, str(file.path), among)
+    sampling = dict(preset.sampling if preset else usual)
     if "cfg" in file.arguments and not preset:
         sampling["guidance_scale"] = float(file.argument("cfg", 1.0))
     provenance = {"converted_from": file.path.name, "weights": file.which, "preset": preset.name if preset else None}

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from seriatim import __version__
-from seriatim.checkpoints.official import read_safetensors
+from seriatim.checkpoints.official import read_tensors
 from seriatim.checkpoints.renames import FORMAT, READABLE, renamed
 from seriatim.checkpoints.run_names import find
 from seriatim.checkpoints.shapes import refuse
@@ -265,9 +265,9 @@ def stored_tokenizer(folder: Path) -> Path:
     return tokenizer_file(folder) if is_checkpoint(folder) else folder / TOKENIZER
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_finite(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, which are refused unless they are finite."""
-    tensors = read_safetensors(path)
+    tensors = read_tensors(path)
     for name, tensor in tensors.items():
         check_finite(tensor, name, path)
     return tensors
@@ -306,7 +306,7 @@ def fill(module: nn.Module, path: Path, *, assign: bool = True, written: int = F
 
 def fitting(module: nn.Module, path: Path, written: int = FORMAT) -> dict[str, Tensor]:
     """The tensors of `path`, which are refused unless they are those of `module`, by name and shape."""
-    tensors = renamed(read_tensors(path), written)
+    tensors = renamed(read_finite(path), written)
     wanted = module.state_dict()
     refuse(path, "lacks", wanted.keys() - tensors.keys(), OTHER)
     refuse(path, "has an unknown", tensors.keys() - wanted.keys(), OTHER)

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from seriatim.core.errors import CheckpointError, ResourceError, UsageError, is_out_of_memory, nearest, one_line, shown
-from seriatim.core.files import utf8_path
+from seriatim.core.arrays import read_safetensors
+from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line, shown
+from seriatim.core.reading import read_or_raise
 
 SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
 # What torch.compile, FSDP and activation checkpointing put into names, wherever the wrapped module is
@@ -65,7 +65,7 @@ def read_official(path: Path | str, *, which: str | None = None, entries: tuple[
     path = Path(path).expanduser()
     if not path.is_file():
         raise UsageError(f"path: {path} is no file; name the downloaded weights ({', '.join(sorted(SUFFIXES))})")
-    content = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    content = read_tensors(path) if path.suffix == ".safetensors" else read_torch(path)
     raw = content.get("args")
     arguments = dict(vars(raw)) if isinstance(raw, argparse.Namespace) else dict(raw) if isinstance(raw, dict) else {}
     found = state_dicts(content, entries)
@@ -75,6 +75,11 @@ def read_official(path: Path | str, *, which: str | None = None, entries: tuple[
             raise UsageError(f"which: {path} holds no {chosen!r}; it holds {', '.join(map(repr, found))}")
         chosen = next(iter(found))
     return OfficialFile(path, only_tensors(path, found[chosen]), arguments, chosen or "model")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises CheckpointError if it can't be read."""
+    return read_or_raise(lambda: read_safetensors(path), path, CheckpointError, "copy or download it again")
 
 
 def read_torch(path: Path) -> Mapping[str, Any]:
@@ -105,16 +110,6 @@ def harmless() -> list[Any]:
     scalar = np.float64(0).__reduce__()[0]  # which makes a number of its type and bytes
     names = [(scalar, f"{package}.multiarray.scalar") for package in ("numpy.core", "numpy._core")]
     return [argparse.Namespace, np.dtype, *names, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"}]
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # a file handle, not a dict
-    except (SafetensorError, OSError) as error:
-        if is_out_of_memory(error):
-            raise ResourceError(f"{path}: out of memory ({one_line(error)[:80]}); use a smaller model") from error
-        raise CheckpointError(f"{path} is not a readable safetensors file ({one_line(error)})") from error
 
 
 def state_dicts(content: Mapping[str, Any], entries: tuple[str, ...]) -> dict[str, Mapping[str, Any]]:

@@ -6,13 +6,14 @@ line that begins with the file and names the tensor.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seriatim.checkpoints.official import OfficialFile
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
@@ -130,6 +131,50 @@ def squeezed(shape: torch.Size) -> tuple[int, ...]:
     while len(sizes) > 1 and sizes[0] == 1:
         sizes.pop(0)
     return tuple(sizes)
+
+
+# --- autoencoders -------------------------------------------------------------------------------------------------
+
+
+class Autoencoder:
+    """The sizes of an autoencoder that the tensors of an official file show; `hint` ends the errors."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: str, hint: str) -> None:
+        self.tensors, self.where, self.hint = tensors, where, hint
+
+    def width(self, name: str, axis: int, axes: int = 4) -> int:
+        return shape(self.tensors, name, axes, self.where, self.hint)[axis]
+
+    def count(self, pattern: str) -> int:
+        """How many tensors the pattern names for the numbers 0, 1, ...; at least 1."""
+        return max(1, next(i for i in itertools.count() if pattern.format(i) not in self.tensors))
+
+    def widths(self, pattern: str) -> list[int]:
+        return [self.width(pattern.format(i), 0) for i in range(self.count(pattern))]
+
+    def check(self, make: Callable[[], object]) -> None:
+        """Raise CheckpointError if `make()` says that no tokenizer has such sizes."""
+        try:
+            make()
+        except UsageError as error:
+            raise CheckpointError(
+                f"{self.where}: its tensors are not those of a tokenizer we know: {one_line(error)}"
+            ) from error
+
+    def fill(self, module: nn.Module, official: Callable[[str], str]) -> None:
+        """Give a module on the meta device the weights, in memory that it does not share with the tensors."""
+        wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+        weights = mapped(self.tensors, wanted, official, self.where, self.hint)
+        module.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+
+
+def official_autoencoder(module: nn.Module, official: Callable[[str], str]) -> dict[str, Tensor]:
+    """The weights under official names, of official shapes: the matrices of an attention are convolutions there."""
+    result = {}
+    for name, tensor in module.state_dict().items():
+        matrix = ".attentions." in name and tensor.ndim == 2
+        result[official(name)] = tensor[..., None, None] if matrix else tensor  # (C, C, 1, 1)
+    return result
 
 
 # --- models -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -60,26 +60,12 @@ def convert_mar(
 ) -> None:
     """Convert MAR (Li et al. 2024). No code in the file is run, and every tensor must fit."""
     from seriatim.checkpoints import mar
-    from seriatim.checkpoints.official import one_file, read_official
-    from seriatim.core.errors import UsageError
 
     check_preset(preset, mar.NAMES, "MAR")
-    if heads and len(heads) > 2:
-        raise UsageError(
-            f"heads: {heads} is not allowed; give one number, or one for the encoder and one for the decoder"
-        )
+    both = both_heads(heads, "heads")
     unused(out, overwrite)
-    if not vae.exists():
-        raise UsageError(f"vae: there is no {vae}; name kl16.ckpt, or a folder that `seriatim convert kl16` made")
-    which = None if ema is None else mar.ENTRIES[0 if ema else 1]
-    path = one_file(weights, mar.NAMES.get(preset or ""))
-    say(f"reading {path}")
-    file = read_official(path, which=which, entries=mar.ENTRIES)
-    config = mar.infer(file.tensors, str(path))
-    tokenizer = vae_of(vae, config["tokens"], config["dim"])
-    bundle = mar.bundle_from_mar(
-        file, tokenizer, read_names(class_names), heads=(heads[0], heads[-1]) if heads else None, preset=preset
-    )
+    file, tokenizer = read_masked(mar, weights, vae, ema, preset)
+    bundle = mar.bundle_from_mar(file, tokenizer, read_names(class_names), heads=both, preset=preset)
     save_model(bundle, out, file, json)
 
 
@@ -98,21 +84,11 @@ def convert_kl16(
     """Convert MAR's autoencoder KL-16, or one of its form in other sizes, to diffusers' AutoencoderKL."""
     from seriatim.checkpoints.kl16 import tokenizer_from_kl16
     from seriatim.checkpoints.official import read_official
-    from seriatim.checkpoints.tokenizer import save_tokenizer
 
     unused(out, overwrite)
     file = read_official(weights, entries=("model",))
     tokenizer = tokenizer_from_kl16(file.tensors, str(weights), size=size, patch=patch, scale=scale)
-    save_tokenizer(tokenizer, out, {"converted_from": file.path.name})
-    found = {
-        "tokenizer": str(out),
-        "parameters": sum(p.numel() for p in tokenizer.parameters()),
-        "image": list(tokenizer.size),
-        "tokens": tokenizer.count,
-        "features": tokenizer.dim,
-        "scale": scale,
-    }
-    report(found, json)
+    save_converted(tokenizer, out, {"converted_from": file.path.name}, json, features=tokenizer.dim, scale=scale)
 
 
 @convert.command("llamagen")
@@ -167,22 +143,12 @@ def convert_llamagen_vq(
     """Convert LlamaGen's tokenizer VQ-16 or VQ-8, or one of their form in other sizes."""
     from seriatim.checkpoints.llamagen_vq import ENTRIES, tokenizer_from_file
     from seriatim.checkpoints.official import read_official
-    from seriatim.checkpoints.tokenizer import save_tokenizer
 
     unused(out, overwrite)
     file = read_official(weights, which=None if ema is None else ENTRIES[0 if ema else 1], entries=ENTRIES)
     tokenizer = tokenizer_from_file(file, size=size)
-    save_tokenizer(tokenizer, out, {"converted_from": file.path.name, "weights": file.which})
-    found = {
-        "tokenizer": str(out),
-        "weights": file.which,
-        "parameters": sum(p.numel() for p in tokenizer.parameters()),
-        "image": list(tokenizer.size),
-        "tokens": tokenizer.count,
-        "codes": tokenizer.vocab,
-        "features": tokenizer.dim,
-    }
-    report(found, json)
+    provenance = {"converted_from": file.path.name, "weights": file.which}
+    save_converted(tokenizer, out, provenance, json, codes=tokenizer.vocab, features=tokenizer.dim)
 
 
 @convert.command("detok")
@@ -317,6 +283,34 @@ def check_preset(preset: str | None, names: Collection[str], paper: str) -> None
         raise UsageError(f"preset: {preset!r} is not one of {paper}'s{nearest(preset, names)}")
 
 
+def both_heads(heads: list[int] | None, name: str) -> tuple[int, int] | None:
+    """The attention heads of encoder and decoder from one number or two."""
+    from seriatim.core.errors import UsageError
+
+    if heads and len(heads) > 2:
+        raise UsageError(
+            f"{name}: {heads} is not allowed; give one number, or one for the encoder and one for the decoder"
+        )
+    return (heads[0], heads[-1]) if heads else None
+
+
+def read_masked(
+    converter: Any, weights: Path, vae: Path, ema: bool | None, preset: str | None
+) -> tuple[OfficialFile, Tokenizer]:
+    """The official file of a model that `converter`, the module `mar` or `arinar`, converts, and its tokenizer."""
+    from seriatim.checkpoints.mar import ENTRIES
+    from seriatim.checkpoints.official import one_file, read_official
+    from seriatim.core.errors import UsageError
+
+    if not vae.exists():
+        raise UsageError(f"vae: there is no {vae}; name kl16.ckpt, or a folder that `seriatim convert kl16` made")
+    path = one_file(weights, converter.NAMES.get(preset or ""))
+    say(f"reading {path}")
+    file = read_official(path, which=None if ema is None else ENTRIES[0 if ema else 1], entries=ENTRIES)
+    config = converter.infer(file.tensors, str(path))
+    return file, vae_of(vae, config["tokens"], config["dim"])
+
+
 def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
     """The tokenizer, from an official file or a tokenizer folder, of a model with `tokens` tokens of `dim` features."""
     from seriatim.checkpoints.kl16 import tokenizer_from_kl16
@@ -385,6 +379,21 @@ def save_model(bundle: Bundle, out: Path, file: OfficialFile, json: bool, **more
         "tokens": bundle.model.tokens,
         "classes": bundle.model.classes,
         "image": list(bundle.tokenizer.size),
+    }
+    report(found | more, json)
+
+
+def save_converted(tokenizer: Tokenizer, out: Path, provenance: dict[str, Any], json: bool, **more: object) -> None:
+    """Save a converted tokenizer, and report what it is."""
+    from seriatim.checkpoints.tokenizer import save_tokenizer
+
+    save_tokenizer(tokenizer, out, provenance)
+    found = {
+        "tokenizer": str(out),
+        **{name: value for name, value in provenance.items() if name == "weights"},
+        "parameters": sum(p.numel() for p in tokenizer.parameters()),
+        "image": list(tokenizer.size),
+        "tokens": tokenizer.count,
     }
     report(found | more, json)
 

@@ -16,11 +16,12 @@ from seriatim.cli.convert import (
     Overwrite,
     OverwriteFile,
     Vae,
+    both_heads,
     check_preset,
+    read_masked,
     read_names,
     save_model,
     unused,
-    vae_of,
     write_official,
 )
 from seriatim.cli.output import JsonFlag
@@ -67,8 +68,7 @@ def convert_arinar(
     json: JsonFlag = False,
 ) -> None:
     """Convert ARINAR (Zhao et al. 2025). No code in the file is run, and every tensor must fit."""
-    from seriatim.checkpoints import arinar, mar
-    from seriatim.checkpoints.official import one_file, read_official
+    from seriatim.checkpoints import arinar
     from seriatim.core.errors import UsageError
 
     check_preset(preset, arinar.NAMES, "ARINAR")
@@ -78,21 +78,11 @@ def convert_arinar(
         raise UsageError(
             f"heads: {heads} is not allowed; give 4 for the first release, 16 for the current official code"
         )
-    if trunk_heads and len(trunk_heads) > 2:
-        raise UsageError(
-            f"trunk_heads: {trunk_heads} is not allowed; give one number, or one each for the encoder and the decoder"
-        )
-    trunk = (trunk_heads[0], trunk_heads[-1]) if trunk_heads else None
+    trunk = both_heads(trunk_heads, "trunk_heads")
     if temperature_convention is not None:
         arinar.our_temperature(1.0, temperature_convention)
     unused(out, overwrite)
-    if not vae.exists():
-        raise UsageError(f"vae: there is no {vae}; name kl16.ckpt, or a folder that `seriatim convert kl16` made")
-    path = one_file(weights, arinar.NAMES.get(preset or ""))
-    say(f"reading {path}")
-    file = read_official(path, which=None if ema is None else mar.ENTRIES[0 if ema else 1], entries=mar.ENTRIES)
-    config = arinar.infer(file.tensors, str(path))
-    tokenizer = vae_of(vae, config["tokens"], config["dim"])
+    file, tokenizer = read_masked(arinar, weights, vae, ema, preset)
     losses = {}
     if images is not None:
         tokens = tokens_of(images, tokenizer)

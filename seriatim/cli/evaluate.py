@@ -245,10 +245,10 @@ def refuse_partial(provenance: dict[str, Any], extractor: FeatureExtractor) -> N
         )
 
 
-def say_missing(out: Path, missing: int, json: bool) -> None:
+def say_missing(out: Path, missing: int, json: bool, file: str = "results.json") -> None:
     if not missing:  # the first process prints the figures
         return
-    say(f"this share is done; other processes still have {missing:,} images; the last to finish writes results.json")
+    say(f"this share is done; other processes still have {missing:,} images; the last to finish writes {file}")
     if json:
         print_json({"folder": str(out), "missing": missing})
 

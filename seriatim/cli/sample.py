@@ -64,6 +64,7 @@ def sample(
 
     from seriatim.core.errors import UsageError
     from seriatim.core.files import no_empty_folder, writable_folder
+    from seriatim.core.images import read_png
     from seriatim.core.processes import place
     from seriatim.core.progress import Progress
     from seriatim.core.stopping import claims
@@ -73,7 +74,7 @@ def sample(
     from seriatim.pipeline.loading import load
     from seriatim.pipeline.pipeline import BATCH_TOKENS
     from seriatim.pipeline.result import file_names, recorded, save_image
-    from seriatim.pipeline.samples_folder import ANIMATION, GRID, check_samples_folder, is_there, opened, seed_of
+    from seriatim.pipeline.samples_folder import ANIMATION, GRID, check_samples_folder, is_there, seed_of
     from seriatim.training.precision import threads as using
 
     original = None if from_ is None else read_repeatable(from_)
@@ -144,7 +145,7 @@ def sample(
                 bar.advance(done, f"batch {number + 1} of {len(batches)}, step {step.index + 1} of {step.total}")
     seconds = time.monotonic() - begin
     if place().rank == 0:
-        save_png(grid([pictures.get(i) or opened(files[i]) for i in shown], columns), grid_file)
+        save_png(grid([pictures.get(i) or read_png(files[i]) for i in shown], columns), grid_file)
     if animate:
         side = 128 if len(files) == 1 else 64
         save_animation([grid(frames[i], columns, side=side) for i in sorted(frames)], animation, overwrite=overwrite)

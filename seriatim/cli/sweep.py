@@ -17,9 +17,10 @@ from seriatim.cli.evaluate import (
     fields,
     only_images,
     open_data,
+    say_missing,
     share_of,
 )
-from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
+from seriatim.cli.output import DeviceOption, JsonFlag, print_table
 from seriatim.cli.threads import ThreadsOption, drawing_with
 from seriatim.core.terminal import say
 
@@ -95,8 +96,7 @@ def sweep(
             **fields(set_ or []),
         )
     if done.missing:
-        say(f"this share is done; other processes still have {done.missing:,} images; the last to finish writes {JSON}")
-        return print_json({"folder": str(out), "missing": done.missing}) if json else None
+        return say_missing(out, done.missing, json, JSON)
     if json:
         return typer.echo((out / JSON).read_text(encoding="utf-8"), nl=False)
     names = list(done.points[0][1].figures or {})

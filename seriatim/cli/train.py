@@ -12,11 +12,9 @@ from typer.core import TyperCommand
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
-    from seriatim.training.classifier import ClassifierResult
     from seriatim.training.config import AnyRecipe
-    from seriatim.training.loop import TrainingResult
+    from seriatim.training.engine import TrainingResult
     from seriatim.training.run_folder import Resume
-    from seriatim.training.tokenizer_task import TokenizerResult
 
 
 AUTO, ALWAYS = "auto", "always"
@@ -191,7 +189,7 @@ def readable(plan: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def reported(result: TrainingResult | ClassifierResult | TokenizerResult) -> dict[str, Any]:
+def reported(result: TrainingResult) -> dict[str, Any]:
     return {
         "folder": str(result.folder),
         "model": str(result.folder / "model"),

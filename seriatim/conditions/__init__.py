@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from seriatim.core.lazy import exporter
+from seriatim.core.lazy import exports
 
-__all__ = ["Captions", "Classes", "Condition", "Conditioner", "Vectors"]
-
-
-__getattr__ = exporter(
+__all__, __getattr__ = exports(
     __name__,
     {
-        "Captions": "seriatim.conditions.captions",
-        "CaptionEmbedder": "seriatim.conditions.captions",
-        "Classes": "seriatim.conditions.classes",
-        "Condition": "seriatim.conditions.base",
-        "Conditioner": "seriatim.conditions.base",
-        "Vectors": "seriatim.conditions.vectors",
+        "base": "Condition Conditioner",
+        "captions": "CaptionEmbedder Captions",
+        "classes": "Classes",
+        "vectors": "Vectors",
     },
 )

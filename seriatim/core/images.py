@@ -16,7 +16,7 @@ import functools
 import io
 import logging
 import os
-import re
+import struct
 import threading
 import warnings
 from collections import defaultdict
@@ -31,6 +31,7 @@ from PIL import Image
 from seriatim.core.errors import UsageError, one_line
 from seriatim.core.flatten import WHITE, Colour, flatten, turn_of, upright
 from seriatim.core.names import printable
+from seriatim.core.paring import pared
 
 Source = Path | str | bytes
 
@@ -65,8 +66,6 @@ UNREAD = set(  # image suffixes that may be unreadable here; they show that a fo
     ".avif .heic .heif .hif .avifs .jp2 .j2k .jpf .jpx .jxl .jxr .qoi .tga .psd .psb .xcf .svg .svgz .eps .ai .ico "
     ".icns .pcx .sgi .dds .exr .hdr .pfm .fits .raw .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .pef .srw".split()
 )
-PNG = b"\x89PNG\r\n\x1a\n"
-PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # the PNG chunks that change how it looks
 TILE_SIDES = (322, 323)  # the TIFF tags TileWidth and TileLength
 
 
@@ -131,11 +130,11 @@ def read_image(source: Source, channels: int, background: Colour = WHITE, max_pi
                 )
             except (BadImage, MemoryError):
                 raise
-            except Exception:
-                spared = pared(source)
-                if spared is None:
-                    raise
-            return decoded(spared, mode, background, max_pixels)
+            except Exception as error:
+                for copy in pared(source):
+                    with contextlib.suppress(OSError, ValueError, SyntaxError, LookupError, struct.error):
+                        return decoded(copy, mode, background, max_pixels)
+                raise error
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
@@ -148,6 +147,24 @@ def read_image(source: Source, channels: int, background: Colour = WHITE, max_pi
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise BadImage(printable(reason)[:120]) from None
+
+
+def read_png(path: Path, max_pixels: int = MOST_PIXELS, *, decode: bool = True) -> Image.Image:
+    """A PNG that this package wrote, as it is stored, with its texts in `info`. Raises BadImage for any other file.
+
+    Without `decode` the image has no pixels, and only the texts that stand before them.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImage(f"{image.width}x{image.height} pixels, more than any model here draws")
+            if decode:
+                image.load()
+            return image
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, ... for a damaged PNG
+        raise BadImage(f"not a readable PNG ({printable(one_line(error))[:120]})") from error
 
 
 def load_pixels(
@@ -230,33 +247,6 @@ class Silence:
 
 
 SILENCE = Silence()
-
-
-def pared(source: Source) -> io.BytesIO | None:
-    """A PNG or AVIF file without the parts that do not change how it looks; None for other formats.
-
-    Pillow refuses a PNG whose pixels are sound if it has a long text, a large profile or damaged metadata, and an AVIF
-    with a damaged EXIF block (an AVIF stores its orientation elsewhere).
-    """
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-        begin = file.read(12)
-        if begin[4:11] == b"ftypavi":
-            return io.BytesIO(re.sub(rb"(infe[\0-\xff]{8})Exif", rb"\1none", begin + file.read()))
-        if not begin.startswith(PNG):
-            return None
-        kept, end = io.BytesIO(), file.seek(0, os.SEEK_END)
-        kept.write(PNG)
-        place = len(PNG)
-        while place + 12 <= end:
-            file.seek(place)
-            length = int.from_bytes(file.read(4), "big")
-            kind = file.read(4)
-            if kind in PIXEL_CHUNKS:
-                file.seek(place)
-                kept.write(file.read(min(12 + length, end - place)))
-            place += 12 + length
-    kept.seek(0)
-    return kept
 
 
 def centre_crop(image: Image.Image, size: Sequence[int]) -> Image.Image:

@@ -74,7 +74,7 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(read_text(path, YAML_BYTES))
 
 
-def read_or_raise(read: Callable[[], T], path: Path, error: type[Exception], remedy: str) -> T:
+def read_or_raise(read: Callable[[], T], path: Path | str, error: type[Exception], remedy: str) -> T:
     """The result of `read()`; if that raises `Unreadable`, raises `error` with one line that names the file."""
     try:
         return read()

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from seriatim.core.errors import ConfigError, DataError, one_line
-from seriatim.core.files import sha256, utf8_path
+from seriatim.core.arrays import map_npy, read_safetensors
+from seriatim.core.errors import ConfigError, DataError
+from seriatim.core.files import sha256
+from seriatim.core.reading import read_or_raise
 from seriatim.data.base import ImageData
 from seriatim.tokenizers.arrays import Arrays
 from seriatim.tokenizers.base import Tokenizer
@@ -23,6 +24,7 @@ from seriatim.tokenizers.base import Tokenizer
 TOKENS, LABELS = "tokens", "labels"  # the names of the tensors in a safetensors file
 MOST_TOKENS = 1 << 20  # the limit for the tokens of a sequence, and for the features of a token
 MOST_CLASSES = 1 << 20
+SAVE_AGAIN = "save the array again"
 AT_ONCE = 1 << 22  # numbers that are checked at once, to bound memory
 
 
@@ -149,19 +151,6 @@ def read(path: Path, argument: str) -> dict[str, Any]:
         raise DataError(f"{argument}: {path} is neither .npy nor .safetensors; save the array as one of these")
     if not path.is_file():
         raise DataError(f"{argument}: there is no file {path}")
-    try:
-        if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if not isinstance(array, np.ndarray):  # it is an archive of arrays in spite of its name
-                array.close()
-                raise ValueError("it is an archive, not one array")
-            return {TOKENS: array}
-        with utf8_path(path) as readable, safe_open(readable, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # the handle itself can't be iterated
-    except MemoryError:
-        raise
-    except Exception as error:  # numpy's parsers raise a dozen kinds for a damaged header
-        reason = one_line(error)
-        if "allow_pickle" in reason:
-            reason = "it holds Python objects, which could run any program; none was run"
-        raise DataError(f"{argument}: {path} can't be read ({reason[:160]})") from error
+    if path.suffix == ".npy":
+        return {TOKENS: read_or_raise(lambda: map_npy(path), f"{argument}: {path}", DataError, SAVE_AGAIN)}
+    return dict(read_or_raise(lambda: read_safetensors(path), f"{argument}: {path}", DataError, SAVE_AGAIN))

@@ -144,8 +144,6 @@ class Digits(ImageData):
     A fifth of each class is held out; `held_out=True` selects that part.
     """
 
-    LEVELS = 17
-
     def __init__(self, held_out: bool = False) -> None:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split

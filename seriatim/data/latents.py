@@ -19,11 +19,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from seriatim.core.arrays import slice_of
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, one_line
-from seriatim.core.files import MANIFEST, read_manifest, sha256, utf8_path, verify_file, write_json
+from seriatim.core.files import MANIFEST, read_manifest, sha256, verify_file, write_json
 from seriatim.core.flatten import WHITE, Colour
 from seriatim.core.progress import track
 from seriatim.core.reading import LISTING_BYTES, read_json, read_or_raise
@@ -192,11 +192,7 @@ class Latents(ImageData):
         """The rows of one tensor of a shard, which are read from disk only when they are used."""
         if (shard, name) not in self._slices:
             path = self.root / f"{shard_name(shard)}.safetensors"
-            try:
-                with utf8_path(path) as file:
-                    rows = safe_open(file, framework="pt").get_slice(name)
-            except (SafetensorError, OSError) as error:
-                raise DataError(f"data.path: {path} can't be read ({one_line(error)}); {MEND}") from error
+            rows = read_or_raise(lambda: slice_of(path, name), f"data.path: {path}", DataError, MEND)
             tail, dtype = ((), "int64") if name == "labels" else (self.info.moments, self.info.dtype)
             if (tuple(rows.get_shape()), rows.get_dtype()) != ((self.info.count(shard), *tail), CODED[dtype]):
                 found = f"{rows.get_dtype()} of shape {tuple(rows.get_shape())}"

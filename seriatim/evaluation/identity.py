@@ -8,12 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from seriatim.core.arrays import open_safetensors
 from seriatim.core.errors import UsageError, shown
 from seriatim.core.files import write_json
 from seriatim.core.ownership import json_of, owned
-from seriatim.core.reading import read_json, read_or_raise
+from seriatim.core.reading import Unreadable, read_json, read_or_raise
 from seriatim.evaluation.reference import Part
 from seriatim.pipeline.request import SampleRequest
 
@@ -49,9 +48,8 @@ def holds_features(folder: Path) -> bool:
 def is_block(path: Path) -> bool:
     """Whether a file holds features of images, as its header says."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return "features" in file.keys()  # a file handle, not a dict
-    except (SafetensorError, OSError):
+        return "features" in open_safetensors(path).keys()  # a file handle, not a dict
+    except Unreadable:
         return False
 
 

@@ -50,23 +50,8 @@ def covariance(x: Array) -> Array:
     return np.asarray(centred.T @ centred / (len(x) - 1))
 
 
-def kernel_distance(
-    a: npt.ArrayLike, b: npt.ArrayLike, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> float:
-    """Unbiased squared maximum mean discrepancy of a (n, F) and b (m, F): Binkowski et al. 2018, eq. 4.
-
-    The kernel is (x y / F + 1)^3. Larger sets than `subset_size` are compared by the mean over random subsets, as the
-    paper does. It may be negative: it is unbiased.
-    """
-    x, y = checked(a, "a"), checked(b, "b")
-    same_width(x, y)
-    if len(x) <= subset_size and len(y) <= subset_size:
-        return discrepancy(x, y)
-    return float(subset_discrepancies(x, y, subsets, subset_size, seed).mean())
-
-
 def subset_discrepancies(x: Array, y: Array, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Array:
-    """Of random subsets of x (n, F) and y (m, F): (subsets,)."""
+    """The discrepancies of random subsets of x (n, F) and y (m, F), of which KID is the mean: (subsets,)."""
     random = np.random.default_rng(seed)
 
     def drawn(z: Array) -> Array:
@@ -76,7 +61,11 @@ def subset_discrepancies(x: Array, y: Array, subsets: int = 100, subset_size: in
 
 
 def discrepancy(x: Array, y: Array) -> float:
-    """Mean k(x, x') plus mean k(y, y') over pairs of two, less twice the mean k(x, y); x (n, F), y (m, F)."""
+    """The unbiased squared maximum mean discrepancy of x (n, F) and y (m, F): Binkowski et al. 2018, eq. 4.
+
+    It is the mean k(x, x') plus the mean k(y, y') over pairs of two, less twice the mean k(x, y), with the kernel
+    (x y / F + 1)^3. It may be negative.
+    """
     return mean_of_pairs(polynomial(x, x)) + mean_of_pairs(polynomial(y, y)) - 2 * float(polynomial(x, y).mean())
 
 

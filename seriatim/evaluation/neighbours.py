@@ -6,7 +6,6 @@ n, m vectors of F features.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,30 +16,17 @@ from seriatim.evaluation.metrics import Array, checked, same_width
 CHUNK = 1 << 24  # distances held at a time: 128 MB
 
 
-class PrecisionRecall(NamedTuple):
-    precision: float  # share of samples that lie where real images are
-    recall: float  # share of real images that lie where samples are
-
-
-def precision_recall(real: npt.ArrayLike, samples: npt.ArrayLike, k: int = 3) -> PrecisionRecall:
-    """Of samples (m, F) against real (n, F): Kynkaanniemi et al. 2019, eq. 1 and 2.
-
-    A set's manifold is the union of balls around its vectors, each as large as the way to its k-th nearest neighbour.
-    """
-    x, y = checked(real, "real"), checked(samples, "samples")
-    same_width(x, y)
-    if min(len(x), len(y)) <= k:
-        raise DataError(f"k: {k} neighbours of {len(x)} real vectors and {len(y)} samples; each needs more than k")
-    return PrecisionRecall(covered(y, x, radii(x, k)), covered(x, y, radii(y, k)))
-
-
 def radii(manifold: Array, k: int) -> Array:
     """The way of each vector (n, F) to its k-th nearest neighbour: (n,)."""
     return np.asarray(neighbours(manifold, manifold, k, itself=False)[0][:, -1])
 
 
 def covered(points: Array, manifold: Array, radius: Array) -> float:
-    """Share of `points` in at least one of the balls around the vectors of `manifold`."""
+    """The share of `points` in at least one of the balls around the vectors of `manifold`.
+
+    Of samples among real images it is the precision, and the other way round the recall, if each ball reaches to the
+    k-th nearest neighbour (`radii`; Kynkaanniemi et al. 2019, eq. 1 and 2).
+    """
     inside = [(distances <= radius).any(axis=1) for _, distances in chunks(points, manifold)]
     return float(np.concatenate(inside).mean())
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from seriatim.core.errors import DataError, UsageError, one_line
+from seriatim.core.arrays import Declared, read_npz
+from seriatim.core.errors import DataError, UsageError
 from seriatim.core.files import sha256
 from seriatim.core.names import match_names
 from seriatim.core.random import derive_seed, generator
+from seriatim.core.reading import Unreadable, read_or_raise
 from seriatim.data.base import ImageData
 from seriatim.evaluation.metrics import Array
 
@@ -158,7 +158,6 @@ def subset(part: Part, positions: Tensor) -> Part:
 
 
 DIMENSIONS = {"mu": 1, "sigma": 2, "mu_s": 1, "sigma_s": 2, "arr_0": 4}  # of each array that is read
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 MOST_FEATURES = 4096  # Inception has 2048; a covariance of these takes 128 MB
 MOST_PACKED = 64 << 20  # bytes: images that take more are looked at for how well they are packed
 MOST_PACKING = 50  # photographs are packed to half, drawings to a tenth
@@ -176,18 +175,13 @@ class Statistics:
 
 
 def read_statistics(path: Path | str) -> Statistics:
-    """Read an `.npz` with mu and sigma, mu_s and sigma_s, arr_0; what it pickles is refused, never run."""
+    """Read an `.npz` with mu and sigma, mu_s and sigma_s, arr_0. What it pickles is refused and never run."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UsageError(f"data: {path} is no file; name a reference batch such as VIRTUAL_imagenet256_labeled.npz")
-    try:
-        check_declared(path)
-        with np.load(path, allow_pickle=False) as file:
-            found: dict[str, Any] = {key: file[key] for key in DIMENSIONS if key in file.files}
-    except (MemoryError, DataError):
-        raise
-    except Exception as error:  # zipfile's, zlib's, of numpy's parsers: a damaged file makes them raise anything
-        raise DataError(f"{path}: is not a readable .npz of plain arrays ({one_line(error)[:120]})") from error
+    found = read_or_raise(
+        lambda: read_npz(path, DIMENSIONS, check_declared), path, DataError, "name a reference batch of plain arrays"
+    )
     digest = sha256(path)
     images = found.get("arr_0")
     if images is not None and not (images.ndim == 4 and images.dtype == np.uint8 and images.shape[3] in (1, 3)):
@@ -204,33 +198,16 @@ def read_statistics(path: Path | str) -> Statistics:
     return statistics
 
 
-def check_declared(path: Path) -> None:
-    """Refuse arrays by what the file says of them, before any is read: what is packed well may be a thousand times
-    as large as the file.
-    """
-    with zipfile.ZipFile(path) as archive:
-        names = set(archive.namelist())
-        for key, dimensions in DIMENSIONS.items():
-            if f"{key}.npy" not in names:
-                continue
-            entry = archive.getinfo(f"{key}.npy")
-            with archive.open(entry) as member:
-                version = np.lib.format.read_magic(member)
-                if version not in HEADERS:
-                    raise ValueError(f"{key} is of an unknown version {version}")
-                shape, _, dtype = HEADERS[version](member)
-                begin = member.tell()
-            declared = math.prod(shape) * dtype.itemsize
-            if dtype.hasobject or declared != entry.file_size - begin:
-                raise ValueError(f"{key} is not the array of {dtype} and shape {shape} that it says it is")
-            if dimensions < 3 and max(shape, default=1) > MOST_FEATURES:
-                raise DataError(f"{path}: {key} has shape {shape}; at most {MOST_FEATURES:,} features are read")
-            packing = declared / max(1, entry.compress_size)
-            if dimensions > 2 and declared > MOST_PACKED and packing > MOST_PACKING:
-                raise DataError(
-                    f"{path}: {key} takes {declared:,} bytes once unpacked, {packing:,.0f} times its size in the file, "
-                    "which no photographs do; it is no reference batch"
-                )
+def check_declared(says: Declared) -> None:
+    """Raise Unreadable for an array that no reference batch has: it may be a thousand times as large as the file."""
+    few = DIMENSIONS[says.name] < 3
+    if few and max(says.shape, default=1) > MOST_FEATURES:
+        raise Unreadable(f"has {says.name} of shape {says.shape}, but at most {MOST_FEATURES:,} features are read")
+    if not few and says.bytes > MOST_PACKED and says.packing > MOST_PACKING:
+        raise Unreadable(
+            f"has {says.name}, which takes {says.bytes:,} bytes once unpacked, {says.packing:,.0f} times its size in "
+            "the file, which no photographs do"
+        )
 
 
 def gaussian(path: Path, found: dict[str, Any], mean: str, covariance: str) -> tuple[Array, Array] | None:

@@ -180,9 +180,7 @@ def evaluate(
     if neighbours and reference is not None:
 
         def again(images: Sequence[int]) -> Tensor:
-            return eight_bits(
-                pipe(request=request_for(pipe, request, images), output_type="pt", progress=False).images * 2 - 1
-            )
+            return eight_bits(pipe(request=request.part(images), output_type="pt", progress=False).images * 2 - 1)
 
         path = folder / NEIGHBOURS
         rows = nearest_picture(path.with_suffix(".png"), drawn_vectors, reference, vectors[0], again, neighbours)
@@ -252,15 +250,15 @@ def judged(
 
 
 def asked(pipe: Pipeline, num: int, seed: int, settings: Mapping[str, Any]) -> SampleRequest:
-    """The request of every image, but for its class and seed."""
+    """A request with every class once, whose images 0 to `num` - 1 are those of the evaluation (`request.part`)."""
     for name in OURS:
         if settings.get(name) is not None:
             raise UsageError(f"{name}: is not for evaluation, which draws every class alike; leave it out")
     if isinstance(num, bool) or not isinstance(num, int) or not 1 <= num <= MOST_IMAGES:
         raise UsageError(f"num: {shown(num)} is not allowed; it must be an integer from 1 to {MOST_IMAGES:,}")
-    request = pipe.request(
-        **{**settings, "seed": seed, "class_labels": (label_of(0, pipe.class_names) if pipe.model.classes else None,)}
-    )
+    classes = range(pipe.model.classes)
+    labels = tuple(label_of(c, pipe.class_names) for c in classes) if classes else (None,)
+    request = pipe.request(**{**settings, "seed": seed, "class_labels": labels})
     if isinstance(request.order, tuple) and request.order and isinstance(request.order[0], tuple):
         raise UsageError("order: one for each image is not for evaluation; give a name, or one order for all")
     return request
@@ -321,19 +319,11 @@ def pictures(part: Part, block: range) -> Iterator[Tensor]:
         yield eight_bits(part.data.images(index))
 
 
-def request_for(pipe: Pipeline, request: SampleRequest, images: Sequence[int]) -> SampleRequest:
-    """The request that draws these images of the evaluation, by their numbers in it."""
-    classes = pipe.model.classes
-    labels = tuple(label_of(i % classes, pipe.class_names) if classes else None for i in images)
-    seeds = tuple(derive_seed(request.seed, i) for i in images)
-    return request.model_copy(update={"class_labels": labels, "num_images_per_label": 1, "seeds": seeds})
-
-
 def drawn(pipe: Pipeline, request: SampleRequest, batch_size: int | None, block: range) -> Iterator[Tensor]:
     size = batch_size or max(1, BATCH_TOKENS // pipe.model.tokens)
     for first in range(block.start, block.stop, size):
         some = range(first, min(first + size, block.stop))
-        result = pipe(request=request_for(pipe, request, some), batch_size=size, output_type="pt", progress=False)
+        result = pipe(request=request.part(some), batch_size=size, output_type="pt", progress=False)
         yield eight_bits(result.images * 2 - 1)
 
 

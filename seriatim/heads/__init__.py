@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from seriatim.core.lazy import exporter
+from seriatim.core.lazy import exports
 
-__all__ = ["Bins", "Categorical", "Diffusion", "Flow", "GaussianMixture", "Guidance", "Head", "HeadLoss", "Mixture"]
-
-
-__getattr__ = exporter(
+__all__, __getattr__ = exports(
     __name__,
     {
-        "Bins": "seriatim.heads.bins",
-        "Categorical": "seriatim.heads.categorical",
-        "Diffusion": "seriatim.heads.diffusion",
-        "Flow": "seriatim.heads.flow",
-        "GaussianMixture": "seriatim.heads.gaussians",
-        "Guidance": "seriatim.heads.base",
-        "Head": "seriatim.heads.base",
-        "HeadLoss": "seriatim.heads.base",
-        "Mixture": "seriatim.heads.mixture",
+        "base": "Guidance Head HeadLoss",
+        "bins": "Bins",
+        "categorical": "Categorical",
+        "diffusion": "Diffusion",
+        "flow": "Flow",
+        "gaussians": "GaussianMixture",
+        "mixture": "Mixture",
     },
 )

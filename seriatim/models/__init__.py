@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from seriatim.core.lazy import exporter
+from seriatim.core.lazy import exports
 
-__all__ = ["CausalModel", "Loss", "MaskedModel", "Nested", "SequenceModel", "build_model"]
-
-
-__getattr__ = exporter(
+__all__, __getattr__ = exports(
     __name__,
     {
-        "CausalModel": "seriatim.models.causal_model",
-        "Loss": "seriatim.models.base",
-        "MaskedModel": "seriatim.models.masked_model",
-        "Nested": "seriatim.models.nested",
-        "SequenceModel": "seriatim.models.base",
-        "build_model": "seriatim.models.build",
+        "base": "Loss SequenceModel",
+        "build": "build_model",
+        "causal_model": "CausalModel",
+        "masked_model": "MaskedModel",
+        "nested": "Nested",
     },
 )

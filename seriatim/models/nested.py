@@ -8,7 +8,9 @@ any head, even a nested one, is its head. Unusual:
 - under guidance z and z_null both continue from the same generated part;
 - temperature and guidance may change from part to part (`feature_schedule`), like ARINAR's "bilevel" schedules;
 - a guide, which is a head for a summary of the token, may come first; its sample becomes one more condition
-  (FractalGen's guiding pixel).
+  (FractalGen's guiding pixel);
+- part i has the key `part/token/i`, as any token of a sequence model, in the loss and where parts are drawn set by set,
+  but `part/i` where they are drawn one by one, because another name would change the image of every seed.
 
 Shapes: N tokens, D features of a token, T parts, g features of a part, C width of z, P vectors of z.
 """

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from seriatim.core.lazy import exporter
+from seriatim.core.lazy import exports
 
-__all__ = ["Pipeline", "Result", "SampleRequest", "load"]
-
-__getattr__ = exporter(
+__all__, __getattr__ = exports(
     __name__,
     {
-        "Pipeline": "seriatim.pipeline.pipeline",
-        "Result": "seriatim.pipeline.result",
-        "SampleRequest": "seriatim.pipeline.request",
-        "load": "seriatim.pipeline.loading",
+        "loading": "load",
+        "pipeline": "Pipeline",
+        "request": "SampleRequest",
+        "result": "Result",
     },
 )

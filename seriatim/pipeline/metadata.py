@@ -17,7 +17,8 @@ from PIL import Image, PngImagePlugin
 from pydantic import Field
 
 from seriatim import __version__
-from seriatim.core.errors import DataError, SeriatimError, UsageError, one_line
+from seriatim.core.errors import DataError, UsageError
+from seriatim.core.images import BadImage, read_png
 from seriatim.core.reading import Unreadable, parse_json
 from seriatim.core.validation import Strict, parse
 from seriatim.pipeline.request import SampleRequest
@@ -73,15 +74,10 @@ def read_recorded(path: Path | str) -> tuple[Image.Image, Recorded]:
     if not path.is_file():
         raise UsageError(f"from: {path} is not a file; name a PNG that `seriatim sample` has written")
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise DataError(f"{path}: {image.width}x{image.height} pixels, more than any model here draws")
-            image.load()
-            text = image.text.get(KEY)  # type: ignore[attr-defined]
-    except SeriatimError:
-        raise
-    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, ... for a damaged PNG
-        raise DataError(f"{path}: is not a readable PNG ({one_line(error)[:120]})") from error
+        image = read_png(path, MOST_PIXELS)
+    except BadImage as error:
+        raise DataError(f"{path} is {error}") from error
+    text = image.info.get(KEY)
     if text is None:
         raise DataError(f"{path}: has no metadata: `seriatim sample` did not write it, or another program removed it")
     if len(text) > LONGEST:

@@ -98,18 +98,18 @@ class SampleRequest(Settings):
         return [derive_seed(self.seed, i) for i in range(self.num_images)]
 
     def part(self, images: Sequence[int]) -> SampleRequest:
-        """The request for some of the images, by their numbers, which generates them as this one does."""
-        labels = tuple(self.class_labels[i // self.num_images_per_label] for i in images)
+        """The request for some of the images, by their numbers, which generates them as this one does.
+
+        Without `seeds` the images go on after the last one: there the labels begin again with the first.
+        """
+        every, each = self.class_labels, self.num_images_per_label
+        labels = tuple(every[i // each % len(every)] for i in images)
         seeds = tuple(derive_seed(self.seed, i) if self.seeds is None else self.seeds[i] for i in images)
         update = {"class_labels": labels, "num_images_per_label": 1, "seeds": seeds}
         order = self.order
         if isinstance(order, tuple) and isinstance(order[0], tuple):
             update["order"] = tuple(order[i] for i in images)
         return self.model_copy(update=update)
-
-    def image_labels(self) -> list[Label]:
-        """A list with the label of each image: all images of the first label come first, then those of the second."""
-        return [label for label in self.class_labels for _ in range(self.num_images_per_label)]
 
 
 def seeds_of(generators: Any, images: int) -> tuple[int, ...]:

@@ -9,9 +9,8 @@ from collections.abc import Container, Sequence
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
 from seriatim.core.errors import SeriatimError, UsageError
+from seriatim.core.images import BadImage, read_png
 from seriatim.core.ownership import json_of, owned
 from seriatim.pipeline.metadata import KEY, alone, pixels_sha256, read_recorded
 from seriatim.pipeline.request import SampleRequest
@@ -24,9 +23,8 @@ LOOKED_AT = 100  # at most this many pictures of a folder are searched for a req
 def is_sample(path: Path) -> bool:
     """Whether a PNG holds the request that made it. Its pixels are not decoded."""
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            return KEY in image.info
-    except Exception:  # Pillow raises OSError, ValueError, SyntaxError, ... for other files
+        return KEY in read_png(path, decode=False).info
+    except BadImage:
         return False
 
 
@@ -56,12 +54,6 @@ def seed_of(folder: Path) -> int:
         with contextlib.suppress(SeriatimError):
             return read_recorded(path)[1].sample_request().seed
     return 0
-
-
-def opened(file: Path) -> Image.Image:
-    """The picture in a file that was written before."""
-    with Image.open(file, formats=("PNG",)) as image:
-        return image.copy()
 
 
 def check_samples_folder(

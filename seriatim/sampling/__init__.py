@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from seriatim.core.lazy import exporter
+from seriatim.core.lazy import exports
 
-__all__ = ["Start", "Step", "parallel_steps", "sequential_steps"]
-
-
-__getattr__ = exporter(
+__all__, __getattr__ = exports(
     __name__,
     {
-        "Start": "seriatim.sampling.step",
-        "Step": "seriatim.sampling.step",
-        "parallel_steps": "seriatim.sampling.parallel",
-        "sequential_steps": "seriatim.sampling.sequential",
+        "parallel": "parallel_steps",
+        "sequential": "sequential_steps",
+        "step": "Start Step",
     },
 )

@@ -10,18 +10,14 @@ Each takes `device`, and raises AssertionError with a sentence that says what is
 
 from __future__ import annotations
 
-from seriatim.core.lazy import exporter
+from seriatim.core.lazy import exports
 
-__all__ = ["check_backbone", "check_head", "check_model", "check_tokenizer", "known_density"]
-
-
-__getattr__ = exporter(
+__all__, __getattr__ = exports(
     __name__,
     {
-        "check_backbone": "seriatim.testing.backbone_checks",
-        "check_head": "seriatim.testing.head_checks",
-        "check_model": "seriatim.testing.model_checks",
-        "check_tokenizer": "seriatim.testing.tokenizer_checks",
-        "known_density": "seriatim.testing.head_checks",
+        "backbone_checks": "check_backbone",
+        "head_checks": "check_head known_density",
+        "model_checks": "check_model",
+        "tokenizer_checks": "check_tokenizer",
     },
 )

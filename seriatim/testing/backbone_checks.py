@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seriatim.backbones.base import Backbone, Parallel, Sequential
 from seriatim.conditions.base import Condition
+from seriatim.core.errors import UsageError
 
 B = 4
 
@@ -27,6 +28,7 @@ def check_backbone(make: Callable[[], Backbone], *, device: torch.device | str =
         backbone = make()
         name = type(backbone).__name__
         assert isinstance(backbone, Parallel | Sequential), f"{name} subclasses neither Parallel nor Sequential"
+        assert backbone.tokens >= 5, f"{name} has {backbone.tokens} tokens; make one of at least 5, which show enough"
         with torch.no_grad():
             for parameter in backbone.parameters():
                 parameter.add_(0.1 * torch.randn(parameter.shape, device="cpu"))
@@ -121,7 +123,8 @@ def _sequential(backbone: Sequential, device: torch.device, atol: float) -> None
             assert not torch.allclose(after[:, i + 1], z[:, i + 1], atol=1e-6), f"{name}.sequence ignores token {i}"
     moved = backbone.sequence(Condition(-condition.vectors), tokens, order)
     assert not torch.allclose(moved[:, 0], z[:, 0], atol=atol), f"{name}.sequence ignores its condition"
-    for size in (1, 2, L - 1):  # tokens one by one, two by two, and all at once
+    # Tokens one by one and, where they do not come in groups, two by two and all at once.
+    for size in (1,) if backbone.groups else (1, 2, L - 1):
         state = backbone.start(condition, order)
         for begin in range(0, L, size):
             group = content[:, max(0, begin - size) : begin] if begin else None
@@ -130,15 +133,90 @@ def _sequential(backbone: Sequential, device: torch.device, atol: float) -> None
             assert torch.allclose(step[:, 0], z[:, begin], atol=atol), (
                 f"{name}.step, {size} tokens at a time, differs from sequence() at token {begin}"
             )
-    _uneven(backbone, condition, content, order, z, atol)
+    if backbone.groups:
+        _groups(backbone, condition, tokens, order, z, atol)
+    else:
+        try:
+            backbone.step(backbone.start(condition, order), ask=places[:, :2])
+        except UsageError:
+            pass
+        else:
+            raise AssertionError(f"{name}.step gives z of several tokens, so set `groups`, or else raise UsageError")
+    _uneven(backbone, condition, tokens, order, atol)
 
 
-def _uneven(
-    backbone: Sequential, condition: Condition, content: Tensor, order: Tensor | None, z: Tensor, atol: float
+def _groups(
+    backbone: Sequential, condition: Condition, tokens: Tensor, order: Tensor | None, z: Tensor, atol: float
 ) -> None:
+    """Check tokens that come together: one pass against steps, what each group depends on, and kinds of requests."""
+    name, L, device = type(backbone).__name__, backbone.tokens, tokens.device
+    places = torch.arange(L, device=device).expand(B, L) if order is None else order
+    rows = torch.arange(B, device=device)[:, None]
+    content, other = tokens[rows, places], _other(backbone, tokens)
+    singly = backbone.sequence_of_groups(condition, tokens, order, [1] * L)
+    alike = singly.shape == z.shape and torch.allclose(singly, z, atol=atol)
+    assert alike, f"{name}.sequence_of_groups of single tokens differs from sequence()"
+    for sizes in ([1, 2, L - 3], [L // 2, L - L // 2], [L]):
+        made = backbone.sequence_of_groups(condition, tokens, order, sizes)
+        shape = (B, L, backbone.z_dim)
+        assert made.shape == shape, f"{name}.sequence_of_groups has shape {tuple(made.shape)}, not {shape}"
+        state, group, first = backbone.start(condition, order), None, 0
+        for size in sizes:
+            end = first + size
+            changed = tokens.clone()
+            changed[rows, places[:, first:]] = other[rows, places[:, first:]]
+            blind = backbone.sequence_of_groups(condition, changed, order, sizes)[:, first:end]
+            assert torch.allclose(blind, made[:, first:end], atol=atol), (
+                f"{name}.sequence_of_groups: z of a group looks at its own tokens, or at later ones"
+            )
+            for i in range(first):
+                changed = tokens.clone()
+                changed[rows[:, 0], places[:, i]] = other[rows[:, 0], places[:, i]]
+                seen = backbone.sequence_of_groups(condition, changed, order, sizes)[:, first:end]
+                assert not torch.allclose(seen, made[:, first:end], atol=1e-6), (
+                    f"{name}.sequence_of_groups ignores token {i} of an earlier group"
+                )
+            ask = places[:, first:end]
+            step = backbone.step(state, group, ask=ask)
+            assert step.shape == made[:, first:end].shape and torch.allclose(step, made[:, first:end], atol=atol), (
+                f"{name}.step with a group of {size} differs from sequence_of_groups()"
+            )
+            assert torch.allclose(backbone.step(state, ask=ask.flip(1)).flip(1), step, atol=atol), (
+                f"{name}.step: a request changes the state, or z depends on the order of the request"
+            )
+            assert torch.allclose(backbone.step(state), step[:, :1], atol=atol), (
+                f"{name}.step: z of a token depends on what else is requested, or without `ask` it is not the next one"
+            )
+            valid = torch.arange(size, device="cpu") < torch.arange(1, B + 1, device="cpu")[:, None]
+            padded = ask.where(valid.to(device), ask[:, :1])
+            few = backbone.step(state, ask=padded, ask_valid=valid)[valid.to(device)]
+            assert torch.allclose(few, step[valid.to(device)], atol=atol), (
+                f"{name}.step: rows with fewer valid requests differ"
+            )
+            group, first = content[:, first:end], end
+
+
+def _uneven(backbone: Sequential, condition: Condition, tokens: Tensor, order: Tensor | None, atol: float) -> None:
     """Rows that have seen different numbers of tokens, selected and joined."""
-    name, L, device = type(backbone).__name__, backbone.tokens, content.device
+    name, L, device = type(backbone).__name__, backbone.tokens, tokens.device
     rows, seen = torch.arange(B, device="cpu"), torch.zeros(B, dtype=torch.long, device="cpu")
+    places = torch.arange(L, device=device).expand(B, L) if order is None else order
+    content = tokens[rows[:, None].to(device), places]
+    came: list[list[int]] = [[] for _ in range(B)]  # the sizes of what each row has seen step by step
+
+    def following(chosen: Tensor) -> Tensor:
+        """z of the next token of the rows `chosen`, from one pass over each of them."""
+        found = []
+        for b in chosen.tolist():
+            known, one = sum(came[b]), slice(b, b + 1)
+            alone, own = (condition.select(one), tokens[one]), None if order is None else order[one]
+            if backbone.groups:
+                z = backbone.sequence_of_groups(*alone, own, [*filter(None, came[b]), L - known])
+            else:
+                z = backbone.sequence(*alone, own)
+            found.append(z[0, known])
+        return torch.stack(found)
+
     state = backbone.start(condition, order)
     for counts in ([0, 1, 2, L // 2], [1, 0, 1, 1], [1, 1, 0, 1]):
         count = torch.tensor(counts, device="cpu")
@@ -146,21 +224,25 @@ def _uneven(
         valid = torch.arange(max(counts), device="cpu") < count[:, None]
         step = backbone.step(state, content[rows[:, None].to(device), at.to(device)], valid)
         seen = seen + count
-        assert torch.allclose(step[:, 0], z[rows.to(device), seen.to(device)], atol=atol), (
+        for sizes, added in zip(came, counts, strict=True):
+            sizes.append(added)
+        assert torch.allclose(step[:, 0], following(rows), atol=atol), (
             f"{name}.step: rows with fewer valid tokens differ from sequence()"
         )
     for chosen in (torch.tensor([2, 0], device="cpu"), slice(0, 2)):
-        some = state.select(chosen)
-        left = rows[chosen]
+        some, left = state.select(chosen), rows[chosen]
         assert len(some) == 2, f"{name}: a state of two selected rows has length {len(some)}"
-        following = content[left.to(device), seen[left].to(device)][:, None]
-        wanted = z[left.to(device), (seen[left] + 1).to(device)]
+        content_of_next = content[left.to(device), seen[left].to(device)][:, None]
+        before = [list(sizes) for sizes in came]
         if isinstance(chosen, slice):  # which shares memory with the state: the rows join others of another length
             fresh = backbone.start(condition.select(slice(3, 4)), None if order is None else order[3:4])
-            some = some.join(fresh)
-            padding = torch.cat([following, content[3:4, :1]])
-            step = backbone.step(some, padding)[:, 0]
-            wanted = torch.cat([wanted, z[3:4, 1]])
-        else:
-            step = backbone.step(some, following)[:, 0]
-        assert torch.allclose(step, wanted, atol=atol), f"{name}: selected or joined rows do not go on as they were"
+            some, left = some.join(fresh), torch.cat([left, rows[3:4]])
+            content_of_next = torch.cat([content_of_next, content[3:4, :1]])
+            came[3] = []
+        for b in left.tolist():
+            came[b].append(1)
+        step = backbone.step(some, content_of_next)[:, 0]
+        assert torch.allclose(step, following(left), atol=atol), (
+            f"{name}: selected or joined rows do not go on as they were"
+        )
+        came = before

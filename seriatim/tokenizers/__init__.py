@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from seriatim.core.lazy import exporter
+from seriatim.core.lazy import exports
 
-__all__ = ["FSQ", "KL", "VQ", "Arrays", "Detok", "KMeans", "Latent", "Pixels", "Pretrained", "Quantiser", "Tokenizer"]
-
-
-__getattr__ = exporter(
+__all__, __getattr__ = exports(
     __name__,
     {
-        "Arrays": "seriatim.tokenizers.arrays",
-        "Detok": "seriatim.tokenizers.detok",
-        "FSQ": "seriatim.tokenizers.vq",
-        "KL": "seriatim.tokenizers.kl",
-        "KMeans": "seriatim.tokenizers.kmeans",
-        "Latent": "seriatim.tokenizers.latent",
-        "Pixels": "seriatim.tokenizers.pixels",
-        "Pretrained": "seriatim.tokenizers.pretrained",
-        "Quantiser": "seriatim.tokenizers.quantise",
-        "Tokenizer": "seriatim.tokenizers.base",
-        "VQ": "seriatim.tokenizers.vq",
+        "arrays": "Arrays",
+        "base": "Tokenizer",
+        "detok": "Detok",
+        "kl": "KL",
+        "kmeans": "KMeans",
+        "latent": "Latent",
+        "pixels": "Pixels",
+        "pretrained": "Pretrained",
+        "quantise": "Quantiser",
+        "vq": "FSQ VQ",
     },
 )

@@ -28,7 +28,7 @@ from seriatim.evaluation.residual_net import PARTS, ResNet, TrainedClassifier, b
 from seriatim.models.base import Loss
 from seriatim.models.build import parameter_count, seeded
 from seriatim.training.config import ClassifierRecipe
-from seriatim.training.engine import Task, crossed, fit
+from seriatim.training.engine import Task, TrainingResult, crossed, fit
 from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve
 from seriatim.training.optim import averaged, sgd
 from seriatim.training.run_folder import Resume
@@ -48,17 +48,9 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class ClassifierResult:
-    folder: Path  # the run folder; `folder / "model"` is a classifier folder
-    images: int
-    seconds: float  # the time in the training loop
-    images_per_second: float
-    loss: float  # the mean in the last line of the log
+class ClassifierResult(TrainingResult):
     accuracy: Accuracy
     test_images: int
-    parameters: int
-    dtype: str
-    threads: int
 
 
 class ClassifierTask(Task):
@@ -156,20 +148,8 @@ def train_classifier(
     def task(where: torch.device) -> ClassifierTask:
         return ClassifierTask(recipe, out, where, quiet=quiet)
 
-    done = fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)
-    run, net, final, test = done.run, done.task.net, done.task.accuracy, done.task.test
-    return ClassifierResult(
-        out,
-        run.seen,
-        done.seconds,
-        done.images_per_second,
-        done.loss,
-        final,
-        test.count,
-        parameter_count(net),
-        run.dtype,
-        run.threads,
-    )
+    trained, result = fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)
+    return ClassifierResult(**vars(result), accuracy=trained.accuracy, test_images=trained.test.count)
 
 
 def build(recipe: ClassifierRecipe, *, quiet: bool = False) -> tuple[InMemory, InMemory, ResNet]:

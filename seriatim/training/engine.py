@@ -2,8 +2,7 @@
 
 A kind of model is a `Task`, which has the batches, the loss and what is written at the end. The loop does everything
 else: it resumes bitwise, measures dtype and threads, accumulates gradients, checks for values that are not finite,
-writes checkpoints, logs and curves, and stops on a signal. Loops without a run folder, such as benchmarks, use
-`gradients` alone.
+writes checkpoints, logs and curves, and stops on a signal. Benchmarks, which have no run folder, use `updates.updates`.
 
 Shapes: B images of a batch.
 """
@@ -41,7 +40,6 @@ from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
 from seriatim.training.config import AnyRecipe, dump
 from seriatim.training.distributed import World, joined
-from seriatim.training.gradients import gradients
 from seriatim.training.heap import bound_compiled_products, return_heap
 from seriatim.training.log import MetricsLog, NoLog, record_choice
 from seriatim.training.micro_batch import repeated
@@ -51,6 +49,7 @@ from seriatim.training.run_folder import Resume, check_out, is_run, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState, Trainables
 from seriatim.training.trackers import Tracker, build_trackers
+from seriatim.training.updates import gradients
 
 
 class Task(ABC):
@@ -145,18 +144,15 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The result of a run."""
-
-    task: Any  # the `Task` with its trained parts
-    run: RunState
+class TrainingResult:
+    folder: Path  # the run folder; `folder / "model"` holds what was trained
+    images: int
     seconds: float  # the time in the training loop
     images_per_second: float
-
-    @property
-    def loss(self) -> float:
-        """The mean loss in the last line of the log."""
-        return math.nan if self.run.loss is None else self.run.loss
+    loss: float  # the mean in the last line of the log
+    parameters: int
+    dtype: str
+    threads: int
 
 
 def fit(
@@ -168,11 +164,12 @@ def fit(
     resume: Resume = False,
     overwrite: bool = False,
     quiet: bool = False,
-) -> Outcome:
+) -> tuple[Any, TrainingResult]:
     """Train into the folder `out`, or with `resume` continue bitwise from the newest whole checkpoint in it.
 
     Without `resume`, `out` must be new or empty; with "auto" a run is resumed if there is one, and begun otherwise.
-    With `overwrite` a run in `out` is replaced, and kept until the new one is finished.
+    With `overwrite` a run in `out` is replaced, and kept until the new one is finished. Returns the task with its
+    trained parts, and the figures of the run.
 
     Raises UsageError if `out` holds anything but the run to resume or overwrite, if there is no run to resume, or if
     another process is training there; NumericsError if the loss or its gradient is not finite, before anything is
@@ -320,7 +317,10 @@ def fit(
         seconds = time.monotonic() - started
         task.finish(run, log)
         world.first(lambda: task.curves(log))
-    return Outcome(task, run, seconds, (run.seen - began) / seconds if run.seen > began else 0.0)
+    speed = (run.seen - began) / seconds if run.seen > began else 0.0
+    loss = math.nan if run.loss is None else run.loss
+    parameters = sum(parameter.numel() for parameter in parts.trained)
+    return task, TrainingResult(out, run.seen, seconds, speed, loss, parameters, run.dtype, run.threads)
 
 
 def begun(task: Task, stop: StopRequest, out: Path, world: World) -> RunState:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from PIL import Image
 
 from seriatim.checkpoints.native import Bundle
+from seriatim.core.images import BadImage, read_png
 from seriatim.core.stopping import StopRequest
 from seriatim.evaluation.grid import grid, save_png
 from seriatim.pipeline.labels import label_of
@@ -53,7 +55,8 @@ def timeline(folder: Path, most: int = 12, rows: int = 1) -> Path:
         files = [files[round(i * (len(files) - 1) / (most - 1))] for i in range(most)]
     found = []
     for file in files:
-        with Image.open(file, formats=("PNG",)) as sheet:
+        with contextlib.suppress(BadImage):  # a damaged grid of an earlier time must not stop the training
+            sheet = read_png(file)
             height = min(rows * (sheet.height // -(-IMAGES // COLUMNS)), sheet.height)
             found.append(sheet.crop((0, 0, sheet.width, height)))
     picture = Image.new(found[0].mode, (found[0].width, sum(row.height for row in found)))

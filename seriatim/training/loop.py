@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +30,7 @@ from seriatim.tokenizers.latent import check_encoder_dtype, encoding_in
 from seriatim.training.batched_task import BatchedTask
 from seriatim.training.config import Recipe
 from seriatim.training.distributed import World, shard, whole
-from seriatim.training.engine import crossed, fit
+from seriatim.training.engine import TrainingResult, crossed, fit
 from seriatim.training.initialise import initialise_from, matching
 from seriatim.training.judge import Judge
 from seriatim.training.log import MetricsLog, loss_curve, model_card
@@ -41,18 +40,6 @@ from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
 from seriatim.training.state import RunState, Trainables
 from seriatim.training.wrapping import bucketed, wrapped_blocks
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    folder: Path  # the run folder; `folder / "model"` is a model folder
-    images: int
-    seconds: float  # the time in the training loop
-    images_per_second: float
-    loss: float  # the mean in the last line of the log
-    parameters: int
-    dtype: str
-    threads: int
 
 
 class GeneratorTask(BatchedTask):
@@ -232,9 +219,4 @@ def train(
     def task(where: torch.device) -> GeneratorTask:
         return GeneratorTask(recipe, out, where, quiet=quiet)
 
-    done = fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)
-    parameters = sum(parameter.numel() for parameter in done.task.parts.trained)
-    run = done.run
-    return TrainingResult(
-        out, run.seen, done.seconds, done.images_per_second, done.loss, parameters, run.dtype, run.threads
-    )
+    return fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)[1]

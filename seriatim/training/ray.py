@@ -13,7 +13,7 @@ from typing import Any
 
 from seriatim.core.errors import ResourceError, UsageError, one_line
 from seriatim.training.config import Recipe
-from seriatim.training.loop import TrainingResult
+from seriatim.training.engine import TrainingResult
 from seriatim.training.loop import train as train_here
 from seriatim.training.run_folder import RECIPE, check_out, is_run
 

@@ -33,7 +33,7 @@ from seriatim.checkpoints.native import (
     as_wanted,
     check_finite_weights,
     fitting,
-    read_tensors,
+    read_finite,
     write_config,
     write_tensors,
 )
@@ -230,7 +230,7 @@ def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[
     kept = moments_of(parts.optimiser)
     now, then = {name: number for number, name in enumerate(names_of(parts))}, names_of(parts, written)
     found: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in read_tensors(path).items():
+    for key, tensor in read_finite(path).items():
         name, _, moment = key.rpartition(".")
         if written == 1 and re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(then):
             name = then[int(name)]

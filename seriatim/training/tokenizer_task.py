@@ -33,7 +33,7 @@ from seriatim.tokenizers.latent import Latent
 from seriatim.training.autoencoding import Autoencoding
 from seriatim.training.batched_task import BatchedTask
 from seriatim.training.config import TokenizerRecipe
-from seriatim.training.engine import crossed, fit
+from seriatim.training.engine import TrainingResult, crossed, fit
 from seriatim.training.judge import finite
 from seriatim.training.log import MetricsLog, loss_curve, psnr_curve, tokenizer_card
 from seriatim.training.look import COLUMNS, IMAGES, SIDE, timeline
@@ -52,15 +52,7 @@ EARLY = 0.05  # share of a run in which few codes in use are no reason for a war
 
 
 @dataclass(frozen=True)
-class TokenizerResult:
-    folder: Path  # the run folder; `folder / "model"` is a tokenizer folder
-    images: int
-    seconds: float  # the time in the training loop
-    images_per_second: float
-    loss: float  # the mean in the last line of the log
-    parameters: int
-    dtype: str
-    threads: int
+class TokenizerResult(TrainingResult):
     psnr: float | None  # in the last line of the log: of held-out images, or else of those trained on
 
 
@@ -268,16 +260,6 @@ def train_tokenizer(
     def task(where: torch.device) -> TokenizerTask:
         return TokenizerTask(recipe, out, where, quiet=quiet)
 
-    done = fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)
-    run = done.run
-    return TokenizerResult(
-        out,
-        run.seen,
-        done.seconds,
-        done.images_per_second,
-        done.loss,
-        parameter_count(done.task.result),
-        run.dtype,
-        run.threads,
-        done.task.psnr,
-    )
+    trained, result = fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)
+    values = vars(result) | {"parameters": parameter_count(trained.result)}  # without those of the discriminator
+    return TokenizerResult(**values, psnr=trained.psnr)

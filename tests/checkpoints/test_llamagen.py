@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomise
+from helpers import official_tensors, randomise
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +24,6 @@ from seriatim.checkpoints.llamagen import (
     llamagen_tensors,
     model_from_llamagen,
 )
-from seriatim.checkpoints.llamagen_vq import official_tensors
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.checkpoints.official import read_official
 from seriatim.checkpoints.shapes import named_preset

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import golden
+from helpers import golden, official_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from seriatim.checkpoints.llamagen_vq import (
     CODEBOOK,
     IGNORED,
-    official_tensors,
     tokenizer_from_llamagen,
 )
 from seriatim.checkpoints.tokenizer import load_tokenizer

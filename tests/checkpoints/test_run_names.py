@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import tiny_run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,26 +23,13 @@ from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.cli.main import run as command
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError
 from seriatim.core.files import sha256, write_manifest
-from seriatim.training import loop, state
-from seriatim.training.config import Recipe, read_recipe
+from seriatim.training import state
 from seriatim.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 FEW = ["--num-inference-steps", "2", "--num-diffusion-steps", "2", "--seed", "1"]
-TINY = [
-    "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
-    "training.batch_size=16", "training.log_images=16", "training.dtype=float32", "training.threads=1",
-    "training.images=128", "training.save_images=32", "training.keep=9",
-]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of the loss takes longer than all these trainings; other tests look at it."""
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
-
-
-def tiny(*overrides: str) -> Recipe:
-    return read_recipe("mar-digits", [*TINY, *overrides])
+tiny = partial(tiny_run, "training.images=128", "training.save_images=32", "training.keep=9")
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import die_at_call
+from helpers import TINY_RUN, die_at_call, tiny_run
 from torch import nn
 
 import seriatim
@@ -20,28 +21,16 @@ from seriatim.checkpoints.unfinished import all_checkpoints, newest_whole, why_n
 from seriatim.cli.main import run as command
 from seriatim.core.errors import CheckpointError
 from seriatim.core.files import read_manifest, sha256, write_manifest
-from seriatim.training import loop, state
-from seriatim.training.config import Recipe, read_recipe
+from seriatim.training import state
 from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.run_folder import OURS
 from seriatim.training.state import RunState, Trainables
 
-TINY = [
-    "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
-    "training.batch_size=16", "training.log_images=16", "training.dtype=float32", "training.threads=1",
-    "training.images=96", "training.save_images=32", "training.keep=2",
-]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("no_curves")
 
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of the loss takes longer than all these trainings; other tests look at it."""
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
-
-
-def tiny(*overrides: str) -> Recipe:
-    return read_recipe("mar-digits", [*TINY, *overrides])
+OWN = ["training.images=96", "training.save_images=32", "training.keep=2"]
+tiny = partial(tiny_run, *OWN)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +152,7 @@ def test_damage_is_one_line_and_loses_nothing(run: Path, kind: str, capsys: pyte
     file = folder / shared(folder)[0]
     damage(file)
     before = sorted(path.name for path in folder.iterdir())
-    for words_of in (["train", "mar-digits", *TINY, "--out", str(run), "--resume"], ["sample", str(run)]):
+    for words_of in (["train", "mar-digits", *TINY_RUN, *OWN, "--out", str(run), "--resume"], ["sample", str(run)]):
         assert command(words_of) == 4
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith("error: ") and str(file) in line and words in line

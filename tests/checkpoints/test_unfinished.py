@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers import tiny_run
 from PIL import Image
 
 import seriatim
@@ -18,27 +20,13 @@ from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.cli.main import run
 from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.core.files import sha256
-from seriatim.training import loop
-from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 RELEASE = Path(__file__).resolve().parent.parent / "fixtures" / "release-0.1"
 FEW = ["--num-inference-steps", "2", "--num-diffusion-steps", "2", "--seed", "1"]
-TINY = [
-    "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
-    "training.batch_size=16", "training.log_images=16", "training.dtype=float32", "training.threads=1",
-    "training.images=160", "training.save_images=32",
-]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of the loss takes longer than all these trainings; other tests look at it."""
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
-
-
-def tiny(*overrides: str) -> Recipe:
-    return read_recipe("mar-digits", [*TINY, *overrides])
+tiny = partial(tiny_run, "training.images=160", "training.save_images=32")
 
 
 @pytest.fixture
@@ -76,7 +64,7 @@ def test_every_use_of_a_model_takes_a_run_that_is_not_finished(stopped: Path) ->
     half.save(mask)
     out = ["--out", str(stopped.parent / "edited")]
     assert run(["edit", str(stopped), str(picture), "--mask", str(mask), *FEW, *out]) == 0
-    told = read_recipe("mar-digits", [*TINY, "training.images=16", f"tokenizer={{from: {stopped}}}"])
+    told = tiny("training.images=16", f"tokenizer={{from: {stopped}}}")
     train(told, stopped.parent / "new", quiet=True)
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
+from helpers import metrics
 
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.cli.main import run as command
 from seriatim.core.errors import UsageError
 from seriatim.core.schedules import learning_rate
-from seriatim.training import loop
 from seriatim.training.config import read_any, read_recipe
 from seriatim.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 TINY = [
     "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
@@ -23,12 +23,6 @@ TINY = [
     "training.images=64", "training.save_images=32", "training.schedule=constant", "training.warmup_images=0",
 ]  # fmt: skip
 WORDS = ["train", "mar-digits", *TINY]
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of the loss takes longer than all these trainings; other tests look at it."""
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +46,6 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) ->
     return err
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 # --- resuming what there is -----------------------------------------------------------------------------------------
 
 
@@ -68,7 +58,7 @@ def test_auto_begins_and_goes_on(tmp_path: Path, how: list[str], capsys: pytest.
     shutil.rmtree(out / "model")
     again = said(words, capsys)
     assert "resuming after 64 images" in again and "beginning" not in again
-    assert (out / "model").is_dir() and len(rows(out)) == 4
+    assert (out / "model").is_dir() and len(metrics(out)) == 4
     assert "beginning one" in said([*WORDS, *how, "--out", str(tmp_path / "empty")], capsys)
 
 
@@ -125,7 +115,7 @@ def test_an_override_needs_nothing_repeated(run: Path, capsys: pytest.CaptureFix
     assert "after 96 images: training.images from 96 to 112" in err
     assert read_any(str(run / "recipe.yaml")).changes[2:] == ["after 96 images: training.images from 96 to 112"]
     assert ": training." not in said(["train", "--resume", "--out", str(run)], capsys), "nothing changes"
-    assert len(read_any(str(run / "recipe.yaml")).changes) == 3 and len(rows(run)) == 7
+    assert len(read_any(str(run / "recipe.yaml")).changes) == 3 and len(metrics(run)) == 7
 
 
 def test_settings_may_be_repeated_beside_an_override(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,7 +169,7 @@ def test_what_a_longer_cosine_does_is_said(run: Path, capsys: pytest.CaptureFixt
     now, then = (0.002 * learning_rate(32, images, 0, "cosine") for images in (128, 64))
     assert "the cosine schedule now ends after 128 images, not after 64: after 32 images the learning rate goes" in err
     assert f"goes from {then:.3g} to {now:.3g}\n" in err and then < now
-    assert rows(run)[2]["learning_rate"] == pytest.approx(0.002 * learning_rate(48, 128, 0, "cosine"))
+    assert metrics(run)[2]["learning_rate"] == pytest.approx(0.002 * learning_rate(48, 128, 0, "cosine"))
 
 
 def test_without_a_cosine_nothing_is_said_of_the_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

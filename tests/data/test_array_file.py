@@ -136,8 +136,8 @@ def test_bad_arrays_are_one_line(tmp_path: Path, case: str, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("x.npy", "can't be read"),
-        ("x.safetensors", "can't be read"),
+        ("x.npy", "is not a readable"),
+        ("x.safetensors", "is not a readable"),
         ("x.pkl", "is neither .npy nor .safetensors"),
         ("none.npy", "there is no file"),
     ],
@@ -155,7 +155,7 @@ def test_files_that_are_none_are_one_line(
     if not name.startswith("none"):
         np.save("x.npy", features())
         Path("x.npy").write_bytes(Path("x.npy").read_bytes()[:300])
-        with pytest.raises(DataError, match="can't be read"):
+        with pytest.raises(DataError, match="is not a readable"):
             ArrayData("x.npy")
 
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import die_at_call
+from helpers import die_at_call, untimed_metrics
 from PIL import Image
 from torch import Tensor
-from training.test_resume import flip, rows, stop_after, weights
+from training.test_resume import flip, stop_after, weights
 
 from seriatim.cli.main import run
 from seriatim.core import stopping
@@ -37,6 +37,8 @@ from seriatim.tokenizers.pixels import Pixels
 from seriatim.training import setup
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 COUNT = 22  # two classes of 11; shards of 5: the last has 2
 SETTINGS = ["model.width=32", "model.depth=1", "model.heads=2", "training.batch_size=8", "training.images=56"]
@@ -168,7 +170,7 @@ def test_training_from_a_cache_is_training_from_images(
     train(recipe_of(pets, kind=kind), tmp_path / "images", quiet=True)
     train(recipe_of(cached(tmp_path / "c"), *now, kind=kind), tmp_path / "cache", quiet=True)
     assert weights(tmp_path / "images") == weights(tmp_path / "cache")
-    assert rows(tmp_path / "images") == rows(tmp_path / "cache")
+    assert untimed_metrics(tmp_path / "images") == untimed_metrics(tmp_path / "cache")
     if not made and not now:
         train(recipe_of(cached(tmp_path / "c", flip=False), kind=kind), tmp_path / "plain", quiet=True)
         assert weights(tmp_path / "images")["final"] != weights(tmp_path / "plain")["final"], "flips do something"

@@ -17,13 +17,13 @@ from seriatim.evaluation.metrics import (
     frechet_with_error,
     gaussian_frechet,
     inception_score,
-    kernel_distance,
     matrix_root,
     random_groups,
+    subset_discrepancies,
     with_error,
     within_class_variance,
 )
-from seriatim.evaluation.neighbours import copying, neighbours, precision_recall
+from seriatim.evaluation.neighbours import copying, covered, neighbours, radii
 
 random = np.random.default_rng(0)
 
@@ -92,7 +92,7 @@ def test_kernel_distance_is_the_sum_over_pairs() -> None:
     yy = [k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j]
     xy = [k(a, b) for a in x for b in y]
     expected = sum(xx) / 30 + sum(yy) / 20 - 2 * sum(xy) / 30
-    assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-12)
+    assert discrepancy(x, y) == pytest.approx(expected, rel=1e-12)
 
 
 def test_kernel_distance_of_shifted_gaussians() -> None:
@@ -117,8 +117,8 @@ def test_kernel_distance_of_shifted_gaussians() -> None:
 
 def test_kernel_distance_of_large_sets_is_that_of_their_subsets() -> None:
     x, y = random.normal(size=(1500, 8)), random.normal(size=(1400, 8)) + 0.5
-    assert kernel_distance(x, y, subsets=30, subset_size=500) == pytest.approx(discrepancy(x, y), rel=0.05)
-    assert kernel_distance(x, y, subsets=3) == kernel_distance(x, y, subsets=3), "the seed decides"
+    assert subset_discrepancies(x, y, 30, 500).mean() == pytest.approx(discrepancy(x, y), rel=0.05)
+    assert (subset_discrepancies(x, y, 3) == subset_discrepancies(x, y, 3)).all(), "the seed decides"
 
 
 def test_kernel_distance_agrees_with_torchmetrics() -> None:
@@ -126,7 +126,7 @@ def test_kernel_distance_agrees_with_torchmetrics() -> None:
     kid = pytest.importorskip("torchmetrics.image.kid")
     x, y = random.normal(size=(40, 7)), random.normal(size=(40, 7)) * 1.3
     expected = float(kid.poly_mmd(torch.from_numpy(x), torch.from_numpy(y)))
-    assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    assert discrepancy(x, y) == pytest.approx(expected, rel=1e-9)
 
 
 # --- precision and recall -----------------------------------------------------------------------------------------
@@ -150,16 +150,16 @@ def test_precision_and_recall_of_known_supports(
     real: tuple[float, float], samples: tuple[float, float], precision: float, recall: float
 ) -> None:
     # Balls around random points leave about (1/2)^(2k) of a line uncovered: 2 % for k = 3.
-    found = precision_recall(interval(*real), interval(*samples))
-    assert found.precision == pytest.approx(precision, abs=0.04)
-    assert found.recall == pytest.approx(recall, abs=0.04)
+    x, y = interval(*real), interval(*samples)
+    assert covered(y, x, radii(x, 3)) == pytest.approx(precision, abs=0.04)
+    assert covered(x, y, radii(y, 3)) == pytest.approx(recall, abs=0.04)
 
 
 def test_precision_and_recall_of_identical_sets() -> None:
     x = random.normal(size=(100, 5)) + 1e4  # far from zero
-    assert precision_recall(x, x) == (1, 1)
-    with pytest.raises(DataError, match="k: 3 neighbours of 3"):
-        precision_recall(x[:3], x)
+    assert covered(x, x, radii(x, 3)) == 1
+    with pytest.raises(DataError, match="k: 3 neighbours among 3"):
+        radii(x[:3], 3)
 
 
 def test_neighbours_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:

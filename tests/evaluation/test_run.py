@@ -421,7 +421,7 @@ def test_reference_files_that_are_refused(tmp_path: Path) -> None:
     check("don't fit", mu=np.zeros(3), sigma=np.zeros((2, 2)))
     check("not finite", mu=np.full(2, np.nan), sigma=np.eye(2))
     check("not uint8", arr_0=np.zeros((2, 4, 4, 3)))
-    check("not a readable .npz of plain arrays", mu=np.array([{"a": 1}], dtype=object), sigma=np.eye(2))
+    check("not a readable .npz file", mu=np.array([{"a": 1}], dtype=object), sigma=np.eye(2))
     (tmp_path / "y.npz").write_bytes(b"nothing of the kind")
     with pytest.raises(DataError, match="not a readable"):
         read_statistics(tmp_path / "y.npz")

@@ -29,9 +29,9 @@ from seriatim.pipeline.pipeline import Pipeline
 from seriatim.pipeline.result import Result
 from seriatim.sampling.step import Start
 from seriatim.tokenizers.kmeans import KMeans
-from seriatim.training.gradients import gradients
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.state import Trainables
+from seriatim.training.updates import gradients
 
 L, STEPS = 9, 3
 

@@ -29,7 +29,10 @@ def test_expansion() -> None:
     request = make_request(
         {"class_labels": ["a", 3], "num_images_per_label": 2, "seed": 9, "num_inference_steps": 4}, 16
     )
-    assert request.image_labels() == ["a", "a", 3, 3]
+    assert request.part(range(4)).class_labels == ("a", "a", 3, 3)
+    after = request.part([3, 4, 6, 9])
+    assert after.class_labels == (3, "a", 3, "a"), "they begin again after the last"
+    assert after.seeds == tuple(derive_seed(9, i) for i in (3, 4, 6, 9))
     assert request.image_seeds() == [derive_seed(9, i) for i in range(4)]
     named = make_request({"class_labels": [1], "seeds": (7,), "num_inference_steps": 4}, 16)
     assert named.image_seeds() == [7]

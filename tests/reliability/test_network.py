@@ -93,6 +93,8 @@ class Hub:
             for files in self.commits.values():
                 files[path.name] = path.read_bytes()
         self.sizes: dict[str, Any] = {}  # told instead of the true ones
+        self.elsewhere: str | None = None  # another host, to which downloads are redirected
+        self.tokens: list[str | None] = []  # sent with each download
         self.fetched: list[str] = []
 
     def listing(self, revision: str) -> dict[str, Any] | None:
@@ -130,6 +132,11 @@ def server(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
                 headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": parts[3]}
                 if body:
                     served.fetched.append(parts[4])
+                    served.tokens.append(self.headers["Authorization"])
+                if served.elsewhere is not None and code == 200:
+                    headers |= {"X-Linked-ETag": headers["ETag"], "X-Linked-Size": str(len(data))}
+                    headers["Location"] = f"{served.elsewhere}/{parts[4]}"
+                    code, data = 302, b""
             else:
                 code = 404
             self.send_response(code)
@@ -250,3 +257,60 @@ def test_a_hub_that_lies_is_refused(server: Hub, lie: str, words: str) -> None:
     assert words in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
     if lie in ("huge", "silent", "nowhere"):
         assert not server.fetched, "nothing was fetched"
+
+
+class Elsewhere:
+    """Another host, to which a hub redirects downloads. `changes` maps names of files to what it gives instead."""
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.asked: list[tuple[str, str | None]] = []  # the file, and the token that was sent along
+        self.changes: dict[str, bytes] = {}
+        other = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                name = self.path.strip("/")
+                other.asked.append((name, self.headers["Authorization"]))
+                data = other.changes.get(name, files[name])
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://localhost:{self.listener.server_port}"
+        threading.Thread(target=self.listener.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def elsewhere(server: Hub) -> Iterator[Elsewhere]:
+    other = Elsewhere(server.commits[COMMITS["main"]])
+    server.elsewhere = other.address
+    yield other
+    other.listener.shutdown()
+    other.listener.server_close()
+
+
+def test_a_redirected_download_takes_no_token_along(server: Hub, elsewhere: Elsewhere, tmp_path: Path) -> None:
+    pipe = load("some/model", token="hf_secret", cache_dir=tmp_path / "fetched")
+    assert len(pipe.class_names) == 10
+    assert {name for name, _ in elsewhere.asked} == set(server.commits[COMMITS["main"]])
+    assert all(token is None for _, token in elsewhere.asked), "the other host must not learn the token"
+    assert "Bearer hf_secret" in server.tokens or not server.tokens
+
+
+@pytest.mark.parametrize("lie", ["other weights", "cut", "longer", "a page"])
+def test_what_a_redirected_download_gives_is_checked(server: Hub, elsewhere: Elsewhere, lie: str) -> None:
+    weights = server.commits[COMMITS["main"]]["model.safetensors"]
+    elsewhere.changes["model.safetensors"] = {
+        "other weights": weights[:-1] + bytes([weights[-1] ^ 1]),
+        "cut": weights[:-10],
+        "longer": weights + b"more",
+        "a page": b"<html>log in first</html>",
+    }[lie]
+    with pytest.raises(CheckpointError) as caught:
+        load_bundle(hub.located("some/model"))
+    assert "\n" not in str(caught.value) and elsewhere.asked

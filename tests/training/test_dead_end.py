@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers import metrics, tiny_run
 from safetensors.torch import load_file
 
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.errors import ConfigError, NumericsError
 from seriatim.data.loader import Batch
-from seriatim.training import loop
 from seriatim.training.blow_up import BlowUpGuard, growth
-from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.config import read_recipe
 from seriatim.training.loop import train
 from seriatim.training.not_finite import FiniteGuard
 from seriatim.training.state import RunState
 
-TINY = [
-    "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
-    "training.batch_size=16", "training.log_images=16", "training.dtype=float32", "training.threads=1",
-    "training.images=160", "training.save_images=16",
-]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("no_curves")
 
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of the loss takes longer than all these trainings; other tests look at it."""
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
-
-
-def tiny(*overrides: str) -> Recipe:
-    return read_recipe("mar-digits", [*TINY, *overrides])
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+tiny = partial(tiny_run, "training.images=160", "training.save_images=16")
 
 
 @pytest.fixture
@@ -96,7 +79,7 @@ def test_another_run_of_a_changed_recipe_has_its_own_history(bad: Path) -> None:
 
 def test_a_cured_run_trains_with_its_new_settings(bad: Path) -> None:
     train(tiny("training.learning_rate=0.0005"), bad, resume=True, quiet=True)
-    before, after = (rows(bad)[i]["learning_rate"] for i in (5, 6))
+    before, after = (metrics(bad)[i]["learning_rate"] for i in (5, 6))
     assert after < before / 2
 
 
@@ -162,4 +145,4 @@ def test_resuming_with_a_learning_rate_that_is_a_thousand_times_larger(tmp_path:
     else:
         with pytest.raises(NumericsError, match=r"the loss has grown .*; stopped before the next update; go on with"):
             train(worse, tmp_path, resume=True, quiet=True)
-        assert len(rows(tmp_path)) < 10
+        assert len(metrics(tmp_path)) < 10

@@ -7,10 +7,10 @@ from pathlib import Path
 import documents_world as world
 import pytest
 import torch
+from helpers import official_tensors
 
 from seriatim.checkpoints.kl16 import kl16_from_tokenizer
 from seriatim.checkpoints.llamagen import llamagen_tensors
-from seriatim.checkpoints.llamagen_vq import official_tensors
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.cli.main import run
 from seriatim.models.build import build_model, model_config, seeded

@@ -13,10 +13,10 @@ import math
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers import metrics
 from safetensors.torch import load_file
 
 import seriatim
@@ -52,11 +52,7 @@ def machine() -> str:
 
 def losses(name: str, folder: Path) -> list[float]:
     train(read_recipe(name, RECIPES[name]), folder, device="cpu", quiet=True)
-    return [row["loss"] for row in rows(folder)]
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in metrics(folder)]
 
 
 def compare(found: list[float], wanted: list[str], where: str) -> None:
@@ -79,16 +75,16 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
     recipe = read_recipe("gpt-digits", [*RECIPES["gpt-digits"], "training.betas=[0.85, 0.95]"])
     train(recipe, tmp_path, device="cpu", quiet=True)
     with pytest.raises(AssertionError, match=r"it was 0x1\."):
-        compare([row["loss"] for row in rows(tmp_path)], golden["losses"]["gpt-digits"], "another")
+        compare([row["loss"] for row in metrics(tmp_path)], golden["losses"]["gpt-digits"], "another")
 
 
 def resumed(folder: Path) -> list[float]:
     """The run of release 0.1 goes on in a copy: the losses of the four updates that follow."""
     shutil.copytree(RELEASE / "run", folder)
-    before = rows(folder)
+    before = metrics(folder)
     result = train(read_recipe(str(folder / "recipe.yaml")), folder, device="cpu", resume=True, quiet=True)
-    assert result.images == 128 and rows(folder)[:4] == before
-    return [row["loss"] for row in rows(folder)[4:]]
+    assert result.images == 128 and metrics(folder)[:4] == before
+    return [row["loss"] for row in metrics(folder)[4:]]
 
 
 def test_a_run_of_release_0_1_goes_on(tmp_path: Path) -> None:

@@ -17,20 +17,17 @@ from seriatim.cli.main import explain, run
 from seriatim.core.construct import construct
 from seriatim.core.errors import ConfigError, ResourceError
 from seriatim.models.masked_model import MaskedModel
-from seriatim.training import heap, loop
+from seriatim.training import heap
 from seriatim.training.config import read_recipe
 from seriatim.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 TINY = [
     "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
     "training.batch_size=16", "training.log_images=16", "training.dtype=float32", "training.threads=1",
     "training.images=160", "training.save_images=32",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
 
 
 def test_memory_that_runs_out_in_a_step_loses_nothing(

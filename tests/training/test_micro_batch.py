@@ -17,10 +17,10 @@ from seriatim.models.base import Loss
 from seriatim.training import batched_task
 from seriatim.training import micro_batch as module
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.gradients import gradients
 from seriatim.training.loop import GeneratorTask, train
 from seriatim.training.micro_batch import kept_by_autograd, largest_fitting
 from seriatim.training.state import RunState
+from seriatim.training.updates import gradients
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

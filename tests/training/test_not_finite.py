@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import signal_in_step
+from helpers import signal_in_step, untimed_metrics
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,12 +31,6 @@ TINY = [
 
 def tiny(*overrides: str) -> Recipe:
     return read_recipe("mar-digits", [*TINY, *overrides])
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    timed = {"images_per_second", "loader_share"}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 def tensors(run: Path, images: int) -> dict[str, Tensor]:
@@ -86,8 +80,8 @@ def test_a_skipped_batch_updates_nothing(
     )
     states = [json.loads((path / "state.json").read_text()) for path in all_checkpoints(tmp_path / "checkpoints")]
     assert [state["steps"] for state in states] == [1, 2, 3, 4, 4, 5, 6, 7]
-    assert [row.get("skipped") for row in rows(tmp_path)] == [None, None, 1, 1]
-    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in rows(tmp_path))
+    assert [row.get("skipped") for row in untimed_metrics(tmp_path)] == [None, None, 1, 1]
+    assert all(torch.isfinite(torch.tensor(list(row.values()))).all() for row in untimed_metrics(tmp_path))
     said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     assert len(said) == 1 and f"the {what} is not finite (" in said[0] and "after 64 images" in said[0]
     assert "number 1 of at most 10 in a row" in said[0]
@@ -98,8 +92,8 @@ def test_the_others_train_as_if_it_had_not_been_there(tmp_path: Path, poison: Ca
     train(tiny("training.images=80", "training.log_images=16"), tmp_path / "each", quiet=True)
     poison(64)
     train(tiny("training.images=80", "training.log_images=80"), tmp_path / "run", quiet=True)
-    means = [row["loss"] for row in rows(tmp_path / "each")[:4]]
-    assert rows(tmp_path / "run")[0]["loss"] == pytest.approx(sum(means) / 4, rel=1e-6)
+    means = [row["loss"] for row in untimed_metrics(tmp_path / "each")[:4]]
+    assert untimed_metrics(tmp_path / "run")[0]["loss"] == pytest.approx(sum(means) / 4, rel=1e-6)
 
 
 @pytest.mark.parametrize("steps", [[4], [5], [6], [5, 1]])
@@ -116,7 +110,7 @@ def test_resuming_around_skipped_batches_is_bitwise(
                 train(tiny(), tmp_path / "parts", resume=number > 0, quiet=True)
     train(tiny(), tmp_path / "parts", resume=True, quiet=True)
     assert same(tensors(tmp_path / "whole", 128), tensors(tmp_path / "parts", 128))
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert untimed_metrics(tmp_path / "whole") == untimed_metrics(tmp_path / "parts")
 
 
 def test_too_many_in_a_row_end_the_run(
@@ -136,13 +130,13 @@ def test_too_many_in_a_row_end_the_run(
     assert same(tensors(tmp_path, 64), tensors(tmp_path, 96)), "nothing was updated"
     train(tiny("training.max_skips=3"), tmp_path, resume=True, quiet=True)
     assert read_recipe(str(tmp_path / "recipe.yaml")).changes == ["after 96 images: training.max_skips from 2 to 3"]
-    assert rows(tmp_path)[-1]["skipped"] == 5
+    assert untimed_metrics(tmp_path)[-1]["skipped"] == 5
 
 
 def test_a_line_of_skipped_batches_alone_has_no_loss(tmp_path: Path, poison: Callable[..., None]) -> None:
     poison(96, 112)
     result = train(tiny(), tmp_path, quiet=True)
-    *_, before, last = rows(tmp_path)
+    *_, before, last = untimed_metrics(tmp_path)
     assert last.keys() == {"images", "learning_rate", "skipped"} and last["skipped"] == 2
     assert result.loss == before["loss"] and (tmp_path / "training.png").is_file()
 
@@ -176,7 +170,7 @@ def test_batch_norm_forgets_a_skipped_batch(tmp_path: Path, monkeypatch: pytest.
     )  # fmt: skip
     assert isinstance(recipe, ClassifierRecipe)
     train_classifier(recipe, tmp_path, device="cpu", quiet=True)
-    assert [row.get("skipped") for row in rows(tmp_path)] == [None, None, 1, 1]
+    assert [row.get("skipped") for row in untimed_metrics(tmp_path)] == [None, None, 1, 1]
     assert same(tensors(tmp_path, 128), tensors(tmp_path, 192))
     assert any("running_mean" in name for name in tensors(tmp_path, 192))
 

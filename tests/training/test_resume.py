@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from forked import Fork, command_line
-from helpers import die_at_call, signal_in_step
+from helpers import die_at_call, signal_in_step, untimed_metrics
 from PIL import Image
 
 from seriatim.checkpoints.shared_tokenizer import tokenizer_file
@@ -29,9 +29,12 @@ from seriatim.core.errors import ConfigError, DataError, ResourceError, Stopped,
 from seriatim.data import loader
 from seriatim.training import engine, loop, setup, state
 from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.look import timeline
 from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.state import RunState, Trainables, prune
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 TINY = [
     "model.width=32", "model.depth=1", "model.heads=2", "model.dropout=0.1",
@@ -67,12 +70,6 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None
     return monkeypatch.undo
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    timed = {"images_per_second", "loader_share"}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
-
-
 CASES = {
     "plain": [], "workers": ["training.workers=2"], "accumulate": ["training.accumulate=3"],
     "threads": ["training.threads=2", "model.width=128"],
@@ -100,7 +97,7 @@ def test_twenty_steps_are_the_same_in_parts(
         assert not (tmp_path / "parts" / "model").exists()
     train(recipe, tmp_path / "parts", resume=True, quiet=True)
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert untimed_metrics(tmp_path / "whole") == untimed_metrics(tmp_path / "parts")
 
 
 @pytest.mark.parametrize("lost", ["noise", "data", "optimiser", "average"])
@@ -477,3 +474,15 @@ def test_samples_and_a_timeline(tmp_path: Path) -> None:
     train(tiny("training.images=96"), tmp_path / "blind", quiet=True)
     one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("seen", "blind"))
     assert one == two, "looking changes nothing"
+
+
+def test_a_damaged_grid_does_not_stop_the_timeline(tmp_path: Path) -> None:
+    """The file of a full disk, and one that is no picture at all."""
+    sheet = Image.fromarray(np.full((40, 80, 3), 200, np.uint8))
+    for seen in (32, 64, 96):
+        sheet.save(tmp_path / f"{seen:012d}.png")
+    whole = (tmp_path / f"{64:012d}.png").read_bytes()
+    (tmp_path / f"{64:012d}.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / f"{80:012d}.png").write_text("no picture")
+    with Image.open(timeline(tmp_path)) as picture:
+        assert picture.size == (80, 2 * 10), "the first of four rows of the two whole ones"

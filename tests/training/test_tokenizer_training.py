@@ -28,12 +28,12 @@ from seriatim.training import tokenizer_task
 from seriatim.training.autoencoding import Autoencoding
 from seriatim.training.config import TokenizerRecipe, read_any
 from seriatim.training.distributed import joined
-from seriatim.training.gradients import gradients
 from seriatim.training.log import psnr_curve
 from seriatim.training.loop import train
 from seriatim.training.plan import measured_plan
 from seriatim.training.state import RunState
 from seriatim.training.tokenizer_task import TokenizerTask, train_tokenizer
+from seriatim.training.updates import gradients
 
 COMMON = ["training.batch_size=8", "training.threads=1", "training.dtype=float32", "training.log_images=24",
           "training.images=80", "training.save_images=40", "training.sample_images=40", "training.warmup_images=8",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import metrics, tiny_run, untimed_metrics
 from PIL import Image
 
 from seriatim.checkpoints.native import load_bundle
@@ -19,34 +21,24 @@ from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
 from seriatim.core.files import write_manifest
 from seriatim.core.stopping import StopRequest
 from seriatim.data.loader import Batches
-from seriatim.training import judge, loop, setup, state
+from seriatim.training import judge, setup, state
 from seriatim.training import log as log_module
-from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.judge import LEAST, MOST, SampleDistance, validation_loss
 from seriatim.training.log import loss_curve
 from seriatim.training.loop import train
 
-TINY = [
-    "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+tiny = partial(
+    tiny_run,
     "model.dropout=0.1",
-    "training.batch_size=16", "training.log_images=48", "training.dtype=float32", "training.threads=1",
-    "training.images=128", "training.save_images=32", "training.keep=9", "sampling.num_inference_steps=2",
+    "training.log_images=48",
+    "training.images=128",
+    "training.save_images=32",
+    "training.keep=9",
+    "sampling.num_inference_steps=2",
     "sampling.num_diffusion_steps=2",
-]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of the loss takes longer than all these trainings; one test looks at it."""
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
-
-
-def tiny(*overrides: str) -> Recipe:
-    return read_recipe("mar-digits", [*TINY, *overrides])
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+)
 
 
 # --- the validation loss --------------------------------------------------------------------------------------------
@@ -54,9 +46,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def test_it_is_measured_at_each_checkpoint_and_is_that_of_its_weights(tmp_path: Path) -> None:
     train(tiny("data.validation=0.1"), tmp_path, quiet=True)
-    found = {row["images"]: row["validation_loss"] for row in rows(tmp_path) if "validation_loss" in row}
+    found = {row["images"]: row["validation_loss"] for row in metrics(tmp_path) if "validation_loss" in row}
     assert list(found) == [32, 64, 96, 128] and len(set(found.values())) == 4
-    assert all("loss" in row for row in rows(tmp_path))
+    assert all("loss" in row for row in metrics(tmp_path))
     data, _ = setup.build_inputs(tiny("data.validation=0.1"))
     assert data.held_out is not None
     for path in all_checkpoints(tmp_path / "checkpoints"):
@@ -68,7 +60,7 @@ def test_it_is_measured_at_each_checkpoint_and_is_that_of_its_weights(tmp_path: 
 
 def test_validate_images_asks_for_more(tmp_path: Path) -> None:
     train(tiny("data.validation=0.1", "training.save_images=0", "training.validate_images=48"), tmp_path, quiet=True)
-    assert [row["images"] for row in rows(tmp_path) if "validation_loss" in row] == [48, 96, 128]
+    assert [row["images"] for row in metrics(tmp_path) if "validation_loss" in row] == [48, 96, 128]
 
 
 def test_judging_changes_nothing_of_the_weights(tmp_path: Path) -> None:
@@ -101,7 +93,6 @@ def test_nobody_trains_on_the_images_held_out(tmp_path: Path, monkeypatch: pytes
 
 
 def test_stopping_and_resuming_gives_the_same_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training.test_resume import rows as untimed
     from training.test_resume import stop_after, weights
 
     recipe = tiny("data.validation=0.1", "training.validate_images=48")
@@ -111,7 +102,7 @@ def test_stopping_and_resuming_gives_the_same_lines(tmp_path: Path, monkeypatch:
         train(recipe, tmp_path / "parts", quiet=True)
     undo()
     train(recipe, tmp_path / "parts", resume=True, quiet=True)
-    assert untimed(tmp_path / "whole") == untimed(tmp_path / "parts")
+    assert untimed_metrics(tmp_path / "whole") == untimed_metrics(tmp_path / "parts")
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
 
 
@@ -193,7 +184,7 @@ def test_the_best_is_that_of_the_lowest_validation_loss(tmp_path: Path) -> None:
 def test_samples_are_compared_at_each_checkpoint(tmp_path: Path) -> None:
     more = ["training.evaluate_images=80", "training.evaluate_features=pixels", "training.save_images=64"]
     train(tiny("data.validation=0.3", *more), tmp_path, quiet=True)
-    found = {row["images"]: row["FD[pixels]"] for row in rows(tmp_path) if "FD[pixels]" in row}
+    found = {row["images"]: row["FD[pixels]"] for row in metrics(tmp_path) if "FD[pixels]" in row}
     assert list(found) == [64, 128] and all(value > 0 for value in found.values())
     judge = SampleDistance(tiny(*more).training, setup.build_inputs(tiny("data.validation=0.3"))[0])
     again = judge.measured(load_bundle(f"{tmp_path}@128"))

@@ -6,34 +6,22 @@ import contextlib
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_run
 
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.errors import ResourceError
 from seriatim.data import loader
-from seriatim.training import loop
-from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 
-TINY = [
-    "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
-    "training.batch_size=16", "training.log_images=16", "training.dtype=float32", "training.threads=1",
-    "training.images=160", "training.save_images=16",
-]  # fmt: skip
+pytestmark = pytest.mark.usefixtures("no_curves")
 
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of the loss takes longer than all these trainings; other tests look at it."""
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
-
-
-def tiny(*overrides: str) -> Recipe:
-    return read_recipe("mar-digits", [*TINY, *overrides])
+tiny = partial(tiny_run, "training.images=160", "training.save_images=16")
 
 
 def model(run: Path) -> bytes:
