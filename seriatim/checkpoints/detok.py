@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.official import OfficialFile
+from seriatim.checkpoints.official import OfficialFile, read_storage
 from seriatim.checkpoints.shapes import count, mapped, official_name, shape
 from seriatim.core.errors import CheckpointError, UsageError, one_line, shown
 from seriatim.core.reading import read_json, read_or_raise
@@ -228,7 +228,7 @@ class PlainPickle(pickle.Unpickler):
         known = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): rebuilt,
-            ("torch.storage", "_load_from_bytes"): storage,
+            ("torch.storage", "_load_from_bytes"): read_storage,
         }
         if (module, name) not in known:
             raise CheckpointError(
@@ -236,11 +236,6 @@ class PlainPickle(pickle.Unpickler):
                 "program; nothing of it was run; give a JSON file with `mean` and `std`"
             )
         return known[module, name]
-
-
-def storage(raw: bytes) -> Any:
-    """A tensor's memory, read on the CPU wherever it was written."""
-    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
 
 
 def rebuilt(memory: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:

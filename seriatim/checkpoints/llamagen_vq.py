@@ -79,7 +79,8 @@ def tokenizer_from_llamagen(
     """
     known = Autoencoder({name: tensor for name, tensor in tensors.items() if name != IGNORED}, where, HINT)
     widths, decoder = (known.widths(f"{half}.conv_blocks.{{}}.res.0.conv1.weight") for half in ("encoder", "decoder"))
-    check_groups([*widths, *decoder], where)
+    check_groups(widths, where)
+    check_groups(decoder, where)
     code_dim = known.width("quant_conv.weight", 0)
     if known.width(CODEBOOK, 1, axes=2) != code_dim:
         raise CheckpointError(

@@ -8,6 +8,7 @@ refused by name.
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import pickle
 import re
@@ -103,6 +104,11 @@ def read_torch(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not a mapping of tensors")
     return content
+
+
+def read_storage(raw: bytes) -> Any:
+    """The memory of a tensor that lies in a torch file inside a pickle, on the CPU wherever it was written."""
+    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
 
 
 def harmless() -> list[Any]:

@@ -151,67 +151,6 @@ def convert_llamagen_vq(
     save_converted(tokenizer, out, provenance, json, codes=tokenizer.vocab, features=tokenizer.dim)
 
 
-@convert.command("detok")
-def convert_detok(
-    weights: Weights,
-    out: Out,
-    stats: Annotated[
-        str,
-        typer.Option(
-            help="The statistics of latents: the authors' stats.pkl, or a JSON file with the lists `mean` and `std`. "
-            "Or the word `measure`, to measure them over the images of the first training or `measure-latents`."
-        ),
-    ],
-    stats_key: Annotated[
-        str | None, typer.Option(help="The name in stats.pkl. Default: the one that the file of weights begins with.")
-    ] = None,
-    size: Annotated[
-        int | None, typer.Option(help="The side of the images in pixels. Default: they are square.")
-    ] = None,
-    heads: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="The number of attention heads, for sizes that are not published. Give it twice if encoder and "
-            "decoder differ."
-        ),
-    ] = None,
-    ema: Ema = None,
-    overwrite: Overwrite = False,
-    json: JsonFlag = False,
-) -> None:
-    """Convert the tokenizer of l-DeTok (Yang et al. 2025). No code in the files is run, and every tensor must fit."""
-    from seriatim.checkpoints import detok
-    from seriatim.checkpoints.official import read_official
-    from seriatim.checkpoints.tokenizer import save_tokenizer
-    from seriatim.core.errors import UsageError
-
-    if heads and len(heads) > 2:
-        raise UsageError(f"heads: {heads} is not allowed; give one number, or one for the encoder and the decoder each")
-    unused(out, overwrite)
-    if stats_key is not None and (stats == "measure" or stats.endswith(".json")):
-        raise UsageError(f"stats_key: {stats_key!r} has no effect without the authors' stats.pkl; leave it out")
-    file = read_official(weights, which=None if ema is None else detok.ENTRIES[0 if ema else 1], entries=detok.ENTRIES)
-    read = stats != "measure"
-    tokenizer = detok.tokenizer_from_file(
-        file,
-        size=size,
-        heads=(heads[0], heads[-1]) if heads else None,
-        statistics=Path(stats) if read else None,
-        key=stats_key,
-    )
-    save_tokenizer(tokenizer, out, {"converted_from": file.path.name, "weights": file.which})
-    found = {
-        "tokenizer": str(out),
-        "weights": file.which,
-        "parameters": sum(p.numel() for p in tokenizer.parameters()),
-        "image": list(tokenizer.size),
-        "tokens": tokenizer.count,
-        "features": tokenizer.dim,
-        "statistics": stats if read else "to be measured",
-    }
-    report(found, json)
-
-
 @export.command("mar")
 def export_mar(
     model: Model,
