@@ -81,9 +81,19 @@ class World:
             return values
         import torch.distributed as dist
 
-        values = values.double()
+        values = values.to(self.device, torch.float64)
         dist.all_reduce(values)
         return values
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes in their order, in the first process; the others get an empty list."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(value, found, dst=0)
+        return found or []
 
     def copy_first(self, *modules: nn.Module) -> None:
         """Copy parameters and buffers of the first process to all others."""

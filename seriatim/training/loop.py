@@ -21,6 +21,7 @@ from seriatim.core.device import DTYPES, plain_torch, tf32
 from seriatim.core.errors import NumericsError
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
+from seriatim.core.schedules import crossed
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.data.base import Position
@@ -30,7 +31,7 @@ from seriatim.models.build import build_model, model_config, parameter_count
 from seriatim.tokenizers.latent import check_encoder_dtype, encoding_in
 from seriatim.training.config import Recipe
 from seriatim.training.distributed import ALONE, World, replicated, shard, synchronised, whole
-from seriatim.training.engine import Task, TrainingResult, crossed, fit
+from seriatim.training.engine import TrainingResult, fit
 from seriatim.training.initialise import initialise_from, matching
 from seriatim.training.judge import Judge
 from seriatim.training.log import MetricsLog, loss_curve, model_card
@@ -40,6 +41,7 @@ from seriatim.training.optim import averaged, make_optimiser
 from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
 from seriatim.training.state import RunState, Trainables
+from seriatim.training.task import Task
 from seriatim.training.wrapping import bucketed, wrapped_blocks
 
 
@@ -130,7 +132,8 @@ class GeneratorTask(Task):
             return self.loss(replace(probe, whole=range(step, step + len(probe))), slice(0, count), dtype)
 
         images = Share(0, world.size).of(len(probe)).stop
-        return largest_fitting(images, loss_of, self.parts.trained, self.where, world.local_size)
+        copies = 3 if world.size > 1 and not settings.shard else 2  # DDP copies gradients to buckets
+        return largest_fitting(images, loss_of, self.parts.trained, self.where, world.local_size, copies)
 
     def nominal(self, batch: Batch) -> float:
         return float(len(batch.whole) * self.model.tokens)
@@ -154,7 +157,7 @@ class GeneratorTask(Task):
         keys = self.keys.fold(torch.arange(first, first + size))  # image g of the run has the key (seed, "train", g)
         images = batch.images[part].to(self.where, non_blocking=True)  # from pinned memory on CUDA
         labels = None if batch.labels is None else batch.labels[part]
-        with torch.random.fork_rng(devices=[] if self.where.type == "cpu" else None):
+        with torch.random.fork_rng(devices=[self.where] if self.where.type == "cuda" else []):
             torch.manual_seed(derive_seed(self.recipe.seed, "dropout", first))
             with torch.no_grad():
                 tokens = self.tokens(images, keys.fold("posterior"))  # (B, L, D)
@@ -172,13 +175,16 @@ class GeneratorTask(Task):
     def trained_on(self) -> dict[str, Any]:
         return {"count": self.data.count, "fingerprint": self.data.images_fingerprint()}
 
-    def averaged_model(self) -> SequenceModel:
-        """The model with averaged weights. If it is sharded, the first process gets a copy that is not."""
+    def averaged_model(self, *, everywhere: bool = False) -> SequenceModel:
+        """The model with averaged weights; where it is sharded, a copy that is not, for the first process or for all.
+
+        All processes must call this together.
+        """
         trained = cast(SequenceModel, self.parts.average.module)
         if self.net is not self.model or self.world.size == 1:
             return trained
         weights = {name: whole(tensor) for name, tensor in trained.state_dict().items()}
-        if not self.world.main:
+        if not self.world.main and not everywhere:
             return trained
         made = build_model(model_config(trained)).to(self.where)
         made.load_state_dict(weights)
@@ -195,17 +201,13 @@ class GeneratorTask(Task):
     def config(self, run: RunState) -> Mapping[str, Any]:
         return bundle_config(self.bundle(run, cast(SequenceModel, self.parts.average.module)))
 
-    def judged(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> dict[str, float]:
+    def judged(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> dict[str, float] | None:
         validated, evaluated = self.judge.due(before, run.seen, last=last)
         if not validated and not evaluated:
             return {}
-        trained = self.averaged_model()
-        found = self.world.first(
-            lambda: self.judge.figures(
-                self.bundle(run, trained), run.seen, DTYPES[run.dtype], stop, validated=validated, evaluated=evaluated
-            )
-        )
-        if validated:
+        bundle, dtype = self.bundle(run, self.averaged_model(everywhere=True)), DTYPES[run.dtype]
+        found = self.judge.figures(bundle, run.seen, dtype, stop, self.world, validated=validated, evaluated=evaluated)
+        if found is not None and validated:
             run.validation_loss, run.validated = found.get("validation_loss"), run.seen
         return found
 
