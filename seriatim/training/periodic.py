@@ -29,8 +29,9 @@ class Periodic:
         self.stop, self.log, self.bar = stop, log, bar
         self.settings = task.recipe.training
         self.began = run.seen  # the images that earlier processes trained on
-        self.logged = time.monotonic()  # the time of the last line of metrics
-        self.waited = 0.0  # the seconds since then in which the loop waited for images
+        self.seconds = 0.0  # the seconds of all steps since the last line of metrics, without this work
+        self.waited = 0.0  # the seconds of these in which the loop waited for images
+        self.ended = time.monotonic()  # the time when this work was last done
 
     def work(self, *, stopping: bool = False) -> None:
         """Do everything that has become due since this was last done.
@@ -38,6 +39,7 @@ class Periodic:
         If the run is `stopping`, or is asked to stop while figures are computed, none of it is done: a checkpoint is
         saved and Stopped is raised, and the resumed run does the work before its first step.
         """
+        self.seconds += time.monotonic() - self.ended
         task, run = self.task, self.run
         before, last = run.reported, run.seen >= task.total
         figures = None if stopping else task.judged(before, run, self.stop, last=last)
@@ -52,10 +54,11 @@ class Periodic:
         if crossed(before, run.seen, self.settings.save_images) or (last and self.settings.save_images > 0):
             self.save()
             self.world.first(lambda: task.curves(self.log))
+        self.ended = time.monotonic()
 
     def write_line(self, figures: Mapping[str, float], *, last: bool) -> None:
         """Write a line of metrics: means since the last line, and the figures."""
-        run, seconds = self.run, max(1e-9, time.monotonic() - self.logged)
+        run, seconds = self.run, max(1e-9, self.seconds)
         means = {name: value / run.steps_since for name, value in run.sums.items()}  # empty if all were skipped
         trained_on = run.seen - max(run.since, self.began)
         speed = {"images_per_second": trained_on / seconds, "loader_share": self.waited / seconds}
@@ -71,7 +74,7 @@ class Periodic:
         )
         self.bar.note = ", ".join(f"{name} {means[name]:.3f}" for name in ("loss", "accuracy") if name in means)
         run.loss, run.since, run.steps_since, run.sums = means.get("loss", run.loss), run.seen, 0, {}
-        self.logged, self.waited = time.monotonic(), 0.0
+        self.seconds, self.waited = 0.0, 0.0
         return_heap()
 
     def save(self) -> Path:
