@@ -18,6 +18,8 @@ from seriatim.training.optim import rate_after
 from seriatim.training.state import RunState
 from seriatim.training.task import Task
 
+CURVE_SECONDS = 20.0  # curves are drawn at most so often, because a drawing takes as long as many small steps
+
 
 class Periodic:
     """The work of a run between two steps. All processes do it together, and the first one writes the files."""
@@ -32,6 +34,7 @@ class Periodic:
         self.seconds = 0.0  # the seconds of all steps since the last line of metrics, without this work
         self.waited = 0.0  # the seconds of these in which the loop waited for images
         self.ended = time.monotonic()  # the time when this work was last done
+        self.drawn = self.ended  # the time when curves were last drawn, or training began
 
     def work(self, *, stopping: bool = False) -> None:
         """Do everything that has become due since this was last done.
@@ -53,7 +56,9 @@ class Periodic:
             raise self.stopped()
         if crossed(before, run.seen, self.settings.save_images) or (last and self.settings.save_images > 0):
             self.save()
-            self.world.first(lambda: task.curves(self.log))
+            if not last and time.monotonic() - self.drawn >= CURVE_SECONDS:  # the engine draws them at the end
+                self.world.first(lambda: task.curves(self.log))
+                self.drawn = time.monotonic()
         self.ended = time.monotonic()
 
     def write_line(self, figures: Mapping[str, float], *, last: bool) -> None:

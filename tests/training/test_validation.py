@@ -235,7 +235,7 @@ def test_samples_are_judged_by_a_classifier_of_our_own(tmp_path: Path) -> None:
     for number, folder in enumerate((tmp_path / "classifier", tmp_path / "classifier" / "model")):
         run = tmp_path / str(number)
         train(tiny(*more, f"training.evaluate_features={folder}"), run, quiet=True)
-        (figure,) = (row["FD[digit-judge]"] for row in rows(run) if "FD[digit-judge]" in row)
+        (figure,) = (row["FD[digit-judge]"] for row in metrics(run) if "FD[digit-judge]" in row)
         settings = tiny(*more, f"training.evaluate_features={folder}").training
         again = SampleDistance(settings, setup.build_inputs(tiny())[0]).measured(load_bundle(f"{run}@latest"))
         assert figure > 0 and again == pytest.approx(figure, rel=1e-4)
