@@ -39,7 +39,7 @@ def test_a_truth_value_is_no_number(name: str, value: bool) -> None:
 
 
 def test_a_pair_of_numbers_holds_none_either() -> None:
-    with pytest.raises(ConfigError, match="^pair: must be a number, not true or false"):
+    with pytest.raises(ConfigError, match=r"^pair: must be a number, not true or false"):
         parse(Kinds, {"pair": [0.25, True]})
 
 
@@ -58,7 +58,7 @@ def test_no_number_of_a_recipe_is_a_truth_value(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["guidance_scale", "temperature", "guidance_power"])
 def test_no_number_of_a_request_is_a_truth_value(name: str) -> None:
-    with pytest.raises(SeriatimError, match=f"^{name}: must be a number, not true or false"):
+    with pytest.raises(SeriatimError, match=rf"^{name}: must be a number, not true or false"):
         parse(Settings, {name: True})
 
 
