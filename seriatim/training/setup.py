@@ -93,7 +93,7 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
     data = build_divided(recipe.data)
     given = {"size": list(data.size), "channels": data.channels, **recipe.tokenizer}
     source = given.pop("from", None)
-    if source is not None and not isinstance(source, str):
+    if source == "" or (source is not None and not isinstance(source, str)):
         raise ConfigError(f"tokenizer.from: {source!r} is not allowed; name a tokenizer, model or run folder")
     if source is None:
         check_kind(given.get("kind"), data)
