@@ -169,3 +169,24 @@ def test_an_evaluation_refuses_its_own_arguments_in_one_line(work: Path, capsys:
 def test_an_empty_name_of_a_tokenizer_is_not_the_current_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["train", "mar-digits", "tokenizer={from: ''}", "--dry-run", "--out", "never"]) == 2
     assert "tokenizer.from: '' is not allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo", "--out", "never"],
+        ["edit", "codes", "image.png", "--mask", "mask.png", "--out", "never"],
+        ["convert", "kl16", "kl16.ckpt", "never"],
+        ["export", "mar", "random", "never.safetensors"],
+    ],
+)
+def test_what_one_process_does_is_refused_in_several(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """They would all write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    assert run(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {words[0]}: is the work of one process, and 3 were started")
+    assert not list(work.glob("never*"))
