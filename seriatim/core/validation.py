@@ -20,7 +20,7 @@ def takes(annotation: Any, kind: type) -> bool:
 def misplaced_truth(annotation: Any, value: Any) -> bool:
     """Whether `value` is or holds True or False where only numbers are meant. Python would take them for 1 and 0."""
     values = value if isinstance(value, (list, tuple)) else (value,)
-    if not any(isinstance(each, bool) for each in values) or takes(annotation, bool):
+    if not any(isinstance(each, bool) for each in values) or takes(annotation, bool) or takes(annotation, str):
         return False
     return takes(annotation, int) or takes(annotation, float)
 
