@@ -78,7 +78,12 @@ def test_what_ddp_keeps_is_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, more: list[str], copies: int
 ) -> None:
     found: list[Any] = []
-    monkeypatch.setattr(loop, "largest_fitting", lambda *arguments: found.append(arguments) or 4)
+
+    def largest(*arguments: Any) -> int:
+        found.append(arguments)
+        return 4
+
+    monkeypatch.setattr(loop, "largest_fitting", largest)
     task = GeneratorTask(read_recipe("mar-digits", [*SMALL, *more]), tmp_path, CPU, quiet=True)
     task.largest_micro_batch(World(Place(0, size, 0, size), CPU))
     assert found[0][4:] == (size, copies)

@@ -12,9 +12,10 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from helpers import untimed_metrics
 from pretend_cuda import pretend_cuda
 from processes import command, together
-from training.test_resume import rows, stop_after, weights
+from training.test_resume import stop_after, weights
 
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.errors import Stopped
@@ -32,11 +33,7 @@ TINY = [
 ]  # fmt: skip
 SAMPLES = ["training.evaluate_images=70", "training.evaluate_features=pixels"]
 
-
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A picture of the loss takes longer than all these trainings; other tests look at it."""
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 class Killed(BaseException):
@@ -53,14 +50,14 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "loss_curve", lambda *_: None)
         train(tiny(*SAMPLES), folder, quiet=True)
-    assert [(row["images"], "validation_loss" in row, "FD[pixels]" in row) for row in rows(folder)] == [
+    assert [(row["images"], "validation_loss" in row, "FD[pixels]" in row) for row in untimed_metrics(folder)] == [
         (32, True, False), (64, True, True), (96, True, False), (128, True, True),
     ]  # fmt: skip
     return folder
 
 
 def same(one: Path, other: Path) -> None:
-    assert rows(one) == rows(other) and weights(one) == weights(other)
+    assert untimed_metrics(one) == untimed_metrics(other) and weights(one) == weights(other)
     states = [
         [(path.name, (path / "state.json").read_bytes()) for path in all_checkpoints(run / "checkpoints")]
         for run in (one, other)
@@ -78,7 +75,7 @@ def test_a_signal_in_a_step_where_something_is_due(
     with pytest.raises(Stopped, match=f"stopped after {16 * steps} images"):
         train(tiny(*SAMPLES), tmp_path, quiet=True)
     undo()
-    assert [row["images"] for row in rows(tmp_path)] == [n for n in (32, 64, 96) if n < 16 * steps]
+    assert [row["images"] for row in untimed_metrics(tmp_path)] == [n for n in (32, 64, 96) if n < 16 * steps]
     monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
     train(tiny(*SAMPLES), tmp_path, resume=True, quiet=True)
     same(unbroken, tmp_path)
@@ -117,9 +114,9 @@ def test_a_kill_after_the_resumed_line_does_not_repeat_it(tmp_path: Path, monkey
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(engine, "gradients", Mock(side_effect=Killed))
         train(tiny("training.images=96"), run, resume=True, quiet=True)
-    assert [row["images"] for row in rows(run)] == [32]
+    assert [row["images"] for row in untimed_metrics(run)] == [32]
     train(tiny("training.images=96"), run, resume=True, quiet=True)
-    assert rows(run) == rows(tmp_path / "whole")
+    assert untimed_metrics(run) == untimed_metrics(tmp_path / "whole")
 
 
 @pytest.mark.fresh_process
@@ -144,10 +141,10 @@ def test_one_of_two_processes_gets_a_signal_while_figures_are_computed(tmp_path:
         found = together(2, partial(work, run, rank, name), tmp_path / "found" / run.name)
         assert [code for code, _ in found] == [143, 143], found
         assert sum(f"stopped after {seen} images" in line for _, said in found for line in said) == 1
-        assert [row["images"] for row in rows(run)] == [n for n in (32,) if n < seen]
+        assert [row["images"] for row in untimed_metrics(run)] == [n for n in (32,) if n < seen]
         assert command(*words, "--out", str(run), "--resume")[0] == 0
-        assert [(row["images"], "FD[pixels]" in row) for row in rows(run)] == [(32, False), (64, True)]
-        assert all("validation_loss" in row and "loss" in row for row in rows(run))
+        assert [(row["images"], "FD[pixels]" in row) for row in untimed_metrics(run)] == [(32, False), (64, True)]
+        assert all("validation_loss" in row and "loss" in row for row in untimed_metrics(run))
 
 
 # --- the device -------------------------------------------------------------------------------------------------------
