@@ -58,13 +58,13 @@ def train_and_measure(
     if bound == "free":  # this is set before torch is imported, hence before the first product
         os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1024"
     from seriatim.nn import onednn_training as linear
-    from seriatim.training import engine, loop
+    from seriatim.training import loop, periodic
     from seriatim.training.config import read_recipe
 
     if dtype == "float32":
         linear.WORTHWHILE = 1
         setattr(linear, "mkl_is_slow", lambda: True)  # noqa: B010  (it has another type, that of a cached function)
-    returned, lines = engine.return_heap, 0
+    returned, lines = periodic.return_heap, 0
 
     def at_a_line_of_metrics() -> None:
         nonlocal lines
@@ -77,7 +77,7 @@ def train_and_measure(
             with log.open("a") as file:
                 file.write(json.dumps({"bound": bound, **reading}) + "\n")
 
-    engine.return_heap = at_a_line_of_metrics
+    periodic.return_heap = at_a_line_of_metrics
     fixed = [
         f"data.path={folder / 'pictures'}",
         f"training.dtype={dtype}",
@@ -92,7 +92,7 @@ def train_and_measure(
     try:
         loop.train(read_recipe(recipe, [*overrides, *fixed]), folder / bound, device="cpu", quiet=True)
     finally:
-        engine.return_heap = returned
+        periodic.return_heap = returned
     print(json.dumps({"largest": largest()}), flush=True)  # noqa: T201
 
 

@@ -1,7 +1,7 @@
 """AdamW and Muon at equal time: the same recipe, minutes and seeds, judged by the loss and by samples.
 
     OMP_NUM_THREADS=1 python benchmarks/optimisers.py --out runs/optimisers --data cifar10/train \\
-        --real-data cifar10/test --minutes 4.5 --classifier runs/classifier
+        --real-data cifar10/test --minutes 4.5 --classifier classifier:runs/classifier
 
 Each training has one thread, and ends when its updates have taken --minutes of the thread's processor time; reading
 images doesn't count. Both optimisers have the recipe's learning rate, which warms up and then stays, unless
@@ -46,7 +46,7 @@ HELD_OUT = 1000  # images of the loss
 NAMES = {"loss": "loss", "distance": "Frechet distance"}
 
 
-def train(recipe: Recipe, name: str, rate: float, seconds: float, folder: Path) -> dict[str, float]:
+def train(recipe: Recipe, name: str, rate: float, seconds: float, folder: Path) -> None:
     """Train until the budget is used up, then save the averaged weights in `folder/model`."""
     settings = recipe.training
     data, tokenizer, model = build(recipe)
@@ -80,7 +80,6 @@ def train(recipe: Recipe, name: str, rate: float, seconds: float, folder: Path) 
     told = {"images": run.seen, "updates": run.steps, "seconds": run.sums["seconds"]}
     save_bundle(Bundle(trained, tokenizer, data.class_names, recipe.sampling, told), folder / "model")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return told
 
 
 @torch.no_grad()
@@ -96,13 +95,15 @@ def held_out_loss(model: SequenceModel, tokenizer: Tokenizer, data: Folder) -> f
     return total / count
 
 
-def judged(given: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str, float]:
+def judged(given: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The images, updates and seconds of a training, and its figures."""
     size = recipe.data["size"]
     data, real = (Folder(str(path), size, check=False) for path in (given.data, given.real_data))
     pipe = load(folder / "model", device="cpu", dtype="float32", prepare=False)
     loss = held_out_loss(pipe.model, pipe.tokenizer, real)
+    told = {**pipe.bundle.provenance, "loss": loss}
     if given.classifier is None:
-        return {"loss": loss}
+        return told
     features = open_features(str(given.classifier), size=(size, size), channels=3)
     made = evaluate(
         load(folder / "model", device="cpu", dtype="float32"),
@@ -116,7 +117,7 @@ def judged(given: argparse.Namespace, recipe: Recipe, folder: Path) -> dict[str,
         cache=given.out / "real",
     )
     assert made.figures is not None, "this process has all shares"
-    return {"loss": loss, "distance": next(iter(made.figures.values())).value}
+    return {**told, "distance": next(iter(made.figures.values())).value}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -147,7 +148,7 @@ def main(command: list[str] | None = None) -> None:
     parser.add_argument("--recipe", default="mar-cifar10-tiny")
     parser.add_argument("--data", type=Path, required=True, help="class folders of training images")
     parser.add_argument("--real-data", type=Path, required=True, help="class folders of other images")
-    parser.add_argument("--classifier", type=Path, help="a trained classifier, whose features judge samples")
+    parser.add_argument("--classifier", help="classifier:FOLDER of a trained one, whose features judge samples")
     parser.add_argument("--minutes", type=float, default=4.5, help="of updates, for each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=1000)
@@ -162,8 +163,9 @@ def main(command: list[str] | None = None) -> None:
             folder = given.out / f"{name}-{seed}"
             if not (folder / "row.json").exists():
                 rate = rates.get(name, recipe.training.learning_rate)
-                told = train(recipe, name, rate, 60 * given.minutes, folder)
-                row = {"optimiser": name, "seed": seed, "rate": rate, **told, **judged(given, recipe, folder)}
+                if not (folder / "model").exists():
+                    train(recipe, name, rate, 60 * given.minutes, folder)
+                row = {"optimiser": name, "seed": seed, "rate": rate, **judged(given, recipe, folder)}
                 write_json(folder / "row.json", row)
             rows.append(json.loads((folder / "row.json").read_text()))
             print(json.dumps(rows[-1]), flush=True)  # noqa: T201

@@ -100,6 +100,11 @@ def checkpoint_named(run: Path, which: str) -> Found:
         reason = None if path is None else why_not_whole(path)
         if reason is not None:
             raise CheckpointError(f"{reason}; {what_there_is(run)}")
+    every = all_checkpoints(folder)
+    if path is None and every and number in (LATEST, BEST):
+        raise CheckpointError(
+            f"{run}@{which}: none of the {len(every)} checkpoints is whole; {why_not_whole(every[-1])}"
+        )
     if path is None:
         raise CheckpointError(f"there is no {shown(f'{run}@{which}')}: {what_there_is(run)}")
     if number in (LATEST, BEST):

@@ -23,6 +23,8 @@ from seriatim.cli.sample import sample
 from seriatim.cli.sampling_options import SamplingVerb
 from seriatim.cli.sweep import sweep
 from seriatim.cli.train import TrainVerb, train
+from seriatim.core.errors import UsageError
+from seriatim.core.processes import place
 
 app = typer.Typer(
     name="seriatim",
@@ -34,6 +36,8 @@ app = typer.Typer(
     "6 resources, 143 stopped by a signal after saving.",
 )
 
+ALONE = ("demo", "edit", "convert", "export")  # commands that write files and don't share their work
+
 
 def show_version(wanted: bool) -> None:
     if wanted:
@@ -43,11 +47,16 @@ def show_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001 (its callback does the work)
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand in ALONE and place().size > 1:
+        raise UsageError(
+            f"{context.invoked_subcommand}: is the work of one process, and {place().size} were started; start it "
+            "without torchrun, or unset WORLD_SIZE and RANK"
+        )
 
 
 app.command()(demo)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,7 +119,7 @@ def evaluate(
     pipe = load(model, device=device, dtype=dtype)
     check_pictures(pipe.tokenizer)
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
-    settings = {**context.obj, **fields(set_ or [])}
+    settings = {**context.obj, **fields(set_ or [], context.obj)}
     extractor = open_features(features, size=size, channels=channels)
     refuse_partial(pipe.bundle.provenance, extractor)
     opened = partial(open_data, size=size, channels=channels, background=pipe.bundle.background)
@@ -280,16 +281,29 @@ def share_of(shard: str | None) -> Share | None:
     return Share(int(found[1]), int(found[2]))
 
 
-def fields(given: list[str]) -> dict[str, Any]:
-    """The settings of a request from texts such as `["solver=dpm++", "order=3,1,0,2"]`."""
+def fields(given: list[str], elsewhere: Collection[str] = ()) -> dict[str, Any]:
+    """The settings of a request from texts such as `["solver=dpm++", "order=3,1,0,2"]`.
+
+    `elsewhere` names settings that other options have given. Raises UsageError for a setting that is given twice, and
+    for what is not a setting but an argument of an evaluation or a sweep, such as the seed.
+    """
+    import inspect
+
     from seriatim.core.errors import UsageError
+    from seriatim.evaluation.run import evaluate
+    from seriatim.evaluation.sweep import sweep
     from seriatim.pipeline.request import request_fields
 
-    settings = {}
+    arguments = {*inspect.signature(evaluate).parameters, *inspect.signature(sweep).parameters}
+    settings: dict[str, Any] = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"set: {text!r} is not allowed; write name=value, such as guidance_scale=2")
+        if name in arguments:
+            raise UsageError(f"set: {name!r} is no setting of sampling; give it as an option of its own, see --help")
+        if name in settings or name in elsewhere:
+            raise UsageError(f"set: {name} is given twice; leave one out")
         settings[name] = field_value(name, value, request_fields())
     return settings
 

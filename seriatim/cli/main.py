@@ -58,6 +58,8 @@ def explain(error: BaseException) -> int:
         say(f"{error.name}: stopped")
         return error.exit_code
     if isinstance(error, SystemExit):
+        if isinstance(error.__context__, BrokenPipeError):  # typer makes this of a reader that went away
+            return 0
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, SeriatimError):
         if not error.told:

@@ -74,7 +74,14 @@ def sample(
     from seriatim.pipeline.loading import load
     from seriatim.pipeline.pipeline import BATCH_TOKENS
     from seriatim.pipeline.result import file_names, recorded, save_image
-    from seriatim.pipeline.samples_folder import ANIMATION, GRID, check_samples_folder, is_there, seed_of
+    from seriatim.pipeline.samples_folder import (
+        ANIMATION,
+        GRID,
+        check_samples_folder,
+        is_damaged,
+        is_there,
+        seed_of,
+    )
     from seriatim.training.precision import threads as using
 
     original = None if from_ is None else read_repeatable(from_)
@@ -107,8 +114,12 @@ def sample(
         return {i for i in images if is_there(files[i], request, i, pipe.bundle.sha256)} if shared else set()
 
     kept = there(range(len(files)))
-    ours = [*(file for i, file in enumerate(files) if i not in kept), *[grid_file] * (not kept), *[animation] * animate]
-    say_replaced(check_samples_folder(out, ours, overwrite=overwrite, begun=set(locks)))
+    rest = [i for i in range(len(files)) if i not in kept]
+    damaged = [i for i in rest if shared and is_damaged(files[i], request, i, pipe.bundle.sha256)]
+    ours = [*(files[i] for i in rest if i not in damaged), *[grid_file] * (not kept), *[animation] * animate]
+    say_replaced(check_samples_folder(out, ours, overwrite=overwrite, begun=set(locks), resumed=shared))
+    for i in damaged:
+        say(f"mending: {files[i]} can't be read; drawing it again")
     new = not out.exists()
     out = writable_folder(out)
     count = threads_of(pipe, threads)

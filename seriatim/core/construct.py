@@ -169,6 +169,8 @@ def construct(build: Callable[..., T], config: Mapping[str, Any], where: str, **
     for name, parameter in allowed.items():
         if parameter.default is inspect.Parameter.empty and name not in given:
             raise ConfigError(f"{where}.{name}: is required")
+    if config.get("path") == "":  # as a path it would mean the current folder
+        raise ConfigError(f"{where}.path: is empty; name a file or folder")
     given.update(checked_types(build, config, where))
     try:
         return build(**given)
@@ -198,6 +200,8 @@ def checked_types(build: Callable[..., Any], config: Mapping[str, Any], where: s
     """The values of `config`, each converted to the annotated type of the constructor's argument, or a ConfigError."""
     from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
+    from seriatim.core.validation import NO_NUMBER, misplaced_truth
+
     try:
         hints = typing.get_type_hints(getattr(build, "__init__") if isinstance(build, type) else build)  # noqa: B009
     except (NameError, TypeError):  # a user's class may have annotations that can't be resolved; it checks itself
@@ -206,6 +210,8 @@ def checked_types(build: Callable[..., Any], config: Mapping[str, Any], where: s
     for name, value in config.items():
         as_is = isinstance(value, str) and SURROGATE.search(value)  # pydantic refuses paths that are not valid UTF-8
         if name in hints and not as_is:
+            if misplaced_truth(hints[name], value):
+                raise ConfigError(f"{where}.{name}: {NO_NUMBER} (got {shown(value)})")
             try:
                 values[name] = TypeAdapter(hints[name]).validate_python(value)
             except ValidationError as error:

@@ -159,3 +159,8 @@ def ema_decay(step: int, decay: float) -> float:
     The decay starts low, because a fixed 0.9999 would keep the random initial weights for tens of thousands of steps.
     """
     return min(decay, (1.0 + step) / (10.0 + step))
+
+
+def crossed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]; False if `every` is 0."""
+    return bool(every) and now // every > before // every

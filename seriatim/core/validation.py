@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from seriatim.core.errors import ConfigError, SeriatimError, nearest, shown
 
+NO_NUMBER = "must be a number, not true or false"
+
+
+def takes(annotation: Any, kind: type) -> bool:
+    """Whether a type annotation names `kind` anywhere."""
+    return annotation is kind or any(takes(part, kind) for part in get_args(annotation))
+
+
+def misplaced_truth(annotation: Any, value: Any) -> bool:
+    """Whether `value` is or holds True or False where only numbers are meant. Python would take them for 1 and 0."""
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    if not any(isinstance(each, bool) for each in values) or takes(annotation, bool) or takes(annotation, str):
+        return False
+    return takes(annotation, int) or takes(annotation, float)
+
 
 class Strict(BaseModel):
-    """Base class of immutable settings, in which an unknown key is an error."""
+    """Base class of immutable settings, in which an unknown key is an error, and so is a truth value for a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def refuse_misplaced_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        if misplaced_truth(cls.model_fields[str(info.field_name)].annotation, value):
+            raise ValueError(NO_NUMBER)
+        return value
 
 
 S = TypeVar("S", bound=Strict)

@@ -68,13 +68,16 @@ def chunk(recorded: Recorded) -> PngImagePlugin.PngInfo:
     return info
 
 
-def read_recorded(path: Path | str) -> tuple[Image.Image, Recorded]:
-    """A picture and its metadata. Raises DataError if it is not a PNG or has no metadata that can be used."""
+def read_recorded(path: Path | str, *, decode: bool = True) -> tuple[Image.Image, Recorded]:
+    """A picture and its metadata. Raises DataError if it is not a PNG or has no metadata that can be used.
+
+    Without `decode` only the metadata are read, which stand before the pixels, so that those may be damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"from: {path} is not a file; name a PNG that `seriatim sample` has written")
     try:
-        image = read_png(path, MOST_PIXELS)
+        image = read_png(path, MOST_PIXELS, decode=decode)
     except BadImage as error:
         raise DataError(f"{path} is {error}") from error
     text = image.info.get(KEY)

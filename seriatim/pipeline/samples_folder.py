@@ -48,6 +48,28 @@ def is_there(file: Path, request: SampleRequest, i: int, model_sha256: str) -> b
     return same and says.pixels_sha256 == pixels_sha256(image)
 
 
+def is_damaged(file: Path, request: SampleRequest, i: int, model_sha256: str) -> bool:
+    """Whether `file` says that it is image i of this very request, but its pixels can't be read; also if it is empty.
+
+    Nothing that somebody made is lost if it is drawn again. A file whose pixels are readable may have been edited.
+    """
+    if file.is_symlink() or not file.is_file():
+        return False
+    try:
+        if file.stat().st_size == 0:
+            return True
+        says = read_recorded(file, decode=False)[1]
+        if says.request != alone(request, i) or says.model_sha256 != model_sha256 or says.edited:
+            return False
+    except (SeriatimError, OSError):
+        return False
+    try:
+        read_recorded(file)
+    except SeriatimError:
+        return True
+    return False
+
+
 def seed_of(folder: Path) -> int:
     """The seed of the samples in the folder, so that their command can go on without it; 0 where there are none."""
     for path in sorted(folder.glob("[0-9]*.png")):  # the first that is intact
@@ -57,17 +79,19 @@ def seed_of(folder: Path) -> int:
 
 
 def check_samples_folder(
-    folder: Path, files: Sequence[Path], *, overwrite: bool, begun: Container[str] = ()
+    folder: Path, files: Sequence[Path], *, overwrite: bool, begun: Container[str] = (), resumed: bool = False
 ) -> list[Path]:
     """The files that saving `files` to the folder would replace; nothing is written yet.
 
     Raises UsageError if the folder is neither new nor empty nor one of samples, or if a file exists already. With
-    `overwrite` an existing file is allowed if it is a sample. Names in `begun` prove nothing and are allowed.
+    `overwrite` an existing file is allowed if it is a sample. Names in `begun` prove nothing and are allowed. If the
+    samples are `resumed`, existing files among `files` are known to be others than the command makes.
     """
     owned(folder, "folder of samples", holds_samples, begun=begun)
     taken = [file for file in files if os.path.lexists(file)]
     if taken and not overwrite:
-        raise UsageError(f"out: {taken[0]} exists already; choose another folder or pass --overwrite")
+        other = " and is of another request or model, or was changed" if resumed else ""
+        raise UsageError(f"out: {taken[0]} exists already{other}; choose another folder or pass --overwrite")
     for file in taken:
         ours = file.name in (SAMPLES, SAYS, GRID, ANIMATION) or is_sample(file)
         if not ours or file.is_symlink() or not file.is_file():

@@ -18,9 +18,9 @@ from seriatim.data.base import ImageData, Position
 from seriatim.data.loader import Batch, Loader, Share, batches_of
 from seriatim.models.base import Loss
 from seriatim.training.distributed import ALONE, World, replicated, synchronised
-from seriatim.training.engine import Task
 from seriatim.training.micro_batch import largest_fitting
 from seriatim.training.state import RunState
+from seriatim.training.task import Task
 
 
 class BatchedTask(Task):
@@ -76,7 +76,9 @@ class BatchedTask(Task):
             return self.loss(replace(probe, whole=range(first, first + len(probe))), slice(0, count), dtype)
 
         images = Share(0, world.size).of(len(probe)).stop
-        return largest_fitting(images, loss_of, self.parts.trained, self.where, world.local_size)
+        replicas = world.size > 1 and not getattr(settings, "shard", False)
+        copies = 3 if replicas else 2  # DDP copies gradients to buckets
+        return largest_fitting(images, loss_of, self.parts.trained, self.where, world.local_size, copies)
 
     def losses(self, batch: Batch, dtype: torch.dtype) -> Iterator[Loss]:
         # All processes must go forward equally often, so one with fewer parts repeats its first and counts nothing.

@@ -21,6 +21,7 @@ from seriatim.core.device import DTYPES, plain_torch
 from seriatim.core.errors import ConfigError
 from seriatim.core.files import write_json
 from seriatim.core.random import derive_seed
+from seriatim.core.schedules import crossed
 from seriatim.core.stopping import StopRequest
 from seriatim.data.labelled import InMemory, augmented, build_labelled, draws_of
 from seriatim.data.loader import Batch, Batches, to_float
@@ -28,11 +29,12 @@ from seriatim.evaluation.residual_net import PARTS, ResNet, TrainedClassifier, b
 from seriatim.models.base import Loss
 from seriatim.models.build import parameter_count, seeded
 from seriatim.training.config import ClassifierRecipe
-from seriatim.training.engine import Task, TrainingResult, crossed, fit
+from seriatim.training.engine import TrainingResult, fit
 from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve
 from seriatim.training.optim import averaged, sgd
 from seriatim.training.run_folder import Resume
 from seriatim.training.state import RunState, Trainables
+from seriatim.training.task import Task
 
 TEST_BATCH = 500
 LOOK_PIXELS = 2_000_000  # about how many pixels the whitening filters of the stem are measured on

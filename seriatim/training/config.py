@@ -42,9 +42,9 @@ def micro_batch_size(value: Any) -> Any:
 
 
 def str_of(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
+    if value is None or (isinstance(value, str) and value):
         return value
-    raise ValueError("must be a path")
+    raise ValueError("must be a path" if value != "" else "is empty; name a path, or leave it out")
 
 
 class Common(Strict):

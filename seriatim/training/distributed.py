@@ -81,7 +81,7 @@ class World:
             return values
         import torch.distributed as dist
 
-        values = values.double()
+        values = values.to(self.device, torch.float64)
         dist.all_reduce(values)
         return values
 
@@ -94,6 +94,16 @@ class World:
         found = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(found, values.contiguous())
         return torch.cat(found)
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes in their order, in the first process; the others get an empty list."""
+        if self.size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] | None = [None] * self.size if self.main else None
+        dist.gather_object(value, found, dst=0)
+        return found or []
 
     def copy_first(self, *modules: nn.Module) -> None:
         """Copy parameters and buffers of the first process to all others."""

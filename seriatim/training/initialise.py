@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seriatim.checkpoints.native import Bundle, load_bundle
-from seriatim.core.errors import ConfigError
+from seriatim.core.errors import CheckpointError, ConfigError, one_line
 from seriatim.core.names import find_name
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import model_config
@@ -59,7 +59,10 @@ def initialise_from(folder: str, model: SequenceModel, tokenizer: Tokenizer, cla
 
 def matching(folder: str, model: SequenceModel, tokenizer: Tokenizer) -> Bundle:
     """The bundle in a folder. Raises ConfigError, which names what differs, if its weights don't fit the model."""
-    source = load_bundle(folder)
+    try:
+        source = load_bundle(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"training.init_from: {one_line(error)}") from error
     refuse_other(folder, described(source.model, source.tokenizer), described(model, tokenizer))
     ours, theirs = model.state_dict(), resized(source, model, tokenizer)
     for name, tensor in ours.items():

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seriatim.checkpoints.native import Bundle
 from seriatim.core.errors import ConfigError, NumericsError, UsageError, one_line
 from seriatim.core.keys import Keys
+from seriatim.core.schedules import crossed
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.data.base import ImageData, StreamData
-from seriatim.data.loader import to_float
+from seriatim.data.loader import Share, to_float
 from seriatim.evaluation.blocks import eight_bits, extract
 from seriatim.evaluation.features import open_features
 from seriatim.evaluation.figures import check_count, named
@@ -27,7 +30,7 @@ from seriatim.models.base import SequenceModel
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.training.config import Training
-from seriatim.training.engine import crossed
+from seriatim.training.distributed import ALONE, World
 
 LEAST, MOST = 256, 2048  # images in one validation; fewer held-out images are used several times, with other draws
 BATCH = 32  # a batch shares its mask ratio, so small batches cover many ratios
@@ -38,31 +41,38 @@ KEYS = Keys.of(0, "validation")  # the same for every run, so that runs of other
 
 @torch.no_grad()
 def validation_loss(
-    model: SequenceModel, tokenizer: Tokenizer, data: ImageData, dtype: torch.dtype, stop: StopRequest | None = None
+    model: SequenceModel,
+    tokenizer: Tokenizer,
+    data: ImageData,
+    dtype: torch.dtype,
+    stop: StopRequest | None = None,
+    world: World = ALONE,
 ) -> float | None:
     """The mean loss of a model on held-out images, without dropout, at random draws that are the same each time.
 
-    None if `stop` is requested meanwhile.
+    The processes share the batches. None if `stop` is requested in one of them meanwhile.
     """
     where, training = model.device, model.training
     total = min(max(data.count, LEAST), MOST)
     places = torch.arange(total) * data.count // total  # each image about equally often
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64)  # of the loss, of its counts, and of the processes that gave up
     model.eval()
     try:
-        for number, rows in enumerate(torch.arange(total).split(BATCH)):
+        for number, rows in list(enumerate(torch.arange(total).split(BATCH)))[world.rank :: world.size]:
             if stop is not None and stop.requested:
-                return None
+                sums[2] = 1
+                break
             index, of_rows = places[rows], KEYS.fold(rows)
             images = data.images(index).to(where)
             moments = images if data.cached else tokenizer.moments(to_float(images))
             tokens = tokenizer.tokens(moments, of_rows.fold("posterior"))
             with torch.autocast(where.type, dtype=dtype, enabled=dtype != torch.float32):
                 loss = model(tokens, data.labels(index), of_rows, KEYS.fold("step").fold(number))
-            sums += torch.stack([loss.sum, loss.count]).double().cpu()
+            sums[:2] += torch.stack([loss.sum, loss.count]).double().cpu()
     finally:
         model.train(training)
-    return float(sums[0] / sums[1])
+    loss_sum, count, gave_up = world.total(sums).tolist()
+    return None if gave_up else loss_sum / count
 
 
 class SampleDistance:
@@ -89,24 +99,50 @@ class SampleDistance:
         self.name = named("FD", self.extractor)
         self._real: Array | None = None
 
-    def measured(self, bundle: Bundle, stop: StopRequest | None = None) -> float | None:
-        """The distance of the model's samples, with the same seeds each time; None if `stop` is requested meanwhile."""
-        pipe = Pipeline(bundle)
+    def measured(self, bundle: Bundle, stop: StopRequest | None = None, world: World = ALONE) -> float | None:
+        """The distance of the model's samples, with the same seeds each time.
+
+        Each process draws its share of the images. None if `stop` is requested in one of them meanwhile. Raises
+        NumericsError if a sample is not finite.
+        """
+        pipe, share = Pipeline(bundle), Share(world.rank, world.size)
         self.extractor.to(pipe.device)
         if self._real is None:
             total = min(self.data.count, MOST_REAL)
-            places = (torch.arange(total) * self.data.count // total).split(BATCH)
-            self._real = self.features([eight_bits(self.data.images(index)) for index in places], pipe.device)
-        samples = []
-        for images in drawn(pipe, pipe.request(seed=0), None, range(self.count)):
-            if stop is not None and stop.requested:
+            places = (torch.arange(total) * self.data.count // total)[share.of(total)].split(BATCH)
+            real = world.gathered(self.features([eight_bits(self.data.images(index)) for index in places], pipe.device))
+            self._real = np.concatenate(real) if real else np.empty((0, self.extractor.dim))
+        mine = self.samples(pipe, range(self.count)[share.of(self.count)], stop)
+        return world.first(partial(self.distance, world.gathered(mine)))
+
+    def samples(self, pipe: Pipeline, images: range, stop: StopRequest | None) -> Array | NumericsError | None:
+        """The features (n, F) of these samples, the error that drawing them raised, or None if `stop` is requested."""
+        found = []
+        try:
+            for batch in drawn(pipe, pipe.request(seed=0), None, images):
+                if stop is not None and stop.requested:
+                    return None
+                found.append(batch)
+        except NumericsError as error:
+            return error
+        return self.features(found, pipe.device)
+
+    def distance(self, shares: Sequence[Array | NumericsError | None]) -> float | None:
+        """The distance of all samples, whose features the processes have computed."""
+        features = []
+        for share in shares:
+            if share is None:
                 return None
-            samples.append(images)
-        return frechet_distance(self.features(samples, pipe.device), self._real)
+            if isinstance(share, NumericsError):
+                raise share
+            features.append(share)
+        assert self._real is not None, "the first process has gathered them"
+        return frechet_distance(np.concatenate(features), self._real)
 
     def features(self, batches: Sequence[Tensor], device: torch.device) -> Array:
         """The features (n, F) of batches of images (B, c, H, W) in [-1, 1]."""
-        return torch.cat([extract(self.extractor, images, device).features for images in batches]).double().numpy()
+        found = [extract(self.extractor, images, device).features.double().numpy() for images in batches]
+        return np.concatenate(found) if found else np.empty((0, self.extractor.dim))
 
 
 class Judge:
@@ -128,26 +164,36 @@ class Judge:
         return validated and self.held_out is not None, saved and self.distance is not None
 
     def figures(
-        self, bundle: Bundle, seen: int, dtype: torch.dtype, stop: StopRequest, *, validated: bool, evaluated: bool
-    ) -> dict[str, float]:
-        """The figures of a model after `seen` images, for a line of metrics."""
-        found: dict[str, float] = {}
+        self,
+        bundle: Bundle,
+        seen: int,
+        dtype: torch.dtype,
+        stop: StopRequest,
+        world: World = ALONE,
+        *,
+        validated: bool,
+        evaluated: bool,
+    ) -> dict[str, float] | None:
+        """The figures of a model after `seen` images, for a line of metrics; None if a process is asked to stop."""
+        found: dict[str, float | None] = {}
         if validated and self.held_out is not None:
-            loss = validation_loss(bundle.model, bundle.tokenizer, self.held_out, dtype, stop)
-            found |= finite("validation_loss", loss, seen)
+            found["validation_loss"] = validation_loss(
+                bundle.model, bundle.tokenizer, self.held_out, dtype, stop, world
+            )
+        if None in found.values():
+            return None
         if evaluated and self.distance is not None:
             try:
-                found |= finite(self.distance.name, self.distance.measured(bundle, stop), seen)
+                found[self.distance.name] = self.distance.measured(bundle, stop, world)
             except NumericsError as error:  # training continues, since later weights may do better
-                say(f"no {self.distance.name} after {seen} images: {one_line(error)}")
-        return found
-
-
-def finite(what: str, value: float | None, seen: int) -> dict[str, float]:
-    """The figure for a line of metrics; empty if there is none, or if it is not finite, which is reported."""
-    if value is None:
-        return {}
-    if not math.isfinite(value):
-        say(f"the {what} after {seen} images is not finite ({value}), and is left out")
-        return {}
-    return {what: value}
+                if world.main:
+                    say(f"no {self.distance.name} after {seen} images: {one_line(error)}")
+        finite: dict[str, float] = {}
+        for name, value in found.items():
+            if value is None:
+                return None
+            if math.isfinite(value):
+                finite[name] = value
+            elif world.main:
+                say(f"the {name} after {seen} images is not finite ({value}), and is left out")
+        return finite

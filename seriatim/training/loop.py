@@ -21,6 +21,7 @@ from seriatim.core.device import DTYPES, plain_torch, tf32
 from seriatim.core.errors import NumericsError
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
+from seriatim.core.schedules import crossed
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.data.loader import Batch, to_float
@@ -30,7 +31,7 @@ from seriatim.tokenizers.latent import check_encoder_dtype, encoding_in
 from seriatim.training.batched_task import BatchedTask
 from seriatim.training.config import Recipe
 from seriatim.training.distributed import World, shard, whole
-from seriatim.training.engine import TrainingResult, crossed, fit
+from seriatim.training.engine import TrainingResult, fit
 from seriatim.training.initialise import initialise_from, matching
 from seriatim.training.judge import Judge
 from seriatim.training.log import MetricsLog, loss_curve, model_card
@@ -106,7 +107,7 @@ class GeneratorTask(BatchedTask):
         keys = self.keys.fold(torch.arange(first, first + size))  # image g of the run has the key (seed, "train", g)
         images = batch.images[part].to(self.where, non_blocking=True)  # from pinned memory on CUDA
         labels = None if batch.labels is None else batch.labels[part]
-        with torch.random.fork_rng(devices=[] if self.where.type == "cpu" else None):
+        with torch.random.fork_rng(devices=[self.where] if self.where.type == "cuda" else []):
             torch.manual_seed(derive_seed(self.recipe.seed, "dropout", first))
             with torch.no_grad():
                 tokens = self.tokens(images, keys.fold("posterior"))  # (B, L, D)
@@ -124,13 +125,16 @@ class GeneratorTask(BatchedTask):
     def trained_on(self) -> dict[str, Any]:
         return {"count": self.data.count, "fingerprint": self.data.images_fingerprint()}
 
-    def averaged_model(self) -> SequenceModel:
-        """The model with averaged weights. If it is sharded, the first process gets a copy that is not."""
+    def averaged_model(self, *, everywhere: bool = False) -> SequenceModel:
+        """The model with averaged weights; where it is sharded, a copy that is not, for the first process or for all.
+
+        All processes must call this together.
+        """
         trained = cast(SequenceModel, self.parts.average.module)
         if self.net is not self.model or self.world.size == 1:
             return trained
         weights = {name: whole(tensor) for name, tensor in trained.state_dict().items()}
-        if not self.world.main:
+        if not self.world.main and not everywhere:
             return trained
         made = build_model(model_config(trained)).to(self.where)
         made.load_state_dict(weights)
@@ -148,17 +152,13 @@ class GeneratorTask(BatchedTask):
     def config(self, run: RunState) -> Mapping[str, Any]:
         return bundle_config(self.bundle(run, cast(SequenceModel, self.parts.average.module)))
 
-    def judged(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> dict[str, float]:
+    def judged(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> dict[str, float] | None:
         validated, evaluated = self.judge.due(before, run.seen, last=last)
         if not validated and not evaluated:
             return {}
-        trained = self.averaged_model()
-        found = self.world.first(
-            lambda: self.judge.figures(
-                self.bundle(run, trained), run.seen, DTYPES[run.dtype], stop, validated=validated, evaluated=evaluated
-            )
-        )
-        if validated:
+        bundle, dtype = self.bundle(run, self.averaged_model(everywhere=True)), DTYPES[run.dtype]
+        found = self.judge.figures(bundle, run.seen, dtype, stop, self.world, validated=validated, evaluated=evaluated)
+        if found is not None and validated:
             run.validation_loss, run.validated = found.get("validation_loss"), run.seen
         return found
 

@@ -23,26 +23,32 @@ LossOf = Callable[[int, int], Loss]  # (a number of images, the number of a step
 
 
 def largest_fitting(
-    images: int, loss_of: LossOf, trained: Sequence[Tensor], device: torch.device, processes: int = 1
+    images: int,
+    loss_of: LossOf,
+    trained: Sequence[Tensor],
+    device: torch.device,
+    processes: int = 1,
+    copies: int = 2,
 ) -> int:
     """The number of images that memory allows at once, of the `images` that one process has of a batch.
 
-    On an accelerator, all images are tried forward and backward, with room for the optimiser's two tensors for each
-    weight, and then half as many, until memory does not run out. On a CPU, running out would end the process, so the
-    bytes that the forward passes of one and of two images keep are counted, and the `processes` on this machine may
-    take SHARE of the memory that is available. Raises ResourceError if not even one image fits.
+    Besides its gradient, training keeps `copies` numbers for each weight: the optimiser's two, and DDP's. On an
+    accelerator, all images are tried forward and backward, with room for these copies, and then half as many, until
+    memory does not run out. On a CPU, running out would end the process, so the bytes that the forward passes of one
+    and of two images keep are counted, and the `processes` on this machine may take SHARE of the memory that is
+    available. Raises ResourceError if not even one image fits.
     """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in trained)
     if device.type == "cpu":
         fixed, each = kept_by_autograd(images, loss_of)
-        room = SHARE * available_memory() / processes - 3 * weights  # the gradients and the optimiser's two tensors
+        room = SHARE * available_memory() / processes - (1 + copies) * weights
         found = images if fixed + each * images <= room else int((room - fixed) // max(1.0, each))
     else:
-        room_of_optimiser = torch.empty(2 * weights, dtype=torch.uint8, device=device)
+        room_of_copies = torch.empty(copies * weights, dtype=torch.uint8, device=device)
         found = images
         while found and not fits(found, loss_of, trained):
             found = -(-found // 2) if found > 1 else 0
-        del room_of_optimiser
+        del room_of_copies
     if found < 1:
         raise ResourceError(
             "training.micro_batch: not even one image at a time fits into memory; use a smaller model, or "

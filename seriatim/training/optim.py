@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from seriatim.core.errors import ConfigError, nearest
-from seriatim.core.schedules import ema_decay
+from seriatim.core.schedules import ema_decay, learning_rate
+from seriatim.training.config import Common
 from seriatim.training.muon import MuonAndAdamW, trunk_matrices
 
 
@@ -60,6 +61,11 @@ def make_optimiser(
     if name not in OPTIMISERS:
         raise ConfigError(f"training.optimiser: {name!r} is not known{nearest(name, OPTIMISERS)}")
     return OPTIMISERS[name](model, learning_rate, betas, weight_decay)
+
+
+def rate_after(settings: Common, seen: int, total: int) -> float:
+    """The learning rate of the step after which `seen` of `total` images were seen."""
+    return settings.learning_rate * learning_rate(seen, total, settings.warmup_images, settings.schedule)
 
 
 def sgd(model: nn.Module, learning_rate: float, momentum: float, weight_decay: float) -> torch.optim.SGD:

@@ -17,10 +17,11 @@ from seriatim.core.stopping import StopRequest
 from seriatim.data.loader import Batch
 from seriatim.nn.onednn_training import prepare_training
 from seriatim.training.distributed import ALONE
-from seriatim.training.engine import Task, choose_micro_batch
+from seriatim.training.engine import choose_micro_batch
 from seriatim.training.heap import bound_compiled_products
 from seriatim.training.precision import fastest, threads
 from seriatim.training.state import RunState
+from seriatim.training.task import Task
 from seriatim.training.updates import gradients
 
 STEPS = 4  # steps that are timed, after one that is not

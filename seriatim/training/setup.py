@@ -17,7 +17,6 @@ from seriatim.core.errors import ConfigError, Stopped, UsageError, one_line
 from seriatim.core.files import write_json, write_text
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
-from seriatim.core.schedules import learning_rate
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.data.base import ImageData, StreamData
@@ -35,6 +34,7 @@ from seriatim.training.config import AnyRecipe, Recipe, dump, read_any
 from seriatim.training.data_record import check_record, write_record
 from seriatim.training.freezing import freeze
 from seriatim.training.log import environment
+from seriatim.training.optim import rate_after
 from seriatim.training.run_folder import RECIPE, check_out
 
 # A resumed run may change these settings, because they affect no weights (but by the order of sums),
@@ -93,7 +93,7 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
     data = build_divided(recipe.data)
     given = {"size": list(data.size), "channels": data.channels, **recipe.tokenizer}
     source = given.pop("from", None)
-    if source is not None and not isinstance(source, str):
+    if source == "" or (source is not None and not isinstance(source, str)):
         raise ConfigError(f"tokenizer.from: {source!r} is not allowed; name a tokenizer, model or run folder")
     if source is None:
         check_kind(given.get("kind"), data)
@@ -222,10 +222,7 @@ def changes_of(out: Path, recipe: AnyRecipe, seen: int) -> list[str]:
         say(change)
     old, new_end = first.training.images, recipe.training.images
     if recipe.training.schedule == "cosine" and old != new_end:
-        rates = [
-            settings.learning_rate * learning_rate(seen, settings.images, settings.warmup_images, settings.schedule)
-            for settings in (first.training, recipe.training)
-        ]
+        rates = [rate_after(settings, seen, settings.images) for settings in (first.training, recipe.training)]
         say(
             f"the cosine schedule now ends after {new_end} images, not after {old}: after {seen} images the learning "
             f"rate goes from {rates[0]:.3g} to {rates[1]:.3g}"

@@ -83,7 +83,9 @@ class RunState(Strict):
     micro_batch: Annotated[StrictInt, Field(ge=1)] | None = None  # how many images a process computes at once, if found
     sums: dict[str, float] = Field(default_factory=dict)  # the sums of the metrics since their last line
     since: Count = 0  # the number of images seen at that line
+    reported: Count = 0  # the number of images seen when everything that was due had been done
     steps_since: Count = 0
+    gradient_norm: float | None = None  # before clipping, in the last step; None if its batch was skipped
     skipped: Count = 0  # the number of batches that were skipped because their loss or gradient was not finite
     skipped_in_a_row: Count = 0  # how many of them came directly before this state
     recent: float | None = None  # the logarithm of the loss, averaged over about the last hundred steps
@@ -214,6 +216,7 @@ def read_state(path: Path) -> tuple[RunState, int]:
         raise CheckpointError(
             f"{path}: format {shown(written)} is not known; resume with the version of seriatim that wrote it"
         )
+    values.setdefault("reported", values.get("seen", 0))  # earlier versions did everything before they saved
     state = parse(RunState, values, where=str(path), error=CheckpointError)
     if f"{state.seen:012d}" != path.parent.name:
         raise CheckpointError(

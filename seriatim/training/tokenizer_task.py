@@ -19,6 +19,7 @@ from seriatim.checkpoints.tokenizer import save_tokenizer
 from seriatim.core.device import plain_torch, tf32
 from seriatim.core.errors import caller_level
 from seriatim.core.keys import Keys
+from seriatim.core.schedules import crossed
 from seriatim.core.stopping import StopRequest
 from seriatim.data.base import ImageData
 from seriatim.data.loader import Batch, to_float
@@ -33,7 +34,7 @@ from seriatim.tokenizers.latent import Latent
 from seriatim.training.autoencoding import Autoencoding
 from seriatim.training.batched_task import BatchedTask
 from seriatim.training.config import TokenizerRecipe
-from seriatim.training.engine import TrainingResult, crossed, fit
+from seriatim.training.engine import TrainingResult, fit
 from seriatim.training.judge import finite
 from seriatim.training.log import MetricsLog, loss_curve, psnr_curve, tokenizer_card
 from seriatim.training.look import COLUMNS, IMAGES, SIDE, timeline
@@ -173,22 +174,23 @@ class TokenizerTask(BatchedTask):
         self.measure(AT_SAVES)
         return {"tokenizer": tokenizer_config(self.result), "provenance": self.provenance(run)}
 
-    def judged(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> dict[str, float]:
+    def judged(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> dict[str, float] | None:
         settings, held_out = self.recipe.training, self.data.held_out
         every = (settings.save_images, settings.validate_images)
         if held_out is None or not (last or any(crossed(before, run.seen, each) for each in every)):
             return {}
         found = self.world.first(lambda: self.validated(held_out, run.seen, stop))
-        run.validation_loss, run.validated = found.get("validation_loss"), run.seen
+        if found is not None:
+            run.validation_loss, run.validated = found.get("validation_loss"), run.seen
         return found
 
     @torch.no_grad()
-    def validated(self, held_out: ImageData, seen: int, stop: StopRequest) -> dict[str, float]:
-        """The reconstruction error, with the perceptual term, and the PSNR of held-out images; {} if stopped."""
+    def validated(self, held_out: ImageData, seen: int, stop: StopRequest) -> dict[str, float] | None:
+        """The reconstruction error, with the perceptual term, and the PSNR of held-out images; None if stopped."""
         objective, sums, total = self.recipe.objective, torch.zeros(2, dtype=torch.float64), 0
         for images in held_out.some(MOST_HELD_OUT, BATCH):
             if stop.requested:
-                return {}
+                return None
             originals = to_float(images.to(self.where))
             decoded = self.decoded(originals)
             error = reconstruction_error(decoded, originals, objective.reconstruction)

@@ -47,28 +47,28 @@ def gradients(
 
     Each part is a sum over its own count. It is divided by the nominal count before the backward pass, and the
     gradients are corrected once all counts are known, so that the result depends neither on how the batch is split nor
-    on the number of processes. The device is waited for twice: for the loss and for the norm.
+    on the number of processes. The device is waited for once: everything that the host must know is read together.
 
     The parameters `apart`, which are among those `trained`, are clipped by a norm of their own.
     """
     sums: dict[str, Tensor] = {}
     for loss in losses:
         (loss.sum / nominal).backward()
-        for name, value in (("loss", loss.sum), ("count", loss.count), *loss.parts.items()):
+        for name, value in (("count", loss.count), ("loss", loss.sum), *loss.parts.items()):
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()
     flag = torch.full((), float(stop), device=sums["loss"].device)
-    values = world.total(torch.stack([flag, *sums.values()])).tolist()
-    means = dict(zip(sums, values[1:], strict=True))
-    count = means.pop("count")
+    totals = world.total(torch.stack([flag, *sums.values()])).unbind()
     # The gradients are means over the processes of sums over their images.
-    factor = nominal * world.size / count
+    factor = nominal * world.size / totals[1]
     torch._foreach_mul_([parameter.grad for parameter in trained if parameter.grad is not None], factor)
     other = {id(parameter) for parameter in apart}
-    norm = whole(torch.nn.utils.clip_grad_norm_([p for p in trained if id(p) not in other], clip)).item()
+    norm = whole(torch.nn.utils.clip_grad_norm_([p for p in trained if id(p) not in other], clip))
     if other:
-        opponents = whole(torch.nn.utils.clip_grad_norm_(apart, clip)).item()
-        norm = norm if math.isfinite(opponents) else opponents
-    return Gradients({name: value / count for name, value in means.items()}, norm, values[0] > 0)
+        opponents = whole(torch.nn.utils.clip_grad_norm_(apart, clip))
+        norm = torch.where(opponents.isfinite(), norm, opponents)
+    size, stopped, count, *values = torch.stack([norm, *totals]).tolist()
+    means = {name: value / count if count else math.nan for name, value in zip(list(sums)[1:], values, strict=True)}
+    return Gradients(means, size, stopped > 0)
 
 
 def updates(

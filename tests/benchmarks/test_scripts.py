@@ -27,7 +27,7 @@ from seriatim.heads.mixture import Mixture
 from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
 from seriatim.tokenizers.pixels import Pixels
-from seriatim.training import engine
+from seriatim.training import periodic
 from seriatim.zoo import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +91,7 @@ def bf16_memory(toy: Toy) -> None:
     script: Any = importlib.import_module("bf16_memory")
     script.pictures(toy.folder / "pictures", count=8)
     toy.monkeypatch.setattr(script, "BATCH", 4)
-    toy.monkeypatch.setattr(engine, "return_heap", engine.return_heap)  # the script replaces it; here it is put back
+    toy.monkeypatch.setattr(periodic, "return_heap", periodic.return_heap)  # the script replaces it
     toy.monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
     toy.monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     measured = {}

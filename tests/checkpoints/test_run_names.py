@@ -85,6 +85,11 @@ def test_the_newest_whole_checkpoint_is_the_latest(run: Path, capsys: pytest.Cap
         with pytest.raises(CheckpointError, match=rf"{damaged} has .* bytes.*; write @latest, @best or the images"):
             load_bundle(f"{run}@{number}")
     assert "stepping back: " in capsys.readouterr().err
+    for path in all_checkpoints(run / "checkpoints"):
+        (path / "average.safetensors").write_bytes(b"")
+    for which in ("latest", "best"):
+        with pytest.raises(CheckpointError, match=rf"@{which}: none of the 4 checkpoints is whole; .* has 0 bytes"):
+            find(f"{run}@{which}")
 
 
 def test_a_folder_that_is_really_called_so_comes_first(run: Path, model_folder: Path) -> None:

@@ -16,7 +16,9 @@ from typer.core import TyperOption
 
 from seriatim.checkpoints.native import Bundle, save_bundle
 from seriatim.cli.app import app
+from seriatim.cli.evaluate import fields
 from seriatim.cli.main import run
+from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 from seriatim.heads.categorical import Categorical, CodeOptions
 from seriatim.models.build import build_model, seeded
@@ -135,3 +137,56 @@ def test_arrays_need_no_cache(work: Path, capsys: pytest.CaptureFixture[str]) ->
     assert run(["cache", "mar-waves", "data.path=waves.npy", "--out", "never"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and "arrays hold tokens already and need no cache" in lines[0], lines
+
+
+NOT_SETTINGS = ("seed", "num", "data", "out", "features", "figures", "batch_size", "cache", "quiet", "fields", "pipe")
+
+
+@pytest.mark.parametrize("name", NOT_SETTINGS)
+def test_an_argument_of_an_evaluation_is_no_setting(name: str) -> None:
+    with pytest.raises(UsageError, match=f"^set: '{name}' is no setting of sampling"):
+        fields(["guidance_scale=2", f"{name}=1"])
+
+
+def test_a_setting_is_given_once() -> None:
+    assert fields(["guidance_scale=2", "order=halton"], ["temperature"]) == {"guidance_scale": 2, "order": "halton"}
+    for given, elsewhere in ((["temperature=1", "temperature=2"], []), (["temperature=1"], ["temperature"])):
+        with pytest.raises(UsageError, match=r"^set: temperature is given twice; leave one out$"):
+            fields(given, elsewhere)
+
+
+def test_an_evaluation_refuses_its_own_arguments_in_one_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of both verbs, before anything is written."""
+    end = ["--data", "digits", "--num", "100", "--features", "pixels", "--out", "never"]
+    for words in (["evaluate", "random", "--set", "seed=3"], ["sweep", "random", "temperature=1,2", "--set", "seed=3"]):
+        assert run([*words, *end]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: set: 'seed' is no setting"), lines
+        assert not (work / "never").exists()
+
+
+@pytest.mark.usefixtures("work")
+def test_an_empty_name_of_a_tokenizer_is_not_the_current_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "mar-digits", "tokenizer={from: ''}", "--dry-run", "--out", "never"]) == 2
+    assert "tokenizer.from: '' is not allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo", "--out", "never"],
+        ["edit", "codes", "image.png", "--mask", "mask.png", "--out", "never"],
+        ["convert", "kl16", "kl16.ckpt", "never"],
+        ["export", "mar", "random", "never.safetensors"],
+    ],
+)
+def test_what_one_process_does_is_refused_in_several(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """They would all write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    assert run(words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"error: {words[0]}: is the work of one process, and 3 were started")
+    assert not list(work.glob("never*"))

@@ -107,3 +107,15 @@ main.main()
 def test_help_in_ascii(verb: list[str]) -> None:
     done = shell(" ".join(["seriatim", *verb, "--help"]), PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert done.returncode == 0 and done.stdout.isascii() and b"Usage" in done.stdout
+
+
+@pytest.mark.parametrize("verb", [["models"], ["--help"], ["recipes", "list"], ["recipes", "show", "mar-digits"]])
+def test_a_reader_that_goes_away_at_once_is_no_failure(verb: list[str]) -> None:
+    """Such as `seriatim models | true`: nothing is said, and the exit code does not tell of a fault."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "seriatim", *verb], stdout=out, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")

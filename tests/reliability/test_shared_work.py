@@ -13,6 +13,7 @@ import pytest
 import torch
 from faults import FEW, content
 from helpers import make_bundle
+from PIL import Image, ImageOps, PngImagePlugin
 from processes import command, together
 
 from seriatim.checkpoints.native import save_bundle
@@ -20,6 +21,8 @@ from seriatim.checkpoints.tokenizer import save_tokenizer
 from seriatim.core.processes import place
 from seriatim.data.store import Shards
 from seriatim.pipeline import pipeline
+from seriatim.pipeline.metadata import KEY
+from seriatim.pipeline.samples_folder import seed_of
 from seriatim.tokenizers.kl import KL
 
 pytestmark = pytest.mark.fresh_process
@@ -133,7 +136,7 @@ def test_the_files_do_not_depend_on_the_processes(verb: str, tmp_path: Path) -> 
 
 
 def test_samples_are_resumed(tmp_path: Path) -> None:
-    """What is there stays, what is damaged or missing is drawn again, and another request is refused."""
+    """What is there stays, what is damaged or missing is drawn again, and what was made otherwise is refused."""
     make(tmp_path)
     words = words_of("sample", tmp_path, "out")
     assert command(*words, "--seed", "5")[0] == 0
@@ -141,16 +144,56 @@ def test_samples_are_resumed(tmp_path: Path) -> None:
     whole, pictures = files(out), sorted(out.glob("0*.png"))
     pictures[1].unlink()
     pictures[7].write_bytes(pictures[7].read_bytes()[:-40])
+    pictures[16].write_bytes(b"")
     (out / "grid.png").unlink()
-    kept = {path: path.stat().st_mtime_ns for path in pictures if path not in (pictures[1], pictures[7])}
+    kept = {path: path.stat().st_mtime_ns for path in pictures if path.exists()}
     code, lines = command(*words)
     assert code == 2 and "exists already" in lines[-1]
-    code, lines = command(*words, "--resume", "--overwrite")
+    code, lines = command(*words, "--resume")
     assert code == 0 and files(out) == whole
-    batches = {i // 3 for i in (1, 7)}
+    assert [line for line in lines if line.startswith("mending: ")] == [
+        f"mending: {pictures[i]} can't be read; drawing it again" for i in (7, 16)
+    ]
+    batches = {i // 3 for i in (1, 7, 16)}
     untouched = [path for i, path in enumerate(pictures) if i // 3 not in batches]
     assert untouched and all(path.stat().st_mtime_ns == kept[path] for path in untouched)
     code, lines = command(*words, "--resume", "--seed", "6")
-    assert code == 2 and len(lines) == 1 and "exists already" in lines[0] and files(out) == whole
+    assert code == 2 and len(lines) == 1 and "is of another request" in lines[0] and files(out) == whole
     code, lines = command(*words, "--resume", "--animate")
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: animate:")
+
+
+def test_a_picture_that_somebody_changed_is_not_drawn_again(tmp_path: Path) -> None:
+    """Its request is still inside, but its pixels are readable and others, so they may be somebody's work."""
+    make(tmp_path)
+    words, out = words_of("sample", tmp_path, "out"), tmp_path / "out"
+    assert command(*words, "--seed", "5")[0] == 0
+    painted, foreign = out / "0002-0.png", out / "0009-2.png"
+    with Image.open(painted) as image:
+        says = PngImagePlugin.PngInfo()
+        says.add_itxt(KEY, image.info[KEY])
+        image.load()
+    ImageOps.invert(image).save(painted, pnginfo=says)
+    foreign.write_bytes(b"notes that have the name of a picture")
+    for path in (painted, foreign):
+        before = content(out)
+        code, lines = command(*words, "--resume")
+        assert code == 2 and len(lines) == 1 and f"{path} exists already" in lines[0] and content(out) == before
+        path.unlink()
+
+
+def test_the_seed_is_that_of_the_first_intact_picture(tmp_path: Path) -> None:
+    """`sample --resume` without a seed goes on with the seed of the samples, also if their first one is damaged."""
+    make(tmp_path)
+    words, out = words_of("sample", tmp_path, "out"), tmp_path / "out"
+    assert seed_of(out) == 0, "there is no folder yet"
+    assert command(*words, "--seed", "271828")[0] == 0
+    assert seed_of(out) == 271828
+    pictures = sorted(out.glob("0*.png"))
+    pictures[0].write_bytes(pictures[0].read_bytes()[:60])
+    pictures[1].write_bytes(b"no picture")
+    (out / "0000-another.png").write_bytes(b"")
+    assert seed_of(out) == 271828
+    for path in pictures[2:]:
+        path.unlink()
+    assert seed_of(out) == 0, "no picture is intact"

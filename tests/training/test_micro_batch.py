@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from seriatim.core.errors import ConfigError, ResourceError
 from seriatim.core.keys import Keys
+from seriatim.core.processes import Place
 from seriatim.core.stopping import StopRequest
 from seriatim.models.base import Loss
 from seriatim.training import batched_task
 from seriatim.training import micro_batch as module
 from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.distributed import World
 from seriatim.training.loop import GeneratorTask, train
 from seriatim.training.micro_batch import kept_by_autograd, largest_fitting
 from seriatim.training.state import RunState
@@ -49,6 +51,42 @@ def test_a_cpu_takes_what_its_memory_allows(monkeypatch: pytest.MonkeyPatch, roo
     assert largest_fitting(12, loss_of, [WEIGHT], CPU) == wanted
     monkeypatch.setattr(module, "available_memory", lambda: 2 * (room / module.SHARE + 2 * 3 * 40))
     assert largest_fitting(12, loss_of, [WEIGHT], CPU, processes=2) == wanted
+
+
+def test_copies_of_the_weights_take_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP keeps one more number for each weight than the optimiser does, on a CPU and on an accelerator."""
+    monkeypatch.setattr(module, "available_memory", lambda: (8000 * 4 + 8200) / module.SHARE + 2 * 3 * 40)
+    assert [largest_fitting(4, loss_of, [WEIGHT], CPU, copies=copies) for copies in (2, 102)] == [4, 2]
+    taken: list[int] = []
+
+    def empty(count: int, **options: Any) -> Tensor:
+        taken.append(count)
+        return torch.zeros(count, **options)
+
+    with pretend_cuda():
+        device = Accelerator(monkeypatch, most=5)
+        monkeypatch.setattr(torch, "empty", empty)
+        largest_fitting(4, device.loss_of, [device.weight], CUDA, copies=3)
+    assert taken == [3 * 4 * 4]
+
+
+@pytest.mark.parametrize(
+    ("size", "more", "copies"),
+    [(1, [], 2), (2, [], 3), (2, ["training.shard=true"], 2), (1, ["training.shard=true"], 2)],
+)
+def test_what_ddp_keeps_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, more: list[str], copies: int
+) -> None:
+    found: list[Any] = []
+
+    def largest(*arguments: Any) -> int:
+        found.append(arguments)
+        return 4
+
+    monkeypatch.setattr(batched_task, "largest_fitting", largest)
+    task = GeneratorTask(read_recipe("mar-digits", [*SMALL, *more]), tmp_path, CPU, quiet=True)
+    task.largest_micro_batch(World(Place(0, size, 0, size), CPU))
+    assert found[0][4:] == (size, copies)
 
 
 def test_no_room_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

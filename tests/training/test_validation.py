@@ -7,23 +7,28 @@ import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from helpers import metrics, tiny_run, untimed_metrics
 from PIL import Image
+from processes import together
 
-from seriatim.checkpoints.native import load_bundle
+from seriatim.checkpoints.native import Bundle, load_bundle
 from seriatim.checkpoints.run_names import find
 from seriatim.checkpoints.unfinished import all_checkpoints, best_of
-from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
+from seriatim.core.errors import ConfigError, DataError, NumericsError, Stopped, UsageError
 from seriatim.core.files import write_manifest
 from seriatim.core.stopping import StopRequest
-from seriatim.data.loader import Batches
+from seriatim.data.held_out import Part
+from seriatim.data.loader import Batches, Share
 from seriatim.training import judge, setup, state
 from seriatim.training import log as log_module
-from seriatim.training.judge import LEAST, MOST, SampleDistance, validation_loss
+from seriatim.training.classifier import train_classifier
+from seriatim.training.distributed import joined
+from seriatim.training.judge import LEAST, MOST, Judge, SampleDistance, validation_loss
 from seriatim.training.log import loss_curve
 from seriatim.training.loop import train
 
@@ -202,10 +207,74 @@ def test_what_they_are_compared_with() -> None:
     assert SampleDistance(settings, plain).data is plain
 
 
-def test_a_figure_that_is_not_finite_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert judge.finite("validation_loss", float("nan"), 32) == {}
+def test_a_figure_that_is_not_finite_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny("data.validation=0.3", "training.evaluate_images=80", "training.evaluate_features=pixels")
+    data, tokenizer, model = setup.build(recipe)
+    made, bundle = Judge(recipe.training, data), Bundle(model, tokenizer, data.class_names, recipe.sampling)
+    asked = partial(made.figures, bundle, 32, torch.float32, StopRequest(), validated=True, evaluated=True)
+    monkeypatch.setattr(judge, "validation_loss", Mock(return_value=float("nan")))
+    monkeypatch.setattr(SampleDistance, "measured", Mock(return_value=2.0))
+    assert asked() == {"FD[pixels]": 2.0}
     assert "the validation_loss after 32 images is not finite (nan)" in capsys.readouterr().err
-    assert judge.finite("validation_loss", None, 32) == {} and judge.finite("x", 1.0, 32) == {"x": 1.0}
+    monkeypatch.setattr(judge, "validation_loss", Mock(return_value=1.0))
+    monkeypatch.setattr(SampleDistance, "measured", Mock(side_effect=NumericsError("a sample is not finite")))
+    assert asked() == {"validation_loss": 1.0}
+    assert "no FD[pixels] after 32 images: a sample is not finite" in capsys.readouterr().err
+    monkeypatch.setattr(SampleDistance, "measured", Mock(return_value=None))
+    assert asked() is None, "somebody asked to stop"
+
+
+def test_samples_are_judged_by_a_classifier_of_our_own(tmp_path: Path) -> None:
+    """The features of its network decide, and its folder may be named in every way that `evaluate` takes."""
+    from training.test_classifier import tiny as tiny_classifier
+
+    train_classifier(tiny_classifier("training.images=64", "name=digit-judge"), tmp_path / "classifier", quiet=True)
+    more = ["training.evaluate_images=40", "training.images=64", "training.save_images=64"]
+    for number, folder in enumerate((tmp_path / "classifier", tmp_path / "classifier" / "model")):
+        run = tmp_path / str(number)
+        train(tiny(*more, f"training.evaluate_features={folder}"), run, quiet=True)
+        (figure,) = (row["FD[digit-judge]"] for row in metrics(run) if "FD[digit-judge]" in row)
+        settings = tiny(*more, f"training.evaluate_features={folder}").training
+        again = SampleDistance(settings, setup.build_inputs(tiny())[0]).measured(load_bundle(f"{run}@latest"))
+        assert figure > 0 and again == pytest.approx(figure, rel=1e-4)
+
+
+@pytest.mark.fresh_process
+def test_processes_share_the_images_and_get_the_same_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, two and three processes: each image is read by one of them, and the figures differ by rounding alone."""
+    recipe = tiny("data.validation=0.4", "training.evaluate_images=70", "training.evaluate_features=pixels")
+    monkeypatch.setattr(judge, "MOST_REAL", 100)
+    data, tokenizer, model = setup.build(recipe)
+    assert data.held_out is not None
+    setup.fit_tokenizer(tokenizer, data, quiet=True)
+    bundle = Bundle(model, tokenizer, data.class_names, recipe.sampling)
+
+    def work() -> tuple[float | None, float | None, list[int], int]:
+        read: list[int] = []
+        true = Part.images
+
+        def counted(self: Part, index: torch.Tensor) -> torch.Tensor:
+            read.extend(index.tolist())
+            return true(self, index)
+
+        Part.images = counted  # type: ignore[method-assign]
+        with joined("cpu") as world:
+            loss = validation_loss(model, tokenizer, data.held_out, torch.float32, None, world)  # type: ignore[arg-type]
+            distance, validated = SampleDistance(recipe.training, data), len(read)
+            found = [distance.measured(bundle, None, world) for _ in range(2)]
+        assert found[0] == found[1]
+        return loss, found[0], sorted(read[:validated]), len(read) - validated
+
+    ((loss, distance, images, real),) = together(1, work, tmp_path / "1")
+    assert loss and distance and len(images) == data.held_out.count and real == 100
+    for size in (2, 3):
+        found = together(size, work, tmp_path / str(size))
+        assert all(one[0] == pytest.approx(loss, rel=1e-9) for one in found), "the same batches, added up differently"
+        assert all(one[1] == pytest.approx(distance, rel=1e-3) for one in found)
+        assert sorted(i for one in found for i in one[2]) == images and all(one[2] for one in found)
+        assert [one[3] for one in found] == [len(range(100)[Share(r, size).of(100)]) for r in range(size)]
 
 
 @pytest.mark.parametrize(
