@@ -6,7 +6,7 @@ Shapes: B images of a batch, F features of an image.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -175,25 +175,27 @@ class Judge:
         evaluated: bool,
     ) -> dict[str, float] | None:
         """The figures of a model after `seen` images, for a line of metrics; None if a process is asked to stop."""
-        found: dict[str, float | None] = {}
+        found: dict[str, float] = {}
         if validated and self.held_out is not None:
-            found["validation_loss"] = validation_loss(
-                bundle.model, bundle.tokenizer, self.held_out, dtype, stop, world
-            )
-        if None in found.values():
-            return None
+            loss = validation_loss(bundle.model, bundle.tokenizer, self.held_out, dtype, stop, world)
+            if loss is None:
+                return None
+            found["validation_loss"] = loss
         if evaluated and self.distance is not None:
             try:
-                found[self.distance.name] = self.distance.measured(bundle, stop, world)
+                distance = self.distance.measured(bundle, stop, world)
+                if distance is None:
+                    return None
+                found[self.distance.name] = distance
             except NumericsError as error:  # training continues, since later weights may do better
                 if world.main:
                     say(f"no {self.distance.name} after {seen} images: {one_line(error)}")
-        finite: dict[str, float] = {}
-        for name, value in found.items():
-            if value is None:
-                return None
-            if math.isfinite(value):
-                finite[name] = value
-            elif world.main:
-                say(f"the {name} after {seen} images is not finite ({value}), and is left out")
-        return finite
+        return finite(found, seen, quiet=not world.main)
+
+
+def finite(found: Mapping[str, float], seen: int, *, quiet: bool = False) -> dict[str, float]:
+    """The figures for a line of metrics without those that are not finite, which are reported."""
+    for name, value in found.items():
+        if not math.isfinite(value) and not quiet:
+            say(f"the {name} after {seen} images is not finite ({value}), and is left out")
+    return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -199,7 +199,7 @@ class TokenizerTask(BatchedTask):
             sums += torch.stack([error.sum(), psnr_of(decoded, originals).sum()]).double().cpu()
             total += len(images)
         loss, psnr = (sums / total).tolist()
-        return finite("validation_loss", loss, seen) | finite("validation_psnr", psnr, seen)
+        return finite({"validation_loss": loss, "validation_psnr": psnr}, seen)
 
     def decoded(self, images: Tensor) -> Tensor:
         """The reconstructions of the averaged tokenizer from the modes of its posteriors."""
