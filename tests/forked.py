@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -57,7 +58,8 @@ class Fork:
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
-        with environment({**os.environ, "OMP_NUM_THREADS": "1"}):
+        with environment({**os.environ, "OMP_NUM_THREADS": "1"}), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a tracker of resources that some test has ended is started again
             forkserver.ensure_running()
         self.words = list(words)
         self.folder = tempfile.TemporaryDirectory()

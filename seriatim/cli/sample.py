@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,10 +114,13 @@ def sample(
     def there(images: Iterable[int]) -> set[int]:
         return {i for i in images if is_there(files[i], request, i, pipe.bundle.sha256)} if shared else set()
 
+    # Looked up before anything is read: what appears from now on, another process that shares the work has written.
+    found = {file for file in (*files, grid_file, animation) if os.path.lexists(file)}
     kept = there(range(len(files)))
-    rest = [i for i in range(len(files)) if i not in kept]
+    rest = [i for i in range(len(files)) if i not in kept and files[i] in found]
     damaged = [i for i in rest if shared and is_damaged(files[i], request, i, pipe.bundle.sha256)]
     ours = [*(files[i] for i in rest if i not in damaged), *[grid_file] * (not kept), *[animation] * animate]
+    ours = [file for file in ours if file in found]
     say_replaced(check_samples_folder(out, ours, overwrite=overwrite, begun=set(locks), resumed=shared))
     for i in damaged:
         say(f"mending: {files[i]} can't be read; drawing it again")

@@ -156,6 +156,7 @@ WRITES: dict[str, tuple[list[str], str | None]] = {
     "convert kl16": (["convert", "kl16", "../made/kl16.ckpt", "OUT"], None),
     "convert llamagen": (["convert", "llamagen", "../made/mar.pth", "OUT", "--vq", "../made/kl16.ckpt"], None),
     "convert llamagen-vq": (["convert", "llamagen-vq", "../made/kl16.ckpt", "OUT"], None),
+    "convert detok": (["convert", "detok", "../made/kl16.ckpt", "OUT", "--stats", "measure"], None),
     "convert arinar": (["convert", "arinar", "../made/mar.pth", "OUT", *VAE], None),
 }  # fmt: skip
 FILES: dict[str, list[str]] = {  # those that write one file, named OUT

@@ -232,7 +232,7 @@ def test_labels_of_arrays_are_no_count_of_classes(tmp_path: Path) -> None:
         (["sample", "MODEL", "--num-diffusion-steps", "1000000000"], "num_diffusion_steps"),
         (["sample", "MODEL", "--seed", "9" * 5000], "seed"),
         (["evaluate", "MODEL", "--data", "digits", "--num", "4", "--shard", "0/" + "9" * 5000], "shard"),
-        (["evaluate", "MODEL", "--data", "digits", "--num", "4", "--set", "seed=[" + "[" * 5000], "nested deeper"),
+        (["evaluate", "MODEL", "--data", "digits", "--num", "4", "--set", "min_tokens=" + "[" * 5000], "nested deeper"),
         (["evaluate", "MODEL", "--data", "{a: &a [*a]}", "--num", "4", "--features", "pixels"], "holds itself"),
         (["bench", "MODEL", "--threads", str(MOST_THREADS + 1)], "threads"),
         (["bench", "MODEL", "--batch", "1000000000000"], "batch"),
