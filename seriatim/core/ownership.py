@@ -39,8 +39,10 @@ def owned(
         if proof(folder):
             return True
         kept = first_file(folder, begun)
-    if kept is None:
-        return False
+        if kept is None:
+            return False
+        if proof(folder):  # another process, which shares the work, has written its first file in between
+            return True
     name = str(kept.relative_to(folder))
     raise UsageError(
         f"{argument}: {folder} holds {name!r} and is no {what} that Seriatim wrote; choose a new or empty folder"
