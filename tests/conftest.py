@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import socket
@@ -27,6 +28,16 @@ with contextlib.suppress(ImportError):  # the architecture test reads sources al
 
 if hasattr(signal, "SIGHUP"):  # under nohup it is ignored, which children inherit and tests of signals would notice
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Accept the options of pytest-xdist where it is not installed: tests then run one after another."""
+    if importlib.util.find_spec("xdist") is None:
+        group = parser.getgroup("xdist")
+        for name in ("-n", "--maxprocesses", "--dist"):
+            # addoption() refuses lowercase letters; other plugins take an option called `dist` for xdist at work.
+            group._addoption(name, dest=f"without_xdist_{name.strip('-')}")
+
 
 FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"
 

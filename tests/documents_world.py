@@ -13,7 +13,7 @@ from helpers import official_tensors, randomise
 from PIL import Image
 
 from seriatim.checkpoints.arinar import arinar_tensors
-from seriatim.checkpoints.detok import detok_tensors
+from seriatim.checkpoints.detok_weights import detok_tensors
 from seriatim.checkpoints.kl16 import kl16_from_tokenizer, tokenizer_from_kl16
 from seriatim.checkpoints.llamagen import llamagen_tensors
 from seriatim.checkpoints.mar import mar_tensors

@@ -19,9 +19,9 @@ ORDER = (
     "pipeline", "data", "evaluation", "training", "bench", "serving", "testing", "cli", "__main__",
 )  # fmt: skip
 READERS = {  # a kind of file has one reader, which knows how such a file may be damaged or hostile
-    "np.load": "core/arrays.py",
-    "safe_open": "core/arrays.py",
-    "load_file": "core/arrays.py",
+    "np.load": "core/array_reading.py",
+    "safe_open": "core/array_reading.py",
+    "load_file": "core/array_reading.py",
     "Image.open": "core/images.py",
     "torch.load": "checkpoints/official.py",
     "yaml.safe_load": "core/reading.py",
@@ -150,6 +150,12 @@ def test_architecture_forbidden_calls(path: Path) -> None:
 )  # fmt: skip
 def test_architecture_check_can_fail(code: str) -> None:
     assert list(forbidden(ast.parse(code), "x.py"))
+
+
+def test_architecture_no_two_modules_share_a_name() -> None:
+    """A traceback tells where one is: `base.py` and the verbs of `cli/` apart, which are named for what they do."""
+    names = [path.name for path in FILES if path.parent.name != "cli" and path.name not in ("__init__.py", "base.py")]
+    assert {name for name in names if names.count(name) > 1} == set()
 
 
 def test_architecture_imports_are_light() -> None:

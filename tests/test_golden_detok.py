@@ -18,8 +18,8 @@ from helpers import golden, replay
 from safetensors.torch import load_file
 from torch import Tensor
 
-from seriatim.checkpoints.detok import TABLE as NAMES
-from seriatim.checkpoints.detok import detok_tensors, read_statistics, tokenizer_from_detok
+from seriatim.checkpoints.detok_weights import TABLE as NAMES
+from seriatim.checkpoints.detok_weights import detok_tensors, read_statistics, tokenizer_from_detok
 from seriatim.checkpoints.mar import infer
 from seriatim.checkpoints.shapes import official_name
 from seriatim.tokenizers.detok import Detok, angle_table

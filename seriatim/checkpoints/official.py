@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seriatim.core.arrays import read_safetensors
+from seriatim.core.array_reading import read_safetensors
 from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line, shown
 from seriatim.core.reading import read_or_raise
 

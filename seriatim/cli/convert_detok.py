@@ -39,7 +39,7 @@ def convert_detok(
     json: JsonFlag = False,
 ) -> None:
     """Convert the tokenizer of l-DeTok (Yang et al. 2025). No code in the files is run, and every tensor must fit."""
-    from seriatim.checkpoints import detok
+    from seriatim.checkpoints.detok_weights import ENTRIES, tokenizer_from_file
     from seriatim.checkpoints.official import read_official
     from seriatim.checkpoints.tokenizer import save_tokenizer
     from seriatim.core.errors import UsageError
@@ -49,9 +49,9 @@ def convert_detok(
     unused(out, overwrite)
     if stats_key is not None and (stats == "measure" or stats.endswith(".json")):
         raise UsageError(f"stats_key: {stats_key!r} has no effect without the authors' stats.pkl; leave it out")
-    file = read_official(weights, which=None if ema is None else detok.ENTRIES[0 if ema else 1], entries=detok.ENTRIES)
+    file = read_official(weights, which=None if ema is None else ENTRIES[0 if ema else 1], entries=ENTRIES)
     read = stats != "measure"
-    tokenizer = detok.tokenizer_from_file(
+    tokenizer = tokenizer_from_file(
         file,
         size=size,
         heads=(heads[0], heads[-1]) if heads else None,

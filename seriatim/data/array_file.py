@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seriatim.core.arrays import map_npy, read_safetensors
+from seriatim.core.array_reading import map_npy, read_safetensors
 from seriatim.core.errors import ConfigError, DataError
 from seriatim.core.files import sha256
 from seriatim.core.reading import read_or_raise

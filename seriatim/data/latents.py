@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from seriatim.core.arrays import slice_of
+from seriatim.core.array_reading import slice_of
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, one_line
 from seriatim.core.files import MANIFEST, read_manifest, sha256, verify_file, write_json
 from seriatim.core.flatten import WHITE, Colour

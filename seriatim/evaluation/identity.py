@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from seriatim.core.arrays import open_safetensors
+from seriatim.core.array_reading import open_safetensors
 from seriatim.core.errors import UsageError, shown
 from seriatim.core.files import write_json
 from seriatim.core.ownership import json_of, owned

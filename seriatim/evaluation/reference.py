@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from seriatim.core.arrays import Declared, read_npz
+from seriatim.core.array_reading import Declared, read_npz
 from seriatim.core.errors import DataError, UsageError
 from seriatim.core.files import sha256
 from seriatim.core.names import match_names

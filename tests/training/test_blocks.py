@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import many, randomise
+from helpers import TINY_RUN, many, randomise
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -168,20 +168,7 @@ def test_a_machine_that_cannot_compile_says_so_in_one_line() -> None:
     assert "set training.compile=false" in told
 
 
-TINY = [
-    "model.width=16",
-    "model.depth=1",
-    "model.heads=2",
-    "model.dropout=0.1",
-    "model.head.width=16",
-    "model.head.depth=1",
-    "training.batch_size=16",
-    "training.log_images=16",
-    "training.dtype=float32",
-    "training.threads=1",
-    "training.save_images=0",
-    "training.images=64",
-]
+TINY = [*TINY_RUN, "model.heads=2", "model.dropout=0.1", "training.save_images=0", "training.images=64"]
 
 
 def losses(folder: Path, *words: str) -> list[float]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import TINY_RUN
 from torch import Tensor, nn
 
 from seriatim.core.errors import ConfigError
@@ -24,19 +25,7 @@ from seriatim.training.loop import GeneratorTask, train
 from seriatim.training.state import RunState
 
 CUDA = torch.device("cuda", 0)
-TINY = [
-    "model.width=16",
-    "model.depth=1",
-    "model.heads=2",
-    "model.dropout=0",
-    "model.head.width=16",
-    "model.head.depth=1",
-    "training.batch_size=16",
-    "training.log_images=16",
-    "training.dtype=float32",
-    "training.threads=1",
-    "training.images=64",
-]
+TINY = [*TINY_RUN, "model.heads=2", "model.dropout=0", "training.images=64"]
 
 
 def digits() -> Batches:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import many
+from helpers import TINY_RUN, many
 from pretend_cuda import pretend, pretend_cuda
 from torch import nn
 
@@ -167,19 +167,7 @@ def test_moments_of_another_optimiser_are_refused(tmp_path: Path) -> None:
         load(path, parts(1, 0))
 
 
-TINY = [
-    "model.width=16",
-    "model.depth=1",
-    "model.heads=1",
-    "model.head.width=16",
-    "model.head.depth=1",
-    "training.batch_size=16",
-    "training.log_images=16",
-    "training.dtype=float32",
-    "training.threads=1",
-    "training.optimiser=muon",
-    "training.save_images=32",
-]
+TINY = [*TINY_RUN, "training.optimiser=muon", "training.save_images=32"]
 
 
 def test_a_resumed_run_with_muon_is_the_same_bitwise(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from seriatim.core import arrays
-from seriatim.core.arrays import Declared, map_npy, open_safetensors, read_npz, read_safetensors, slice_of
+from seriatim.core import array_reading
+from seriatim.core.array_reading import Declared, map_npy, open_safetensors, read_npz, read_safetensors, slice_of
 from seriatim.core.errors import ResourceError
 from seriatim.core.reading import Unreadable
 
@@ -104,6 +104,6 @@ def test_lack_of_memory_is_no_damage(suffix: str, tmp_path: Path, monkeypatch: p
 
     path = write(tmp_path / f"x{suffix}")
     monkeypatch.setattr(np, "load", full)
-    monkeypatch.setattr(arrays, "safe_open", full)
+    monkeypatch.setattr(array_reading, "safe_open", full)
     with pytest.raises(ResourceError, match=r"x\.\w+: out of memory \(Unable to allocate 9 GiB\)"):
         READERS[suffix](path)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seriatim import load
-from seriatim.checkpoints.detok import detok_tensors, read_statistics, tokenizer_from_detok
+from seriatim.checkpoints.detok_weights import detok_tensors, read_statistics, tokenizer_from_detok
 from seriatim.checkpoints.mar import mar_tensors
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.cli.main import run
