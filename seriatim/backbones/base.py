@@ -134,11 +134,11 @@ class Sequential(Backbone):
 
         content (B, m, D), or codes (B, m), holds the tokens that come next in each image's order after the tokens that
         the state has seen; None means that there are none. With `groups`, the content of one step is one group.
-        content_valid (B, m) bool, on the host, is False at the end
-        of rows with fewer than m tokens; None means that all rows have m. ask (B, n) holds the requested positions,
-        which are the next ones of the order; None means the next one. ask_valid (B, n) bool, on the host, is False at
-        the end of rows with fewer than n requests; z at these entries is arbitrary. A request does not change the
-        state. Without `groups`, a request for more than one token raises UsageError.
+        content_valid (B, m) bool, on the host, is False at the end of rows with fewer than m tokens; None means that
+        all rows have m. ask (B, n) holds the requested positions, which are the next ones of the order; None means the
+        next one. ask_valid (B, n) bool, on the host, is False at the end of rows with fewer than n requests; z at these
+        entries is arbitrary. A request does not change the state. Without `groups`, a request for more than one token
+        raises UsageError.
         """
         raise NotImplementedError(f"{type(self).__name__} lacks step()")
 

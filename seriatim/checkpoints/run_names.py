@@ -62,15 +62,16 @@ def is_local(name: Path | str) -> bool:
     return os.path.isdir(present_or_previous(Path(name))) or run_and_checkpoint(name) is not None
 
 
-def find(name: Path | str) -> Found:
+def find(name: Path | str, *, quiet: bool = False) -> Found:
     """The folder and the file of the weights that a name of a model stands for.
 
     A folder that holds `model/` (a run, a demo) stands for that; where a crash interrupted its replacement, for the
-    previous one, which lies beside it under a hidden name. Standard error is told which checkpoint was chosen.
+    previous one, which lies beside it under a hidden name. Standard error is told which checkpoint was
+    chosen, unless `quiet`.
     """
     chosen = run_and_checkpoint(name)
     if chosen is not None:
-        return checkpoint_named(*chosen)
+        return checkpoint_named(*chosen, quiet=quiet)
     folder = present_or_previous(Path(name))
     inner = present_or_previous(folder / "model")
     if not (folder / CONFIG).exists():
@@ -80,18 +81,18 @@ def find(name: Path | str) -> Found:
         elif is_checkpoint(folder):
             usable(folder)
         elif is_run and not (folder / MANIFEST).exists():
-            folder = checkpoint_of(folder)
+            folder = checkpoint_of(folder, quiet=quiet)
     return Found(folder, AVERAGE if is_checkpoint(folder) else MODEL)
 
 
-def checkpoint_named(run: Path, which: str) -> Found:
+def checkpoint_named(run: Path, which: str, *, quiet: bool = False) -> Found:
     """The checkpoint `which` of a run; raises CheckpointError, which lists the checkpoints, if there is none."""
     folder, (number, colon, kind) = run / CHECKPOINTS, which.partition(":")
     if colon and kind != RAW:
         raise CheckpointError(f"{shown(f'{run}@{which}')}: {shown(kind)} is not known; write :{RAW} or leave it out")
     if number == LATEST:
         path, passed_over = newest_whole(folder)
-        for damage in passed_over:
+        for damage in passed_over if not quiet else ():
             say(f"stepping back: {damage}")
     elif number == BEST:
         path = best_of(folder)
@@ -107,7 +108,7 @@ def checkpoint_named(run: Path, which: str) -> Found:
         )
     if path is None:
         raise CheckpointError(f"there is no {shown(f'{run}@{which}')}: {what_there_is(run)}")
-    if number in (LATEST, BEST):
+    if number in (LATEST, BEST) and not quiet:
         say(f"{run}@{which} is its checkpoint {path.name}")
     return Found(usable(path), MODEL if colon else AVERAGE)
 

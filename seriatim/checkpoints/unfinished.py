@@ -84,10 +84,10 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / STATE).is_file() and folder.name.isdigit()
 
 
-def checkpoint_of(run: Path) -> Path:
-    """The checkpoint to use of a run that has no model; raises CheckpointError where there is none, and says so."""
+def checkpoint_of(run: Path, *, quiet: bool = False) -> Path:
+    """The checkpoint to use of a run that has no model, which is told unless `quiet`. Raises CheckpointError."""
     path, passed_over = newest_whole(run / CHECKPOINTS)
-    for reason in passed_over:
+    for reason in passed_over if not quiet else ():
         say(f"stepping back: {reason}")
     if path is None:
         raise CheckpointError(
@@ -95,7 +95,8 @@ def checkpoint_of(run: Path) -> Path:
             f"with `{resume(run)}`"
         )
     usable(path)
-    say(f"{run} is not finished: taking the averaged weights of its checkpoint {path.name}")
+    if not quiet:
+        say(f"{run} is not finished: taking the averaged weights of its checkpoint {path.name}")
     return path
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from seriatim.cli.convert import Ema, Out, Overwrite, Weights, report, unused
+from seriatim.cli.convert import Ema, Out, Overwrite, Weights, both_heads, save_converted, unused
 from seriatim.cli.output import JsonFlag
 
 
@@ -41,11 +41,9 @@ def convert_detok(
     """Convert the tokenizer of l-DeTok (Yang et al. 2025). No code in the files is run, and every tensor must fit."""
     from seriatim.checkpoints.detok_weights import ENTRIES, tokenizer_from_file
     from seriatim.checkpoints.official import read_official
-    from seriatim.checkpoints.tokenizer import save_tokenizer
     from seriatim.core.errors import UsageError
 
-    if heads and len(heads) > 2:
-        raise UsageError(f"heads: {heads} is not allowed; give one number, or one for the encoder and the decoder each")
+    both = both_heads(heads, "heads")
     unused(out, overwrite)
     if stats_key is not None and (stats == "measure" or stats.endswith(".json")):
         raise UsageError(f"stats_key: {stats_key!r} has no effect without the authors' stats.pkl; leave it out")
@@ -54,18 +52,10 @@ def convert_detok(
     tokenizer = tokenizer_from_file(
         file,
         size=size,
-        heads=(heads[0], heads[-1]) if heads else None,
+        heads=both,
         statistics=Path(stats) if read else None,
         key=stats_key,
     )
-    save_tokenizer(tokenizer, out, {"converted_from": file.path.name, "weights": file.which})
-    found = {
-        "tokenizer": str(out),
-        "weights": file.which,
-        "parameters": sum(p.numel() for p in tokenizer.parameters()),
-        "image": list(tokenizer.size),
-        "tokens": tokenizer.count,
-        "features": tokenizer.dim,
-        "statistics": stats if read else "to be measured",
-    }
-    report(found, json)
+    provenance = {"converted_from": file.path.name, "weights": file.which}
+    said = stats if read else "to be measured"
+    save_converted(tokenizer, out, provenance, json, features=tokenizer.dim, statistics=said)

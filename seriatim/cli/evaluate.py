@@ -170,7 +170,7 @@ def is_tokenizer(name: Path) -> bool:
     from seriatim.core.ownership import json_of
 
     try:
-        config = json_of(find(name).folder / CONFIG)
+        config = json_of(find(name, quiet=True).folder / CONFIG)
     except CheckpointError:  # whoever reads the model says what is wrong
         return False
     return "tokenizer" in config and "model" not in config

@@ -54,12 +54,17 @@ class Slice(nn.Module):
 class LPIPS(FeatureExtractor):
     """The five layers of LPIPS, for `objective.perceptual_features=lpips:FILE`; its features are means of the last."""
 
+    shift: Tensor  # (3, 1, 1)
+    scale: Tensor  # (3, 1, 1)
+
     def __init__(self) -> None:
         super().__init__()
         self.name, self.dim, self.config = "lpips", SLICES[-1][-1][1], {}
         inner = [3, *(each[-1][1] for each in SLICES)]
         self.slices = nn.ModuleList(Slice(inner[i], each, halve=i > 0) for i, each in enumerate(SLICES))
         self.channel_weights = nn.ParameterList(torch.zeros(each[-1][1]) for each in SLICES)
+        for name, values in (("shift", SHIFT), ("scale", SCALE)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self.layers = [f"slices.{i}" for i in range(len(SLICES))]
 
     @property
@@ -87,8 +92,7 @@ class LPIPS(FeatureExtractor):
         self.load_state_dict(mapped(given, wanted, official_name, where))
 
     def forward(self, images: Tensor) -> Features:
-        shift, scale = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (SHIFT, SCALE))
-        x = (images.float().expand(-1, 3, -1, -1) - shift) / scale
+        x = (images.float().expand(-1, 3, -1, -1) - self.shift) / self.scale
         for each in self.slices:
             x = each(x)
         return Features(x.mean(dim=(2, 3)))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from seriatim.checkpoints.run_names import is_local
 from seriatim.checkpoints.tokenizer import load_tokenizer
@@ -118,7 +117,7 @@ def adversarial_groups(model: Autoencoding) -> list[dict[str, Any]]:
     """
     trained = [parameter for parameter in model.tokenizer.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trained}]
-    if isinstance(model.discriminator, nn.Module):
+    if model.discriminator is not None:
         rate = model.objective.gan_learning_rate
         parameters = list(model.discriminator.parameters())
         groups.append({"params": parameters, "betas": (0.5, 0.9), "weight_decay": 0.0, "relative_rate": rate})
