@@ -20,6 +20,7 @@ from seriatim.checkpoints.native import Bundle, load_bundle
 from seriatim.checkpoints.run_names import MOST_SHOWN, find
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.checkpoints.unfinished import all_checkpoints
+from seriatim.cli.evaluate import is_tokenizer
 from seriatim.cli.main import run as command
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError
 from seriatim.core.files import sha256, write_manifest
@@ -72,6 +73,7 @@ def test_which_checkpoint_was_chosen_is_said(trained: Path, capsys: pytest.Captu
     for which, number in (("latest", 128), ("best:raw", 64)):
         find(f"{trained}@{which}")
         assert capsys.readouterr().err == f"{trained}@{which} is its checkpoint {number:012d}\n"
+        assert not is_tokenizer(Path(f"{trained}@{which}")) and not capsys.readouterr().err, "it is said only once"
     find(f"{trained}@32")
     assert not capsys.readouterr().err, "a number says itself which it is"
 
