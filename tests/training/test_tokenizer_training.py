@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import signal_in_step
+from helpers import signal_in_step, untimed_metrics
 from PIL import Image
 from processes import together
 from safetensors.torch import load_file
@@ -78,12 +77,6 @@ def content(run: Path) -> dict[str, bytes]:
     return {str(file.name): file.read_bytes() for file in [*files, run / "model" / "tokenizer.safetensors"]}
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    timed = {"images_per_second", "loader_share"}
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
-
-
 # --- one engine -------------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +90,7 @@ def test_a_run_in_parts_is_the_run_in_one_piece(case: str, tmp_path: Path, monke
             train_tokenizer(of(case), tmp_path / "parts", resume=resume, quiet=True)
     train_tokenizer(of(case), tmp_path / "parts", resume=True, quiet=True)
     assert content(tmp_path / "whole") == content(tmp_path / "parts")
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert untimed_metrics(tmp_path / "whole") == untimed_metrics(tmp_path / "parts")
 
 
 def first_gradients(recipe: TokenizerRecipe, out: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -146,7 +139,7 @@ def test_two_processes_write_one_run_whose_discriminator_joins_later(tmp_path: P
     (alone,) = together(1, partial(whole_run, of("gan"), tmp_path / "a"), tmp_path / "1")
     both = together(2, partial(whole_run, of("gan"), tmp_path / "b"), tmp_path / "2")
     assert both[0] == pytest.approx(alone, abs=0.5) and both[1] is None
-    ours, theirs = rows(tmp_path / "b"), rows(tmp_path / "a")
+    ours, theirs = untimed_metrics(tmp_path / "b"), untimed_metrics(tmp_path / "a")
     assert [row["images"] for row in ours] == [row["images"] for row in theirs]
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-2) and "loss_gan" in ours[-1]
     assert bool(load_tokenizer(tmp_path / "b").measured)
@@ -189,7 +182,7 @@ def test_the_discriminator_learns_from_its_start_only(tmp_path: Path) -> None:
     assert all(not torch.equal(states[0][name], states[1][name]) for name in names), "after 16 images it learns"
     before = load_file(all_checkpoints(tmp_path / "checkpoints")[0] / "optimiser.safetensors")
     assert not any(key.startswith("discriminator.") for key in before)
-    last = rows(tmp_path)[-1]
+    last = untimed_metrics(tmp_path)[-1]
     assert {"loss_gan", "loss_discriminator"} <= last.keys()
 
 
@@ -201,7 +194,7 @@ def test_a_run_is_a_tokenizer_for_generators_and_lowers_its_error(tmp_path: Path
                 "objective.equivariance=0", "training.learning_rate=4e-3", "training.save_images=200",
                 "training.sample_images=200")  # fmt: skip
     result = train_tokenizer(recipe, tmp_path / "kl", quiet=True)
-    logged = rows(tmp_path / "kl")
+    logged = untimed_metrics(tmp_path / "kl")
     first, last = [row["validation_loss"] for row in logged if "validation_loss" in row]
     assert last < 0.95 * first
     assert result.psnr == logged[-1]["validation_psnr"] > 8
@@ -250,7 +243,7 @@ def test_a_perceptual_term_comes_from_a_classifier_which_then_cannot_judge(
     save_classifier(TrainedClassifier(net, "judge", (8, 8), ["a", "b"], {}, {}), tmp_path / "judge")
     more = ["objective.perceptual=0.5", f"objective.perceptual_features={tmp_path / 'judge'}"]
     train_tokenizer(of("kl", *more), tmp_path / "run", quiet=True)
-    assert "loss_perceptual" in rows(tmp_path / "run")[-1]
+    assert "loss_perceptual" in untimed_metrics(tmp_path / "run")[-1]
     assert read_provenance(tmp_path / "run")["perceptual"]["name"] == "judge"
     assert not any("stages" in name for name in load_file(tmp_path / "run" / "model" / "tokenizer.safetensors"))
     words = [
@@ -274,7 +267,7 @@ def test_a_perceptual_term_comes_from_a_classifier_which_then_cannot_judge(
 
 def test_usage_and_perplexity_are_logged_and_a_collapsed_codebook_is_warned_of(tmp_path: Path) -> None:
     train_tokenizer(of("vq"), tmp_path / "vq", quiet=True)
-    for row in rows(tmp_path / "vq"):
+    for row in untimed_metrics(tmp_path / "vq"):
         assert 0 < row["usage"] <= 1 and 1 <= row["perplexity"] <= 16
     large = "tokenizer={kind: vq, stride: 4, vocab: 60, code_dim: 1, latent_channels: 8, width: 8, layers_per_block: 1}"
     collapsed = recipe_of(*VQ, large, "training.images=120", "training.learning_rate=1e-6", "objective.revive_images=0")
