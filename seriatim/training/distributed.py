@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from seriatim.core.device import pick_device
 from seriatim.core.errors import ResourceError, SeriatimError, UsageError, one_line
 from seriatim.core.processes import Place, place
+from seriatim.training.meeting import store_of_this_start
 
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ def joined(device: str) -> Iterator[World]:
     """The world of this process on its device. Processes that torchrun started are connected while the block lasts.
 
     A group that exists already, such as one that another launcher made, is used and left as it is. Raises UsageError if
-    the processes can't be connected, and ResourceError if one of them ends before the others.
+    nothing says where the processes meet, and ResourceError if they can't be connected or one ends before the others.
     """
     where = place()
     if where.size == 1:
@@ -146,7 +147,14 @@ def joined(device: str) -> Iterator[World]:
                 "torchrun, or unset WORLD_SIZE"
             )
         backend = "cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        try:
+            store = store_of_this_start(where, PATIENCE)
+            dist.init_process_group(backend, store=store, rank=where.rank, world_size=where.size, timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:  # torch raises either for an address that it can't use
+            raise ResourceError(
+                f"process {where.rank} of {where.size} could not meet the others, whose first one MASTER_ADDR and "
+                f"MASTER_PORT name; see what the others say, then go on with --resume ({one_line(error)[:120]})"
+            ) from error
         _GROUP[:] = [dist.group.WORLD]
     try:
         yield World(where, picked)
