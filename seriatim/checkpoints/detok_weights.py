@@ -25,6 +25,7 @@ from torch import Tensor
 from seriatim.checkpoints.official import OfficialFile, read_storage
 from seriatim.checkpoints.shapes import count, mapped, official_name, shape
 from seriatim.core.errors import CheckpointError, UsageError, one_line, shown
+from seriatim.core.files import expanded
 from seriatim.core.reading import read_json, read_or_raise
 from seriatim.tokenizers.detok import Detok
 
@@ -162,7 +163,7 @@ def read_statistics(
     weights file called `stem` begins with, otherwise the only one. Nothing in the pickle is run. Raises UsageError or
     CheckpointError.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise UsageError(f"stats: {path} is no file; name stats.pkl, or a JSON file with `mean` and `std`")
     if path.suffix == ".json":

@@ -8,7 +8,7 @@ from pathlib import Path
 from seriatim.checkpoints.native import CLASSIFIER, CONFIG, MODEL, TOKENIZER
 from seriatim.checkpoints.run_names import is_local
 from seriatim.core.errors import CheckpointError, UsageError, nearest, shown
-from seriatim.core.files import MANIFEST, present_or_previous
+from seriatim.core.files import MANIFEST, expanded, present_or_previous
 from seriatim.core.hub import SCHEME, USUAL, Access, fetch, repository
 from seriatim.zoo import PRESETS
 
@@ -20,7 +20,7 @@ def located(name: str, revision: str | None = None, access: Access = USUAL) -> P
 
     `revision` is a commit, a tag or a branch of a repository, as `hf://owner/name@REVISION` names it.
     """
-    folder = present_or_previous(Path(name))
+    folder = present_or_previous(expanded(name))
     here = is_local(name) or os.path.exists(folder)
     if here and (revision is not None or access != USUAL):
         given = "revision" if revision is not None else next(k for k, v in access._asdict().items() if v)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from seriatim.core.array_reading import read_safetensors
 from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line, shown
+from seriatim.core.files import expanded
 from seriatim.core.reading import read_or_raise
 
 SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
@@ -63,7 +64,7 @@ def read_official(path: Path | str, *, which: str | None = None, entries: tuple[
     file may hold several under the entries' names as prefixes.
     Raises UsageError where there is no such file or entry, CheckpointError where it is damaged or not allowed.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise UsageError(f"path: {path} is no file; name the downloaded weights ({', '.join(sorted(SUFFIXES))})")
     content = read_tensors(path) if path.suffix == ".safetensors" else read_torch(path)
@@ -189,7 +190,7 @@ def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def one_file(path: Path | str, stem: str | None) -> Path:
     """The file itself; of a folder, its safetensors file of that name, or its only one."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_dir():
         return path
     files = {file.stem: file for file in sorted(path.glob("*.safetensors"))}

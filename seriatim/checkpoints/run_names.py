@@ -30,7 +30,7 @@ from seriatim.checkpoints.unfinished import (
     why_not_whole,
 )
 from seriatim.core.errors import CheckpointError, shown
-from seriatim.core.files import MANIFEST, present_or_previous
+from seriatim.core.files import MANIFEST, expanded, present_or_previous
 from seriatim.core.hub import SCHEME
 from seriatim.core.terminal import say
 
@@ -49,7 +49,7 @@ def run_and_checkpoint(name: Path | str) -> tuple[Path, str] | None:
     """The run's folder and what follows the last `@` of `name`; None if that is no name of a checkpoint."""
     if os.fspath(name).startswith(SCHEME):
         return None
-    path = Path(name)
+    path = expanded(name)
     run, at, which = str(path).rpartition("@")
     if not at or "/" in which or os.path.exists(present_or_previous(path)):
         return None
@@ -59,7 +59,7 @@ def run_and_checkpoint(name: Path | str) -> tuple[Path, str] | None:
 
 def is_local(name: Path | str) -> bool:
     """Whether `name` is a folder here, or a checkpoint of a run here (which may not exist)."""
-    return os.path.isdir(present_or_previous(Path(name))) or run_and_checkpoint(name) is not None
+    return os.path.isdir(present_or_previous(expanded(name))) or run_and_checkpoint(name) is not None
 
 
 def find(name: Path | str, *, quiet: bool = False) -> Found:
@@ -72,7 +72,7 @@ def find(name: Path | str, *, quiet: bool = False) -> Found:
     chosen = run_and_checkpoint(name)
     if chosen is not None:
         return checkpoint_named(*chosen, quiet=quiet)
-    folder = present_or_previous(Path(name))
+    folder = present_or_previous(expanded(name))
     inner = present_or_previous(folder / "model")
     if not (folder / CONFIG).exists():
         is_run = (folder / RECIPE).is_file() or (folder / CHECKPOINTS).is_dir()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+
+from seriatim.core.files import expanded
 
 VARIABLE = "SERIATIM_CACHE"  # this environment variable names another folder
 
@@ -12,5 +15,8 @@ def cache_folder() -> Path:
     """`$SERIATIM_CACHE`, or else `seriatim` in the user's folder of caches (`$XDG_CACHE_HOME`, usually `~/.cache`)."""
     given = os.environ.get(VARIABLE)
     if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "seriatim"
+        return expanded(given)
+    usual = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if usual.startswith("~"):  # this user has no home, as in a container
+        return Path(tempfile.gettempdir()) / f"seriatim-{os.getuid()}"
+    return expanded(usual) / "seriatim"

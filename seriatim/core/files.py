@@ -155,6 +155,14 @@ def asides(path: Path) -> dict[int, Path]:
     return {int(match[2] or 1): entry for entry, match in found.items() if match is not None and entry.is_dir()}
 
 
+def expanded(path: Path | str) -> Path:
+    """The path with a leading `~` or `~user` replaced by that home folder, and as it is where there is none.
+
+    `Path.expanduser` raises RuntimeError for a user who has no home, such as one of a container.
+    """
+    return Path(os.path.expanduser(path))
+
+
 def present_or_previous(path: Path) -> Path:
     """`path` if it exists, else the folder that a crash between two renames left under another name, else `path`."""
     found = {} if os.path.exists(path) else asides(path)  # `Path.exists` raises OSError for a name that is too long

@@ -7,6 +7,7 @@ import fcntl  # not `filelock`: see `claimed`
 import os
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -86,7 +87,7 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
     With `wait`, this waits until the other process releases the lock. The file is created for the lock and deleted when
     the lock is released. The operating system releases the lock of a process that dies; its file stays until the next
-    process takes the lock.
+    process takes the lock. Raises UsageError if the file is not one that this function created: those are empty.
 
     `filelock` can't do this. It leaves the file behind, and if we delete the file, it lets two processes lock files of
     the same name (version 3.12 does not check that the file it has locked still exists). That version also empties a
@@ -94,6 +95,7 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """
     while True:
         with explained(path):
+            refuse_other_file(path)
             lock = open(path, "a", encoding="utf-8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -135,6 +137,16 @@ def claims(
         if busy == todo:
             time.sleep(WAIT_SECONDS)
         todo = busy
+
+
+def refuse_other_file(path: Path) -> None:
+    """Raise UsageError if something lies at `path` that is no lock file, since it would be deleted with the lock."""
+    try:
+        there = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(there.st_mode) or there.st_size:
+        raise UsageError(f"{path} is not a file of Seriatim, which keeps a lock there while it works; move it away")
 
 
 def is_at(file: TextIO, path: Path) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seriatim.core.array_reading import map_npy, read_safetensors
 from seriatim.core.errors import ConfigError, DataError
-from seriatim.core.files import sha256
+from seriatim.core.files import expanded, sha256
 from seriatim.core.reading import read_or_raise
 from seriatim.data.base import ImageData
 from seriatim.tokenizers.arrays import Arrays
@@ -40,7 +40,7 @@ class ArrayData(ImageData):
     pictures = False
 
     def __init__(self, path: str, labels: str | None = None) -> None:
-        self.root = Path(path).expanduser()
+        self.root = expanded(path)
         held = read(self.root, "data.path")
         if TOKENS not in held:
             raise DataError(f"data.path: {self.root} has no tensor {TOKENS!r}; it has {', '.join(map(repr, held))}")
@@ -61,7 +61,7 @@ class ArrayData(ImageData):
         self.least, self.most = self._look_over()
         self._labels, self._label_file = None, None
         if labels is not None:
-            self._label_file = Path(labels).expanduser()
+            self._label_file = expanded(labels)
             given = read(self._label_file, "data.labels")
             if LABELS not in given and TOKENS not in given:
                 raise DataError(f"data.labels: {self._label_file} has no tensor {LABELS!r}")

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from seriatim import __version__
 from seriatim.core.errors import DataError, UsageError
-from seriatim.core.files import sha256
+from seriatim.core.files import expanded, sha256
 from seriatim.core.flatten import WHITE, as_colour
 from seriatim.core.images import MAX_PIXELS, BadImage, check_max_pixels, formats, load_pixels, suffixes
 from seriatim.data.base import ImageData
@@ -57,7 +56,7 @@ class Folder(ImageData):
         loose: Literal["refuse", "ignore"] = "refuse",  # what to do with pictures beside class folders
         empty: Literal["refuse", "ignore"] = "refuse",  # what to do with class folders without pictures
     ) -> None:
-        self.root = Path(path).expanduser()
+        self.root = expanded(path)
         self.background, self.max_pixels = as_colour(background), check_max_pixels(max_pixels)
         self.size, self.channels, self.flips = square(size, channels), channels, flip
         if not self.root.is_dir():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from seriatim.core.array_reading import slice_of
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, one_line
-from seriatim.core.files import MANIFEST, read_manifest, sha256, verify_file, write_json
+from seriatim.core.files import MANIFEST, expanded, read_manifest, sha256, verify_file, write_json
 from seriatim.core.flatten import WHITE, Colour
 from seriatim.core.progress import track
 from seriatim.core.reading import LISTING_BYTES, read_json, read_or_raise
@@ -153,7 +153,7 @@ class Latents(ImageData):
         flip: bool = True,  # use the moments of the mirror image for half of the images, at random
         check: bool = True,  # check the sha256 of every file at the start; False checks sizes only
     ) -> None:
-        self.root, self.flips = Path(path).expanduser(), flip
+        self.root, self.flips = expanded(path), flip
         if not (self.root / CACHE).is_file():
             raise DataError(f"data.path: {self.root} is not a latent cache, since it has no {CACHE}; {MAKE}")
         try:

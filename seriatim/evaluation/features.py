@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from seriatim.core.errors import UsageError, nearest
+from seriatim.core.files import expanded
 from seriatim.evaluation.base import FeatureExtractor, Features
 from seriatim.evaluation.inception import Inception, InceptionPytorchFid
 from seriatim.evaluation.lpips import LPIPS
@@ -49,9 +50,9 @@ FEATURES: dict[str, type[FeatureExtractor]] = {
 def open_features(which: str, *, size: tuple[int, int], channels: int) -> FeatureExtractor:
     """`NAME`, `NAME:PATH`, or a path alone (a folder is a classifier's, a file holds Inception's weights)."""
     name, _, rest = which.partition(":")
-    path = Path(rest).expanduser() if rest else None
-    if which not in FEATURES and Path(which).expanduser().exists():
-        path = Path(which).expanduser()
+    path = expanded(rest) if rest else None
+    if which not in FEATURES and expanded(which).exists():
+        path = expanded(which)
         name = CLASSIFIER if path.is_dir() else WEIGHTS
     if name not in FEATURES:
         hint = nearest(name, [*FEATURES, "a folder of a trained classifier"])

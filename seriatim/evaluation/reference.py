@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seriatim.core.array_reading import Declared, read_npz
 from seriatim.core.errors import DataError, UsageError
-from seriatim.core.files import sha256
+from seriatim.core.files import expanded, sha256
 from seriatim.core.names import match_names
 from seriatim.core.random import derive_seed, generator
 from seriatim.core.reading import Unreadable, read_or_raise
@@ -176,7 +176,7 @@ class Statistics:
 
 def read_statistics(path: Path | str) -> Statistics:
     """Read an `.npz` with mu and sigma, mu_s and sigma_s, arr_0. What it pickles is refused and never run."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise UsageError(f"data: {path} is no file; name a reference batch such as VIRTUAL_imagenet256_labeled.npz")
     found = read_or_raise(

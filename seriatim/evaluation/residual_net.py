@@ -32,7 +32,7 @@ from seriatim.checkpoints.native import (
 )
 from seriatim.core.construct import check_sizes, construct, pop_kind
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, shown
-from seriatim.core.files import MANIFEST
+from seriatim.core.files import MANIFEST, expanded
 from seriatim.evaluation.base import FeatureExtractor, Features
 
 SIDE = 1 << 14  # pixels of the largest images
@@ -200,7 +200,7 @@ def load_classifier(folder: Path | str) -> TrainedClassifier:
 
     Raises CheckpointError, one line that names the file, when anything is missing, damaged or does not fit.
     """
-    folder = find_bundle(Path(folder).expanduser())
+    folder = find_bundle(expanded(folder))
     if (folder / CONFIG).is_file() and not (folder / CLASSIFIER).exists():
         raise CheckpointError(
             f"{folder} holds no {CLASSIFIER}: it is no classifier; train one with `seriatim train classifier-cifar10`"

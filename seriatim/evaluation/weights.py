@@ -12,7 +12,7 @@ import torch
 
 from seriatim.core.cache_folder import cache_folder
 from seriatim.core.errors import CheckpointError, UsageError, one_line
-from seriatim.core.files import atomic_write, sha256
+from seriatim.core.files import atomic_write, expanded, sha256
 from seriatim.core.progress import Progress
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -30,7 +30,7 @@ def find_weights(path: Path | None = None) -> tuple[Path, str]:
 
     Raises CheckpointError, one line, where it is nowhere and can't be fetched, or is another file.
     """
-    named = path or (Path(os.environ[VARIABLE]).expanduser() if os.environ.get(VARIABLE) else None)
+    named = path or (expanded(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
     if named is not None:
         if not named.is_file():
             raise UsageError(f"features: {named} is no file; name {FILE}{'' if path else f' in {VARIABLE}'}")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from seriatim.core.errors import CheckpointError, UsageError, nearest, one_line, shown
+from seriatim.core.files import expanded
 from seriatim.core.hub import fetch, repository
 from seriatim.core.reading import Unreadable, read_json
 from seriatim.tokenizers.latent import Latent, Statistics, given_scale
@@ -124,7 +125,7 @@ def read(path: str, subfolder: str | None) -> nn.Module:
     """An autoencoder with its weights. Raises CheckpointError if there is none or it is incomplete."""
     if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
         raise UsageError(f"subfolder: {shown(subfolder)} leads out of {path}; name a folder inside of it")
-    root = Path(path).expanduser()
+    root = expanded(path)
     root = root if root.is_dir() else download(path, subfolder)
     folder = root / subfolder if subfolder else root
     try:

@@ -19,6 +19,7 @@ from seriatim.checkpoints.native import Bundle, bundle_config, save_bundle
 from seriatim.checkpoints.tokenizer import read_provenance
 from seriatim.core.device import DTYPES, plain_torch, tf32
 from seriatim.core.errors import NumericsError
+from seriatim.core.files import expanded
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
 from seriatim.core.schedules import crossed
@@ -55,7 +56,7 @@ class GeneratorTask(BatchedTask):
         self.out, self.quiet = out, quiet
         # The features that the tokenizer was trained with, which therefore can't judge its models.
         source = recipe.tokenizer.get("from")
-        made = {} if source is None else read_provenance(Path(source).expanduser())
+        made = {} if source is None else read_provenance(expanded(source))
         self.seen_features = {"perceptual": made["perceptual"]} if "perceptual" in made else {}
         self.judge = Judge(settings, self.data)
         check_encoder_dtype(self.tokenizer, DTYPES[settings.encoder_dtype])

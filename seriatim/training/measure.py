@@ -15,7 +15,7 @@ from torch import Tensor
 from seriatim.checkpoints.tokenizer import read_provenance, save_tokenizer, writable
 from seriatim.core.device import pick_device
 from seriatim.core.errors import ConfigError, ResourceError, UsageError
-from seriatim.core.files import MANIFEST, writable_folder
+from seriatim.core.files import MANIFEST, expanded, writable_folder
 from seriatim.core.processes import place
 from seriatim.core.progress import Progress
 from seriatim.core.stopping import claimed, claims
@@ -81,7 +81,7 @@ def measure_latents(
     }
     source = recipe.tokenizer.get("from")
     if source is not None:
-        provenance["from"] = {"folder": source, **read_provenance(Path(source).expanduser())}
+        provenance["from"] = {"folder": source, **read_provenance(expanded(source))}
     folder = save_tokenizer(tokenizer, out, provenance)
     if parts is not None:
         parts.remove()

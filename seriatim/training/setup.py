@@ -14,7 +14,7 @@ from seriatim.checkpoints.run_names import is_local
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.construct import check_room
 from seriatim.core.errors import ConfigError, Stopped, UsageError, one_line
-from seriatim.core.files import write_json, write_text
+from seriatim.core.files import expanded, write_json, write_text
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
 from seriatim.core.stopping import StopRequest
@@ -107,7 +107,7 @@ def build_inputs(recipe: Recipe) -> tuple[ImageData, Tokenizer]:
                 "tokenizer.from=FOLDER; the folder of training.init_from is possible too"
             )
     else:
-        folder = Path(source).expanduser()
+        folder = expanded(source)
         if not is_local(folder):
             raise ConfigError(
                 f"tokenizer.from: there is no folder {folder}; make one with `seriatim convert`, or name a model folder"

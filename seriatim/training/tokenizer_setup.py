@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from seriatim.checkpoints.run_names import is_local
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.construct import check_room
 from seriatim.core.errors import ConfigError
+from seriatim.core.files import expanded
 from seriatim.core.random import derive_seed
 from seriatim.data.base import ImageData
 from seriatim.data.held_out import build_divided
@@ -59,7 +59,7 @@ def build_autoencoding(recipe: TokenizerRecipe) -> tuple[ImageData, Autoencoding
 def begun_tokenizer(given: dict[str, Any], data: ImageData) -> Tokenizer:
     """The tokenizer with which a run begins: fresh weights, or those of a folder."""
     source = given.pop("from", None)
-    if source is not None and not (isinstance(source, str) and is_local(Path(source).expanduser())):
+    if source is not None and not (isinstance(source, str) and is_local(expanded(source))):
         raise ConfigError(
             f"tokenizer.from: there is no folder {source!r}; name a tokenizer or its run, or leave it out"
         )
@@ -72,7 +72,7 @@ def begun_tokenizer(given: dict[str, Any], data: ImageData) -> Tokenizer:
             check_room(lambda: build_tokenizer(given), given, "tokenizer")
         tokenizer = build_tokenizer(given)
     else:
-        tokenizer = load_tokenizer(Path(source).expanduser(), **given)
+        tokenizer = load_tokenizer(expanded(source), **given)
     if not isinstance(tokenizer, Trainable):
         kinds = ", ".join(name for name, cls in TOKENIZERS.items() if hasattr(cls, "coded"))
         raise ConfigError(f"tokenizer.kind: {type(tokenizer).__name__} has nothing to train; name one of {kinds}")
