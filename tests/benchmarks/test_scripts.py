@@ -67,6 +67,15 @@ class Toy:
                 Image.fromarray(pixels).save(self.folder / name / label / f"{i}.png")
         return self.folder / name
 
+    def judged(self) -> list[object]:
+        """Options that name pictures, others to compare with, and a classifier of them."""
+        pictures, real = self.pictures(32), self.pictures(32, "real")
+        small = ["model.widths=[8]", "model.depth=[0]", "training.images=12", "training.batch_size=6"]
+        small += ["training.threads=1", "training.dtype=float32", f"data.path={pictures}", f"data.test_path={real}"]
+        assert run(["train", "classifier-cifar10-tiny", *small, "--out", str(self.folder / "c"), "--json"]) == 0
+        self.capsys.readouterr()
+        return ["--data", pictures, "--real-data", real, "--classifier", self.folder / "c"]
+
     def double(self, name: str) -> Path:
         """A checkout of the double of an original."""
         source = ROOT / "tests" / "bench" / name
@@ -105,6 +114,16 @@ def bf16_memory(toy: Toy) -> None:
     assert [row.split()[0] for row in script.table(measured).splitlines()] == ["start", *script.BOUNDS]
     logged = [json.loads(line) for line in (toy.folder / "log.jsonl").read_text().splitlines()]
     assert [(line["bound"], line["step"]) for line in logged] == [(b, s) for b in script.BOUNDS for s in (1, 2, 3, 4)]
+
+
+def continuous_or_quantised(toy: Toy) -> None:
+    """Both kinds, one codebook; the second call does nothing again."""
+    recipes = ["--kl", "kl-32-tiny", "--vq", "vq-32-tiny", "--vocabs", 8, "--minutes", 0.0001]
+    arguments = [*toy.judged(), *recipes, "--out", toy.folder / "o", "tokenizer.width=4", "training.batch_size=4"]
+    said = toy.main("continuous_or_quantised", *arguments).splitlines()
+    assert said == toy.main("continuous_or_quantised", *arguments).splitlines()
+    assert [line.split("|")[1].strip() for line in said[2:]] == ["kl", "vq-8", "the images themselves"]
+    assert "nan" not in "".join(said)
 
 
 def editing_pictures(toy: Toy) -> None:
@@ -170,13 +189,8 @@ def mar_training_step(toy: Toy) -> None:
 
 def optimisers(toy: Toy) -> None:
     """Both optimisers, one seed; the second call does nothing again."""
-    pictures, real = toy.pictures(32), toy.pictures(32, "real")
-    small = ["model.widths=[8]", "model.depth=[0]", "training.images=12", "training.batch_size=6", "data.max_bad=0"]
-    words = [f"data.path={pictures}", f"data.test_path={real}", *small, "training.threads=1", "training.dtype=float32"]
-    assert run(["train", "classifier-cifar10-tiny", *words, "--out", str(toy.folder / "c"), "--json"]) == 0
-    folders = ["--data", pictures, "--real-data", real, "--classifier", toy.folder / "c", "--out", toy.folder / "o"]
+    folders = [*toy.judged(), "--out", toy.folder / "o"]
     arguments = [*TINY, "training.batch_size=4", *folders, "--minutes", "0.0001", "--samples", 12, "--seeds", 0]
-    toy.capsys.readouterr()
     said = toy.main("optimisers", *arguments).splitlines()
     assert said == toy.main("optimisers", *arguments).splitlines()
     rows = [json.loads(line) for line in said[:2]]
@@ -203,6 +217,7 @@ TOYS: dict[str, Callable[[Toy], None]] = {
     for function in (
         arinar_head,
         bf16_memory,
+        continuous_or_quantised,
         editing_pictures,
         entropy_pictures,
         folder_start,
