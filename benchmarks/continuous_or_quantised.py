@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,20 +49,20 @@ def recipe_of(name: str, given: argparse.Namespace, images: int) -> TokenizerRec
     return recipe
 
 
-def images_of(name: str, given: argparse.Namespace, folder: Path) -> int:
-    """How many images a contestant is trained on: what it manages in the time, measured once."""
+def minutes_worth(minutes: float, size: int, training: Callable[[int, str], object], folder: Path) -> int:
+    """How many images a training manages in the time, measured once and kept in `folder/budget.json`.
+
+    `training(images, name)` trains for so many images, in batches of `size`, into a folder of that name.
+    """
     file = folder / "budget.json"
     if not file.exists():
-        size = recipe_of(name, given, 1).training.batch_size
         spent = []
         for steps in (WARM, WARM + PROBED):
             begin = time.process_time()
-            recipe = recipe_of(name, given, steps * size)
-            train_tokenizer(recipe, folder / f"probe-{steps}", device="cpu", resume="auto", quiet=True)
+            training(steps * size, f"probe-{steps}")
             spent.append(time.process_time() - begin)
         rate = PROBED * size / max(1e-3, spent[1] - spent[0])
-        images = max(size, round(60 * given.minutes * rate))
-        write_json(file, {"images": images, "images_per_second": rate})
+        write_json(file, {"images": max(size, round(60 * minutes * rate)), "images_per_second": rate})
     return int(json.loads(file.read_text())["images"])
 
 
@@ -70,9 +71,15 @@ def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
     folder = given.out / name
     file = folder / "row.json"
     if not file.exists():
-        images = images_of(name, given, folder)
+
+        def training(images: int, name_of_run: str, quiet: bool = True) -> None:
+            recipe = recipe_of(name, given, images)
+            train_tokenizer(recipe, folder / name_of_run, device="cpu", resume="auto", quiet=quiet)
+
+        size = recipe_of(name, given, 1).training.batch_size
+        images = minutes_worth(given.minutes, size, training, folder)
         begin = time.process_time()
-        train_tokenizer(recipe_of(name, given, images), folder / "run", device="cpu", resume="auto")
+        training(images, "run", quiet=False)
         seconds = time.process_time() - begin
         tokenizer = load_tokenizer(folder / "run")
         data, real = (Folder(str(path), tokenizer.size, check=False) for path in (given.data, given.real_data))

@@ -205,6 +205,22 @@ def schedule_pictures(toy: Toy) -> None:
     assert all(read_picture(Path(path)).size[0] > 500 for path in said)
 
 
+def tokens_for_generators(toy: Toy) -> None:
+    """Patches of pixels, and a trained tokenizer whose latents are cached; the second call does nothing again."""
+    small = ["training.images=8", "tokenizer.width=4", "training.batch_size=4", "training.threads=1"]
+    judged = toy.judged()
+    tokenizer = toy.folder / "kl"
+    assert run(["train", "kl-32-tiny", f"data.path={judged[1]}", *small, "--out", str(tokenizer), "--json"]) == 0
+    sizes = ["--minutes", 0.0001, "--samples", 12, "--sampling", "{num_diffusion_steps: 2}", "--out", toy.folder / "o"]
+    only = ["--only", "raster-kl", "masked-pixels", "--tokenizer", f"kl={{from: {tokenizer}}}"]
+    arguments = [*TINY, "training.batch_size=4", *judged, *sizes, *only]
+    toy.capsys.readouterr()
+    said = toy.main("tokens_for_generators", *arguments).splitlines()
+    assert said == toy.main("tokens_for_generators", *arguments).splitlines()
+    assert [line.split("|")[1:3] for line in said[2:]] == [[" raster ", " kl "], [" masked ", " pixels "]]
+    assert read_picture(toy.folder / "o" / "raster-kl-0-4.png").size[0] > 500
+
+
 def training_throughput(toy: Toy) -> None:
     arguments = ["mar-cifar10-tiny", f"data.path={toy.pictures(32)}", *TINY, "training.batch_size=4"]
     sizes = ["--images", 8, "--repetitions", 1, "--dtypes", "float32", "--threads", 1]
@@ -227,6 +243,7 @@ TOYS: dict[str, Callable[[Toy], None]] = {
         mar_training_step,
         optimisers,
         schedule_pictures,
+        tokens_for_generators,
         training_throughput,
     )
 }

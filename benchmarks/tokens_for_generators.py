@@ -1,0 +1,191 @@
+"""Does a tokenizer help a generator? The same trunk, head and minutes of training on different tokens of 4x4 pixels.
+
+    python benchmarks/tokens_for_generators.py --data cifar10/train --real-data cifar10/test \\
+        --classifier classifier:runs/classifier --minutes 30 --out runs/tokens \\
+        --tokenizer kl-f2='{from: runs/kl-32-f2, patch: 2}' --tokenizer kl-f4='{from: runs/kl-32}'
+
+Contestants are `pixels` (patches of pixels), `pca` (their 16 principal components) and every --tokenizer, each with
+the trunk `raster` (causal, row by row, flow head) and `masked` (MAR's order, flow head). Latents of trained tokenizers
+are cached first. Each training has one thread and as many images as it manages in --minutes of processor time, which a
+short training measures, so that its learning rate falls to the end. Judged are samples at each --guidance by the
+classifier: the Frechet distance to --data, accuracy, precision and recall. Intervals are 95 % of Student's t over the
+seeds, where there are several, and else over ten groups of the samples. What is done already in --out is not done
+again, and a training goes on from its last checkpoint: stop at any time. --only TRUNK-TOKENS does some of the work, so
+that several processes can share it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from continuous_or_quantised import cell, minutes_worth
+from known_density_tables import interval, show
+
+from seriatim.core.files import write_json, write_text
+from seriatim.data.caching import write_cache
+from seriatim.data.folder import Folder
+from seriatim.evaluation.features import open_features
+from seriatim.evaluation.grid import grid, save_png
+from seriatim.evaluation.run import evaluate
+from seriatim.models.build import parameter_count
+from seriatim.pipeline.loading import load
+from seriatim.training.config import Recipe, read_recipe
+from seriatim.training.loop import train
+from seriatim.training.setup import build_inputs
+
+FIGURES = ("frechet", "accuracy", "manifold")
+SHOWN = 10  # samples of each class in the picture of a run
+
+HEAD = {"kind": "flow", "width": 256, "depth": 3, "draws": 2}
+TRUNKS: dict[str, dict[str, Any]] = {
+    "raster": {"kind": "causal", "width": 256, "depth": 6, "heads": 4, "dropout": 0.0, "head": HEAD},
+    "masked": {
+        "kind": "masked", "width": 256, "depth": 6, "heads": 4, "buffer": 4, "dropout": 0.0,
+        "min_mask_ratio": 0.1, "mask_ratio_std": 0.6, "head": HEAD,
+    },
+}  # fmt: skip
+SAMPLING: dict[str, dict[str, Any]] = {
+    "raster": {"num_diffusion_steps": 25, "guidance_schedule": "constant"},
+    "masked": {"num_diffusion_steps": 25, "guidance_schedule": "constant", "num_inference_steps": 32},
+}
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "pixels": {"kind": "pixels", "patch": 4},
+    "pca": {"kind": "pixels", "patch": 4, "components": 16, "whiten": 0.5},
+}
+TRAINING: dict[str, Any] = {
+    "batch_size": 64, "learning_rate": 1.0e-3, "warmup_images": 5000, "schedule": "cosine", "ema": 0.999,
+    "dtype": "float32", "threads": 1, "save_images": 20000, "sample_images": 0,
+}  # fmt: skip
+
+
+def recipe_of(trunk: str, tokens: str, seed: int, given: argparse.Namespace, images: int) -> Recipe:
+    """The recipe of a contestant; latents of a trained tokenizer come from its cache."""
+    tokenizer = given.tokenizers[tokens]
+    cached = given.out / "cache" / tokens
+    data = {"kind": "folder", "path": str(given.data), "size": given.size, "check": False}
+    told = {
+        "name": f"{trunk}-{tokens}",
+        "seed": seed,
+        "data": {"kind": "latents", "path": str(cached)} if "from" in tokenizer and cached.exists() else data,
+        "tokenizer": tokenizer,
+        "model": TRUNKS[trunk],
+        "training": {**TRAINING, "images": images},
+    }
+    file = given.out / "recipes" / f"{trunk}-{tokens}-{seed}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, yaml.safe_dump(told))
+    return read_recipe(str(file), given.overrides)
+
+
+def cache(tokens: str, given: argparse.Namespace) -> None:
+    """Encode the training images once, if the tokenizer is a trained one."""
+    out = given.out / "cache" / tokens
+    if "from" in given.tokenizers[tokens] and not out.exists():
+        data, tokenizer = build_inputs(recipe_of("raster", tokens, 0, given, 64))
+        write_cache(data, tokenizer, out.with_name(f"{tokens}-unfinished"), device="cpu")
+        out.with_name(f"{tokens}-unfinished").rename(out)
+
+
+def rows_of(trunk: str, tokens: str, seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train a contestant and judge its samples at each guidance scale."""
+    folder = given.out / f"{trunk}-{tokens}-{seed}"
+    if not (folder / "run" / "model").exists():
+        cache(tokens, given)
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def training(images: int, name: str, quiet: bool = True) -> None:
+            recipe = recipe_of(trunk, tokens, seed, given, images)
+            train(recipe, folder / name, device="cpu", resume="auto", quiet=quiet)
+
+        images = minutes_worth(given.minutes, TRAINING["batch_size"], training, folder)
+        training(images, "run", quiet=False)
+    return [judged(trunk, tokens, seed, guidance, given, folder) for guidance in given.guidance]
+
+
+def judged(
+    trunk: str, tokens: str, seed: int, guidance: float, given: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
+    file = folder / f"row-{guidance:g}.json"
+    if not file.exists():
+        data, real = (Folder(str(path), given.size, check=False) for path in (given.data, given.real_data))
+        pipe = load(folder / "run", device="cpu", dtype="float32")
+        settings = {**SAMPLING[trunk], **given.sampling, "guidance_scale": guidance}
+        made = evaluate(
+            pipe,
+            data,
+            folder / f"judged-{guidance:g}",
+            num=given.samples,
+            features=open_features(str(given.classifier), size=(given.size, given.size), channels=3),
+            real=real,
+            figures=FIGURES,
+            seed=seed,
+            cache=given.out / "real",
+            **settings,
+        )
+        assert made.figures is not None, "this process has all shares"
+        picture = pipe(num_images_per_label=SHOWN, seed=seed, **settings).images
+        save_png(grid(picture, SHOWN, side=pipe.tokenizer.size[0] * 2), given.out / f"{folder.name}-{guidance:g}.png")
+        figures = {name.partition("[")[0]: (each.value, each.error) for name, each in made.figures.items()}
+        row = {"trunk": trunk, "tokens": tokens, "seed": seed, "guidance": guidance, "figures": figures}
+        told = {"images": pipe.bundle.provenance["images"], "parameters": parameter_count(pipe.model)}
+        write_json(file, row | told)
+    return dict(json.loads(file.read_text()))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each trunk, kind of tokens and guidance; the mean over seeds where there are several."""
+    names = list(rows[0]["figures"])
+    lines = [
+        f"| trunk | tokens | guidance | images trained on | {' | '.join(names)} |",
+        "|---" * (4 + len(names)) + "|",
+    ]
+    kinds = {(row["trunk"], row["tokens"], row["guidance"]): None for row in rows}
+    for kind in kinds:
+        mine = [row for row in rows if (row["trunk"], row["tokens"], row["guidance"]) == kind]
+        images = " ".join(f"{row['images']:,}" for row in mine)
+        cells = [
+            cell(mine[0]["figures"][name]) if len(mine) == 1 else show(interval([r["figures"][name][0] for r in mine]))
+            for name in names
+        ]
+        lines.append(f"| {kind[0]} | {kind[1]} | {kind[2]:g} | {images} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(command: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="of all recipes, such as model.width=128")
+    parser.add_argument("--out", type=Path, default=Path("runs/tokens"))
+    parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME={from: RUN}", help="a trained one")
+    parser.add_argument("--data", type=Path, required=True, help="class folders of training images")
+    parser.add_argument("--real-data", type=Path, required=True, help="class folders of other images")
+    parser.add_argument("--classifier", required=True, help="the run of a classifier, which judges")
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--minutes", type=float, default=30.0, help="of one thread, for each training")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[4.0])
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--sampling", default="{}", help="other settings of a request, as YAML")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", help="contestants, such as raster-pca")
+    given = parser.parse_args(command)
+    torch.set_num_threads(1)
+    named = dict(text.split("=", 1) for text in given.tokenizer)
+    given.tokenizers = TOKENIZERS | {name: yaml.safe_load(told) for name, told in named.items()}
+    given.sampling = yaml.safe_load(given.sampling)
+    contestants = [(trunk, tokens) for trunk in TRUNKS for tokens in given.tokenizers]
+    rows = [
+        row
+        for trunk, tokens in contestants
+        if not given.only or f"{trunk}-{tokens}" in given.only
+        for seed in given.seeds
+        for row in rows_of(trunk, tokens, seed, given)
+    ]
+    print(table(rows))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
