@@ -16,6 +16,7 @@ from seriatim.models.base import Loss
 
 ROUNDS, FEWEST = 5, 3  # the largest and smallest number of timed passes of each candidate
 ENOUGH = 10.0  # seconds of timed passes in all, after which only FEWEST rounds are made
+HOPELESS = 4.0  # a candidate is left out when every pass of it took so many times as long as one of another's
 
 
 class Choice(NamedTuple):
@@ -51,7 +52,8 @@ def fastest(dtype: str, count: int | str, device: torch.device, loss_of: Callabl
     The candidates take turns several times and their medians are compared, so that a machine that is busy for a while
     slows all of them alike, and one slow pass decides nothing. On a CPU, one thread is a candidate: for small models it
     is nearly as fast as all threads, and if another process uses a core, two threads that wait for each other can be a
-    hundred times slower (docs/log.md).
+    hundred times slower (docs/log.md). A candidate that is several times as slow, such as bfloat16 on a processor
+    without instructions for it, is timed once.
     """
     every = torch.get_num_threads()
     dtypes = list(DTYPES) if dtype == "auto" else [dtype]
@@ -62,16 +64,19 @@ def fastest(dtype: str, count: int | str, device: torch.device, loss_of: Callabl
     candidates = list(product(dtypes, counts))
     if len(candidates) == 1:
         return Choice(*candidates[0], {})
-    for candidate in candidates:
-        seconds(candidate, device, loss_of)  # the first pass also compiles and allocates, so it is not timed
+    # The first pass also compiles and allocates, so it only counts in that a candidate may do better than it.
+    first = {candidate: seconds(candidate, device, loss_of) for candidate in candidates}
     times: dict[tuple[str, int], list[float]] = {candidate: [] for candidate in candidates}
+    left = candidates
     for number in range(ROUNDS):
         if number >= FEWEST and sum(map(sum, times.values())) > ENOUGH:
             break
-        for candidate in candidates:
+        for candidate in left:
             times[candidate].append(seconds(candidate, device, loss_of))
+        bound = HOPELESS * min(max(times[candidate]) for candidate in left)
+        left = [candidate for candidate in left if min(first[candidate], *times[candidate]) <= bound]
     medians = {candidate: statistics.median(found) for candidate, found in times.items()}
-    chosen = min(candidates, key=lambda candidate: medians[candidate])
+    chosen = min(left, key=lambda candidate: medians[candidate])
     return Choice(*chosen, {Choice(*candidate, {}).name: round(value, 6) for candidate, value in medians.items()})
 
 

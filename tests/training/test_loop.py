@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,6 +211,20 @@ def test_a_slow_model_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch) 
 
     assert fastest("auto", 1, torch.device("cpu"), loss_of).dtype == "float32"
     assert calls[0] == 2 * (1 + 3), "one pass to warm up and the fewest rounds"
+
+
+def test_a_candidate_that_is_several_times_as_slow_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], Counter[torch.dtype]()
+    monkeypatch.setattr("seriatim.training.precision.time.perf_counter", lambda: now[0])
+
+    def loss_of(dtype: torch.dtype) -> Loss:
+        calls[dtype] += 1
+        now[0] += 5.0 if dtype == torch.bfloat16 else 0.5
+        return Loss(torch.zeros((), requires_grad=True) * 1, torch.ones(()), {})
+
+    choice = fastest("auto", 1, torch.device("cpu"), loss_of)
+    assert choice.dtype == "float32" and choice.seconds == {"float32 with 1 thread": 0.5, "bfloat16 with 1 thread": 5.0}
+    assert calls == {torch.float32: 1 + 5, torch.bfloat16: 1 + 1}
 
 
 def test_what_was_measured_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
