@@ -5,6 +5,7 @@ Shapes: B images of a batch.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seriatim.core.errors import ConfigError, DataError
+from seriatim.core.files import expanded
 from seriatim.core.names import find_name
 from seriatim.data.base import ImageData, StreamData
 from seriatim.data.sources import build_data
@@ -72,6 +74,9 @@ def build_divided(config: Mapping[str, Any]) -> ImageData:
     wanted = rest.pop("validation", None)
     if wanted is None:
         return build_data(rest)
+    if isinstance(wanted, str) and not expanded(wanted).exists():
+        with contextlib.suppress(ValueError):
+            wanted = float(wanted)  # YAML takes 1e-2, which has no point, for text
     if isinstance(wanted, str):
         return with_folder(rest, wanted)
     if isinstance(wanted, bool) or not isinstance(wanted, float) or not 0 < wanted < 1:

@@ -131,6 +131,20 @@ class Few:
         return torch.zeros(len(index), dtype=torch.long)
 
 
+@pytest.mark.parametrize("written", ["1e-1", "1e-01", "0.1", ".1"])
+def test_a_share_may_be_written_as_python_writes_it(written: str) -> None:
+    data, _ = setup.build_inputs(tiny(f"data.validation={written}"))
+    expected, _ = setup.build_inputs(tiny("data.validation=0.1"))
+    assert data.held_out is not None and expected.held_out is not None
+    assert data.held_out.count == expected.held_out.count > 0
+
+
+@pytest.mark.parametrize("written", ["nan", "1e3", "-1e-1"])
+def test_a_share_that_is_none_is_refused(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"data.validation: .* give a share between 0 and 1"):
+        setup.build_inputs(tiny(f"data.validation={written}"))
+
+
 @pytest.mark.parametrize("count", [1, 5, 100, 3000])
 def test_each_image_is_used_about_equally_often(count: int) -> None:
     _, tokenizer, model = setup.build(tiny())
