@@ -17,7 +17,6 @@ from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
     from seriatim.core.flatten import Colour
-    from seriatim.evaluation.base import FeatureExtractor
     from seriatim.evaluation.blocks import Share
     from seriatim.evaluation.reference import Images, Statistics
 
@@ -121,7 +120,6 @@ def evaluate(
     size, channels = pipe.tokenizer.size, pipe.tokenizer.channels
     settings = {**context.obj, **fields(set_ or [], context.obj)}
     extractor = open_features(features, size=size, channels=channels)
-    refuse_partial(pipe.bundle.provenance, extractor)
     opened = partial(open_data, size=size, channels=channels, background=pipe.bundle.background)
     reference = opened(data, argument="data")
     others = None if real_data is None else only_images(opened(real_data, argument="real-data"), real_data)
@@ -200,8 +198,6 @@ def evaluate_tokenizer(
     check_pictures(made)
     size, channels = made.size, made.channels
     extractor = None if features == "none" else open_features(features, size=size, channels=channels)
-    if extractor is not None:
-        refuse_partial(read_provenance(folder), extractor)
     done = run(
         made,
         only_images(open_data(data, "data", size, channels), data),
@@ -211,6 +207,7 @@ def evaluate_tokenizer(
         real=None if real_data is None else only_images(open_data(real_data, "real-data", size, channels), real_data),
         noise=noise,
         source=folder,
+        provenance=read_provenance(folder),
         seed=seed,
         share=share,
         cache=cache,
@@ -232,18 +229,6 @@ def evaluate_tokenizer(
     typer.echo(done.report["markdown"])
     say(f"markdown and settings: {out / 'results.json'}")
     return None
-
-
-def refuse_partial(provenance: dict[str, Any], extractor: FeatureExtractor) -> None:
-    """Raise UsageError for features with which a tokenizer was trained: they would judge it and its models too well."""
-    from seriatim.core.errors import UsageError
-
-    trained_with = provenance.get("perceptual")
-    if isinstance(trained_with, dict) and trained_with.get("sha256") == extractor.fingerprint():
-        raise UsageError(
-            f"features: the tokenizer was trained with those of {extractor.name}, which therefore can't judge it; name "
-            "a classifier of another seed and architecture"
-        )
 
 
 def say_missing(out: Path, missing: int, json: bool, file: str = "results.json") -> None:

@@ -38,6 +38,7 @@ from seriatim.evaluation.figures import (
     figures_of,
 )
 from seriatim.evaluation.identity import SETTINGS, check_folders, said, same_settings
+from seriatim.evaluation.impartial import check_impartial
 from seriatim.evaluation.memory import nearest_picture
 from seriatim.evaluation.metrics import Figure
 from seriatim.evaluation.reference import (
@@ -105,12 +106,14 @@ def evaluate(
     real images are kept in `cache` (default: `out`), which several evaluations may share. `figures` are all that can
     be had here, or those of FIGURES that are named. `neighbours` is how many
     samples neighbours.png shows beside the images of `data` that they are nearest to.
-    Raises UsageError for another evaluation's folder, DataError for too few images or classes that don't match.
+    Raises UsageError for another evaluation's folder and for features that the tokenizer was trained with, DataError
+    for too few images or classes that don't match.
     """
     begin = time.monotonic()
     folder = Path(out)
     check_folders(folder, None if cache is None else Path(cache))
     check_pictures(pipe.tokenizer)
+    check_impartial(pipe.bundle.provenance, features)
     if not 0 <= neighbours <= MOST_NEIGHBOURS:
         raise UsageError(f"neighbours: {neighbours!r} is not allowed; it must be from 0 to {MOST_NEIGHBOURS}")
     request = asked(pipe, num, seed, settings)

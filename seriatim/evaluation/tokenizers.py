@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from seriatim.evaluation.blocks import SIZE, Blocks, Share, Vectors, eight_bits,
 from seriatim.evaluation.figures import Reference, Set, check_count, figures_of, named
 from seriatim.evaluation.grid import grid, save_png
 from seriatim.evaluation.identity import SETTINGS, check_folders, same_settings
+from seriatim.evaluation.impartial import check_impartial
 from seriatim.evaluation.metrics import Array, Figure, frechet_distance, with_error
 from seriatim.evaluation.reference import Images, Part, as_many, described, halves, whole
 from seriatim.evaluation.rows import tokenizer_row
@@ -66,6 +68,7 @@ def evaluate_tokenizer(
     real: Images | None = None,
     noise: Sequence[float] | None = None,  # None: NOISE, and none where tokens are codes
     source: str = "",
+    provenance: Mapping[str, Any] = MappingProxyType({}),
     seed: int = 0,
     share: Share | None = None,
     cache: Path | str | None = None,
@@ -77,6 +80,7 @@ def evaluate_tokenizer(
     PSNR, SSIM    of the reconstructions, in 8 bits, from which the mean over images is taken
     rFD[name]     Frechet distance of the reconstructions to the images that they are of
     FD[name]      to the reference `data`, which doesn't hold them; beside it that of the images themselves
+    `provenance` is what `read_provenance` says of the tokenizer: features that it was trained with are refused.
     Tokens are the posterior's mode. Stopped, shared and cached as `evaluate` is. The folder holds these besides:
 
         results.json          the figures, with mean and std of each feature of a token
@@ -89,6 +93,8 @@ def evaluate_tokenizer(
     if not 2 <= num <= MOST_IMAGES:
         raise UsageError(f"num: {num!r} is not allowed; it must be from 2 to {MOST_IMAGES:,}")
     check_pictures(tokenizer)
+    if features is not None:
+        check_impartial(provenance, features)
     if noise and tokenizer.vocab is not None:
         raise UsageError("noise: is for continuous tokens, this tokenizer's are codes; leave it out")
     noise = (NOISE if tokenizer.vocab is None else ()) if noise is None else noise

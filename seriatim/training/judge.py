@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from seriatim.data.loader import Share, to_float
 from seriatim.evaluation.blocks import eight_bits, extract
 from seriatim.evaluation.features import open_features
 from seriatim.evaluation.figures import check_count, named
+from seriatim.evaluation.impartial import check_impartial
 from seriatim.evaluation.metrics import Array, frechet_distance
 from seriatim.evaluation.run import drawn
 from seriatim.models.base import SequenceModel
@@ -78,13 +81,17 @@ def validation_loss(
 class SampleDistance:
     """The Frechet distance of samples from real images, in the features of an extractor of `evaluation`."""
 
-    def __init__(self, settings: Training, data: ImageData) -> None:
-        """Raises ConfigError, DataError or CheckpointError, before training, if it can't be computed."""
+    def __init__(self, settings: Training, data: ImageData, seen: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Raises ConfigError, DataError or CheckpointError, before training, if it can't be computed.
+
+        `seen` has the features that the tokenizer was trained with (`seen_features`), which are refused.
+        """
         which, self.count = settings.evaluate_features, settings.evaluate_images
         if which is None:
             raise ConfigError("training.evaluate_features: is required by training.evaluate_images; name an extractor")
         try:
             self.extractor = open_features(which, size=data.size, channels=data.channels)
+            check_impartial(seen, self.extractor)
         except UsageError as error:
             raise ConfigError(f"training.evaluate_{one_line(error)}") from error
         held_out = data.held_out  # too few images have a singular covariance
@@ -148,14 +155,14 @@ class SampleDistance:
 class Judge:
     """What a run is judged by besides its training loss: at every checkpoint, and more often if the recipe says so."""
 
-    def __init__(self, settings: Training, data: ImageData) -> None:
+    def __init__(self, settings: Training, data: ImageData, seen: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Raises ConfigError, DataError or CheckpointError, before training, for settings that can't be followed."""
         self.settings, self.held_out = settings, data.held_out
         if settings.validate_images and self.held_out is None:
             raise ConfigError("training.validate_images: no images are held out; set data.validation, or leave it out")
         if settings.evaluate_features is not None and not settings.evaluate_images:
             raise ConfigError("training.evaluate_features: is used with training.evaluate_images only; set it too")
-        self.distance = SampleDistance(settings, data) if settings.evaluate_images else None
+        self.distance = SampleDistance(settings, data, seen) if settings.evaluate_images else None
 
     def due(self, before: int, seen: int, *, last: bool) -> tuple[bool, bool]:
         """Whether a validation and an evaluation of samples are due since `before` images were seen."""

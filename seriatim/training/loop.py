@@ -26,6 +26,7 @@ from seriatim.core.schedules import crossed
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.data.loader import Batch, to_float
+from seriatim.evaluation.impartial import seen_features
 from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import build_model, model_config, parameter_count
 from seriatim.tokenizers.latent import check_encoder_dtype, encoding_in
@@ -54,11 +55,9 @@ class GeneratorTask(BatchedTask):
         data, self.tokenizer, model = build(recipe)
         self.set_up(recipe, data, model.to(where).train(), where)
         self.out, self.quiet = out, quiet
-        # The features that the tokenizer was trained with, which therefore can't judge its models.
         source = recipe.tokenizer.get("from")
-        made = {} if source is None else read_provenance(expanded(source))
-        self.seen_features = {"perceptual": made["perceptual"]} if "perceptual" in made else {}
-        self.judge = Judge(settings, self.data)
+        self.seen = seen_features([] if source is None else [read_provenance(expanded(source))])
+        self.judge = Judge(settings, self.data, self.seen)
         check_encoder_dtype(self.tokenizer, DTYPES[settings.encoder_dtype])
         self.tokenizer.to(where)
         self.parts = self.trainables(averaged(self.model, settings.ema))
@@ -144,7 +143,7 @@ class GeneratorTask(BatchedTask):
     def bundle(self, run: RunState, trained: SequenceModel) -> Bundle:
         """A bundle of a model of this run with its provenance."""
         provenance = {"recipe": self.recipe.model_dump(mode="json"), "images": run.seen, "data": self.trained_on}
-        provenance |= self.seen_features
+        provenance |= self.seen
         data = self.data
         return Bundle(
             trained, self.tokenizer, data.class_names, self.recipe.sampling, provenance, background=data.background

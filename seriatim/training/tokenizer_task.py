@@ -15,15 +15,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.tokenizer import save_tokenizer
+from seriatim.checkpoints.tokenizer import read_provenance, save_tokenizer
 from seriatim.core.device import plain_torch, tf32
 from seriatim.core.errors import caller_level
+from seriatim.core.files import expanded
 from seriatim.core.keys import Keys
 from seriatim.core.schedules import crossed
 from seriatim.core.stopping import StopRequest
 from seriatim.data.base import ImageData
 from seriatim.data.loader import Batch, to_float
 from seriatim.evaluation.grid import grid, save_png
+from seriatim.evaluation.impartial import seen_features
 from seriatim.models.base import Loss
 from seriatim.models.build import parameter_count
 from seriatim.pipeline.result import as_pil
@@ -69,6 +71,9 @@ class TokenizerTask(BatchedTask):
         self.set_up(recipe, data, model.to(where).train(), where)
         self.out, self.quiet, self.probed = out, quiet, recipe.objective.gan_start
         self.perceptual = perceptual_of(recipe.objective, data, where)
+        source = recipe.tokenizer.get("from")
+        begun = [] if source is None else [read_provenance(expanded(source))]
+        self.seen = seen_features(begun, None if self.perceptual is None else self.perceptual.extractor)
         average = averaged(self.model, settings.ema)
         self.result: Tokenizer = cast(Autoencoding, average.module).tokenizer
         rate, betas, decay = settings.learning_rate, settings.betas, settings.weight_decay
@@ -164,10 +169,7 @@ class TokenizerTask(BatchedTask):
             "images": run.seen,
             "data": {"count": self.data.count, "fingerprint": self.data.images_fingerprint()},
         }
-        if self.perceptual is not None:
-            extractor = self.perceptual.extractor
-            found["perceptual"] = {"name": extractor.name, "sha256": extractor.fingerprint()}
-        return found
+        return found | self.seen
 
     def config(self, run: RunState) -> Mapping[str, Any]:
         """The config for a checkpoint, for which the statistics are measured now; called just before it is written."""

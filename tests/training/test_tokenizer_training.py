@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import signal_in_step, untimed_metrics
+from helpers import TINY_RUN, signal_in_step, untimed_metrics
 from PIL import Image
 from processes import together
 from safetensors.torch import load_file
@@ -18,14 +18,18 @@ from seriatim import load
 from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.cli.main import run as command
-from seriatim.core.errors import ConfigError, NumericsError, Stopped
+from seriatim.core.errors import ConfigError, NumericsError, Stopped, UsageError
+from seriatim.data.base import Digits
 from seriatim.data.loader import to_float
 from seriatim.data.sources import build_data
+from seriatim.evaluation.features import open_features
 from seriatim.evaluation.residual_net import ResNet, TrainedClassifier, save_classifier
+from seriatim.evaluation.run import evaluate
+from seriatim.evaluation.tokenizers import evaluate_tokenizer
 from seriatim.models.build import seeded
 from seriatim.training import tokenizer_task
 from seriatim.training.autoencoding import Autoencoding
-from seriatim.training.config import TokenizerRecipe, read_any
+from seriatim.training.config import TokenizerRecipe, read_any, read_recipe
 from seriatim.training.distributed import joined
 from seriatim.training.log import psnr_curve
 from seriatim.training.loop import train
@@ -244,7 +248,7 @@ def test_a_perceptual_term_comes_from_a_classifier_which_then_cannot_judge(
     more = ["objective.perceptual=0.5", f"objective.perceptual_features={tmp_path / 'judge'}"]
     train_tokenizer(of("kl", *more), tmp_path / "run", quiet=True)
     assert "loss_perceptual" in untimed_metrics(tmp_path / "run")[-1]
-    assert read_provenance(tmp_path / "run")["perceptual"]["name"] == "judge"
+    assert [each["name"] for each in read_provenance(tmp_path / "run")["perceptual"]] == ["judge"]
     assert not any("stages" in name for name in load_file(tmp_path / "run" / "model" / "tokenizer.safetensors"))
     words = [
         "evaluate",
@@ -263,6 +267,41 @@ def test_a_perceptual_term_comes_from_a_classifier_which_then_cannot_judge(
     assert command([*words, "--features", "none"]) == 0 and "PSNR" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"perceptual_layers: 'net.stage.0' is no module of judge.* 'net.stages.0'"):
         train_tokenizer(of("kl", *more, "objective.perceptual_layers=[net.stage.0]"), tmp_path / "no", quiet=True)
+
+
+def test_what_is_built_on_a_tokenizer_is_not_judged_by_its_features_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a tokenizer that begins with it, nor a generator of its tokens, nor one that begins with that."""
+    with seeded(0):
+        net = ResNet(2, channels=1, widths=[4, 8], depth=[0, 0]).eval()
+    judge = save_classifier(TrainedClassifier(net, "judge", (8, 8), ["a", "b"], {}, {}), tmp_path / "judge")
+    perceptual = ["objective.perceptual=0.5", f"objective.perceptual_features={judge}"]
+    train_tokenizer(of("kl", *perceptual), tmp_path / "first", quiet=True)
+    begun = recipe_of("kl-32-tiny", *COMMON, f"tokenizer={{from: {tmp_path / 'first'}}}")
+    train_tokenizer(begun, tmp_path / "second", quiet=True)
+    on = f"tokenizer={{from: {tmp_path / 'second'}}}"
+    generator = ["mar-digits", *TINY_RUN, on, "training.images=8"]
+    train(read_recipe("mar-digits", generator[1:]), tmp_path / "generator", quiet=True)
+    more = [*generator[1:], f"tokenizer.from={tmp_path / 'generator'}", f"training.init_from={tmp_path / 'generator'}"]
+    train(read_recipe("mar-digits", more), tmp_path / "tuned", quiet=True)
+    features = open_features(str(judge), size=(8, 8), channels=1)
+    digits = Digits()
+    refused = "features: the tokenizer was trained with those of judge"
+    for name in ("second", "generator"):
+        tokenizer, provenance = load_tokenizer(tmp_path / name), read_provenance(tmp_path / name)
+        with pytest.raises(UsageError, match=refused):
+            evaluate_tokenizer(
+                tokenizer, digits, tmp_path / "e", num=20, features=features, provenance=provenance, quiet=True
+            )
+    for name in ("generator", "tuned"):
+        with pytest.raises(UsageError, match=refused):
+            evaluate(load(tmp_path / name), digits, tmp_path / "e", num=20, features=features, quiet=True)
+    judged = ["training.evaluate_images=64", f"training.evaluate_features={judge}"]
+    capsys.readouterr()
+    assert command(["train", *generator, *judged, "--out", str(tmp_path / "judged")]) == 2
+    assert f"training.evaluate_{refused}" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists() and not (tmp_path / "judged").exists()
 
 
 def test_usage_and_perplexity_are_logged_and_a_collapsed_codebook_is_warned_of(tmp_path: Path) -> None:
