@@ -6,6 +6,7 @@ process is a fork of this one, so that torch is not imported for each.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -207,6 +208,19 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, model: Path, verb: str)
         assert disturb([*words, str(out)], (out, pattern), number, SOON, times=2) in CODES[number]
     if verb == "train":
         assert not newest_whole(tmp_path / "SIGTERM" / "checkpoints")[1], "what was saved is whole"
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_a_second_signal_ends_what_no_exception_ends(number: signal.Signals) -> None:
+    """The process cleans up in a way that goes on after any exception."""
+    child = os.fork()
+    if child == 0:
+        main.heed_signals()
+        for _ in range(2):
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(number)
+        os._exit(99)
+    assert end(child) in CODES[number]
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
