@@ -8,6 +8,7 @@ from pathlib import Path
 
 from seriatim.core.errors import NumericsError, caller_level
 from seriatim.training.config import Common, Training
+from seriatim.training.distributed import ALONE, World
 from seriatim.training.state import RunState
 
 GROWTH = 1000.0  # a loss this many times its recent mean has blown up
@@ -43,8 +44,8 @@ def growth(run: RunState, loss: float) -> float:
 class BlowUpGuard:
     """Checks the loss of each step before the weights are updated, and warns once each time that it blows up."""
 
-    def __init__(self, settings: Common, out: Path) -> None:
-        self.settings, self.out, self.warned = settings, out, False
+    def __init__(self, settings: Common, out: Path, world: World = ALONE) -> None:
+        self.settings, self.out, self.world, self.warned = settings, out, world, False
 
     def check(self, run: RunState, loss: float) -> None:
         """Warn if the loss has blown up, or raise NumericsError if `training.on_blow_up` is "stop"."""
@@ -56,6 +57,7 @@ class BlowUpGuard:
             what = f"the loss has grown {grown:.3g} times over its recent mean, to {loss:.3g} after {run.seen} images"
             remedy = way_out(self.settings, self.out)
             if self.settings.on_blow_up == "stop":
-                raise NumericsError(f"{what}; stopped before the next update; {remedy}")
-            message = f"{what}; training.on_blow_up=stop would stop here; stop it and {remedy}"
-            warnings.warn(message, stacklevel=caller_level())
+                raise self.world.told(NumericsError(f"{what}; stopped before the next update; {remedy}"))
+            if self.world.main:
+                message = f"{what}; training.on_blow_up=stop would stop here; stop it and {remedy}"
+                warnings.warn(message, stacklevel=caller_level())

@@ -23,8 +23,8 @@ import torch
 
 from seriatim.checkpoints.unfinished import newest_whole
 from seriatim.core.device import DTYPES
-from seriatim.core.errors import ResourceError
-from seriatim.core.files import write_text
+from seriatim.core.errors import ResourceError, UsageError
+from seriatim.core.files import MANIFEST, write_text
 from seriatim.core.processes import restarted
 from seriatim.core.progress import Progress
 from seriatim.core.stopping import StopRequest
@@ -118,7 +118,12 @@ def fit(
         changes = world.first(lambda: changes_of(out, recipe, run.seen))  # empty for a new run
         if settings.dtype != "auto":
             run.dtype = settings.dtype
-        task.micro_batch = run.micro_batch = repeated(getattr(settings, "micro_batch", None), run.micro_batch)
+        if settings.threads != "auto":
+            run.threads = int(settings.threads)
+        elif world.device.type == "cpu":  # the run may have been begun by fewer processes on this machine
+            run.threads = min(run.threads, share_of_cores(world))
+        given = getattr(settings, "micro_batch", None)
+        task.micro_batch = run.micro_batch = world.first(lambda: repeated(given, run.micro_batch))
         measured = {"dtype": run.dtype, "threads": run.threads, "micro_batch": run.micro_batch}
         settings = settings.model_copy(update={key: measured[key] for key in measured if hasattr(settings, key)})
         task.recipe = recipe = recipe.model_copy(update={"training": settings, "changes": changes})
@@ -128,7 +133,7 @@ def fit(
         log = MetricsLog(out / "metrics.jsonl", run.reported) if world.main else NoLog()
         stack.callback(log.close)
         world.first(lambda: log.track(trackers, recipe))
-        guard = BlowUpGuard(settings, out)
+        guard = BlowUpGuard(settings, out, world)
         finite = FiniteGuard(settings, data, parts.model, way_out(settings, out), world)
         batches = stack.enter_context(contextlib.closing(task.batches(run)))
         began, started = run.seen, time.monotonic()
@@ -187,11 +192,16 @@ def begun(task: Task, stop: StopRequest, out: Path, world: World) -> RunState:
     choose_micro_batch(task, world)
     count = settings.threads
     if count == "auto" and world.device.type == "cpu" and world.local_size > 1:
-        count = max(1, len(os.sched_getaffinity(0)) // world.local_size)
+        count = share_of_cores(world)
     chosen = fastest(settings.dtype, count, world.device, task.trial())
     record_choice(out, chosen)
     task.parts.model.zero_grad(set_to_none=True)
     return RunState(dtype=chosen.dtype, threads=chosen.threads, micro_batch=task.micro_batch)
+
+
+def share_of_cores(world: World) -> int:
+    """The number of threads for each of the processes on this machine, so that all cores have one."""
+    return max(1, len(os.sched_getaffinity(0)) // world.local_size)
 
 
 def choose_micro_batch(task: Task, world: World) -> None:
@@ -210,6 +220,11 @@ def newest(out: Path) -> Path | None:
     for says in checkpoints.set_damaged_aside(folder):
         say(f"stepping back: {says}")
     path, _ = newest_whole(folder)
+    if path is None and os.path.lexists(out / "model" / MANIFEST):
+        raise UsageError(
+            f"out: {out} holds a finished run without a whole checkpoint, from which it could go on; use its model, "
+            "choose another folder, or train again with --overwrite in the place of --resume"
+        )
     if path is None:
         say(f"no whole checkpoint in {folder}: beginning anew")
     else:

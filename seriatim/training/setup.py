@@ -37,8 +37,8 @@ from seriatim.training.log import environment
 from seriatim.training.optim import rate_after
 from seriatim.training.run_folder import RECIPE, check_out
 
-# A resumed run may change these settings, because they affect no weights (but by the order of sums),
-# or only how long training lasts.
+# A resumed run may change these settings, because they affect no weights (but by the order of sums and, where there is
+# dropout, by its masks), or only how long training lasts.
 FREE = {
     "changes",
     "data.check",
@@ -68,6 +68,7 @@ FREE = {
     "training.shard",
     "training.tensorboard",
     "training.test_images",
+    "training.threads",
     "training.trackers",
     "training.validate_images",
     "training.workers",

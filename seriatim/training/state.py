@@ -184,6 +184,7 @@ def moments(parts: Trainables) -> dict[str, Tensor]:
         f"{names[number]}.{moment}": torch.as_tensor(value)
         for number, values in state.items()
         for moment, value in values.items()
+        if value is not None
     }
 
 
@@ -237,16 +238,16 @@ def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[
         name, _, moment = key.rpartition(".")
         if written == 1 and re.fullmatch(r"[0-9]{1,9}", name) and int(name) < len(then):
             name = then[int(name)]
-        if name not in now or moment not in kept[now[name]]:
+        known = kept[now[name]] if name in now else set()
+        if known is not None and moment not in known:
             raise CheckpointError(f"{path} has an unknown tensor {key!r}: it is not this optimiser's")
-        shape = torch.Size() if moment == "step" else parts.trained[now[name]].shape
-        wanted = torch.empty(shape, dtype=torch.float32, device="meta")
-        tensor = as_wanted(tensor, wanted, key, path)
-        found.setdefault(now[name], {})[moment] = (
-            tensor if moment == "step" else placed(tensor, parts.trained[now[name]])
-        )
+        parameter = parts.trained[now[name]]
+        scalar = moment == "step" if known is not None else not tensor.shape
+        shape = torch.Size() if scalar else parameter.shape
+        tensor = as_wanted(tensor, torch.empty(shape, dtype=torch.float32, device="meta"), key, path)
+        found.setdefault(now[name], {})[moment] = tensor if scalar else placed(tensor, parameter)
     for number, given in found.items():
-        lacking = sorted(kept[number] - given.keys())
+        lacking = sorted((kept[number] or set()) - given.keys())
         if lacking:
             raise CheckpointError(
                 f"{path} lacks tensor '{names_of(parts)[number]}.{lacking[0]}': it is not this optimiser's"
@@ -254,10 +255,13 @@ def read_moments(path: Path, parts: Trainables, written: int) -> dict[int, dict[
     return found
 
 
-def moments_of(optimiser: torch.optim.Optimizer) -> list[set[str]]:
-    """The names of the tensors that an optimiser keeps for each of its parameters, in their order."""
+def moments_of(optimiser: torch.optim.Optimizer) -> list[set[str] | None]:
+    """The names of the tensors that an optimiser keeps for each of its parameters, in their order.
+
+    None for an optimiser that MOMENTS does not list: it may keep numbers and tensors of the parameter's shape.
+    """
     every = optimiser.both if isinstance(optimiser, MuonAndAdamW) else (optimiser,)
-    kept = [next(names for kind, names in MOMENTS.items() if isinstance(each, kind)) for each in every]
+    kept = [next((names for kind, names in MOMENTS.items() if isinstance(each, kind)), None) for each in every]
     return [kept[i] for i, each in enumerate(every) for group in each.param_groups for _ in group["params"]]
 
 

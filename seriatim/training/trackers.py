@@ -39,12 +39,25 @@ class RunConfig:
     @property
     def id(self) -> str:
         """A random name for the run that stays the same when it is resumed."""
-        path = self.folder / "trackers" / "run.json"
-        known = json_of(path).get("id")
+        known = json_of(self.record).get("id")
         if not isinstance(known, str) or not ID.fullmatch(known):
             known = secrets.token_hex(4)
-            write_json(path, {"id": known})
+            write_json(self.record, {**json_of(self.record), "id": known})
         return known
+
+    @property
+    def record(self) -> Path:
+        return self.folder / "trackers" / "run.json"
+
+    def most_logged(self) -> int:
+        """`logged`, or more if an earlier process that was killed logged more; kept for the processes to come.
+
+        The log itself can't tell: each resumed run begins with its lines up to the checkpoint.
+        """
+        known = json_of(self.record).get("logged")
+        most = max(self.logged, known if isinstance(known, int) else 0)
+        write_json(self.record, {**json_of(self.record), "logged": most})
+        return most
 
 
 class Tracker(Protocol):
@@ -88,7 +101,7 @@ class Remote(ABC):
         self.library = module(self.name, self.name)
 
     def start(self, config: RunConfig) -> None:
-        self.logged = config.logged
+        self.logged = config.most_logged()
         project = os.environ.get(f"{self.name.upper()}_PROJECT") or PROJECT
         self.library.init(project=project, config=dict(config.recipe), resume="allow", **self.of(config))
 

@@ -68,8 +68,21 @@ def test_auto_begins_where_a_start_was_interrupted(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("")
     recipe = read_recipe("mar-digits", [*TINY, "training.images=16"])
     assert train(recipe, tmp_path, resume="auto", quiet=True).images == 16
-    shutil.rmtree(tmp_path / "checkpoints")
-    assert train(recipe, tmp_path, resume="auto", quiet=True).images == 16, "a run without a checkpoint begins anew"
+
+
+def test_a_run_without_a_checkpoint_begins_anew_unless_it_is_finished(tmp_path: Path) -> None:
+    """Its model is not replaced by that of other settings, nor trained again for nothing."""
+    recipe = read_recipe("mar-digits", [*TINY, "training.images=16", "training.save_images=0"])
+    train(recipe, tmp_path, quiet=True)
+    shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+    made = (tmp_path / "model" / "model.safetensors").read_bytes()
+    for how in (True, "auto"):
+        with pytest.raises(UsageError, match=r"a finished run without a whole checkpoint.* --overwrite"):
+            train(recipe, tmp_path, resume=how, quiet=True)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == made
+    shutil.rmtree(tmp_path / "model")
+    assert train(recipe, tmp_path, resume="auto", quiet=True).images == 16
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == made
 
 
 def test_auto_refuses_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,6 +87,27 @@ def test_an_optimiser_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make_optimiser("plain", build_model(MASKED), 0.1, (0.9, 0.95), 0.0), torch.optim.SGD)
 
 
+@pytest.mark.parametrize("cls", [torch.optim.NAdam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.SGD])
+def test_a_run_with_an_optimiser_of_ones_own_resumes_bitwise(
+    cls: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it keeps: numbers, and tensors of the parameters' shapes."""
+    monkeypatch.setitem(OPTIMISERS, "mine", lambda model, rate, *_: cls(model.parameters(), lr=rate))
+    words = [
+        *TINY_RUN,
+        "training.optimiser=mine",
+        "training.images=64",
+        "training.batch_size=16",
+        "training.schedule=constant",
+    ]
+    train(read_recipe("mar-digits", words), tmp_path / "whole", quiet=True)
+    words.append("training.save_images=16")
+    train(read_recipe("mar-digits", [*words, "training.images=32"]), tmp_path / "parts", quiet=True)
+    train(read_recipe("mar-digits", words), tmp_path / "parts", resume=True, quiet=True)
+    one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == two
+
+
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
 def test_an_orthogonal_update_has_singular_values_near_one(shape: tuple[int, int]) -> None:
     matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,17 +94,49 @@ def test_tensorboard_shows_no_point_twice_after_a_crash(tmp_path: Path, monkeypa
     assert [point.step for point in doubled].count(AFTER) == 2, "the first process did log it"
 
 
+def library(name: str, begun: list[Any], points: list[Any], ended: list[Any]) -> SimpleNamespace:
+    """A double of a library, which takes the arguments of ours that the real one has, under the same names."""
+
+    def wandb(*, project: str, config: dict[str, Any], resume: str, id: str, name: str, dir: str) -> None:
+        begun.append({"project": project, "config": config, "resume": resume, "id": id, "name": name, "dir": dir})
+
+    def trackio(project: str, *, name: str, config: dict[str, Any], resume: str) -> None:
+        begun.append({"project": project, "config": config, "resume": resume, "name": name})
+
+    def log(values: dict[str, float], step: int | None = None) -> None:
+        points.append((step, values))
+
+    init = wandb if name == "wandb" else trackio
+    return SimpleNamespace(init=init, log=log, finish=lambda: ended.append(True))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_run_that_is_killed_twice_shows_no_point_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The second process ends before it has logged all that the first one did, and its log is shorter."""
+    points: list[tuple[int, dict[str, float]]] = []
+    monkeypatch.setitem(sys.modules, name, library(name, [], points, []))
+    for last, resume in ((80, False), (32, True)):
+
+        def killed(images: int, last: int = last) -> None:
+            if images == last:
+                raise Killed
+
+        monkeypatch.setitem(TRACKERS, "kill", partial(Memory, killed))
+        recipe = tiny(f"training.trackers=[{name}, kill]", "training.save_images=0")
+        with pytest.raises(Killed):
+            train(recipe, tmp_path / "run", resume=resume, quiet=True)
+    train(tiny(f"training.trackers=[{name}]", "training.save_images=0"), tmp_path / "run", resume=True, quiet=True)
+    assert [images for images, _ in points] == [16, 32, 48, 64, 80, 96]
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_resumed_run_is_the_same_run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     begun: list[dict[str, Any]] = []
     points: list[tuple[int, dict[str, float]]] = []
     ended: list[bool] = []
-    fake = SimpleNamespace(
-        init=lambda **given: begun.append(given),
-        log=lambda values, step: points.append((step, values)),
-        finish=lambda: ended.append(True),
-    )
-    monkeypatch.setitem(sys.modules, name, fake)
+    monkeypatch.setitem(sys.modules, name, library(name, begun, points, ended))
     monkeypatch.delenv(f"{name.upper()}_PROJECT", raising=False)
     rows = killed_and_resumed(tmp_path, monkeypatch, name)
     assert [{"images": step, **values} for step, values in points] == [
