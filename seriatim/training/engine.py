@@ -213,18 +213,18 @@ def choose_micro_batch(task: Task, world: World) -> None:
 def newest(out: Path) -> Path | None:
     """The newest whole checkpoint; None if there is none. Newer ones that are damaged are set aside.
 
-    Both are reported.
+    Both are reported. Raises UsageError if there is none but a finished model, which training anew would replace.
     """
     folder = out / "checkpoints"
     checkpoints.sweep(folder)
-    for says in checkpoints.set_damaged_aside(folder):
-        say(f"stepping back: {says}")
     path, _ = newest_whole(folder)
     if path is None and os.path.lexists(out / "model" / MANIFEST):
         raise UsageError(
             f"out: {out} holds a finished run without a whole checkpoint, from which it could go on; use its model, "
             "choose another folder, or train again with --overwrite in the place of --resume"
         )
+    for says in checkpoints.set_damaged_aside(folder):
+        say(f"stepping back: {says}")
     if path is None:
         say(f"no whole checkpoint in {folder}: beginning anew")
     else:

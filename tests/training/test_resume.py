@@ -194,6 +194,9 @@ def test_all_checkpoints_damaged_begins_anew(tmp_path: Path, capsys: pytest.Capt
     final = weights(tmp_path)
     for path in all_checkpoints(tmp_path / "checkpoints"):
         (path / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="finished run without a whole checkpoint"):
+        train(tiny(), tmp_path, resume=True, quiet=True)
+    shutil.rmtree(tmp_path / "model")
     train(tiny(), tmp_path, resume=True, quiet=True)
     assert "no whole checkpoint" in capsys.readouterr().err and weights(tmp_path) == final
 
