@@ -181,6 +181,22 @@ def test_a_model_of_the_hub_is_one_commit(server: Hub, capsys: pytest.CaptureFix
     assert old.name == COMMITS["old"] and hub.located("hf://some/model@old") == old
 
 
+@pytest.mark.usefixtures("server")
+def test_a_branch_that_moves_while_it_is_fetched_gives_the_commit_that_was_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    true = huggingface_hub.HfApi.model_info
+
+    def moves(self: Any, *names: str, **how: Any) -> Any:
+        info = true(self, *names, **how)
+        monkeypatch.setitem(COMMITS, "main", COMMITS["old"])
+        return info
+
+    before = COMMITS["main"]
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", moves)
+    assert hub.located("some/model").name == before
+
+
 def test_what_was_fetched_is_used_when_the_hub_is_away(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     first = hub.located("some/model")
 

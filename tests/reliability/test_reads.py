@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from seriatim.checkpoints.native import CONFIG, MODEL, TOKENIZER, load_bundle
 from seriatim.checkpoints.official import read_official
 from seriatim.checkpoints.shared_tokenizer import REFERENCE, tokenizer_file
 from seriatim.core.errors import CheckpointError, ConfigError, DataError, SeriatimError
-from seriatim.core.files import MANIFEST, sha256, write_json, write_manifest
+from seriatim.core.files import MANIFEST, _render, sha256, write_json, write_manifest
 from seriatim.data.latents import Latents
 from seriatim.training import setup, state
 from seriatim.training.config import read_recipe
@@ -308,11 +309,15 @@ def test_names_of_tensors_are_never_paths(name: str, work: Path) -> None:
 def test_names_of_a_manifest_are_never_paths(work: Path) -> None:
     (work / "secret").write_text("x")
     for name in ("../secret", str(work / "secret"), "model/../../secret", ".."):
-        listed = json.loads((work / "model" / MANIFEST).read_text())
-        listed["files"][name] = {"bytes": 1, "sha256": "0" * 64}
-        (work / "model" / MANIFEST).write_text(json.dumps(listed))
-        with pytest.raises(CheckpointError):
+        manifest = work / "model" / MANIFEST
+        files = json.loads(manifest.read_text())["files"]
+        digest = hashlib.sha256(b"x").hexdigest()
+        whole = _render({**files, name: {"bytes": 1, "sha256": digest}})  # with a digest of its own that fits
+        manifest.write_text(whole)
+        with pytest.raises(CheckpointError, match="which is not a plain file name"):
             load_bundle(work / "model")
+        manifest.write_text(_render(files))
+    assert load_bundle(work / "model").class_names
 
 
 def test_a_recipe_is_data_alone(tmp_path: Path) -> None:
