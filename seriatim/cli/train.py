@@ -80,7 +80,7 @@ def train(
     chosen, out = chosen_recipe(recipe, settings or [], override or [], out, how)
     if dry_run:
         build_trackers(chosen.training)  # a missing library is reported before the data are read
-        plan = plan_of(chosen, out, device, quiet=json)
+        plan = plan_of(chosen, out, device, how, quiet=json)
         plan = {"recipe": chosen.name, **plan, "images": chosen.training.images, "out": str(out)}
         return print_json(plan) if json else print_table(("plan", ""), list(readable(plan).items()))
     if isinstance(chosen, Recipe):
@@ -137,8 +137,9 @@ def chosen_recipe(
     return read_any(recipe, [*settings, *overrides]), out
 
 
-def plan_of(recipe: AnyRecipe, out: Path, device: str, *, quiet: bool) -> dict[str, Any]:
+def plan_of(recipe: AnyRecipe, out: Path, device: str, resume: Resume, *, quiet: bool) -> dict[str, Any]:
     """What a recipe would train, and what it would take on this machine; nothing is written."""
+    from seriatim.checkpoints.unfinished import newest_whole
     from seriatim.core.device import pick_device
     from seriatim.models.build import parameter_count
     from seriatim.training.classifier import ClassifierTask
@@ -148,6 +149,7 @@ def plan_of(recipe: AnyRecipe, out: Path, device: str, *, quiet: bool) -> dict[s
     from seriatim.training.tokenizer_task import TokenizerTask
 
     where = pick_device(device)
+    path = newest_whole(out / "checkpoints")[0] if resume else None
     task: GeneratorTask | ClassifierTask | TokenizerTask
     if isinstance(recipe, ClassifierRecipe):
         task = ClassifierTask(recipe, out, where, quiet=quiet)
@@ -167,7 +169,7 @@ def plan_of(recipe: AnyRecipe, out: Path, device: str, *, quiet: bool) -> dict[s
         **sizes,
         "classes": len(task.data.class_names),
         "training_images": task.data.count,
-        **measured_plan(task, where, quiet=quiet),
+        **measured_plan(task, where, seen=0 if path is None else int(path.name), quiet=quiet),
     }
 
 

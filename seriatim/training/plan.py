@@ -29,11 +29,12 @@ PATIENCE = 20.0  # seconds; if a step would take longer, a pass of one image is 
 
 
 @plain_torch(grad=True)
-def measured_plan(task: Task, device: torch.device, *, quiet: bool = False) -> dict[str, Any]:
+def measured_plan(task: Task, device: torch.device, *, seen: int = 0, quiet: bool = False) -> dict[str, Any]:
     """Train a few steps in memory and return what they took; the task can't be used for a run afterwards.
 
     FLOPs are those of the matrix products and convolutions of a forward and a backward pass of one image, the
     tokenizer's included. A model that draws its masked share for each step is counted at the share of the first step.
+    The time to the end is that of a run which has seen `seen` images.
     """
     if device.type == "cpu":
         bound_compiled_products()
@@ -70,8 +71,9 @@ def measured_plan(task: Task, device: torch.device, *, quiet: bool = False) -> d
         "measured_steps": steps,
         "dtype": run.dtype,
         "threads": run.threads,
+        **({} if task.micro_batch is None else {"micro_batch": task.micro_batch}),
         "peak_memory_bytes": peak_memory(device),
-        "seconds_to_the_end": task.total / rate,
+        "seconds_to_the_end": max(0, task.total - seen) / rate,
     }
 
 

@@ -40,6 +40,16 @@ def test_a_plan_has_measured_figures(
     assert found["peak_memory_bytes"] > 1 << 20 and (found["dtype"], found["threads"]) == ("float32", 1)
 
 
+def test_the_plan_of_a_run_that_goes_on_is_that_of_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["mar-digits", *TINY, *HEAD, "--out", str(tmp_path / "run")]
+    assert run(["train", *words, "training.images=64", "training.save_images=64", "--json"]) == 0
+    capsys.readouterr()
+    found = dry(capsys, *words, "training.images=640", "--resume")
+    assert found["seconds_to_the_end"] == pytest.approx((640 - 64) / found["images_per_second"])
+    found = dry(capsys, *words, "training.images=640", "training.micro_batch=auto", "--resume=auto")
+    assert found["micro_batch"] >= 1
+
+
 def test_flops_are_those_of_the_products(capsys: pytest.CaptureFixture[str]) -> None:
     """A causal model computes each weight of its products once for each of 16 tokens, forward and twice backward."""
     one, two = (dry(capsys, "gpt-digits", *TINY, f"model.depth={depth}") for depth in (1, 2))
