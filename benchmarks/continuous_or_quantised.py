@@ -5,7 +5,8 @@
 
 One `kl` tokenizer, and one `vq` tokenizer for each of --vocabs, with the encoder, decoder and stride of the recipes
 --kl and --vq. Each is trained by one thread for as many images as it manages in --minutes of processor time, which a
-short training measures first, so that its learning rate falls to the end. Judged are reconstructions of all images of
+short training measures first, so that its learning rate falls to the end. The networks are the same but for the
+convolutions next to the tokens; the table has the parameters. Judged are reconstructions of all images of
 --real-data: their PSNR, and the Frechet distance to those images and to --data in the classifier's features, which no
 tokenizer was trained with. Intervals are 95 % of Student's t, over ten groups of the images. What is done already in
 --out is not done again, and a training goes on from its last checkpoint: stop at any time. --only NAME does one
@@ -16,14 +17,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from ablation_cells import refuse_other
 
-from seriatim.checkpoints.tokenizer import load_tokenizer
+from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance
 from seriatim.core.files import write_json
 from seriatim.data.folder import Folder
 from seriatim.evaluation.features import open_features
@@ -33,36 +36,44 @@ from seriatim.training.config import TokenizerRecipe, read_any
 from seriatim.training.tokenizer_task import train_tokenizer
 
 STUDENT = 2.262  # the 97.5 % quantile of Student's t with nine degrees of freedom: ten groups
-WARM, PROBED = 2, 10  # steps of the two short trainings whose difference tells the time of a step
+SAVES = 4  # checkpoints of a training
+WARM, PROBED = 2, 20  # steps of the two short trainings whose difference tells the time of a step
 
 
-def recipe_of(name: str, given: argparse.Namespace, images: int) -> TokenizerRecipe:
-    """The recipe of a contestant: `kl`, or `vq-V` for V codes."""
+def recipe_of(name: str, given: argparse.Namespace, images: int, saves: int) -> TokenizerRecipe:
+    """The recipe of a contestant, `kl` or `vq-V` for V codes, that saves `saves` checkpoints on the way."""
     kind, _, vocab = name.partition("-")
     settings = [*given.overrides, f"data.path={given.data}", "data.check=false", "training.threads=1"]
     settings += [f"training.images={images}", f"training.warmup_images={images // 50}", "training.sample_images=0"]
-    settings += ["training.dtype=float32", f"training.save_images={max(1, images // 4)}"]
-    recipe = read_any(
-        given.kl if kind == "kl" else given.vq, [*settings, *([f"tokenizer.vocab={vocab}"] if vocab else [])]
-    )
+    settings += ["training.dtype=float32", f"training.save_images={images // saves if saves else 0}"]
+    if kind == "kl":  # the blocks of VQ-16, which has attention at the last level of encoder and decoder
+        first = read_any(given.kl, settings)
+        assert isinstance(first, TokenizerRecipe), f"{given.kl} is the recipe of a tokenizer"
+        level = int(first.tokenizer["stride"]).bit_length() - 1
+        settings += [f"tokenizer.attention=[{level}]", f"tokenizer.decoder_attention=[{level}]"]
+    else:
+        settings += [f"tokenizer.vocab={vocab}"]
+    recipe = read_any(given.kl if kind == "kl" else given.vq, settings)
     assert isinstance(recipe, TokenizerRecipe), f"{name} is a tokenizer"
     return recipe
 
 
-def minutes_worth(minutes: float, size: int, training: Callable[[int, str], object], folder: Path) -> int:
+def minutes_worth(minutes: float, size: int, training: Callable[[int, str, int], object], folder: Path) -> int:
     """How many images a training manages in the time, measured once and kept in `folder/budget.json`.
 
-    `training(images, name)` trains for so many images, in batches of `size`, into a folder of that name.
+    `training(images, name, saves)` trains for so many images, in batches of `size`, into a folder of that name.
     """
     file = folder / "budget.json"
-    if not file.exists():
+    if not refuse_other(file, {"minutes": minutes}):
         spent = []
-        for steps in (WARM, WARM + PROBED):
+        for number, steps in enumerate((WARM, WARM, WARM + PROBED)):  # the first also imports what training needs
+            shutil.rmtree(folder / f"probe-{number}", ignore_errors=True)  # of a process that was stopped
             begin = time.process_time()
-            training(steps * size, f"probe-{steps}")
+            training(steps * size, f"probe-{number}", 0)
             spent.append(time.process_time() - begin)
-        rate = PROBED * size / max(1e-3, spent[1] - spent[0])
-        write_json(file, {"images": max(size, round(60 * minutes * rate)), "images_per_second": rate})
+        rate = PROBED * size / max(1e-3, spent[2] - spent[1])
+        images = max(size, round(60 * minutes * rate))
+        write_json(file, {"images": images, "images_per_second": rate, "settings": {"minutes": minutes}})
     return int(json.loads(file.read_text())["images"])
 
 
@@ -70,28 +81,33 @@ def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Train a contestant, judge it, and return what the table says of it."""
     folder = given.out / name
     file = folder / "row.json"
-    if not file.exists():
+    settings = {"minutes": given.minutes, "classifier": str(given.classifier), "overrides": given.overrides}
+    if not refuse_other(file, settings):
 
-        def training(images: int, name_of_run: str, quiet: bool = True) -> None:
-            recipe = recipe_of(name, given, images)
-            train_tokenizer(recipe, folder / name_of_run, device="cpu", resume="auto", quiet=quiet)
+        def training(images: int, run: str, saves: int) -> None:
+            recipe = recipe_of(name, given, images, saves)
+            train_tokenizer(recipe, folder / run, device="cpu", resume="auto", quiet=not saves)
 
-        size = recipe_of(name, given, 1).training.batch_size
+        size = recipe_of(name, given, 1, 0).training.batch_size
         images = minutes_worth(given.minutes, size, training, folder)
-        begin = time.process_time()
-        training(images, "run", quiet=False)
-        seconds = time.process_time() - begin
+        training(images, "run", SAVES)
         tokenizer = load_tokenizer(folder / "run")
         data, real = (Folder(str(path), tokenizer.size, check=False) for path in (given.data, given.real_data))
-        features = open_features(str(given.classifier), size=tokenizer.size, channels=3)
         made = evaluate_tokenizer(
-            tokenizer, data, folder / "judged", num=real.count, features=features, real=real, cache=given.out / "real"
+            tokenizer,
+            data,
+            folder / "judged",
+            num=real.count,
+            features=open_features(str(given.classifier), size=tokenizer.size, channels=3),
+            real=real,
+            provenance=read_provenance(folder / "run"),
+            cache=given.out / "real",
         )
         figures = {key.partition("[")[0]: (each.value, each.error) for key, each in made.figures.items()}
         real_distance = next(iter(made.real.values()))
-        told: dict[str, Any] = {"images": images, "seconds": seconds, "parameters": parameter_count(tokenizer)}
-        told |= {"tokens": tokenizer.count, "latents": made.latents, "figures": figures}
-        write_json(file, {"name": name, **told, "real": (real_distance.value, real_distance.error)})
+        told: dict[str, Any] = {"images": images, "parameters": parameter_count(tokenizer), "tokens": tokenizer.count}
+        told |= {"latents": made.latents, "figures": figures, "real": (real_distance.value, real_distance.error)}
+        write_json(file, {"name": name, **told, "settings": settings})
     return dict(json.loads(file.read_text()))
 
 

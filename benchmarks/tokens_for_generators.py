@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 import yaml
-from continuous_or_quantised import cell, minutes_worth
+from ablation_cells import refuse_other
+from continuous_or_quantised import SAVES, cell, minutes_worth
 from known_density_tables import interval, show
 
 from seriatim.core.files import write_json, write_text
@@ -59,11 +60,11 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
 }
 TRAINING: dict[str, Any] = {
     "batch_size": 64, "learning_rate": 1.0e-3, "warmup_images": 5000, "schedule": "cosine", "ema": 0.999,
-    "dtype": "float32", "threads": 1, "save_images": 20000, "sample_images": 0,
+    "dtype": "float32", "threads": 1, "sample_images": 0,
 }  # fmt: skip
 
 
-def recipe_of(trunk: str, tokens: str, seed: int, given: argparse.Namespace, images: int) -> Recipe:
+def recipe_of(trunk: str, tokens: str, seed: int, given: argparse.Namespace, images: int, save: int) -> Recipe:
     """The recipe of a contestant; latents of a trained tokenizer come from its cache."""
     tokenizer = given.tokenizers[tokens]
     cached = given.out / "cache" / tokens
@@ -74,7 +75,7 @@ def recipe_of(trunk: str, tokens: str, seed: int, given: argparse.Namespace, ima
         "data": {"kind": "latents", "path": str(cached)} if "from" in tokenizer and cached.exists() else data,
         "tokenizer": tokenizer,
         "model": TRUNKS[trunk],
-        "training": {**TRAINING, "images": images},
+        "training": {**TRAINING, "images": images, "save_images": save},
     }
     file = given.out / "recipes" / f"{trunk}-{tokens}-{seed}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ def cache(tokens: str, given: argparse.Namespace) -> None:
     """Encode the training images once, if the tokenizer is a trained one."""
     out = given.out / "cache" / tokens
     if "from" in given.tokenizers[tokens] and not out.exists():
-        data, tokenizer = build_inputs(recipe_of("raster", tokens, 0, given, 64))
+        data, tokenizer = build_inputs(recipe_of("raster", tokens, 0, given, 64, 0))
         write_cache(data, tokenizer, out.with_name(f"{tokens}-unfinished"), device="cpu")
         out.with_name(f"{tokens}-unfinished").rename(out)
 
@@ -98,12 +99,12 @@ def rows_of(trunk: str, tokens: str, seed: int, given: argparse.Namespace) -> li
         cache(tokens, given)
         folder.mkdir(parents=True, exist_ok=True)
 
-        def training(images: int, name: str, quiet: bool = True) -> None:
-            recipe = recipe_of(trunk, tokens, seed, given, images)
-            train(recipe, folder / name, device="cpu", resume="auto", quiet=quiet)
+        def training(images: int, name: str, saves: int) -> None:
+            recipe = recipe_of(trunk, tokens, seed, given, images, images // saves if saves else 0)
+            train(recipe, folder / name, device="cpu", resume="auto", quiet=not saves)
 
         images = minutes_worth(given.minutes, TRAINING["batch_size"], training, folder)
-        training(images, "run", quiet=False)
+        training(images, "run", SAVES)
     return [judged(trunk, tokens, seed, guidance, given, folder) for guidance in given.guidance]
 
 
@@ -111,7 +112,8 @@ def judged(
     trunk: str, tokens: str, seed: int, guidance: float, given: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
     file = folder / f"row-{guidance:g}.json"
-    if not file.exists():
+    told = {"classifier": str(given.classifier), "samples": given.samples, "sampling": given.sampling}
+    if not refuse_other(file, told):
         data, real = (Folder(str(path), given.size, check=False) for path in (given.data, given.real_data))
         pipe = load(folder / "run", device="cpu", dtype="float32")
         settings = {**SAMPLING[trunk], **given.sampling, "guidance_scale": guidance}
@@ -132,8 +134,8 @@ def judged(
         save_png(grid(picture, SHOWN, side=pipe.tokenizer.size[0] * 2), given.out / f"{folder.name}-{guidance:g}.png")
         figures = {name.partition("[")[0]: (each.value, each.error) for name, each in made.figures.items()}
         row = {"trunk": trunk, "tokens": tokens, "seed": seed, "guidance": guidance, "figures": figures}
-        told = {"images": pipe.bundle.provenance["images"], "parameters": parameter_count(pipe.model)}
-        write_json(file, row | told)
+        row |= {"images": pipe.bundle.provenance["images"], "parameters": parameter_count(pipe.model)}
+        write_json(file, row | {"settings": told})
     return dict(json.loads(file.read_text()))
 
 

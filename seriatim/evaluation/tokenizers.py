@@ -36,6 +36,7 @@ from seriatim.evaluation.run import MOST_IMAGES, features_folder, pictures
 from seriatim.pipeline.metadata import versions
 from seriatim.pipeline.result import as_pil
 from seriatim.tokenizers.base import Tokenizer, to_uint8
+from seriatim.tokenizers.latent import Latent
 from seriatim.tokenizers.quantise import Usage
 
 BATCH = 32
@@ -83,7 +84,7 @@ def evaluate_tokenizer(
     `provenance` is what `read_provenance` says of the tokenizer: features that it was trained with are refused.
     Tokens are the posterior's mode. Stopped, shared and cached as `evaluate` is. The folder holds these besides:
 
-        results.json          the figures, with mean and std of each feature of a token
+        results.json          the figures, with mean and std of each feature of a token, and of each latent channel
         reconstructions.png   rows of originals, of their reconstructions, and of reconstructions from noisy tokens
         noise.png             the PSNR over the noise on tokens, if tokens are no codes
     """
@@ -168,6 +169,7 @@ def evaluate_tokenizer(
         "psnr_under_noise": {str(level): {"value": x.value, "error": x.error} for level, x in shaken.items()},
         "latents" if tokenizer.vocab is None else "codes": latents,
         **({"features": tally.by_feature()} if isinstance(tally, LatentStatistics) else {}),
+        **(channels_of(tokenizer, tally) if isinstance(tally, LatentStatistics) else {}),
         "num": count,
         "exact": float((psnr >= MOST_PSNR).mean()),
         "error": "jackknife over 10 groups of the images",
@@ -328,6 +330,18 @@ class LatentStatistics:
             "fourth": float((self.fourth / self.count).mean() / square.mean().square().clamp(min=1e-30)),
             "directions": float(values.sum().square() / values.square().sum().clamp(min=1e-30)),
         }
+
+
+def channels_of(tokenizer: Tokenizer, tally: LatentStatistics) -> dict[str, dict[str, list[float]]]:
+    """ "channels": mean and standard deviation of each latent channel before tokens are normalised; {} of pixels."""
+    if not isinstance(tokenizer, Latent):
+        return {}
+    mean, std = (torch.tensor(values) for values in tally.by_feature().values())  # (D,) = (z p p,)
+    scale, shift = tokenizer.std.cpu(), tokenizer.mean.cpu()  # (z,)
+    first = mean.view(len(scale), -1).mean(dim=1)  # (z,), of normalised latents
+    second = (std.square() + mean.square()).view(len(scale), -1).mean(dim=1)
+    spread = (second - first.square()).clamp(min=0).sqrt()
+    return {"channels": {"mean": (first * scale + shift).tolist(), "std": (spread * scale).tolist()}}
 
 
 Tally = LatentStatistics | Usage

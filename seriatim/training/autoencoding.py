@@ -83,19 +83,19 @@ class Autoencoding(nn.Module):
         if transform is not None:
             latents, target = transformed(latents, transform), transformed(images, transform, tokenizer.stride)
         decoded = tokenizer.draw(latents, kept)
+        pair = [decoded, target]
+        if transform is not None:  # the extractor and the discriminator were built for the whole size
+            pair = [F.interpolate(x, images.shape[-2:], mode="bilinear") for x in pair]
 
         terms = {"reconstruction": reconstruction_error(decoded, target, objective.reconstruction)}  # (B,) each
         weights = {"reconstruction": 1.0}
         if perceptual is not None:
-            terms["perceptual"], weights["perceptual"] = perceptual(decoded, target), objective.perceptual
+            terms["perceptual"], weights["perceptual"] = perceptual(*pair), objective.perceptual
         likeness = weighted(terms, weights)  # what the adaptive factor compares the adversarial term with
         for name, value in coded.losses.items():
             terms[name], weights[name] = value.expand(len(images)), getattr(objective, name)
         loss = weighted(terms, weights)
         if adversarial:
-            pair = [decoded, target]
-            if transform is not None:  # the discriminator was built for the whole size
-                pair = [F.interpolate(x, images.shape[-2:], mode="bilinear") for x in pair]
             generator, discriminator = self.opposed(*pair)
             pulls = [torch.autograd.grad(x, self.last_layer, retain_graph=True)[0] for x in (likeness, generator.sum())]
             factor = objective.gan * adaptive_weight(*(total(pull).to(pull.dtype) for pull in pulls))

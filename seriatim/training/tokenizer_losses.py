@@ -82,13 +82,15 @@ def drawn_transform(share: float, sides: tuple[int, int], step: Keys, *, scales:
     """The transform tau of this step, or None in the other 1 - `share` of the steps.
 
     EQ-VAE, Kouzelis et al. 2025, arXiv 2502.09509, section 3: rotations by multiples of a quarter turn, and scales from
-    0.25 to 1, which is 1 unless `scales`. Latents that are not square turn by half a turn only.
+    0.25 to 1. Without `scales` the scale is 1, and some turn is made. Latents that are not square turn by half a turn.
     """
     first, second, third = (float(step.host.fold(name).uniform()) for name in ("whether", "turn", "scale"))
     if first >= share:
         return None
     square = sides[0] == sides[1]
-    turns = int(second * 4) if square else 2 * int(second * 2)
+    choices = [0, 1, 2, 3] if square else [0, 2]
+    choices = choices if scales else choices[1:]
+    turns = choices[int(second * len(choices))]
     scale = LEAST_SCALE + (1 - LEAST_SCALE) * third if scales else 1.0
     return Transform((max(1, round(sides[0] * scale)), max(1, round(sides[1] * scale))), turns)
 

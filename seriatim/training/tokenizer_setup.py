@@ -16,6 +16,7 @@ from seriatim.data.base import ImageData
 from seriatim.data.held_out import build_divided
 from seriatim.models.build import seeded
 from seriatim.tokenizers.base import Tokenizer
+from seriatim.tokenizers.finite_scalar import FiniteScalar
 from seriatim.tokenizers.kinds import TOKENIZERS, build_tokenizer
 from seriatim.tokenizers.latent import Latent
 from seriatim.tokenizers.trainable import Trainable
@@ -47,6 +48,9 @@ def build_autoencoding(recipe: TokenizerRecipe) -> tuple[ImageData, Autoencoding
         check_objective(recipe.objective, tokenizer)
         model = Autoencoding(tokenizer.requires_grad_(True), recipe.objective)
     freeze(tokenizer, recipe.training.freeze)
+    codebook = getattr(getattr(tokenizer, "quantiser", None), "codebook", None)
+    if recipe.objective.revive_images and codebook is not None and not codebook.requires_grad:
+        raise ConfigError("objective.revive_images: would change codewords, but training.freeze holds the codebook")
     if recipe.objective.gan:
         check_discriminator(data.size, recipe.objective.gan_layers)
         if not model.last_layer.requires_grad:
@@ -81,8 +85,11 @@ def begun_tokenizer(given: dict[str, Any], data: ImageData) -> Tokenizer:
 
 def check_objective(objective: Objective, tokenizer: Any) -> None:
     """Raise ConfigError for a term that this tokenizer does not have, but for one that is as by default."""
+    absent: tuple[str, ...]
     if tokenizer.vocab is None:
         absent, what = OF_CODES, "continuous latents"
+    elif isinstance(getattr(tokenizer, "quantiser", None), FiniteScalar):
+        absent, what = OF_CODES + OF_LATENTS, "levels, which need no term"
     else:
         absent, what = OF_LATENTS, "codes"
     for name in absent:

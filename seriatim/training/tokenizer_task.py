@@ -31,6 +31,7 @@ from seriatim.models.build import parameter_count
 from seriatim.pipeline.result import as_pil
 from seriatim.tokenizers.base import Tokenizer, to_uint8
 from seriatim.tokenizers.code_watch import COLLAPSED
+from seriatim.tokenizers.finite_scalar import FiniteScalar
 from seriatim.tokenizers.kinds import tokenizer_config
 from seriatim.tokenizers.latent import Latent
 from seriatim.training.autoencoding import Autoencoding
@@ -76,6 +77,7 @@ class TokenizerTask(BatchedTask):
         self.seen = seen_features(begun, None if self.perceptual is None else self.perceptual.extractor)
         average = averaged(self.model, settings.ema)
         self.result: Tokenizer = cast(Autoencoding, average.module).tokenizer
+        self.encoder = None if source is None else self.result.moments_fingerprint()  # with which the run began
         rate, betas, decay = settings.learning_rate, settings.betas, settings.weight_decay
         fused = True if where.type in ("cpu", "cuda") else None
         groups = adversarial_groups(self.model)
@@ -145,10 +147,15 @@ class TokenizerTask(BatchedTask):
         if figures["used"] < COLLAPSED and enough and not self.warned and self.world.main:
             self.warned = True
             objective = self.recipe.objective
+            remedy = (
+                f"raise objective.entropy (now {objective.entropy:g}), set objective.revive_images (now "
+                f"{objective.revive_images}), or use a smaller tokenizer.vocab"
+            )
+            if isinstance(cast(Any, self.result).quantiser, FiniteScalar):
+                remedy = "use fewer tokenizer.code_levels, or train longer or with a lower training.learning_rate"
             warnings.warn(
                 f"the codebook has collapsed: {figures['used']:.1%} of {watch.vocab} codes are in use after {run.seen} "
-                f"images; raise objective.entropy (now {objective.entropy:g}), set objective.revive_images (now "
-                f"{objective.revive_images}), or use a smaller tokenizer.vocab",
+                f"images; {remedy}",
                 stacklevel=caller_level(),
             )
         return {"usage": figures["used"], "perplexity": figures["perplexity"]}
@@ -158,9 +165,12 @@ class TokenizerTask(BatchedTask):
     def measure(self, most: int, stop: StopRequest | None = None) -> None:
         """Measure the statistics of the averaged tokenizer's latents, if it has any, on about `most` images."""
         tokenizer = self.result
-        if isinstance(tokenizer, Latent) and tokenizer.config["statistics"] != "fixed":
-            batches = unless_stopped(self.data.some(most, FIT_BATCH), stop)
-            tokenizer.measure((to_float(images) for images in batches), tokenizer.config["statistics"])
+        if not isinstance(tokenizer, Latent) or tokenizer.moments_fingerprint() == self.encoder:
+            return  # a frozen encoder's latents keep their statistics, so that tokens mean what they meant
+        if tokenizer.config["statistics"] == "fixed":  # those were another encoder's
+            tokenizer.config["statistics"] = "channel"
+        batches = unless_stopped(self.data.some(most, FIT_BATCH), stop)
+        tokenizer.measure((to_float(images) for images in batches), tokenizer.config["statistics"])
 
     def provenance(self, run: RunState) -> dict[str, Any]:
         """How the tokenizer was made, and the features that it was trained with, which therefore can't judge it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,18 +15,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from seriatim import load
-from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance
+from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance, save_tokenizer
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.cli.main import run as command
 from seriatim.core.errors import ConfigError, NumericsError, Stopped, UsageError
+from seriatim.core.keys import Keys
 from seriatim.data.base import Digits
 from seriatim.data.loader import to_float
 from seriatim.data.sources import build_data
 from seriatim.evaluation.features import open_features
+from seriatim.evaluation.reference import as_many, whole
 from seriatim.evaluation.residual_net import ResNet, TrainedClassifier, save_classifier
 from seriatim.evaluation.run import evaluate
 from seriatim.evaluation.tokenizers import evaluate_tokenizer
 from seriatim.models.build import seeded
+from seriatim.tokenizers.kinds import build_tokenizer
 from seriatim.training import tokenizer_task
 from seriatim.training.autoencoding import Autoencoding
 from seriatim.training.config import TokenizerRecipe, read_any, read_recipe
@@ -35,6 +38,7 @@ from seriatim.training.log import psnr_curve
 from seriatim.training.loop import train
 from seriatim.training.plan import measured_plan
 from seriatim.training.state import RunState
+from seriatim.training.tokenizer_setup import build_autoencoding
 from seriatim.training.tokenizer_task import TokenizerTask, train_tokenizer
 from seriatim.training.updates import gradients
 
@@ -44,6 +48,8 @@ COMMON = ["training.batch_size=8", "training.threads=1", "training.dtype=float32
 KL = ["kl-32-tiny", *COMMON, "tokenizer={kind: kl, stride: 2, latent_channels: 2, width: 8, layers_per_block: 1}"]
 VQ = ["vq-32-tiny", *COMMON, "tokenizer={kind: vq, stride: 2, vocab: 16, code_dim: 4, latent_channels: 8, width: 8, "
       "layers_per_block: 1}"]  # fmt: skip
+FSQ = ["vq-32-tiny", *COMMON, "objective.revive_images=0",
+       "tokenizer={kind: fsq, stride: 2, latent_channels: 4, width: 8, layers_per_block: 1}"]  # fmt: skip
 DETOK = ["kl-32-tiny", *COMMON, "tokenizer={kind: detok, stride: 2, latent_channels: 2, width: 16, depth: 1, heads: 2}",
          "objective.interpolated_noise=1.0", "objective.mask=0.5"]  # fmt: skip
 GAN = ["objective.gan=0.5", "objective.gan_start=32", "objective.gan_width=8", "objective.gan_layers=1"]
@@ -230,13 +236,81 @@ def test_a_tokenizer_begins_with_the_weights_of_another_and_parts_stay_frozen(tm
         "kl-32-tiny",
         *COMMON,
         f"tokenizer={{from: {tmp_path / 'first'}}}",
-        "training.freeze=[autoencoder.encoder.*]",
+        "training.freeze=[autoencoder.encoder.*, autoencoder.quant_conv.*]",
+        "data.validation=0.5",  # other images would give other statistics
     ]
     train_tokenizer(recipe_of(*more), tmp_path / "second", quiet=True)
     first, second = (load_file(tmp_path / run / "model" / "tokenizer.safetensors") for run in ("first", "second"))
     same = {name for name in first if torch.equal(first[name], second[name])}
-    assert {name for name in first if name.startswith("autoencoder.encoder.")} <= same
+    assert {name for name in first if name.startswith(("autoencoder.encoder.", "autoencoder.quant_conv."))} <= same
+    assert {"mean", "std", "measured"} <= same, "tokens mean what they meant"
     assert not any(name.startswith("autoencoder.decoder.conv") for name in same)
+
+
+def test_given_statistics_are_measured_when_the_encoder_is_trained(tmp_path: Path) -> None:
+    """Those of a converted tokenizer are its encoder's; they stay where it is frozen."""
+    given = KL[-1].replace("}", ", statistics: fixed, scale: 3.0}")
+    made: Any = build_tokenizer({**read_any("kl-32-tiny", [given]).tokenizer, "size": [8, 8], "channels": 1})  # type: ignore[union-attr]
+    save_tokenizer(made, tmp_path / "converted")
+    words = ["kl-32-tiny", *COMMON, f"tokenizer={{from: {tmp_path / 'converted'}}}"]
+    train_tokenizer(recipe_of(*words), tmp_path / "trained", quiet=True)
+    frozen = "training.freeze=[autoencoder.encoder.*, autoencoder.quant_conv.*]"
+    train_tokenizer(recipe_of(*words, frozen), tmp_path / "frozen", quiet=True)
+    trained: Any = load_tokenizer(tmp_path / "trained")
+    kept: Any = load_tokenizer(tmp_path / "frozen")
+    images = to_float(build_data({"kind": "digits"}).images(torch.arange(600)))
+    assert trained.config["statistics"] == "channel" and 0.6 < trained.tokens(trained.moments(images)).std() < 1.4
+    assert kept.config["statistics"] == "fixed" and torch.equal(kept.std, made.std)
+
+
+def test_raw_channels_are_reported(tmp_path: Path) -> None:
+    """Tokens are normalised, so their own means and spreads say nothing of the latents."""
+    train_tokenizer(of("kl"), tmp_path / "run", quiet=True)
+    for patch in (1, 2):
+        tokenizer: Any = load_tokenizer(tmp_path / "run", patch=patch)
+        digits = build_data({"kind": "digits"})
+        done = evaluate_tokenizer(tokenizer, digits, tmp_path / str(patch), num=40, real=digits, quiet=True)
+        images = to_float(digits.images(as_many(whole(digits, 0, ()), 40, 0).index))
+        latents = tokenizer.moments(images)[:, :2]  # (40, 2, 4, 4), the means of the posteriors
+        for name, expected in (
+            ("mean", latents.mean(dim=(0, 2, 3))),
+            ("std", latents.std(dim=(0, 2, 3), correction=0)),
+        ):
+            assert done.report["channels"][name] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "setting", "said"),
+    [
+        (FSQ, "objective.entropy=0.1", "objective.entropy: has no effect, as the tokens of FSQ are levels"),
+        (FSQ, "objective.revive_images=16", "objective.revive_images: has no effect"),
+        (FSQ, "objective.commitment=1.0", "objective.commitment: has no effect"),
+        (VQ, "training.freeze=[quantiser.*]", "objective.revive_images: would change codewords, but training.freeze"),
+    ],
+)
+def test_a_term_that_has_no_effect_or_would_change_what_is_frozen_is_refused(
+    case: list[str], setting: str, said: str, tmp_path: Path
+) -> None:
+    more = ["objective.revive_images=16"] if case is VQ else []
+    with pytest.raises(ConfigError, match=said):
+        train_tokenizer(recipe_of(*case, *more, setting), tmp_path / "run", quiet=True)
+
+
+def test_terms_of_whole_images_see_them_whole_where_latents_are_scaled() -> None:
+    """An extractor such as LPIPS takes images of at least some size."""
+    recipe = of("kl", "objective.equivariance=1.0", "objective.perceptual=1.0", "objective.perceptual_features=none")
+    _, model = build_autoencoding(recipe)
+    sides = set()
+
+    def perceptual(decoded: Tensor, images: Tensor) -> Tensor:
+        sides.add((tuple(decoded.shape), tuple(images.shape)))
+        return (decoded - images).square().flatten(1).mean(dim=1)
+
+    images = torch.rand(2, 1, 8, 8) * 2 - 1
+    for number in range(8):
+        keys = Keys.of(number).fold(torch.arange(2))
+        model(images, keys, Keys.of("step", number), perceptual=cast(Any, perceptual)).mean.backward()
+    assert sides == {((2, 1, 8, 8), (2, 1, 8, 8))}
 
 
 def test_a_perceptual_term_comes_from_a_classifier_which_then_cannot_judge(
