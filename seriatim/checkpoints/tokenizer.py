@@ -20,13 +20,13 @@ from seriatim.checkpoints.native import (
     MODEL,
     TOKENIZER,
     fill,
-    find_bundle,
     opened,
     replaceable,
     save_folder,
     section,
     stored_tokenizer,
 )
+from seriatim.checkpoints.run_names import RAW, find
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import build_tokenizer, tokenizer_config
@@ -87,6 +87,9 @@ def read_provenance(folder: Path | str) -> dict[str, Any]:
 
 def read(folder: Path | str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder that holds the files, the tokenizer's config and the provenance; every file is checked."""
-    folder = find_bundle(folder)
+    name, found = folder, find(folder)
+    folder = found.folder
     with opened(folder, TOKENIZER) as (config, _):
+        if "model" not in config and str(name).endswith(f":{RAW}") and found.weights == MODEL:
+            raise CheckpointError(f"{name}: the averaged weights of a tokenizer are kept alone; leave out :{RAW}")
         return folder, section(config, "tokenizer"), section(config, "provenance")

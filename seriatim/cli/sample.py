@@ -69,7 +69,7 @@ def sample(
     from seriatim.core.processes import place
     from seriatim.core.progress import Progress
     from seriatim.core.stopping import claims
-    from seriatim.evaluation.grid import grid, save_png
+    from seriatim.evaluation.grid import grid
     from seriatim.pipeline.animation import save_animation
     from seriatim.pipeline.labels import label_of, names_of
     from seriatim.pipeline.loading import load
@@ -80,7 +80,9 @@ def sample(
         GRID,
         check_samples_folder,
         is_damaged,
+        is_grid,
         is_there,
+        save_grid,
         seed_of,
     )
     from seriatim.training.precision import threads as using
@@ -119,7 +121,8 @@ def sample(
     kept = there(range(len(files)))
     rest = [i for i in range(len(files)) if i not in kept and files[i] in found]
     damaged = [i for i in rest if shared and is_damaged(files[i], request, i, pipe.bundle.sha256)]
-    ours = [*(files[i] for i in rest if i not in damaged), *[grid_file] * (not kept), *[animation] * animate]
+    ours = [files[i] for i in rest if i not in damaged]
+    ours += [*[grid_file] * (not (kept and is_grid(grid_file))), *[animation] * animate]
     ours = [file for file in ours if file in found]
     say_replaced(check_samples_folder(out, ours, overwrite=overwrite, begun=set(locks), resumed=shared))
     for i in damaged:
@@ -160,7 +163,7 @@ def sample(
                 bar.advance(done, f"batch {number + 1} of {len(batches)}, step {step.index + 1} of {step.total}")
     seconds = time.monotonic() - begin
     if place().rank == 0:
-        save_png(grid([pictures.get(i) or read_png(files[i]) for i in shown], columns), grid_file)
+        save_grid(grid([pictures.get(i) or read_png(files[i]) for i in shown], columns), grid_file)
     if animate:
         side = 128 if len(files) == 1 else 64
         save_animation([grid(frames[i], columns, side=side) for i in sorted(frames)], animation, overwrite=overwrite)

@@ -123,7 +123,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        previous = path.with_name(f".{path.name}.{PREVIOUS}")
+        aside: Path | None = None
         temporary = path.with_name(f".{path.name}.~{secrets.token_hex(4)}")
         temporary.mkdir()
         try:
@@ -133,26 +133,55 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
                     sync_file(file)
             sync_folder(temporary)
             if path.exists():
-                shutil.rmtree(previous, ignore_errors=True)
-                os.replace(path, previous)
+                aside = free_aside(path)
+                os.replace(path, aside)
             os.replace(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
-            if previous.exists() and not path.exists():
-                os.replace(previous, path)
+            if aside is not None and aside.exists() and not path.exists():
+                os.replace(aside, path)
             raise
         sync_folder(path.parent)
-        shutil.rmtree(previous, ignore_errors=True)
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        for stale in asides(path).values():  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 # --- after a crash ------------------------------------------------------------------------------------------------
 
 
 def asides(path: Path) -> dict[int, Path]:
-    """The folders that were renamed while `path` was being replaced: number -> folder; the newest has the highest."""
+    """The folders that were renamed while `path` was being replaced: number -> folder; the newest has the highest.
+
+    A folder of such a name that somebody else made is left out: these may be deleted, or put back.
+    """
+    return {number: entry for number, entry in named_aside(path).items() if is_written(entry)}
+
+
+def named_aside(path: Path) -> dict[int, Path]:
+    """All that has a name that `path` could be given while it is replaced, by number, whoever made it."""
     pattern = re.compile(re.escape(f".{path.name}.{PREVIOUS}") + r"(-([0-9]{1,6}))?")
     found = {entry: pattern.fullmatch(entry.name) for entry in (path.parent.iterdir() if path.parent.is_dir() else ())}
-    return {int(match[2] or 1): entry for entry, match in found.items() if match is not None and entry.is_dir()}
+    return {int(match[2] or 1): entry for entry, match in found.items() if match is not None}
+
+
+def free_aside(path: Path) -> Path:
+    """A name beside `path` that nothing has, for `path` to be renamed to."""
+    number = 1 + max(named_aside(path), default=0)
+    return path.with_name(f".{path.name}.{PREVIOUS}" + (f"-{number}" if number > 1 else ""))
+
+
+def is_written(folder: Path) -> bool:
+    """Whether a folder is one that Seriatim writes and replaces as a whole, as its manifest or a run's files show."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    try:
+        if (folder / MANIFEST).is_file():
+            return {"files", "sha256"} <= parse_json(read_text(folder / MANIFEST), dict).keys()
+        return (folder / "recipe.yaml").is_file() and "fingerprint" in parse_json(read_text(folder / "data.json"), dict)
+    except (OSError, Unreadable):
+        return False
 
 
 def expanded(path: Path | str) -> Path:
@@ -180,8 +209,7 @@ def put_back(path: Path) -> None:
 def set_aside(path: Path) -> Path:
     """Rename the folder `path`, create an empty folder in its place, and return the new path of the old folder."""
     path = path.resolve()
-    number = 1 + max(asides(path), default=0)
-    aside = path.with_name(f".{path.name}.{PREVIOUS}" + (f"-{number}" if number > 1 else ""))
+    aside = free_aside(path)
     with explained(path):
         os.replace(path, aside)
         path.mkdir()

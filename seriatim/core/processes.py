@@ -38,6 +38,11 @@ def restarted() -> bool:
     return _number(RESTARTS, 0) > 0
 
 
+def launch() -> str | None:
+    """The name of the start of torchrun that this process belongs to, restarts included; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID") or None
+
+
 def _number(name: str, default: int) -> int:
     value = os.environ.get(name, "")
     if not value:

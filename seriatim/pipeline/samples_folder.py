@@ -9,7 +9,11 @@ from collections.abc import Container, Sequence
 from itertools import islice
 from pathlib import Path
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from seriatim.core.errors import SeriatimError, UsageError
+from seriatim.core.files import atomic_write
 from seriatim.core.images import BadImage, read_png
 from seriatim.core.ownership import json_of, owned
 from seriatim.pipeline.metadata import KEY, alone, pixels_sha256, read_recorded
@@ -17,6 +21,7 @@ from seriatim.pipeline.request import SampleRequest
 
 SAMPLES, SAYS = "samples.npy", "samples.json"  # the files of a model that does not generate pictures
 GRID, ANIMATION = "grid.png", "animation.gif"
+GRID_KEY = f"{KEY}-grid"
 LOOKED_AT = 100  # at most this many pictures of a folder are searched for a request
 
 
@@ -24,6 +29,21 @@ def is_sample(path: Path) -> bool:
     """Whether a PNG holds the request that made it. Its pixels are not decoded."""
     try:
         return KEY in read_png(path, decode=False).info
+    except BadImage:
+        return False
+
+
+def save_grid(image: Image.Image, path: Path) -> Path:
+    """Write grid.png with a mark, so that a picture of somebody else under that name is not taken for it."""
+    info = PngInfo()
+    info.add_text(GRID_KEY, "an overview of the samples beside it")
+    return atomic_write(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a PNG has the mark of `save_grid`."""
+    try:
+        return GRID_KEY in read_png(path, decode=False).info
     except BadImage:
         return False
 

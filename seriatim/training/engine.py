@@ -25,7 +25,8 @@ from seriatim.checkpoints.unfinished import newest_whole
 from seriatim.core.device import DTYPES
 from seriatim.core.errors import ResourceError, UsageError
 from seriatim.core.files import MANIFEST, write_text
-from seriatim.core.processes import restarted
+from seriatim.core.ownership import json_of
+from seriatim.core.processes import launch, restarted
 from seriatim.core.progress import Progress
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
@@ -42,7 +43,7 @@ from seriatim.training.not_finite import FiniteGuard
 from seriatim.training.optim import rate_after
 from seriatim.training.periodic import Periodic
 from seriatim.training.precision import fastest, threads
-from seriatim.training.run_folder import Resume, check_out, is_run, occupied
+from seriatim.training.run_folder import ENVIRONMENT, Resume, check_out, is_run, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState
 from seriatim.training.task import Task
@@ -86,7 +87,7 @@ def fit(
     when torchrun restarts them.
     """
     with joined(device) as world, contextlib.ExitStack() as stack:
-        if restarted() and world.first(lambda: is_run(out)):  # the processes before these have begun the run
+        if restarted() and world.first(lambda: begun_by_this_launch(out)):
             resume, overwrite = True, False
         resuming = world.first(lambda: check_out(out, resume=resume, overwrite=overwrite))
         trackers: dict[str, Tracker] = {}
@@ -183,6 +184,11 @@ def fit(
     loss = math.nan if run.loss is None else run.loss
     parameters = sum(parameter.numel() for parameter in parts.trained)
     return task, TrainingResult(out, run.seen, seconds, speed, loss, parameters, run.dtype, run.threads)
+
+
+def begun_by_this_launch(out: Path) -> bool:
+    """Whether processes that torchrun started before these have begun the run, rather than refused to replace it."""
+    return is_run(out) and launch() is not None and json_of(out / ENVIRONMENT).get("launch") == launch()
 
 
 def begun(task: Task, stop: StopRequest, out: Path, world: World) -> RunState:

@@ -78,7 +78,8 @@ class Periodic:
             **(speed if trained_on > 0 else {}),
         )
         self.bar.note = ", ".join(f"{name} {means[name]:.3f}" for name in ("loss", "accuracy") if name in means)
-        run.loss, run.since, run.steps_since, run.sums = means.get("loss", run.loss), run.seen, 0, {}
+        run.loss = self.task.standard(means, run.loss)
+        run.since, run.steps_since, run.sums = run.seen, 0, {}
         self.seconds, self.waited = 0.0, 0.0
         return_heap()
 

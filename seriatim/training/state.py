@@ -52,7 +52,7 @@ from seriatim.core import files
 from seriatim.core.construct import MOST_THREADS
 from seriatim.core.device import DTYPES
 from seriatim.core.errors import CheckpointError, shown
-from seriatim.core.files import PREVIOUS, atomic_folder, put_back, write_json, write_manifest
+from seriatim.core.files import PREVIOUS, atomic_folder, is_written, put_back, write_json, write_manifest
 from seriatim.core.reading import read_json, read_or_raise
 from seriatim.core.validation import Strict, parse
 from seriatim.training.distributed import placed, whole
@@ -322,8 +322,8 @@ def sweep(folder: Path) -> None:
     """Delete half-written files of a killed run, and put back a checkpoint whose replacement was interrupted."""
     if folder.is_dir():
         for path in list(folder.iterdir()):
-            found = re.fullmatch(rf"\.([0-9]+)\.{PREVIOUS}", path.name)
-            if found and path.is_dir():
+            found = re.fullmatch(rf"\.([0-9]+)\.{PREVIOUS}(-[0-9]+)?", path.name)
+            if found and is_written(path):
                 put_back(folder / found[1])
                 shutil.rmtree(path, ignore_errors=True)  # it still exists only if the new one is whole
         files.sweep(folder, lambda name: name.isdigit() or SHARED.fullmatch(name) is not None)

@@ -49,6 +49,10 @@ class Task(ABC):
     def loss(self, batch: Batch, part: slice, dtype: torch.dtype) -> Loss:
         """The loss of the images `part` of a batch. Its `parts` are averaged like the loss and logged by name."""
 
+    def standard(self, means: Mapping[str, float], before: float | None) -> float | None:
+        """The loss that tells which checkpoint is best: of the means since the last line, or `before` without any."""
+        return means.get("loss", before)
+
     @abstractmethod
     def trial(self) -> Callable[[torch.dtype], Loss]:
         """A function that computes the loss of a first batch in a given dtype and has no side effects."""

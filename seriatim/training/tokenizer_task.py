@@ -127,6 +127,12 @@ class TokenizerTask(BatchedTask):
             )
         return loss
 
+    def standard(self, means: Mapping[str, float], before: float | None) -> float | None:
+        """The reconstruction error with its perceptual term, since the adversarial terms begin later and rise."""
+        if not self.recipe.objective.gan or "loss_reconstruction" not in means:
+            return super().standard(means, before)
+        return means["loss_reconstruction"] + self.recipe.objective.perceptual * means.get("loss_perceptual", 0.0)
+
     # --- codes ----------------------------------------------------------------------------------------------------
 
     def updated(self) -> None:

@@ -22,7 +22,7 @@ from seriatim.core.processes import place
 from seriatim.data.store import Shards
 from seriatim.pipeline import pipeline
 from seriatim.pipeline.metadata import KEY
-from seriatim.pipeline.samples_folder import seed_of
+from seriatim.pipeline.samples_folder import is_grid, seed_of
 from seriatim.tokenizers.kl import KL
 
 pytestmark = pytest.mark.fresh_process
@@ -180,6 +180,19 @@ def test_a_picture_that_somebody_changed_is_not_drawn_again(tmp_path: Path) -> N
         code, lines = command(*words, "--resume")
         assert code == 2 and len(lines) == 1 and f"{path} exists already" in lines[0] and content(out) == before
         path.unlink()
+
+
+def test_an_overview_that_somebody_made_is_left_alone(tmp_path: Path) -> None:
+    make(tmp_path)
+    words, out = words_of("sample", tmp_path, "out"), tmp_path / "out"
+    assert command(*words, "--seed", "5")[0] == 0
+    sorted(out.glob("0*.png"))[3].unlink()
+    Image.new("RGB", (8, 8), "red").save(out / "grid.png")
+    before = content(out)
+    code, lines = command(*words, "--resume")
+    assert code == 2 and len(lines) == 1 and f"{out / 'grid.png'} exists already" in lines[0] and content(out) == before
+    (out / "grid.png").unlink()
+    assert command(*words, "--resume")[0] == 0 and is_grid(out / "grid.png")
 
 
 def test_the_seed_is_that_of_the_first_intact_picture(tmp_path: Path) -> None:

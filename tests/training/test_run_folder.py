@@ -23,7 +23,7 @@ from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.checkpoints.unfinished import best_of, newest_whole, why_not_whole
 from seriatim.cli.main import run as command_line
 from seriatim.core import files
-from seriatim.core.errors import ConfigError, DataError, Stopped, UsageError
+from seriatim.core.errors import CheckpointError, ConfigError, DataError, Stopped, UsageError
 from seriatim.core.stopping import StopRequest
 from seriatim.pipeline.pipeline import Pipeline
 from seriatim.training import setup, state
@@ -81,6 +81,7 @@ def test_damaged_checkpoints_are_kept_aside_and_count_for_nothing(
     run: Path, keep: int, damaged: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The newest are damaged, the run goes on from an older one or anew and is stopped at once: nothing is lost."""
+    shutil.rmtree(run / "model")  # the run is not finished
     before = {path.name: damage(path) for path in all_checkpoints(run / "checkpoints")[-damaged:]}
     older = [path.name for path in all_checkpoints(run / "checkpoints")[:-damaged]]
     signal_in_step(monkeypatch, 1)
@@ -174,6 +175,25 @@ def test_a_model_folder_is_put_back_before_it_is_looked_at(tmp_path: Path) -> No
     before = contents(tmp_path / ".m.previous")
     assert command_line(["convert", "kl16", str(tmp_path / "any.ckpt"), str(tmp_path / "m")]) == 2
     assert contents(tmp_path / "m") == before and not (tmp_path / ".m.previous").exists()
+
+
+def test_what_somebody_keeps_beside_a_folder_is_neither_deleted_nor_put_back(run: Path, tmp_path: Path) -> None:
+    """It has the name that an interrupted replacement would have given, but is no run, model or checkpoint."""
+    theirs = {run.with_name(f".{run.name}.previous"), tmp_path / ".m.previous", run / ".model.previous"}
+    theirs |= {run / "checkpoints" / ".000000000064.previous"}
+    for folder in theirs:
+        folder.mkdir()
+        (folder / "thesis.txt").write_text("mine")
+        (folder / "manifest.json").write_text('{"name": "a manifest of something else"}')
+    train(tiny("training.images=96"), run, resume=True, quiet=True)
+    train(tiny(), run, overwrite=True, quiet=True) if not (run / ".model.previous").exists() else None
+    for _ in range(2):
+        save_bundle(make_bundle(), tmp_path / "m")
+    assert all((folder / "thesis.txt").read_text() == "mine" for folder in theirs)
+    shutil.rmtree(tmp_path / "m")
+    with pytest.raises(CheckpointError):
+        load_bundle(tmp_path / "m")
+    assert not list(tmp_path.glob(".m.previous-*"))
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -258,8 +258,7 @@ def test_given_statistics_are_measured_when_the_encoder_is_trained(tmp_path: Pat
     train_tokenizer(recipe_of(*words, frozen), tmp_path / "frozen", quiet=True)
     trained: Any = load_tokenizer(tmp_path / "trained")
     kept: Any = load_tokenizer(tmp_path / "frozen")
-    images = to_float(build_data({"kind": "digits"}).images(torch.arange(600)))
-    assert trained.config["statistics"] == "channel" and 0.6 < trained.tokens(trained.moments(images)).std() < 1.4
+    assert trained.config["statistics"] == "channel" and bool(trained.measured) and len(trained.std.unique()) == 2
     assert kept.config["statistics"] == "fixed" and torch.equal(kept.std, made.std)
 
 

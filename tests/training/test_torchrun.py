@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from helpers import TINY_RUN
+
 from seriatim import load
 from seriatim.checkpoints.unfinished import all_checkpoints
+from seriatim.training.config import read_recipe
+from seriatim.training.loop import train
 
 TRAIN = [
     "-m", "seriatim", "train", "mar-digits", "model.width=16", "model.depth=1", "model.heads=2", "model.head.width=16",
@@ -89,3 +93,14 @@ def test_a_signal_to_the_launcher_saves_one_checkpoint(tmp_path: Path) -> None:
         said = it.communicate(timeout=60)[1]
     assert len(all_checkpoints(tmp_path / "run" / "checkpoints")) == 1, said
     assert said.count("go on with --resume") == 1, said
+
+
+def test_a_restart_does_not_go_on_with_a_run_that_the_command_refused_to_replace(tmp_path: Path) -> None:
+    """The first start ends with one line, since the folder holds a run; so does the second."""
+    recipe = read_recipe("mar-digits", [*TINY_RUN, "training.images=16"])
+    train(recipe, tmp_path / "run", quiet=True)
+    made = (tmp_path / "run" / "model" / "manifest.json").read_bytes()
+    with launched(tmp_path, "training.images=48", options=("--max-restarts", "1", "--monitor-interval", "1")) as it:
+        said = it.communicate(timeout=240)[1]
+    assert it.returncode != 0 and "holds a run already" in said and "resuming" not in said
+    assert (tmp_path / "run" / "model" / "manifest.json").read_bytes() == made
