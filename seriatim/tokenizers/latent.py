@@ -195,6 +195,15 @@ class Latent(Tokenizer):
     def moments_fingerprint(self) -> str:
         return digest_of(type(self).__name__, self.moments_config(), self.autoencoder.state_dict())
 
+    def encoder_fingerprint(self) -> str:
+        """The sha256 of the weights of the encoder alone, on which the meaning of tokens depends."""
+        weights = {
+            name: tensor
+            for name, tensor in self.autoencoder.state_dict().items()
+            if name.startswith(("encoder.", "quant_conv."))
+        }
+        return digest_of(type(self).__name__, self.moments_config(), weights)
+
     # --- statistics -----------------------------------------------------------------------------------------------
 
     def fit(self, batches: Iterable[Tensor]) -> None:

@@ -77,7 +77,9 @@ class TokenizerTask(BatchedTask):
         self.seen = seen_features(begun, None if self.perceptual is None else self.perceptual.extractor)
         average = averaged(self.model, settings.ema)
         self.result: Tokenizer = cast(Autoencoding, average.module).tokenizer
-        self.encoder = None if source is None else self.result.moments_fingerprint()  # with which the run began
+        self.encoder: str | None = None  # with which the run began, if it has statistics
+        if source is not None and isinstance(self.result, Latent):
+            self.encoder = self.result.encoder_fingerprint()
         rate, betas, decay = settings.learning_rate, settings.betas, settings.weight_decay
         fused = True if where.type in ("cpu", "cuda") else None
         groups = adversarial_groups(self.model)
@@ -171,7 +173,7 @@ class TokenizerTask(BatchedTask):
     def measure(self, most: int, stop: StopRequest | None = None) -> None:
         """Measure the statistics of the averaged tokenizer's latents, if it has any, on about `most` images."""
         tokenizer = self.result
-        if not isinstance(tokenizer, Latent) or tokenizer.moments_fingerprint() == self.encoder:
+        if not isinstance(tokenizer, Latent) or tokenizer.encoder_fingerprint() == self.encoder:
             return  # a frozen encoder's latents keep their statistics, so that tokens mean what they meant
         if tokenizer.config["statistics"] == "fixed":  # those were another encoder's
             tokenizer.config["statistics"] = "channel"
