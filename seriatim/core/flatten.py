@@ -24,6 +24,7 @@ SAME = 3  # a profile that changes no colour by more than this many 8-bit levels
 PALETTES, NUMBERS = ("P", "PA"), ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 GREYS = ("1", "L", "LA", "La", *NUMBERS)
 SCALED = {"L;2": 85, "L;4": 17}  # Pillow's name for grey PNGs of 2 and 4 bits -> its factor on their levels
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # the TIFF tag that says what the levels mean, and its value for negatives
 ORIENTATION = 0x0112  # the EXIF tag of the orientation
 TURNS = {  # EXIF orientation -> the operation that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -87,11 +88,12 @@ def flatten(image: Image.Image, mode: str, background: Colour) -> Image.Image:
     if image.mode == mode and key is None and to_srgb is None:
         return image
     scale = 255 if image.mode == "F" and not highest(image) > 1 else 1
+    negative = is_negative(image)
     result = Image.new(mode, image.size)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-        colour, alpha = separated(strip, key, scale)
+        colour, alpha = separated(strip, key, scale, negative)
         if to_srgb is not None:
             colour = ImageCms.applyTransform(colour, to_srgb)  # type: ignore[assignment]
         if alpha is not None:
@@ -100,6 +102,15 @@ def flatten(image: Image.Image, mode: str, background: Colour) -> Image.Image:
             colour = Image.alpha_composite(Image.new("RGBA", colour.size, (*background, 255)), colour)
         result.paste(colour.convert(mode), (0, top))
     return result
+
+
+def is_negative(image: Image.Image) -> bool:
+    """Whether a TIFF has levels of 16 bits or in floating point that are 0 for white, which Pillow leaves as they are.
+
+    Levels of up to 8 bits are inverted by Pillow while it decodes them.
+    """
+    tags: Any = getattr(image, "tag_v2", {})
+    return image.mode in NUMBERS and bool(tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
 
 
 def highest(image: Image.Image) -> float:
@@ -121,8 +132,13 @@ def clear_colour(image: Image.Image, packed: str) -> Any:
     return (255 if key else 0) if image.mode == "1" else key * SCALED.get(packed, 1)
 
 
-def separated(strip: Image.Image, key: Any, scale: int) -> tuple[Image.Image, Image.Image | None]:
-    """The 8-bit colours of a strip, in mode "RGB", "L" or "CMYK", and its alpha channel, in mode "L", or None."""
+def separated(
+    strip: Image.Image, key: Any, scale: int, negative: bool = False
+) -> tuple[Image.Image, Image.Image | None]:
+    """The 8-bit colours of a strip, in mode "RGB", "L" or "CMYK", and its alpha channel, in mode "L", or None.
+
+    The colours are inverted if `negative`, which only images of numbers are.
+    """
     if strip.mode in PALETTES:
         strip = strip.convert("RGBA" if strip.has_transparency_data else "RGB")
     strip.info = {}
@@ -135,7 +151,8 @@ def separated(strip: Image.Image, key: Any, scale: int) -> tuple[Image.Image, Im
         clear = np.asarray(strip if strip.mode != "1" else strip.convert("L")) == np.asarray(key)
         alpha = Image.fromarray(np.where(clear.all(axis=-1) if clear.ndim == 3 else clear, 0, 255).astype(np.uint8))
     if strip.mode in NUMBERS:
-        strip = Image.fromarray(eight_bits(np.asarray(strip), scale))
+        levels = eight_bits(np.asarray(strip), scale)
+        strip = Image.fromarray(255 - levels if negative else levels)
     if strip.mode not in ("RGB", "L", "CMYK"):
         strip = strip.convert("L" if strip.mode == "1" else "RGB")
     return strip, alpha

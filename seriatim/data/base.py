@@ -82,6 +82,13 @@ class ImageData:
         """The fingerprint, followed by those by which earlier versions knew the same images."""
         return (self.fingerprint(),)
 
+    def contents(self) -> Iterator[bytes] | None:
+        """What each image is known by whatever its name and place, such as the sha256 of its file; None if nothing is.
+
+        Equal contents mean that the images are the same. That is not so the other way round.
+        """
+        return None
+
     def traits(self) -> dict[str, str]:
         """The parts of the fingerprint by name, so that a message can say which of them changed."""
         return {}

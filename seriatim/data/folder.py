@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -109,6 +109,9 @@ class Folder(ImageData):
             "contents": short(self._sha256s()),
         }
 
+    def contents(self) -> Iterator[bytes]:
+        return apart(self._sha256s())
+
     def _sha256s(self) -> bytes:
         """The sha256 of each picture's file, one after another."""
         if self._hashes is None:
@@ -166,6 +169,12 @@ def reader_of(channels: int, max_pixels: int) -> str:
 def joined(known: Iterable[Known]) -> bytes:
     """The sha256 of files, one after another."""
     return bytes.fromhex("".join(about.sha256 for about in known))
+
+
+def apart(hashes: bytes) -> Iterator[bytes]:
+    """The single hashes of which `joined` made one text."""
+    size = hashlib.sha256().digest_size
+    return (hashes[i : i + size] for i in range(0, len(hashes), size))
 
 
 def short(content: bytes) -> str:

@@ -16,11 +16,15 @@ from torch import Tensor
 from seriatim.core.errors import ConfigError, DataError
 from seriatim.core.files import expanded
 from seriatim.core.names import find_name
+from seriatim.core.terminal import say
+from seriatim.data.array_file import ArrayData
 from seriatim.data.base import ImageData, StreamData
 from seriatim.data.sources import build_data
 from seriatim.tokenizers.base import Tokenizer
 
 AT_ONCE = 256  # images that are read at once where their contents decide
+MOST_SHARED = 0.5  # the share of the validation images in another folder that may be trained on as well
+MOST_NAMED = 5  # classes that a message names
 
 
 class Part(ImageData):
@@ -95,8 +99,28 @@ def build_divided(config: Mapping[str, Any]) -> ImageData:
             f"{counts[1]}; give a {'larger' if counts[1] else 'smaller'} share, or the path of other images"
         )
     train = Part(data, (~chosen).nonzero()[:, 0])
+    refuse_untrained(data, train, wanted)
     train.held_out = Part(data, chosen.nonzero()[:, 0])
     return train
+
+
+def refuse_untrained(data: ImageData, train: ImageData, share: float) -> None:
+    """Raise DataError if all images of a class are held out: the model would have that class and never learn it."""
+    before, after = (present(each) for each in (data, train))
+    lost = [repr(data.class_names[label]) for label in sorted(before - after)]
+    if lost:
+        more = f" and {len(lost) - MOST_NAMED} more" if len(lost) > MOST_NAMED else ""
+        raise DataError(
+            f"data.validation: a share of {share:g} holds out all images of {len(lost)} of {len(data.class_names)} "
+            f"classes ({', '.join(lost[:MOST_NAMED])}{more}), which leaves none to train on; give a smaller share, add "
+            "images of these, or give the path of other images"
+        )
+
+
+def present(data: ImageData) -> set[int]:
+    """The classes that have an image."""
+    labels = data.labels(torch.arange(data.count)) if data.class_names else None
+    return set() if labels is None else {label for label in labels.unique().tolist() if label >= 0}
 
 
 def held_out(data: ImageData, share: float) -> Tensor:
@@ -128,14 +152,38 @@ def with_folder(config: Mapping[str, Any], path: str) -> ImageData:
     if isinstance(data, StreamData):
         kept = ("size", "channels", "background", "max_pixels")
         config = {"kind": "folder", **{key: config[key] for key in kept if key in config}}
+    if isinstance(data, ArrayData):  # the labels in a file of their own are those of the rows of data.path
+        config = {key: value for key, value in config.items() if key != "labels"}
     try:
         other = build_data({**config, "path": path})
     except (ConfigError, DataError) as error:
         raise type(error)(str(error).replace("data.path", "data.validation")) from error
     if other.images_fingerprint() == data.images_fingerprint():
         raise ConfigError(f"data.validation: {path} holds the images of data.path; name others, or give a share")
-    data.held_out = Part(other, torch.arange(other.count), matched(other, data.class_names))
+    labels = matched(other, data.class_names)
+    check_shared(data, other, path)
+    data.held_out = Part(other, torch.arange(other.count), labels)
     return data
+
+
+def check_shared(data: ImageData, other: ImageData, path: str) -> None:
+    """Say how many images of `other`, which is in `path`, are trained on as well; DataError if it is most of them.
+
+    Images are the same if their files are, byte by byte, under any name. A latent cache does not keep what its images'
+    files were, so images that are in two caches are not found.
+    """
+    trained, held = data.contents(), other.contents()
+    if trained is None or held is None:
+        return
+    each = list(held)
+    same = set(each).intersection(trained)
+    shared = sum(content in same for content in each)
+    if not shared:
+        return
+    found = f"data.validation: {shared} of {len(each)} images in {path} are images of data.path too"
+    if shared > MOST_SHARED * len(each):
+        raise DataError(f"{found}; name images that are not trained on, or give a share, such as 0.05")
+    say(f"{found}, so the loss on them tells nothing about new images; remove them from one of the two")
 
 
 def matched(other: ImageData, names: list[str]) -> Tensor | None:
@@ -143,6 +191,11 @@ def matched(other: ImageData, names: list[str]) -> Tensor | None:
     labels = other.labels(torch.arange(other.count))
     if not names:
         return None
+    if labels is None and isinstance(other, ArrayData):
+        raise DataError(
+            f"data.validation: {other.root} has no labels, the rows of data.path have; give a share, such as 0.05, or "
+            "a .safetensors file with the tensors 'tokens' and 'labels'"
+        )
     if labels is None:
         raise DataError("data.validation: has no classes, those of data.path have; name a folder with the same classes")
     found = [find_name(name, names) for name in other.class_names]

@@ -21,7 +21,7 @@ from seriatim.core.flatten import WHITE, as_colour
 from seriatim.core.images import MAX_PIXELS, BadImage, Source, check_max_pixels, load_pixels
 from seriatim.core.random import derive_seed
 from seriatim.data.base import ImageData, Position, Row, StreamData
-from seriatim.data.folder import VERSION, joined, reader_of, refuse_bad, square
+from seriatim.data.folder import VERSION, apart, joined, reader_of, refuse_bad, square
 from seriatim.data.known_files import Files, examine
 from seriatim.data.listing import say_unused
 
@@ -93,14 +93,21 @@ class HuggingFace(ImageData):
 
     def fingerprint(self) -> str:
         """The sha256 of the rows' images and classes and their order; copies of the data have the same."""
-        if self._hashes is None:
-            known = examine(self._files(decode=False))
-            self._hashes = joined(known[i] for i in self.kept)
         listing = [[] if self._labels is None else self._labels.tolist(), over(self)]
-        return VERSION + hashlib.sha256(json.dumps(listing).encode() + self._hashes).hexdigest()
+        return VERSION + hashlib.sha256(json.dumps(listing).encode() + self._sha256s()).hexdigest()
 
     def fingerprints(self) -> tuple[str, ...]:
         return self.fingerprint(), f"{self.source} {self.count}{over(self)}"
+
+    def contents(self) -> Iterator[bytes]:
+        return apart(self._sha256s())
+
+    def _sha256s(self) -> bytes:
+        """The sha256 of each row's image, one after another."""
+        if self._hashes is None:
+            known = examine(self._files(decode=False))
+            self._hashes = joined(known[i] for i in self.kept)
+        return self._hashes
 
     def _files(self, *, decode: bool) -> Files:
         """The rows as files. The library's own fingerprint in `source` changes when they do."""

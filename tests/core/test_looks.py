@@ -425,6 +425,34 @@ def test_a_tiff_with_odd_tags_is_read() -> None:
     assert (look(encoded(raw("RGB", COLOURS), "TIFF", tiffinfo=info)) == COLOURS).all()
 
 
+def negative_tiff(levels: Any, bits: int) -> bytes:
+    """A TIFF whose level 0 is white, written by hand, because Pillow inverts some modes when it writes them."""
+    height, width = levels.shape
+    stored = np.packbits(levels.astype(bool), axis=1) if bits == 1 else levels.astype(f"<u{bits // 8}")
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 0, 273: 8, 277: 1, 278: height, 279: stored.nbytes}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    listing = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    return struct.pack("<2sHI", b"II", 42, 8 + stored.nbytes) + stored.tobytes() + listing
+
+
+@pytest.mark.parametrize("bits", [1, 8, 16])
+def test_a_tiff_whose_zero_is_white_is_no_negative(bits: int) -> None:
+    highest = 2**bits - 1
+    data = negative_tiff(blocks(np.array([0, 1, 0, 1] if bits == 1 else GREYS / 255) * highest, int), bits)
+    expected = grey([255, 0, 255, 0] if bits == 1 else 255 - GREYS)
+    assert np.abs(look(data) - expected).max() <= 1
+    assert np.abs(centres(as_seen(Image.open(io.BytesIO(data)), 3)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("container", ["TIFF", "TIFF LZW"])
+def test_deep_tiffs_whose_zero_is_white(container: str) -> None:
+    for mode, levels, dtype in (("I;16", GREYS * 257, "<u2"), ("F", GREYS / 255, "<f4"), ("F", GREYS, "<f4")):
+        picture = Image.frombytes(mode, (SIDE, SIDE), blocks(range(4), int).choose(levels).astype(dtype).tobytes())
+        data = encoded(picture, container, tiffinfo={262: 0})
+        assert np.abs(look(data) - (255 - grey(GREYS))).max() <= 1
+        assert np.abs(look(encoded(picture, container)) - grey(GREYS)).max() <= 1, "the usual 0 is black"
+
+
 def test_odd_metadata_is_silent_and_filters_are_as_before() -> None:
     """From many threads at once: catch_warnings by each would leave the filters of another."""
     from concurrent.futures import ThreadPoolExecutor

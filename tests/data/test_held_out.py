@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from seriatim.core.errors import ConfigError, DataError
 from seriatim.data.base import ImageData
@@ -123,6 +124,70 @@ def test_arrays_and_digits(tmp_path: Path) -> None:
     assert torch.equal(held[0], held[1].flip(0)), "the order of rows does not matter"
     digits = build_divided({"kind": "digits", "validation": 0.1})
     assert digits.held_out is not None and digits.count + digits.held_out.count == 1437
+
+
+def saved(path: Path, array: Any) -> str:
+    np.save(path, array)
+    return str(path)
+
+
+def rows(count: int, seed: int) -> Any:
+    return np.random.default_rng(seed).standard_normal((count, 6, 3)).astype(np.float32)
+
+
+def test_labels_of_other_arrays_are_their_own(tmp_path: Path) -> None:
+    """The labels in a file of their own belong to the rows of data.path, even if there are as many other rows."""
+    more = {"kind": "arrays", "path": saved(tmp_path / "t.npy", rows(30, 0))}
+    other = saved(tmp_path / "v.npy", rows(30, 1))
+    unlabelled = build_divided({**more, "validation": other}).held_out
+    assert unlabelled is not None and unlabelled.labels(torch.arange(30)) is None
+    more["labels"] = saved(tmp_path / "labels.npy", np.arange(30) % 3)
+    with pytest.raises(DataError, match=r"data\.validation: .*v\.npy has no labels, .*; give a share, such as 0\.05"):
+        build_divided({**more, "validation": other})
+    own = tmp_path / "v.safetensors"
+    save_file({"tokens": torch.from_numpy(rows(5, 1)), "labels": torch.tensor([2, 0, 1, 2, 2])}, own)
+    held = build_divided({**more, "validation": str(own)}).held_out
+    labels = None if held is None else held.labels(torch.arange(5))
+    assert labels is not None and labels.tolist() == [2, 0, 1, 2, 2]
+
+
+def test_images_of_both_folders_are_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever their names: a few are said, and if most are trained on, the figure would be one of training."""
+    other = pictures(tmp_path / "other", {"dog": range(500, 510)})
+    build_divided(config(folder, validation=str(other)))
+    assert "images of data.path too" not in capsys.readouterr().err
+    for i in range(5):
+        shutil.copy(folder / "cat" / f"{i:03d}.png", other / "dog" / f"renamed{i}.png")
+    data = build_divided(config(folder, validation=str(other)))
+    assert data.held_out is not None and data.held_out.count == 15
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data.validation: ")]
+    assert len(said) == 1 and f"5 of 15 images in {other} are images of data.path too" in said[0]
+    nearly = shutil.copytree(folder, tmp_path / "nearly")
+    (nearly / "cat" / "000.png").unlink()
+    for check in (True, False):
+        with pytest.raises(DataError, match=r"data\.validation: 119 of 119 images in .*nearly .*; name images that"):
+            build_divided(config(folder, check=check, validation=str(nearly)))
+
+
+def test_rows_of_both_arrays_are_counted(tmp_path: Path) -> None:
+    path, tokens = saved(tmp_path / "t.npy", rows(30, 0)), rows(30, 0)[5:]
+    with pytest.raises(DataError, match=r"data\.validation: 25 of 25 images in .*v\.npy are images of data\.path too"):
+        build_divided({"kind": "arrays", "path": path, "validation": saved(tmp_path / "v.npy", tokens)})
+    codes = np.arange(40).reshape(20, 2) % 4  # rows of a few codes are equal by chance
+    path = saved(tmp_path / "codes.npy", codes)
+    build_divided({"kind": "arrays", "path": path, "validation": saved(tmp_path / "others.npy", codes[:9])})
+
+
+def test_a_class_without_images_to_train_on_is_refused(tmp_path: Path) -> None:
+    """A share of which all images of a class are held out would leave a class that the model never sees."""
+    many = pictures(tmp_path / "few", {"cat": range(40)})
+    lone = {f"rare{i}": range(100 + i, 101 + i) for i in range(9)}
+    pictures(many, lone)
+    with pytest.raises(DataError, match=r"share of 0\.6 holds out all images of \d of 10 classes \(.rare.*; give"):
+        build_divided(config(many, validation=0.6))
+    data = build_divided(config(many, validation=0.01))
+    labels = data.labels(torch.arange(data.count))
+    assert labels is not None and set(labels.tolist()) == set(range(10))
 
 
 @pytest.mark.parametrize("value", [0, 1, 1.0, 0.0, -0.1, 1.5, True, [0.1], float("nan"), {"share": 0.1}])

@@ -14,6 +14,7 @@ from PIL import Image
 
 from seriatim.core.errors import DataError, UsageError
 from seriatim.data.base import Position
+from seriatim.data.held_out import build_divided
 from seriatim.data.hub_datasets import HuggingFaceStream
 from seriatim.data.sources import build_data
 from seriatim.training.config import read_recipe
@@ -66,6 +67,15 @@ def webdataset(root: Path) -> dict[str, Any]:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return {"path": "webdataset", "data_files": str(root / "data.tar")}
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_validation_images_that_are_trained_on_are_found(tmp_path: Path, check: bool) -> None:
+    """By the sha256 of each image, so that another name or place hides nothing."""
+    train, other = (Path(image_folder(tmp_path / name)["data_dir"]) for name in ("a", "b"))
+    (other / "cat" / "0.png").write_bytes(picture(50))
+    with pytest.raises(DataError, match=r"data\.validation: 5 of 6 images in .* are images of data\.path too"):
+        build_divided({"kind": "hf", "size": 8, "path": str(train), "check": check, "validation": str(other)})
 
 
 @pytest.mark.parametrize(
