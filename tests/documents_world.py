@@ -102,6 +102,7 @@ def make(root: Path) -> Path:
     save_classifier(trained, root / "runs" / "classifier" / "model")
     for folder, classes in (("cifar10/train", PHOTOGRAPHED), ("cifar10/test", PHOTOGRAPHED), ("photos", ["a", "b"])):
         pictures(root / folder, 32, 6 if folder != "photos" else 24, classes)
+    pictures(root / "other-photos", 32, 24, ["a", "b"])
     pictures(root, 32, 8, ["cars"])
     shutil.copy(root / "photos" / "a" / "0.png", root / "horse.png")
     Image.fromarray(np.repeat([[0, 255]], 16, axis=1).repeat(32, axis=0).astype(np.uint8)).save(root / "mask.png")

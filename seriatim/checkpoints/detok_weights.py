@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from seriatim.checkpoints.official import OfficialFile, read_storage
-from seriatim.checkpoints.shapes import count, mapped, official_name, shape
+from seriatim.checkpoints.shapes import check_tokenizer, count, mapped, official_name, shape
 from seriatim.core.errors import CheckpointError, UsageError, one_line, shown
 from seriatim.core.files import expanded
 from seriatim.core.reading import read_json, read_or_raise
@@ -33,6 +33,7 @@ ENTRIES = ("model_ema", "model")  # of an official file
 HINT = "not the weights of an l-DeTok tokenizer"
 HEADS = {512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16}  # width -> number of heads in the published sizes
 MOST_BYTES = 1 << 24  # of a file of statistics, which holds a few numbers for each channel
+MOST_NUMBERS = 1 << 15  # of a mean or a standard deviation: those of the most channels, and of their log-variances
 BLOCK = {"norm1": "norm1", "norm2": "norm2", "attention.qkv": "attn.qkv", "attention.proj": "attn.proj"}
 BLOCK |= {"mlp.fc1": "mlp.w12", "mlp.fc2": "mlp.w3"}
 TABLE = {
@@ -134,12 +135,7 @@ def sized(
         size = math.isqrt(L) * stride
     depth = [count(tensors, f"{half}.transformer", where) for half in ("encoder", "decoder")]
     arguments: Any = {"stride": stride, "latent_channels": z, "width": widths, "depth": depth}
-    try:
-        Detok(stride, 1, channels, heads=1, **arguments)
-    except UsageError as error:
-        raise CheckpointError(
-            f"{where}: its tensors are not those of a tokenizer we know: {one_line(error)}"
-        ) from error
+    check_tokenizer(lambda: Detok(stride, 1, channels, heads=1, **arguments), arguments, where)
     mean, std = statistics or (None, None)
     kind: Any = "channel" if statistics is None else "fixed"
     tokenizer = Detok(size, 1, channels, heads=list(heads), statistics=kind, mean=mean, std=std, **arguments)
@@ -194,6 +190,11 @@ def chosen_statistics(content: Mapping[Any, Any], path: Path, key: str | None, s
 def channel_numbers(values: Any, name: str, path: Path) -> list[float]:
     """The numbers of a tensor or a list."""
     if isinstance(values, Tensor):
+        if values.numel() > MOST_NUMBERS:
+            raise CheckpointError(
+                f"{path}: {name} has {values.numel():,} numbers, at most {MOST_NUMBERS:,} are allowed; give the file "
+                "of statistics of channels"
+            )
         values = values.double().flatten().tolist()
     if not isinstance(values, list) or not all(isinstance(x, (int, float)) for x in values):
         raise CheckpointError(f"{path}: {name} is {shown(values)}, not a list of numbers, one for each channel")
@@ -219,17 +220,28 @@ def read_pickle(path: Path) -> Mapping[Any, Any]:
 
 
 class PlainPickle(pickle.Unpickler):
-    """Reads tensors and plain containers. Each tensor's memory is a torch file of its own inside the pickle."""
+    """Reads tensors and plain containers. Each tensor's memory is a torch file of its own inside the pickle.
+
+    All that is read takes no more memory than the file has bytes.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(io.BytesIO(path.read_bytes()))
-        self.path = path
+        raw = path.read_bytes()
+        super().__init__(io.BytesIO(raw))
+        self.path, self.left = path, len(raw)
+
+    def storage(self, raw: bytes) -> Any:
+        """The memory of a tensor. A pickle may name the same bytes again and again, each time for a new memory."""
+        self.left -= len(raw)
+        if self.left < 0:
+            raise ValueError("its tensors are larger than the file")
+        return read_storage(raw)
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): rebuilt,
-            ("torch.storage", "_load_from_bytes"): read_storage,
+            ("torch.storage", "_load_from_bytes"): self.storage,
         }
         if (module, name) not in known:
             raise CheckpointError(
@@ -240,8 +252,8 @@ class PlainPickle(pickle.Unpickler):
 
 
 def rebuilt(memory: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
-    """The tensor that is a part of this memory, not larger than it."""
+    """The tensor that is a part of this memory, not larger than it. It is no copy: a pickle may ask for many."""
     whole: Tensor = torch.empty(0, dtype=memory.dtype).set_(memory._untyped_storage)
     if math.prod(size) > len(whole):
         raise ValueError("a tensor is larger than its memory")
-    return whole.as_strided(size, stride, offset).clone()
+    return whole.as_strided(size, stride, offset)

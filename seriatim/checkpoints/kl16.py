@@ -78,7 +78,7 @@ def tokenizer_from_kl16(
     }
     channels = known.width("encoder.conv_in.weight", 1)
     with torch.device("meta"):
-        known.check(lambda: KL(2 ** (levels - 1), 1, channels, **arguments))
+        known.check(lambda: KL(2 ** (levels - 1), 1, channels, **arguments), arguments)
         tokenizer = KL(size, patch, channels, scale=scale, **arguments)  # what is wrong now is the caller's
     known.fill(tokenizer.autoencoder, lambda name: official_name(name, levels))
     return tokenizer

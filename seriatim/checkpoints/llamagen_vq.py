@@ -98,7 +98,7 @@ def tokenizer_from_llamagen(
     }
     channels = known.width("encoder.conv_in.weight", 1)
     with torch.device("meta"):
-        known.check(lambda: VQ(2 ** (len(widths) - 1), channels, **arguments))
+        known.check(lambda: VQ(2 ** (len(widths) - 1), channels, **arguments), arguments)
         tokenizer = VQ(size, channels, **arguments)  # what is wrong now is the caller's
     known.fill(tokenizer, official_name)
     return tokenizer.requires_grad_(False).eval()

@@ -32,6 +32,7 @@ SUFFIXES = {".pth", ".pt", ".ckpt", ".bin", ".safetensors"}
 # What torch.compile, FSDP and activation checkpointing put into names, wherever the wrapped module is
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 PREFIXES = ("module.", "model.")  # what data-parallel training, and a model that holds the model, put before all names
+ZIP = b"PK"  # how a zip begins
 TELL_NOTHING = ("", "state_dict")  # names of entries that don't say which weights they are
 
 
@@ -108,8 +109,18 @@ def read_torch(path: Path) -> Mapping[str, Any]:
 
 
 def read_storage(raw: bytes) -> Any:
-    """The memory of a tensor that lies in a torch file inside a pickle, on the CPU wherever it was written."""
-    return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    """The memory of a tensor that lies in a torch file inside a pickle, on the CPU wherever it was written.
+
+    Raises ValueError for one that would be larger than what is there of it.
+    """
+    if raw.startswith(ZIP):  # a small zip may unpack to anything
+        raise ValueError("a tensor inside it is packed, which torch never does")
+    storage = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    if not isinstance(storage, torch.storage.TypedStorage):
+        raise ValueError(f"the memory of a tensor inside it is {type(storage).__name__}")
+    if storage._untyped_storage.nbytes() > len(raw):  # torch takes the size that is said, even where no bytes follow
+        raise ValueError("a tensor inside it says that it is larger than what the file holds of it")
+    return storage
 
 
 def harmless() -> list[Any]:
@@ -156,7 +167,9 @@ def is_scalar(value: Any) -> bool:
 
 def check_packing(path: Path) -> None:
     """Refuse a file whose parts would be larger than the file: torch packs none of them."""
-    if zipfile.is_zipfile(path):
+    with path.open("rb") as file:
+        begins = file.read(len(ZIP))
+    if begins == ZIP or zipfile.is_zipfile(path):  # torch goes by the beginning, the library by the end
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise ValueError("its parts are packed, which torch never does")
@@ -171,10 +184,23 @@ def only_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
             continue
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{path}: entry {shown(name)} is {type(value).__name__}, not a tensor")
-        if value.layout == torch.strided and value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: tensor {name!r} says that it is larger than what the file holds of it")
         tensors[name] = value
+    check_held(path, tensors)
     return without_prefix(tensors)
+
+
+def check_held(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a tensor larger than its memory, and memory larger than the file: old files may name a size without it."""
+    room, seen = path.stat().st_size, set()
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            continue
+        memory = tensor.untyped_storage()
+        if tensor.device.type == "cpu" and memory.data_ptr() not in seen:  # several tensors may share one
+            seen.add(memory.data_ptr())
+            room -= memory.nbytes()
+        if room < 0 or tensor.numel() * tensor.element_size() > memory.nbytes():
+            raise CheckpointError(f"{path}: tensor {name!r} says that it is larger than what the file holds of it")
 
 
 def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from seriatim.checkpoints.unfinished import (
     best_of,
     checkpoint_of,
     is_checkpoint,
+    is_number,
     newest_whole,
     usable,
     why_not_whole,
@@ -102,6 +103,11 @@ def checkpoint_named(run: Path, which: str, *, quiet: bool = False) -> Found:
         if reason is not None:
             raise CheckpointError(f"{reason}; {what_there_is(run)}")
     every = all_checkpoints(folder)
+    if path is None and number == BEST and newest_whole(folder)[0] is not None:
+        raise CheckpointError(
+            f"{run}@{which}: no whole checkpoint has a loss to go by, so none is the best; write "
+            f"{run}@{LATEST}{colon}{kind}"
+        )
     if path is None and every and number in (LATEST, BEST):
         raise CheckpointError(
             f"{run}@{which}: none of the {len(every)} checkpoints is whole; {why_not_whole(every[-1])}"
@@ -114,7 +120,7 @@ def checkpoint_named(run: Path, which: str, *, quiet: bool = False) -> Found:
 
 
 def same_number(name: str, number: str) -> bool:
-    return number.isascii() and number.isdigit() and name.lstrip("0") == number.lstrip("0")
+    return is_number(number) and name.lstrip("0") == number.lstrip("0")
 
 
 def what_there_is(run: Path) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from seriatim.checkpoints.official import OfficialFile
+from seriatim.core.construct import LARGEST_LAYERS, check_sizes
 from seriatim.core.errors import CheckpointError, ConfigError, UsageError, one_line
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model
@@ -49,10 +50,16 @@ def shape(tensors: Mapping[str, Tensor], name: str, axes: int, where: str, hint:
 
 
 def count(tensors: Mapping[str, Tensor], prefix: str, where: str) -> int:
-    """How many blocks there are under a name, numbered from 0."""
-    found = {int(m[1]) for name in tensors if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))}
-    if found != set(range(len(found))) or not found:
-        missing = min(set(range(len(found) + 1)) - found)
+    """How many blocks there are under a name, numbered from 0; no more than are ever built."""
+    # Numbers stay texts, because a name may have more digits than Python converts.
+    found = {m[1] for name in tensors if (m := re.match(rf"{re.escape(prefix)}\.([0-9]+)\.", name))}
+    if len(found) > LARGEST_LAYERS:
+        raise CheckpointError(
+            f"{where}: has {len(found):,} blocks under the name {prefix!r}; at most {LARGEST_LAYERS} are built; "
+            f"{ANOTHER}"
+        )
+    missing = next(i for i in itertools.count() if str(i) not in found)
+    if missing < len(found) or not found:
         refuse(where, "lacks", [f"{prefix}.{missing}.*"])
     return len(found)
 
@@ -152,20 +159,26 @@ class Autoencoder:
     def widths(self, pattern: str) -> list[int]:
         return [self.width(pattern.format(i), 0) for i in range(self.count(pattern))]
 
-    def check(self, make: Callable[[], object]) -> None:
-        """Raise CheckpointError if `make()` says that no tokenizer has such sizes."""
-        try:
-            make()
-        except UsageError as error:
-            raise CheckpointError(
-                f"{self.where}: its tensors are not those of a tokenizer we know: {one_line(error)}"
-            ) from error
+    def check(self, make: Callable[[], object], sizes: Mapping[str, Any]) -> None:
+        """Raise CheckpointError if the sizes are too large, or `make()` says that no tokenizer has them."""
+        check_tokenizer(make, sizes, self.where)
 
     def fill(self, module: nn.Module, official: Callable[[str], str]) -> None:
         """Give a module on the meta device the weights, in memory that it does not share with the tensors."""
         wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
         weights = mapped(self.tensors, wanted, official, self.where, self.hint)
         module.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+
+
+def check_tokenizer(make: Callable[[], object], sizes: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for sizes that no tokenizer has, and before `make()` for those that take long to build."""
+    try:
+        check_sizes(sizes, "tokenizer")
+        make()
+    except UsageError as error:
+        raise CheckpointError(
+            f"{where}: its tensors are not those of a tokenizer we know: {one_line(error)}"
+        ) from error
 
 
 def official_autoencoder(module: nn.Module, official: Callable[[str], str]) -> dict[str, Tensor]:

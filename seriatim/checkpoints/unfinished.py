@@ -27,7 +27,12 @@ def all_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints, oldest first; what a crash left half-written has another kind of name."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdigit())
+    return sorted(path for path in folder.iterdir() if path.is_dir() and is_number(path.name))
+
+
+def is_number(name: str) -> bool:
+    """Whether a folder is named by the images seen; `isdigit` alone also takes signs that are no number."""
+    return name.isascii() and name.isdigit()
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -81,7 +86,7 @@ def best_of(folder: Path) -> Path | None:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    return (folder / STATE).is_file() and folder.name.isdigit()
+    return (folder / STATE).is_file() and is_number(folder.name)
 
 
 def checkpoint_of(run: Path, *, quiet: bool = False) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,12 @@ def test_every_size_is_read_off_the_tensors(size: Any, more: dict[str, Any]) -> 
     assert torch.equal(again.moments(images), tokenizer.moments(images))
 
 
+def blocks(number: int) -> Callable[[dict[str, Tensor]], object]:
+    """Adds so many more blocks to each half, one tensor in each."""
+    halves = ("encoder", "decoder")
+    return lambda t: t.update({f"{h}.transformer.{i}.x": torch.ones(1) for i in range(number) for h in halves})
+
+
 def poison(tensors: dict[str, Tensor]) -> None:
     tensors["encoder.latent_head.bias"] = torch.full((6,), float("nan"))
 
@@ -82,6 +90,13 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] = {
     ),
     "channels": (lambda t: t.update({"encoder.patch_embed.0.weight": torch.ones(16, 2, 4, 4)}), "channels: 2", "know"),
     "width": (lambda t: t.update({"encoder.patch_embed.0.weight": torch.ones(10, 3, 4, 4)}), "with width 10", "know"),
+    "many blocks": (blocks(600), "has 600 blocks under the name 'encoder.transformer'; at most 512", "another"),
+    "many blocks together": (blocks(300), "tokenizer.depth: 300 is not allowed; at most 512 layers are built", "know"),
+    "long number": (
+        lambda t: t.update({f"encoder.transformer.{'9' * 5000}.x": torch.ones(1)}),
+        "lacks tensor",
+        "'encoder.transformer.1.*'",
+    ),
     "not finite": (poison, "not finite", "encoder.latent_head.bias"),
 }
 
@@ -97,6 +112,19 @@ def test_tensors_that_do_not_fit_are_named(case: str) -> None:
     message = str(caught.value)
     assert message.startswith("detok.pth") and all(word in message for word in words), message
     assert "\n" not in message
+
+
+@torch.no_grad()
+def test_nothing_is_built_of_more_blocks_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(*_: Any, **__: Any) -> None:
+        raise AssertionError("built")
+
+    monkeypatch.setattr("seriatim.checkpoints.detok_weights.Detok", built)
+    for number in (300, 600):
+        tensors = detok_tensors(small())
+        blocks(number)(tensors)
+        with pytest.raises(CheckpointError, match="at most 512"):
+            tokenizer_from_detok(tensors, "x", heads=(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +174,42 @@ def test_statistics_in_json(tmp_path: Path) -> None:
     assert read_statistics(path, 3) == ([0, 1.5, -2], [1, 2, 3])
 
 
+class Memory:
+    """Pickled as a tensor's memory with the bytes of any torch file."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+
+    def __reduce__(self) -> Any:
+        return torch.storage._load_from_bytes, (self.raw,)
+
+
+def deflated(size: int) -> bytes:
+    """A torch file of that many zeros, packed."""
+    plain, packed = io.BytesIO(), io.BytesIO()
+    torch.save(torch.zeros(size), plain)
+    with zipfile.ZipFile(plain) as given, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in given.infolist():
+            archive.writestr(entry.filename, given.read(entry))
+    return packed.getvalue()
+
+
+def old(size: int) -> bytes:
+    """A torch file of the old form with so many bytes of memory."""
+    file, memory = io.BytesIO(), torch.zeros(size, dtype=torch.uint8).untyped_storage()
+    typed = torch.storage.TypedStorage(wrap_storage=memory, dtype=torch.uint8, _internal=True)
+    torch.save(typed, file, _use_new_zipfile_serialization=False)
+    return file.getvalue()
+
+
+def claiming(size: int) -> bytes:
+    """A torch file of the old form that says a size, and names no memory to read."""
+    said = pickle.dumps(size, protocol=2)[2:-1]
+    raw = old(77).replace(b"K\x4dNt", said + b"Nt")
+    end = raw.index(b".", raw.index(b"Q")) + 1
+    return raw[:end] + pickle.dumps([], protocol=2)
+
+
 class Evil:
     ran = False
 
@@ -156,7 +220,12 @@ class Evil:
 def spoilt_pickles(tmp_path: Path) -> dict[str, tuple[Path, str]]:
     good = statistics(tmp_path / "good.pkl", NAME).read_bytes()
     huge = {"a": {"channel": (torch.zeros(1).expand(10**9), torch.zeros(1))}}
+    raw = old(1 << 16)
     cases: dict[str, tuple[bytes, str]] = {
+        "packed": (pickle.dumps({"a": Memory(deflated(1 << 20))}), "a tensor inside it is packed"),
+        "claimed": (pickle.dumps({"a": Memory(claiming(1 << 20))}), "larger than what the file holds of it"),
+        "again": (pickle.dumps({"a": [Memory(raw) for _ in range(9)]}), "its tensors are larger than the file"),
+        "long": (pickle.dumps({"a": {"channel": (torch.zeros(1 << 16),) * 2}}), "mean has 65,536 numbers, at most"),
         "code": (pickle.dumps({"a": Evil()}), "it asks for 'builtins.exec'), which could run any program"),
         "cut": (good[:-20], "is not the authors' file of statistics"),
         "empty": (b"", "is not the authors' file of statistics"),

@@ -156,6 +156,16 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] = {
     "shape": (lambda t: t.update({"quant_conv.bias": torch.ones(5)}), "has shape (5,), not (8,)", "quant_conv.bias"),
     "sides": (lambda t: t.update({"encoder.conv_in.weight": torch.ones(3)}), "has shape (3,)", "encoder.conv_in"),
     "not finite": (poison, "not finite", "decoder.mid.attn_1.q.weight"),
+    "many levels": (
+        lambda t: t.update({f"encoder.down.{i}.block.0.conv1.weight": torch.ones(32, 1, 1, 1) for i in range(5000)}),
+        "tokenizer.block_out_channels: 5000 given; at most 16",
+        "",
+    ),
+    "many layers": (
+        lambda t: t.update({f"encoder.down.0.block.{i}.conv1.weight": torch.ones(32, 1, 1, 1) for i in range(40)}),
+        "tokenizer.layers_per_block: 40 is not allowed; it must be at most 32",
+        "",
+    ),
     "groups": (lambda t: t.update({"encoder.down.0.block.0.conv1.weight": torch.ones(40, 3, 3, 3)}), "[40, 64]", "32"),
 }
 

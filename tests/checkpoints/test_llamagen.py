@@ -157,6 +157,14 @@ def extra(t: dict[str, Tensor]) -> None:
     t["layers.1.attention.q_norm.weight"] = torch.ones(8)
 
 
+def many_blocks(t: dict[str, Tensor]) -> None:
+    t.update({f"layers.{i}.x": torch.ones(1) for i in range(600)})
+
+
+def long_number(t: dict[str, Tensor]) -> None:
+    t[f"layers.{'9' * 5000}.x"] = torch.ones(1)
+
+
 def shape(t: dict[str, Tensor]) -> None:
     t["norm.weight"] = torch.zeros(33)
 
@@ -172,6 +180,8 @@ def not_finite(t: dict[str, Tensor]) -> None:
         (missing_block, "lacks tensor 'layers.0.attention"),
         (missing_classes, f"lacks tensor '{CLASSES}'"),
         (extra, "has an unknown tensor 'layers.1.attention.q_norm.weight'"),
+        (many_blocks, "has 600 blocks under the name 'layers'; at most 512 are built"),
+        (long_number, "lacks tensor 'layers.2.*'"),
         (shape, "tensor 'norm.weight' has shape (33,), not (32,)"),
         (not_finite, f"'{CLASSES}, its last row' has values that are not finite"),
     ],

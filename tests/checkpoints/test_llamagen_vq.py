@@ -204,6 +204,16 @@ SPOILT: dict[str, tuple[Callable[[dict[str, Tensor]], object], str, str]] = {
     "sides": (lambda t: t.update({"encoder.conv_in.weight": torch.ones(3)}), "has shape (3,)", "encoder.conv_in"),
     "codebook": (lambda t: t.update({CODEBOOK: torch.ones(11, 4)}), "a codebook of another size", "3 features"),
     "not finite": (poison, "not finite", "decoder.mid.1.q.weight"),
+    "many levels": (
+        lambda t: t.update({f"encoder.conv_blocks.{i}.res.0.conv1.weight": torch.ones(32, 1, 1, 1) for i in range(99)}),
+        "tokenizer.block_out_channels: 99 given; at most 16",
+        "",
+    ),
+    "many layers": (
+        lambda t: t.update({f"encoder.conv_blocks.0.res.{i}.conv1.weight": torch.ones(32, 1, 1, 1) for i in range(40)}),
+        "tokenizer.layers_per_block: 40 is not allowed; it must be at most 32",
+        "",
+    ),
     "groups": (
         lambda t: t.update({"encoder.conv_blocks.0.res.0.conv1.weight": torch.ones(40, 3, 3, 3)}),
         "[40, 64]",

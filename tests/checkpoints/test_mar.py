@@ -251,6 +251,14 @@ def extra(t: dict[str, Tensor]) -> None:
     t["encoder_blocks.1.attn.q_norm.weight"] = torch.ones(8)
 
 
+def many_blocks(t: dict[str, Tensor]) -> None:
+    t.update({f"diffloss.net.res_blocks.{i}.x": torch.ones(1) for i in range(600)})
+
+
+def long_number(t: dict[str, Tensor]) -> None:
+    t[f"encoder_blocks.{'9' * 5000}.x"] = torch.ones(1)
+
+
 def shape(t: dict[str, Tensor]) -> None:
     t["decoder_norm.bias"] = torch.zeros(25)
 
@@ -270,6 +278,8 @@ def few_positions(t: dict[str, Tensor]) -> None:
         (missing_embedding, "lacks tensor 'z_proj.weight'"),
         (missing_block, "lacks tensor 'encoder_blocks.0."),
         (extra, "has an unknown tensor 'encoder_blocks.1.attn.q_norm.weight'"),
+        (many_blocks, "has 600 blocks under the name 'diffloss.net.res_blocks'; at most 512 are built"),
+        (long_number, "lacks tensor 'encoder_blocks."),
         (shape, "tensor 'decoder_norm.bias' has shape (25,), not (24,)"),
         (not_finite, "tensor 'diffloss.net.input_proj.bias' has values that are not finite"),
         (few_positions, "'encoder_pos_embed_learned' has 16 rows for 16 tokens"),

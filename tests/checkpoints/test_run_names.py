@@ -94,6 +94,25 @@ def test_the_newest_whole_checkpoint_is_the_latest(run: Path, capsys: pytest.Cap
             find(f"{run}@{which}")
 
 
+def test_nothing_is_best_without_a_loss(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in all_checkpoints(run / "checkpoints"):
+        says = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps({**says, "loss": None}))
+        write_manifest(path, ("config.json", *state.FILES))
+    for end in ("", ":raw"):
+        assert command(["sample", f"{run}@best{end}"]) == 4
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and f"write {run}@latest{end}" in line and "None" not in line
+        assert "no whole checkpoint has a loss to go by" in line
+
+
+def test_a_folder_whose_name_is_no_number_is_no_checkpoint(run: Path) -> None:
+    """`isdigit` also holds for signs that `int` does not take."""
+    shutil.copytree(run / "checkpoints" / f"{64:012d}", run / "checkpoints" / "\u00b2")
+    assert find(f"{run}@best").folder.name == f"{64:012d}"
+    assert find(f"{run}@latest").folder.name == f"{128:012d}"
+
+
 def test_a_folder_that_is_really_called_so_comes_first(run: Path, model_folder: Path) -> None:
     literal = Path(shutil.copytree(model_folder, f"{run}@latest"))
     assert load_bundle(literal).sha256 == sha256(model_folder / "model.safetensors")

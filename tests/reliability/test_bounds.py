@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +209,20 @@ def test_a_torch_file_is_no_larger_than_its_file(tmp_path: Path) -> None:
         read_official(tmp_path / "p.pth")
     torch.save({"model": {"w": torch.zeros(1).expand(1 << 20, 1 << 20)}}, tmp_path / "e.pth")
     with pytest.raises(CheckpointError, match="larger than what the file holds"):
+        read_official(tmp_path / "e.pth")
+
+
+def test_an_old_torch_file_says_no_size_that_it_does_not_hold(tmp_path: Path) -> None:
+    """Torch allots what such a file says, and reads only the memories that a list at its end names."""
+    file = io.BytesIO()
+    torch.save({"w": torch.zeros(77, dtype=torch.uint8)}, file, _use_new_zipfile_serialization=False)
+    raw = file.getvalue()
+    said = pickle.dumps(1 << 20, protocol=2)[2:-1]
+    longer = raw.replace(b"K\x4dN", said + b"N").replace(b"K\x4d\x85", said + b"\x85")
+    assert len(longer) == len(raw) + 2 * (len(said) - 2), "the numbers of bytes and of elements were both replaced"
+    at = longer.rindex(b"\x80\x02]")
+    (tmp_path / "e.pth").write_bytes(longer[:at] + pickle.dumps([], protocol=2))
+    with pytest.raises(CheckpointError, match="tensor 'w' says that it is larger than what the file holds"):
         read_official(tmp_path / "e.pth")
 
 
