@@ -140,6 +140,8 @@ def translated(words: list[str]) -> list[str]:
             said[i + 1] = SMALLER[word]
     if "--num" in said and "pixels" in said:
         said[said.index("--num") + 1] = "70"  # more than the features of an image of 8 x 8
+    if verb == "train" and said[2].startswith("classifier") and "runs/judge" in said:
+        said += ["model.widths=[4]", "model.depth=[0]"]  # fewer features than the toy folder has images
     if verb == "train" and not said[2].startswith("classifier"):
         said += ["training.sample_images=0", "training.workers=0"]
         if said[2].startswith(("kl-", "vq-")):  # the recipe of a tokenizer, which has no model
