@@ -16,10 +16,13 @@ from seriatim.models.base import SequenceModel
 from seriatim.models.build import model_config
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import tokenizer_config
+from seriatim.tokenizers.latent import Latent
+from seriatim.tokenizers.vq import CodeAutoencoder
 
 CLASSES = "conditioner.class_embedding"
 MISSING = object()
 LONGEST = 80  # characters of a value in a message
+STATISTICS = {"mean", "std", "measured"}  # of a tokenizer of latents; they come with the initial weights
 # Keys, at any level of a model's config, that may differ: sizes to which weights are adapted, sizes that follow from
 # the tokenizer, and settings that only training uses.
 MAY_DIFFER = {"tokens", "grid", "classes", "dim", "vocab"} | {
@@ -64,6 +67,7 @@ def matching(folder: str, model: SequenceModel, tokenizer: Tokenizer) -> Bundle:
     except CheckpointError as error:
         raise CheckpointError(f"training.init_from: {one_line(error)}") from error
     refuse_other(folder, described(source.model, source.tokenizer), described(model, tokenizer))
+    refuse_other_network(folder, source.tokenizer, tokenizer)
     ours, theirs = model.state_dict(), resized(source, model, tokenizer)
     for name, tensor in ours.items():
         if name != CLASSES and (name not in theirs or theirs[name].shape != tensor.shape):
@@ -73,6 +77,19 @@ def matching(folder: str, model: SequenceModel, tokenizer: Tokenizer) -> Bundle:
                 "use the same model and the same number of tokens"
             )
     return source
+
+
+def refuse_other_network(folder: str, theirs: Tokenizer, ours: Tokenizer) -> None:
+    """Raise ConfigError if the recipe names a tokenizer whose network has other weights, which would not be used."""
+    if not isinstance(ours, (Latent, CodeAutoencoder)):
+        return
+    weights = ours.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        if name not in STATISTICS and not torch.equal(tensor.cpu(), weights[name].cpu()):
+            raise ConfigError(
+                f"training.init_from: the tokenizer of {folder} has other weights ({name}) than the one of "
+                f"tokenizer.from; set tokenizer.from={folder}, on whose tokens the model was trained"
+            )
 
 
 def resized(source: Bundle, model: SequenceModel, tokenizer: Tokenizer) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from seriatim.core.stopping import claimed, claims
 from seriatim.data.base import ImageData, StreamData
 from seriatim.data.loader import to_float
 from seriatim.data.store import Shards
+from seriatim.evaluation.impartial import seen_features
 from seriatim.tokenizers.latent import Latent, Measured, Statistics
 from seriatim.training.config import Recipe
 from seriatim.training.setup import build_inputs, look_over
@@ -81,7 +82,8 @@ def measure_latents(
     }
     source = recipe.tokenizer.get("from")
     if source is not None:
-        provenance["from"] = {"folder": source, **read_provenance(expanded(source))}
+        made = read_provenance(expanded(source))
+        provenance |= {"from": {"folder": source, **made}} | seen_features([made])
     folder = save_tokenizer(tokenizer, out, provenance)
     if parts is not None:
         parts.remove()

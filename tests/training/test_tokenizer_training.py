@@ -36,6 +36,7 @@ from seriatim.training.config import TokenizerRecipe, read_any, read_recipe
 from seriatim.training.distributed import joined
 from seriatim.training.log import psnr_curve
 from seriatim.training.loop import train
+from seriatim.training.measure import measure_latents
 from seriatim.training.plan import measured_plan
 from seriatim.training.state import RunState
 from seriatim.training.tokenizer_setup import build_autoencoding
@@ -358,10 +359,11 @@ def test_what_is_built_on_a_tokenizer_is_not_judged_by_its_features_either(
     train(read_recipe("mar-digits", generator[1:]), tmp_path / "generator", quiet=True)
     more = [*generator[1:], f"tokenizer.from={tmp_path / 'generator'}", f"training.init_from={tmp_path / 'generator'}"]
     train(read_recipe("mar-digits", more), tmp_path / "tuned", quiet=True)
+    measure_latents(read_recipe("mar-digits", generator[1:]), tmp_path / "measured", images=16, device="cpu")
     features = open_features(str(judge), size=(8, 8), channels=1)
     digits = Digits()
     refused = "features: the tokenizer was trained with those of judge"
-    for name in ("second", "generator"):
+    for name in ("second", "generator", "measured"):
         tokenizer, provenance = load_tokenizer(tmp_path / name), read_provenance(tmp_path / name)
         with pytest.raises(UsageError, match=refused):
             evaluate_tokenizer(
@@ -375,6 +377,21 @@ def test_what_is_built_on_a_tokenizer_is_not_judged_by_its_features_either(
     assert command(["train", *generator, *judged, "--out", str(tmp_path / "judged")]) == 2
     assert f"training.evaluate_{refused}" in capsys.readouterr().err
     assert not (tmp_path / "e").exists() and not (tmp_path / "judged").exists()
+
+
+def test_initial_weights_of_a_model_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    """Two runs of one recipe have the same settings, and weights that give tokens another meaning."""
+    for name, seed in (("one", 0), ("two", 1)):
+        train_tokenizer(of("kl", f"seed={seed}"), tmp_path / name, quiet=True)
+    words = [*TINY_RUN, "training.images=8", f"tokenizer={{from: {tmp_path / 'one'}}}"]
+    train(read_recipe("mar-digits", words), tmp_path / "generator", quiet=True)
+    more = [*TINY_RUN, "training.images=8", f"training.init_from={tmp_path / 'generator'}"]
+    with pytest.raises(ConfigError, match=r"the tokenizer of .*generator has other weights .* set tokenizer.from="):
+        train(
+            read_recipe("mar-digits", [*more, f"tokenizer={{from: {tmp_path / 'two'}}}"]), tmp_path / "no", quiet=True
+        )
+    assert not (tmp_path / "no").exists()
+    train(read_recipe("mar-digits", [*more, f"tokenizer={{from: {tmp_path / 'one'}}}"]), tmp_path / "yes", quiet=True)
 
 
 def test_usage_and_perplexity_are_logged_and_a_collapsed_codebook_is_warned_of(tmp_path: Path) -> None:
