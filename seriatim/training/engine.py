@@ -114,6 +114,7 @@ def fit(
         task.spread(world)
         parts = task.parts
         if path is not None:
+            world.first(lambda: task.check_resumed(path))
             run = checkpoints.load(path, parts)
         world.first(lambda: refuse_fewer_images(total, run.seen, out))
         changes = world.first(lambda: changes_of(out, recipe, run.seen))  # empty for a new run

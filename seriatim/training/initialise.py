@@ -81,15 +81,25 @@ def matching(folder: str, model: SequenceModel, tokenizer: Tokenizer) -> Bundle:
 
 def refuse_other_network(folder: str, theirs: Tokenizer, ours: Tokenizer) -> None:
     """Raise ConfigError if the recipe names a tokenizer whose network has other weights, which would not be used."""
-    if not isinstance(ours, (Latent, CodeAutoencoder)):
-        return
-    weights = ours.state_dict()
-    for name, tensor in theirs.state_dict().items():
-        if name not in STATISTICS and not torch.equal(tensor.cpu(), weights[name].cpu()):
-            raise ConfigError(
-                f"training.init_from: the tokenizer of {folder} has other weights ({name}) than the one of "
-                f"tokenizer.from; set tokenizer.from={folder}, on whose tokens the model was trained"
-            )
+    name = other_weight(ours, theirs.state_dict())
+    if name is not None:
+        raise ConfigError(
+            f"training.init_from: the tokenizer of {folder} has other weights ({name}) than the one of "
+            f"tokenizer.from; set tokenizer.from={folder}, on whose tokens the model was trained"
+        )
+
+
+def other_weight(tokenizer: Tokenizer, tensors: Mapping[str, Tensor]) -> str | None:
+    """The first weight of a tokenizer's network that `tensors` has otherwise; None if all agree, or it has none."""
+    if not isinstance(tokenizer, (Latent, CodeAutoencoder)):
+        return None
+    weights = tokenizer.state_dict()
+    differing = (
+        name
+        for name, tensor in tensors.items()
+        if name not in STATISTICS and not torch.equal(tensor.cpu(), weights[name].cpu())
+    )
+    return next(differing, None)
 
 
 def resized(source: Bundle, model: SequenceModel, tokenizer: Tokenizer) -> dict[str, Tensor]:

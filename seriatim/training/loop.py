@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from seriatim.checkpoints.native import Bundle, bundle_config, save_bundle
+from seriatim.checkpoints.shared_tokenizer import tokenizer_file
 from seriatim.checkpoints.tokenizer import read_provenance
 from seriatim.core.device import DTYPES, plain_torch, tf32
-from seriatim.core.errors import NumericsError
+from seriatim.core.errors import ConfigError, NumericsError
 from seriatim.core.files import expanded
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
@@ -34,14 +35,14 @@ from seriatim.training.batched_task import BatchedTask
 from seriatim.training.config import Recipe
 from seriatim.training.distributed import World, shard, whole
 from seriatim.training.engine import TrainingResult, fit
-from seriatim.training.initialise import initialise_from, matching
+from seriatim.training.initialise import initialise_from, matching, other_weight
 from seriatim.training.judge import Judge
 from seriatim.training.log import MetricsLog, loss_curve, model_card
 from seriatim.training.look import draw_samples
 from seriatim.training.optim import averaged, make_optimiser
 from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
-from seriatim.training.state import RunState, Trainables
+from seriatim.training.state import RunState, Trainables, fitting
 from seriatim.training.wrapping import bucketed, wrapped_blocks
 
 
@@ -81,6 +82,15 @@ class GeneratorTask(BatchedTask):
     def check(self) -> None:
         if self.recipe.training.init_from:
             matching(self.recipe.training.init_from, self.model, self.tokenizer)
+
+    def check_resumed(self, path: Path) -> None:
+        """Raise ConfigError if `tokenizer.from` names another tokenizer than the one of the run's tokens."""
+        name = other_weight(self.tokenizer, fitting(self.tokenizer, tokenizer_file(path)))
+        if name is not None:
+            raise ConfigError(
+                f"tokenizer.from: {self.recipe.tokenizer.get('from')} has other weights ({name}) than the tokenizer on "
+                "whose tokens the run was trained; name that one, or begin another run"
+            )
 
     @contextmanager
     def settings_in_force(self) -> Iterator[None]:

@@ -51,6 +51,7 @@ FREE = {
     "data.test_path",
     "data.validation",
     "description",
+    "objective.perceptual_features",
     "sampling",
     "tokenizer.from",
     "tokenizer.path",

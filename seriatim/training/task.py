@@ -6,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class Task(ABC):
 
     def check(self) -> None:  # noqa: B027
         """Raise an error, before anything is written, if a new run can't begin."""
+
+    def check_resumed(self, path: Path) -> None:  # noqa: B027
+        """Raise an error if the run can't go on from the checkpoint `path` with what the recipe names now."""
 
     @abstractmethod
     def begin(self, stop: StopRequest) -> None:

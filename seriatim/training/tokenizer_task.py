@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seriatim.checkpoints.tokenizer import read_provenance, save_tokenizer
 from seriatim.core.device import plain_torch, tf32
-from seriatim.core.errors import caller_level
+from seriatim.core.errors import ConfigError, caller_level
 from seriatim.core.files import expanded
 from seriatim.core.keys import Keys
 from seriatim.core.schedules import crossed
@@ -25,7 +25,7 @@ from seriatim.core.stopping import StopRequest
 from seriatim.data.base import ImageData
 from seriatim.data.loader import Batch, to_float
 from seriatim.evaluation.grid import grid, save_png
-from seriatim.evaluation.impartial import seen_features
+from seriatim.evaluation.impartial import listed, seen_features
 from seriatim.models.base import Loss
 from seriatim.models.build import parameter_count
 from seriatim.pipeline.result import as_pil
@@ -90,6 +90,18 @@ class TokenizerTask(BatchedTask):
 
     def begin(self, stop: StopRequest) -> None:
         """Do nothing, because statistics are measured when a tokenizer is saved."""
+
+    def check_resumed(self, path: Path) -> None:
+        """Raise ConfigError if the perceptual term would come from other features than before."""
+        if self.perceptual is None:
+            return
+        extractor = self.perceptual.extractor
+        before = listed(read_provenance(path))
+        if before and extractor.fingerprint() not in {each.get("sha256") for each in before}:
+            raise ConfigError(
+                f"objective.perceptual_features: {extractor.name} has other weights than the features that the run was "
+                "trained with; put them back, or begin another run"
+            )
 
     def settings_in_force(self) -> AbstractContextManager[None]:
         return tf32(self.where, enabled=self.recipe.training.tf32)

@@ -394,6 +394,39 @@ def test_initial_weights_of_a_model_of_another_tokenizer_are_refused(tmp_path: P
     train(read_recipe("mar-digits", [*more, f"tokenizer={{from: {tmp_path / 'one'}}}"]), tmp_path / "yes", quiet=True)
 
 
+def test_a_run_goes_on_with_the_tokenizer_and_the_features_it_began_with(tmp_path: Path) -> None:
+    """They may have moved; others under their names or in their places are refused."""
+    for name, seed in (("one", 0), ("two", 1)):
+        train_tokenizer(of("kl", f"seed={seed}"), tmp_path / name, quiet=True)
+    words = [*TINY_RUN, "training.save_images=8", "training.batch_size=8"]
+
+    def recipe(name: str, images: int) -> Any:
+        return read_recipe(
+            "mar-digits", [*words, f"training.images={images}", f"tokenizer={{from: {tmp_path / name}}}"]
+        )
+
+    train(recipe("one", 8), tmp_path / "generator", quiet=True)
+    with pytest.raises(ConfigError, match=r"tokenizer.from: .*two has other weights .*"):
+        train(recipe("two", 16), tmp_path / "generator", resume=True, quiet=True)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert train(recipe("moved", 16), tmp_path / "generator", resume=True, quiet=True).images == 16
+
+    for name, seed in (("judge", 0), ("other", 1)):
+        with seeded(seed):
+            net = ResNet(2, channels=1, widths=[4, 8], depth=[0, 0]).eval()
+        save_classifier(TrainedClassifier(net, "judge", (8, 8), ["a", "b"], {}, {}), tmp_path / name)
+
+    def objective(name: str, images: int) -> TokenizerRecipe:
+        features = f"objective.perceptual_features={tmp_path / name}"
+        return of("kl", "objective.perceptual=0.5", features, f"training.images={images}")
+
+    train_tokenizer(objective("judge", 80), tmp_path / "run", quiet=True)
+    with pytest.raises(ConfigError, match=r"objective.perceptual_features: judge has other weights"):
+        train_tokenizer(objective("other", 120), tmp_path / "run", resume=True, quiet=True)
+    (tmp_path / "judge").rename(tmp_path / "elsewhere")
+    assert train_tokenizer(objective("elsewhere", 120), tmp_path / "run", resume=True, quiet=True).images == 120
+
+
 def test_usage_and_perplexity_are_logged_and_a_collapsed_codebook_is_warned_of(tmp_path: Path) -> None:
     train_tokenizer(of("vq"), tmp_path / "vq", quiet=True)
     for row in untimed_metrics(tmp_path / "vq"):
