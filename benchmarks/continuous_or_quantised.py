@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from ablation_cells import refuse_other
+from known_density_tables import student
 
 from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance
 from seriatim.core.files import write_json
@@ -35,7 +36,7 @@ from seriatim.models.build import parameter_count
 from seriatim.training.config import TokenizerRecipe, read_any
 from seriatim.training.tokenizer_task import train_tokenizer
 
-STUDENT = 2.262  # the 97.5 % quantile of Student's t with nine degrees of freedom: ten groups
+GROUPS = 10  # of images, from which the errors of figures come
 SAVES = 4  # checkpoints of a training
 WARM, PROBED = 2, 20  # steps of the two short trainings whose difference tells the time of a step
 
@@ -113,7 +114,7 @@ def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
 
 def cell(figure: list[float], digits: int = 2) -> str:
     value, error = figure
-    return f"{value:.{digits}f} ± {STUDENT * error:.{digits}f}"
+    return f"{value:.{digits}f} ± {student(GROUPS - 1) * error:.{digits}f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -112,7 +112,8 @@ def judged(
     trunk: str, tokens: str, seed: int, guidance: float, given: argparse.Namespace, folder: Path
 ) -> dict[str, Any]:
     file = folder / f"row-{guidance:g}.json"
-    told = {"classifier": str(given.classifier), "samples": given.samples, "sampling": given.sampling}
+    told = {"minutes": given.minutes, "tokenizer": given.tokenizers[tokens], "overrides": given.overrides}
+    told |= {"classifier": str(given.classifier), "samples": given.samples, "sampling": given.sampling}
     if not refuse_other(file, told):
         data, real = (Folder(str(path), given.size, check=False) for path in (given.data, given.real_data))
         pipe = load(folder / "run", device="cpu", dtype="float32")

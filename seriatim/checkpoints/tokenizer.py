@@ -87,9 +87,8 @@ def read_provenance(folder: Path | str) -> dict[str, Any]:
 
 def read(folder: Path | str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The folder that holds the files, the tokenizer's config and the provenance; every file is checked."""
-    name, found = folder, find(folder)
-    folder = found.folder
-    with opened(folder, TOKENIZER) as (config, _):
-        if "model" not in config and str(name).endswith(f":{RAW}") and found.weights == MODEL:
-            raise CheckpointError(f"{name}: the averaged weights of a tokenizer are kept alone; leave out :{RAW}")
-        return folder, section(config, "tokenizer"), section(config, "provenance")
+    found = find(folder)
+    with opened(found.folder, TOKENIZER) as (config, _):
+        if "model" not in config and found.weights == MODEL and str(folder).endswith(f":{RAW}"):
+            raise CheckpointError(f"{folder}: only the averaged weights of a tokenizer are kept; leave out :{RAW}")
+        return found.folder, section(config, "tokenizer"), section(config, "provenance")

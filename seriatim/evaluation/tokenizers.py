@@ -333,7 +333,10 @@ class LatentStatistics:
 
 
 def channels_of(tokenizer: Tokenizer, tally: LatentStatistics) -> dict[str, dict[str, list[float]]]:
-    """ "channels": mean and standard deviation of each latent channel before tokens are normalised; {} of pixels."""
+    """The mean and standard deviation of each latent channel before it is normalised, as the entry "channels".
+
+    Empty for tokens that are no latents.
+    """
     if not isinstance(tokenizer, Latent):
         return {}
     mean, std = (torch.tensor(values) for values in tally.by_feature().values())  # (D,) = (z p p,)

@@ -84,7 +84,7 @@ class Autoencoding(nn.Module):
             latents, target = transformed(latents, transform), transformed(images, transform, tokenizer.stride)
         decoded = tokenizer.draw(latents, kept)
         pair = [decoded, target]
-        if transform is not None:  # the extractor and the discriminator were built for the whole size
+        if transform is not None and (perceptual is not None or adversarial):  # these were built for the whole size
             pair = [F.interpolate(x, images.shape[-2:], mode="bilinear") for x in pair]
 
         terms = {"reconstruction": reconstruction_error(decoded, target, objective.reconstruction)}  # (B,) each

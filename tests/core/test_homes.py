@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from processes import command
 
 from seriatim import load
 from seriatim.core.cache_folder import VARIABLE, cache_folder
+from seriatim.core.errors import ResourceError
 from seriatim.core.files import expanded
 
 NOBODY = "~no-such-user-here/photos"
@@ -38,7 +40,12 @@ def test_a_path_without_a_home_stays_as_it_is() -> None:
 @pytest.mark.usefixtures("homeless")
 def test_caches_of_a_user_without_a_home_are_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
-    assert cache_folder().parent == tmp_path
+    assert cache_folder().parent == tmp_path and cache_folder().stat().st_mode & 0o077 == 0
+    cache_folder().rmdir()
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"seriatim-{os.getuid()}").symlink_to("theirs")  # what it leads to is read by whoever made it
+    with pytest.raises(ResourceError, match=f"set {VARIABLE} to a folder of your own"):
+        cache_folder()
 
 
 def test_names_of_models_may_begin_with_the_home(
