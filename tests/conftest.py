@@ -39,7 +39,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
             group._addoption(name, dest=f"without_xdist_{name.strip('-')}")
 
 
-FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"
+class TellFailures:
+    """Say what failed when it fails, so that a suite that is stopped before its report has still told it."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.write_line(f"\nFAILED {report.nodeid} in {report.when} after {report.duration:.0f} s")
+            terminal.write_line(report.longreprtext[-4000:])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # with pytest-xdist the process that gathers the reports tells
+        config.pluginmanager.register(TellFailures(config), "tell-failures")
+
+
+FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"  # set in a process that was made for one test, see processes.py
 
 
 @pytest.hookimpl(tryfirst=True)

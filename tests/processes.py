@@ -20,6 +20,8 @@ import torch.nn.parallel  # noqa: F401
 
 from seriatim.cli.main import run
 
+FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"  # set in a process that was made for one test, see conftest.py
+
 
 def free_port() -> int:
     with socket.socket() as found:
@@ -46,10 +48,13 @@ def command(*words: str) -> tuple[int, list[str]]:
 
 
 def together(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:
-    """What `work` returns, or the exception that it raises, in each of `size` processes; call it in a fresh process.
+    """What `work` returns, or the exception that it raises, in each of `size` processes.
+
+    The test that calls it is marked `fresh_process`, since a fork of a process that has had threads may wait for ever.
 
     It is None for a process that dies.
     """
+    assert os.environ.get(FRESH), "mark the test fresh_process"
     port, children = free_port(), []
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(size):

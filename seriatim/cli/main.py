@@ -6,6 +6,7 @@ Nothing heavy is imported before the process can handle signals and closed strea
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import os
 import signal
@@ -124,6 +125,19 @@ def open_streams() -> None:
         sys.stderr = open(os.devnull, "w")
 
 
+def empty_streams() -> None:
+    """Write what the standard streams still hold, or drop it where nobody reads any more.
+
+    The interpreter does so at its end, and a failure would replace the exit code by 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def plain(error: UnicodeError) -> tuple[str | bytes, int]:
     """ASCII text for characters that the encoding of standard output lacks; a codec error handler."""
     if not isinstance(error, UnicodeEncodeError):
@@ -145,4 +159,5 @@ def main() -> NoReturn:
     for number in SIGNALS:  # nothing is left to clean up while the interpreter exits
         if signal.getsignal(number) in (stop, stop_at_once):
             signal.signal(number, signal.SIG_DFL)
+    empty_streams()
     sys.exit(code)

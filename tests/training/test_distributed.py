@@ -154,6 +154,7 @@ OPTIONS: dict[str, tuple[type[InFloat64], list[str]]] = {
 }
 
 
+@pytest.mark.fresh_process
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of dynamo, which looks at inputs that are no leaves
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_of_training_are_the_same_with_two_processes(name: str, tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def test_a_run_from_end_to_end(
     (tmp_path / f"data-{ODD}" / "tea" / f"{ODD}.png").write_bytes(b"broken")
     data = f"data={{kind: folder, path: data-{ODD}, size: 8, channels: 1, max_bad: 0.5}}"
     train = ["train", "mar-digits", data, *TINY, "--out", f"run-{ODD}"]
-    assert run([*train, "training.images=8"]) == 0
-    assert run([*train, "training.images=16", "--resume", "--json"]) == 0
+    assert run([*train, "training.images=8", "training.save_images=8"]) == 0
+    assert run([*train, "training.images=16", "training.save_images=8", "--resume", "--json"]) == 0
     recorded = json.loads((tmp_path / f"run-{ODD}" / "data.json").read_bytes())
     assert recorded["classes"] == ["a\nb\x1b[31m", "caf\\xe9", "tea"] and f"tea/{ODD}.png" in recorded["left_out"]
     assert read_any(os.path.join(f"run-{ODD}", "recipe.yaml")).data["path"] == f"data-{ODD}"
