@@ -58,7 +58,7 @@ def wait_for_checkpoint(folder: Path, process: subprocess.Popen[str], seconds: f
 
 
 def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path: Path) -> None:
-    with launched(tmp_path, "training.images=4000", options=("--max-restarts", "1", "--monitor-interval", "1")) as it:
+    with launched(tmp_path, "training.images=1200", options=("--max-restarts", "1", "--monitor-interval", "1")) as it:
         wait_for_checkpoint(tmp_path, it)
         second = max(workers(it))
         os.kill(second, signal.SIGKILL)
@@ -67,7 +67,7 @@ def test_a_killed_process_is_restarted_and_the_run_completes(tmp_path: Path) -> 
     assert "resuming after" in said
     assert load(tmp_path / "run").model.tokens == 16
     images = [json.loads(line)["images"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert images == list(range(80, 4001, 80))
+    assert images == list(range(80, 1201, 80))
 
 
 def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
