@@ -59,6 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"  # set in a process that was made for one test, see processes.py
 
+# The process that is forked has imported a library that brings a plugin of pytest, whose assertions nobody asks about.
+IMPORTED_BEFORE = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
@@ -71,7 +74,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     done = in_fork(
         run_tests,
-        ["-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", pyfuncitem.nodeid],
+        ["-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", *IMPORTED_BEFORE, pyfuncitem.nodeid],
         cwd=pyfuncitem.config.rootpath,
         env={**os.environ, FRESH: "1", "OMP_NUM_THREADS": "1"},
         timeout=600,

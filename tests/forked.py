@@ -20,10 +20,23 @@ from pathlib import Path
 IMPORTED = [
     "matplotlib.pyplot",
     "pytest",
+    "rich.progress",
+    "rich.table",
+    "sklearn.cluster",
     "sklearn.datasets",
+    "sklearn.model_selection",
+    "torch._dynamo",  # which optimisers import, and which takes two seconds
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "torch.nn.parallel",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "seriatim.bench.race",
+    "seriatim.cli.app",
+    "seriatim.evaluation.run",
+    "seriatim.pipeline.loading",
+    "seriatim.training.classifier",
+    "seriatim.training.loop",
+    "seriatim.training.tokenizer_task",
     *(f"seriatim.cli.{name}" for name in ("evaluate", "sample", "train")),
 ]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib.pyplot  # noqa: F401  # what all processes import is imported once, before they are forked
 import sklearn.datasets  # noqa: F401
+import torch._dynamo
 import torch.distributed.fsdp
 import torch.distributed.tensor
 import torch.nn.parallel  # noqa: F401
