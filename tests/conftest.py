@@ -83,12 +83,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
-@pytest.fixture
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no picture of the loss, which takes longer than a tiny training."""
-    from seriatim.training import loop
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no picture of the loss, which takes longer than a tiny training, but in tests that are marked `curves`."""
+    if "torch" in globals() and request.node.get_closest_marker("curves") is None:
+        from seriatim.training import classifier, loop, tokenizer_task
 
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
+        for module in (classifier, loop, tokenizer_task):
+            for name in {"loss_curve", "psnr_curve", "accuracy_curve"} & vars(module).keys():
+                monkeypatch.setattr(module, name, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from forked import in_fork
 
 LINES = {
     "own_head": "nats of each feature",
@@ -23,16 +24,15 @@ def test_a_part_of_ones_own_is_short(name: str) -> None:
     assert len(path.read_text().splitlines()) <= LONGEST[name]
 
 
+def script(words: Sequence[str]) -> None:
+    """`python` with these arguments."""
+    sys.argv[:] = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
 @pytest.mark.parametrize("name", LINES)
 def test_it_runs(name: str, tmp_path: Path) -> None:
     path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
-    done = subprocess.run(
-        [sys.executable, str(path), "--steps", "2"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path.parent.parent)},
-    )
+    done = in_fork(script, [str(path), "--steps", "2"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert LINES[name] in done.stdout

@@ -27,8 +27,6 @@ from seriatim.core.files import sha256, write_manifest
 from seriatim.training import state
 from seriatim.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 FEW = ["--num-inference-steps", "2", "--num-diffusion-steps", "2", "--seed", "1"]
 tiny = partial(tiny_run, "training.images=128", "training.save_images=32", "training.keep=9")
 

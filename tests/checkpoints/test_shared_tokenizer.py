@@ -27,8 +27,6 @@ from seriatim.training.optim import adamw, averaged
 from seriatim.training.run_folder import OURS
 from seriatim.training.state import RunState, Trainables
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 OWN = ["training.images=96", "training.save_images=32", "training.keep=2"]
 tiny = partial(tiny_run, *OWN)
 

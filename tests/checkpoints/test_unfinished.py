@@ -22,8 +22,6 @@ from seriatim.core.errors import CheckpointError, UsageError
 from seriatim.core.files import sha256
 from seriatim.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 RELEASE = Path(__file__).resolve().parent.parent / "fixtures" / "release-0.1"
 FEW = ["--num-inference-steps", "2", "--num-diffusion-steps", "2", "--seed", "1"]
 tiny = partial(tiny_run, "training.images=160", "training.save_images=32")

@@ -38,8 +38,6 @@ from seriatim.training import setup
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 COUNT = 22  # two classes of 11; shards of 5: the last has 2
 SETTINGS = ["model.width=32", "model.depth=1", "model.heads=2", "training.batch_size=8", "training.images=56"]
 SETTINGS += ["model.dropout=0.1", "model.head.width=32", "model.head.depth=1", "training.save_images=24"]

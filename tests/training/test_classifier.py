@@ -70,6 +70,7 @@ def pictures(folder: Path, classes: str = "ab", count: int = 6, side: int = 8) -
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.curves
 def test_a_run_folder_and_that_it_learns(tmp_path: Path) -> None:
     recipe = tiny(
         "training.images=8000", "training.log_images=1600", "training.test_images=3200", "training.cutout=0",

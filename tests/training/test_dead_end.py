@@ -20,8 +20,6 @@ from seriatim.training.loop import train
 from seriatim.training.not_finite import FiniteGuard
 from seriatim.training.state import RunState
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 tiny = partial(tiny_run, "training.images=160", "training.save_images=16")
 
 

@@ -32,8 +32,6 @@ from seriatim.training.loop import GeneratorTask
 from seriatim.training.state import RunState, Trainables, tensors_of
 from seriatim.training.updates import gradients
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 SMALL = ["model.width=16", "model.depth=1", "model.heads=2", "training.batch_size=7", "training.threads=1",
          "training.dtype=float32", "training.images=29"]  # fmt: skip
 KINDS = {

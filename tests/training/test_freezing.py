@@ -16,8 +16,6 @@ from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.setup import build
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TINY = [
     "model.width=16", "model.depth=2", "model.heads=2", "model.dropout=0.1", "model.head.width=16",
     "model.head.depth=1", "training.images=64", "training.batch_size=16", "training.save_images=16",

@@ -17,8 +17,6 @@ from seriatim.cli.main import run
 from seriatim.models.build import seeded
 from seriatim.tokenizers.kl import KL
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 SMALL = [
     "data.size=16", "model.width=32", "model.depth=1", "model.heads=2", "model.buffer=2",
     "model.head={kind: diffusion, width: 16, depth: 1, draws: 1}",

@@ -46,6 +46,7 @@ def test_curves_do_not_warn_on_a_slow_machine(tmp_path: Path, monkeypatch: pytes
     assert accuracy_curve(rows, tmp_path / "accuracy.png").exists()
 
 
+@pytest.mark.curves
 def test_a_run_folder(tmp_path: Path) -> None:
     recipe = tiny("training.images=3200", "training.log_images=640")
     result = train(recipe, tmp_path / "run", quiet=True)

@@ -21,8 +21,6 @@ from seriatim.training import heap
 from seriatim.training.config import read_recipe
 from seriatim.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TINY = [
     "model.width=16", "model.depth=1", "model.heads=1", "model.head.width=16", "model.head.depth=1",
     "training.batch_size=16", "training.log_images=16", "training.dtype=float32", "training.threads=1",

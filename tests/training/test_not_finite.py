@@ -133,6 +133,7 @@ def test_too_many_in_a_row_end_the_run(
     assert untimed_metrics(tmp_path)[-1]["skipped"] == 5
 
 
+@pytest.mark.curves
 def test_a_line_of_skipped_batches_alone_has_no_loss(tmp_path: Path, poison: Callable[..., None]) -> None:
     poison(96, 112)
     result = train(tiny(), tmp_path, quiet=True)

@@ -33,8 +33,6 @@ TINY = [
 ]  # fmt: skip
 SAMPLES = ["training.evaluate_images=70", "training.evaluate_features=pixels"]
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 
 class Killed(BaseException):
     """Ends a process at once, as a kill does."""

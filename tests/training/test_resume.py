@@ -34,8 +34,6 @@ from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.state import RunState, Trainables, prune
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TINY = [
     "model.width=32", "model.depth=1", "model.heads=2", "model.dropout=0.1",
     "model.head.width=32", "model.head.depth=1", "training.batch_size=16",

@@ -32,8 +32,6 @@ from seriatim.training.loop import train
 from seriatim.training.run_folder import check_out
 from seriatim.training.state import all_checkpoints, prune
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 RELEASE = Path(__file__).resolve().parent.parent / "fixtures" / "release-0.1"
 TINY = [
     "model.width=16", "model.depth=1", "model.heads=2", "model.head.width=16", "model.head.depth=1",

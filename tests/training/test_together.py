@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.data import folder as folder_module
 
-pytestmark = [pytest.mark.fresh_process, pytest.mark.usefixtures("no_curves")]
+pytestmark = pytest.mark.fresh_process
 
 TRAIN = [
     "train", "mar-digits", "model.width=16", "model.depth=2", "model.heads=2", "model.head.width=16",

@@ -18,8 +18,6 @@ from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.loop import train
 from seriatim.training.trackers import TRACKERS, RunConfig
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 TINY = [
     "model.width=16", "model.depth=1", "model.heads=2", "model.head.width=16", "model.head.depth=1",
     "training.images=96", "training.batch_size=16", "training.log_images=16", "training.save_images=32",

@@ -32,8 +32,6 @@ from seriatim.training.judge import LEAST, MOST, Judge, SampleDistance, validati
 from seriatim.training.log import loss_curve
 from seriatim.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 tiny = partial(
     tiny_run,
     "model.dropout=0.1",

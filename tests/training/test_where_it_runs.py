@@ -19,8 +19,6 @@ from seriatim.core.errors import ResourceError
 from seriatim.data import loader
 from seriatim.training.loop import train
 
-pytestmark = pytest.mark.usefixtures("no_curves")
-
 tiny = partial(tiny_run, "training.images=160", "training.save_images=16")
 
 
