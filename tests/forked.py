@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -57,8 +58,8 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 class Fork:
     """A fork that calls `work(words)` in the folder `cwd`, with the environment `env` or this process's own.
 
-    It is used as `subprocess.Popen` is, and killed at the end of a `with` block. SystemExit in `work`, a function of a
-    module, sets the exit code.
+    It is used as `subprocess.Popen` is, and killed at the end of a `with` block. SystemExit in `work` sets the exit
+    code. `work` is a function of a module in `tests` itself: a fork can't import the modules of tests by their names.
     """
 
     def __init__(
@@ -140,6 +141,12 @@ def run_tests(words: Sequence[str]) -> None:
     import pytest
 
     sys.exit(pytest.main(list(words)))
+
+
+def script(words: Sequence[str]) -> None:
+    """`python` with these arguments."""
+    sys.argv[:] = words
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def command_line(words: Sequence[str]) -> None:

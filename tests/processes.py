@@ -7,8 +7,9 @@ import io
 import os
 import pickle
 import socket
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import sklearn.datasets  # noqa: F401
 import torch._dynamo
 import torch.distributed.fsdp
 import torch.distributed.tensor
-import torch.nn.parallel  # noqa: F401
+import torch.nn.parallel
 
 from seriatim.cli.main import run
+from seriatim.training.distributed import joined
 
 FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"  # set in a process that was made for one test, see conftest.py
 
@@ -46,6 +48,14 @@ def command(*words: str) -> tuple[int, list[str]]:
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         code = run(words)
     return code, said.getvalue().splitlines()
+
+
+def add_up_ranks(_: Sequence[str]) -> None:
+    """Join the processes of one start and print the sum of what they are; the first one comes late."""
+    if os.environ["RANK"] == "0":
+        time.sleep(1)
+    with joined("cpu") as world:
+        print(float(world.total(torch.tensor(world.rank + 1.0))))
 
 
 def together(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:

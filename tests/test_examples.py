@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from forked import in_fork
+from forked import in_fork, script
 
 LINES = {
     "own_head": "nats of each feature",
@@ -22,12 +19,6 @@ LONGEST = {"own_head": 60, "own_backbone": 120}
 def test_a_part_of_ones_own_is_short(name: str) -> None:
     path = Path(__file__).resolve().parent.parent / "examples" / f"{name}.py"
     assert len(path.read_text().splitlines()) <= LONGEST[name]
-
-
-def script(words: Sequence[str]) -> None:
-    """`python` with these arguments."""
-    sys.argv[:] = words
-    runpy.run_path(words[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("name", LINES)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-import torch
 from forked import Fork
-from processes import environment, free_port
+from processes import add_up_ranks, environment, free_port
 from torch.distributed import HashStore, TCPStore
 
 from seriatim.core.errors import ResourceError
@@ -54,14 +52,6 @@ def test_a_process_that_died_while_it_waited_is_not_taken_for_its_successor() ->
 def test_who_does_not_come_is_named() -> None:
     with pytest.raises(ResourceError, match=r"2 of 3 have not arrived .* process 1"):
         agreed_name(HashStore(), Place(0, 3, 0, 3), timedelta(seconds=0.05))
-
-
-def add_up_ranks(_: Sequence[str]) -> None:
-    """Join the processes of one start and print the sum of what they are; the first one comes late."""
-    if os.environ["RANK"] == "0":
-        time.sleep(1)
-    with joined("cpu") as world:
-        print(float(world.total(torch.tensor(world.rank + 1.0))))
 
 
 def test_a_second_start_does_not_use_addresses_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
