@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from forked import command_line, in_fork, run_tests
+from forked import FRESH, command_line, in_fork, run_tests
 
 if TYPE_CHECKING:
     from seriatim.checkpoints.native import Bundle
@@ -56,8 +56,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # with pytest-xdist the process that gathers the reports tells
         config.pluginmanager.register(TellFailures(config), "tell-failures")
 
-
-FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"  # set in a process that was made for one test, see processes.py
 
 # The process that is forked has imported a library that brings a plugin of pytest, whose assertions nobody asks about.
 IMPORTED_BEFORE = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]

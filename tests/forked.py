@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 
+FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"  # set in a process that conftest.py made for one test
+
 IMPORTED = [
     "matplotlib.pyplot",
     "pytest",

@@ -19,11 +19,10 @@ import torch._dynamo
 import torch.distributed.fsdp
 import torch.distributed.tensor
 import torch.nn.parallel
+from forked import FRESH
 
 from seriatim.cli.main import run
 from seriatim.training.distributed import joined
-
-FRESH = "SERIATIM_TEST_IN_A_FRESH_PROCESS"  # set in a process that was made for one test, see conftest.py
 
 
 def free_port() -> int:

@@ -163,13 +163,3 @@ def test_architecture_imports_are_light() -> None:
     code = "import seriatim.cli.main, sys; print([m for m in ('torch', 'numpy', 'pydantic') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_architecture_public_names_exist() -> None:
-    import seriatim
-
-    for name in seriatim.__all__:
-        assert getattr(seriatim, name) is not None
-    assert seriatim.__all__ == sorted(seriatim.__all__), "the public list is sorted"
-    with pytest.raises(AttributeError):
-        _ = seriatim.no_such_name

@@ -405,7 +405,10 @@ def test_a_terminal_that_is_closed_saves(tmp_path: Path) -> None:
         os.setsid()
         os.close(os.open(os.ttyname(slave), os.O_RDWR))  # the first one that is opened becomes the terminal
 
-    trainer = subprocess.Popen([*words, *more], stdin=slave, stdout=slave, stderr=slave, preexec_fn=own_terminal)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as users have it
+    trainer = subprocess.Popen(
+        [*words, *more], stdin=slave, stdout=slave, stderr=slave, env=buffered, preexec_fn=own_terminal
+    )
     os.close(slave)
     metrics = tmp_path / "run" / "metrics.jsonl"
     end = time.monotonic() + 60
