@@ -70,6 +70,7 @@ LEAVES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # head, and how it
         {"num_diffusion_steps": 20, "solver": "sde-dpm++"},
     ),
     "flow": ({"kind": "flow", "width": 64, "depth": 3}, {"num_diffusion_steps": 20}),
+    "energy": ({"kind": "energy", "width": 64, "depth": 3}, {}),
     "mixture1": ({"kind": "mixture", "components": 1, "width": 64, "depth": 3}, {}),
     "mixture4": ({"kind": "mixture", "components": 4, "width": 64, "depth": 3}, {}),
     "mixture16": ({"kind": "mixture", "components": 16, "width": 64, "depth": 3}, {}),

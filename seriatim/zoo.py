@@ -141,6 +141,24 @@ def _arinar(
     )
 
 
+def _ear(size: str, *, width: int, depth: int, heads: int, head: dict[str, int], parameters: int) -> Preset:
+    return Preset(
+        name=f"ear-{size}",
+        summary=f"EAR-{size.upper()}: {depth} blocks of {width}, an energy head of {head['depth']} x {head['width']}",
+        model=_masked(width, depth, heads, {"kind": "energy", **head, "draws": 2}) | {"backbone": "bidirectional"},
+        parameters=parameters,
+        tokens=256,
+        image=LATENTS,
+        proven=("names, shapes and counts of the official model; parity on golden tensors of small official models",),
+        sampling={
+            "guidance_scale": 3.0,
+            "guidance_schedule": "linear",
+            "num_inference_steps": 64,
+            "temperature": 0.7,
+        },
+    )
+
+
 def _llamagen(
     size: str,
     *,
@@ -258,6 +276,9 @@ _PRESETS = (
         sampling={"guidance_scale": 3.7},
         note="; the size of their code, nothing published",
     ),
+    _ear("b", width=768, depth=24, heads=12, head={"width": 1024, "depth": 6}, parameters=205_608_720),
+    _ear("l", width=1024, depth=32, heads=16, head={"width": 1280, "depth": 8}, parameters=474_755_088),
+    _ear("h", width=1280, depth=40, heads=16, head={"width": 1536, "depth": 12}, parameters=937_314_576),
     _llamagen(
         "b",
         width=768,

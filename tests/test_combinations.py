@@ -36,6 +36,8 @@ TOKENIZER: dict[str, dict[str, Any]] = {
 MODEL: dict[str, dict[str, Any]] = {
     "masked": {"kind": "masked", "width": 16, "depth": 1, "heads": 2, "buffer": 2, "min_mask_ratio": 0.2},
     "masked, unequal": {"kind": "masked", "width": [16, 24], "depth": [1, 2], "heads": 2, "buffer": 1, "dropout": 0.1},
+    "masked, one stack": {"kind": "masked", "backbone": "bidirectional", "width": 16, "depth": 2, "heads": 2,
+                          "buffer": 2},
     "raster": {"kind": "causal", "width": 16, "depth": 2, "heads": 2},
     "raster, adaln": {"kind": "causal", "width": 16, "depth": 1, "heads": 2, "conditioning": "both", "norm": "layer",
                       "mlp": "gelu-tanh", "positions": "learned"},
@@ -44,6 +46,7 @@ MODEL: dict[str, dict[str, Any]] = {
 HEAD: dict[str, dict[str, Any]] = {
     "diffusion": {"kind": "diffusion", "width": 16, "depth": 1},
     "flow": {"kind": "flow", "width": 16, "depth": 1},
+    "energy": {"kind": "energy", "width": 16, "depth": 1, "noise": 8},
     "mixture": {"kind": "mixture", "components": 3, "width": 16, "depth": 1},
     "mixture, full": {"kind": "mixture", "components": 2, "width": 16, "depth": 0, "covariance": "full"},
     "bins": {"kind": "bins", "bins": 8},

@@ -8,6 +8,7 @@ __all__, __getattr__ = exports(
     __name__,
     {
         "base": "Backbone Parallel Sequential",
+        "bidirectional_transformer": "Bidirectional",
         "causal_transformer": "Causal",
         "masked_transformer": "Masked",
     },

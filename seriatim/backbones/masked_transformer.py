@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seriatim.backbones.base import Parallel, token_embedding
+from seriatim.backbones.requests import fill_buffer, flat_requests, positions_in, with_neighbours
 from seriatim.conditions.base import Condition
-from seriatim.core.buckets import padded_length
 from seriatim.core.errors import UsageError, check_known, check_least
 from seriatim.core.spec import TokenSpec, grid_of
 from seriatim.nn.block import NORM_EPS, Block, gather, xavier
@@ -143,14 +143,11 @@ class Masked(Parallel):
         x, seen = self.encode(condition, tokens, index, valid)  # (B, A+K, E), (B, A) or None
         there = at.to(tokens.device, non_blocking=True)
         if neighbours:
-            x = self.around(self.decode(x, seen, index, valid, None), there)  # (B, K', 5, C)
+            every = self.decode(x, seen, index, valid, None)  # (B, L, C)
+            x = with_neighbours(every, there, self.spec.grid or (1, self.spec.count))  # (B, K', 5, C)
         else:
             x = self.decode(x, seen, index, valid, there)  # (B, K', C)
-        x = x.flatten(0, 1)
-        if wanted is None:
-            return x  # (N, C) or (N, 5, C)
-        # index_select and embedding are used because the backward pass of x[...] adds in an order that threads decide.
-        return x.index_select(0, wanted.flatten().nonzero()[:, 0].to(x.device, non_blocking=True))
+        return flat_requests(x, wanted)
 
     def encode(
         self, condition: Condition, tokens: Tensor, index: Tensor, valid: Tensor | None
@@ -159,15 +156,11 @@ class Masked(Parallel):
 
         index (B, K) holds the positions of the known tokens, and valid (B, K) is False at its padding.
         """
-        A, P = self.buffer, condition.vectors.shape[1]
-        if A % P:
-            raise UsageError(f"buffer: {A} tokens can't hold a condition of {P} vectors; choose a multiple of {P}")
-        vectors = condition.vectors if P in (1, A) else condition.vectors.repeat_interleave(A // P, dim=1)
+        A = self.buffer
+        vectors, seen = fill_buffer(condition, A)
         buffer = vectors + self.encoder_positions[:A]  # (B, A, E)
-        seen = condition.valid
-        if seen is not None and P != A:
-            seen = seen.repeat_interleave(A // P, dim=1)  # (B, A)
         x = self.token_embed(gather(tokens, index) if self.spec.vocab is None else tokens.gather(1, index))  # (B, K, E)
+        # The backward pass of embedding adds in a fixed order; that of positions[index] in one that threads decide.
         x = x + F.embedding(index, self.encoder_positions[A:])
         x = torch.cat([buffer.to(x.dtype), x], dim=1)  # (B, A+K, E)
         x = self.embed_norm(x)
@@ -200,35 +193,3 @@ class Masked(Parallel):
             return self.decoder_norm(x) + self.output_positions
         x = self.decoder[-1](x, mask, at=at + A)  # (B, K', C); the other outputs of the last block are not needed
         return self.decoder_norm(x) + F.embedding(at, self.output_positions)
-
-    def around(self, z: Tensor, at: Tensor) -> Tensor:
-        """z (B, K', 5, C) of the positions `at` (B, K') and of their four neighbours, from z of all (B, L, C)."""
-        B, L, C = z.shape
-        table = neighbour_table(self.spec.grid or (1, L)).to(z.device)  # (L, 5); L where there is no neighbour
-        padded = torch.cat([z, z.new_zeros(B, 1, C)], dim=1)  # (B, L+1, C)
-        index = F.embedding(at, table).flatten(1)  # (B, K' 5)
-        return gather(padded, index).unflatten(1, (-1, 5))
-
-
-def positions_in(chosen: Tensor, buckets: int = 0) -> tuple[Tensor, Tensor | None]:
-    """The chosen positions in raster order (B, K), and a mask (B, K) that is False at padding; chosen is (B, L) bool.
-
-    The mask is None if K positions are chosen in every image, so that there is no padding. K is the largest number
-    chosen, rounded up to one of so many `buckets`.
-    """
-    counts = chosen.sum(dim=1)  # (B,)
-    least, most = (int(count) for count in counts.aminmax())
-    most = padded_length(most, chosen.shape[1], buckets)
-    index = chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]  # (B, K)
-    if most == least:
-        return index, None
-    return index, torch.arange(most, device=chosen.device) < counts[:, None]
-
-
-def neighbour_table(grid: tuple[int, int]) -> Tensor:
-    """The positions (L, 5) of each token and of its neighbours above, below, left and right; L if there is none."""
-    h, w = grid
-    index = torch.full((h + 2, w + 2), h * w, dtype=torch.long, device="cpu")
-    index[1:-1, 1:-1] = torch.arange(h * w, device="cpu").view(h, w)
-    around = (index[1:-1, 1:-1], index[:-2, 1:-1], index[2:, 1:-1], index[1:-1, :-2], index[1:-1, 2:])
-    return torch.stack([place.flatten() for place in around], dim=1)

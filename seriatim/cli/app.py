@@ -12,6 +12,7 @@ from seriatim.cli.cache import cache
 from seriatim.cli.convert import convert, export
 from seriatim.cli.convert_arinar import convert_arinar, export_arinar
 from seriatim.cli.convert_detok import convert_detok
+from seriatim.cli.convert_ear import convert_ear
 from seriatim.cli.demo import demo
 from seriatim.cli.doctor import doctor
 from seriatim.cli.edit import edit
@@ -73,6 +74,7 @@ app.command()(doctor)
 app.add_typer(recipes, name="recipes")
 convert.command("arinar")(convert_arinar)
 convert.command("detok")(convert_detok)
+convert.command("ear")(convert_ear)
 export.command("arinar")(export_arinar)
 app.add_typer(convert, name="convert")
 app.add_typer(export, name="export")

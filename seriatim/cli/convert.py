@@ -237,17 +237,22 @@ def read_masked(
     converter: Any, weights: Path, vae: Path, ema: bool | None, preset: str | None
 ) -> tuple[OfficialFile, Tokenizer]:
     """The official file of a model that `converter`, the module `mar` or `arinar`, converts, and its tokenizer."""
+    file = read_generator(weights, vae, ema, converter.NAMES.get(preset or ""))
+    config = converter.infer(file.tensors, str(file.path))
+    return file, vae_of(vae, config["tokens"], config["dim"])
+
+
+def read_generator(weights: Path, vae: Path, ema: bool | None, name: str | None) -> OfficialFile:
+    """The official file of a generator, called `name` if `weights` is a folder; the vae must be there as well."""
     from seriatim.checkpoints.mar import ENTRIES
     from seriatim.checkpoints.official import one_file, read_official
     from seriatim.core.errors import UsageError
 
     if not vae.exists():
         raise UsageError(f"vae: there is no {vae}; name kl16.ckpt, or a folder that `seriatim convert kl16` made")
-    path = one_file(weights, converter.NAMES.get(preset or ""))
+    path = one_file(weights, name)
     say(f"reading {path}")
-    file = read_official(path, which=None if ema is None else ENTRIES[0 if ema else 1], entries=ENTRIES)
-    config = converter.infer(file.tensors, str(path))
-    return file, vae_of(vae, config["tokens"], config["dim"])
+    return read_official(path, which=None if ema is None else ENTRIES[0 if ema else 1], entries=ENTRIES)
 
 
 def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:

@@ -11,6 +11,7 @@ __all__, __getattr__ = exports(
         "bins": "Bins",
         "categorical": "Categorical",
         "diffusion": "Diffusion",
+        "energy": "Energy",
         "flow": "Flow",
         "gaussians": "GaussianMixture",
         "mixture": "Mixture",

@@ -6,12 +6,14 @@ One line registers a class of your own: `HEADS["mine"] = Mine`.
 from __future__ import annotations
 
 from seriatim.backbones.base import Backbone
+from seriatim.backbones.bidirectional_transformer import Bidirectional
 from seriatim.backbones.causal_transformer import Causal
 from seriatim.backbones.masked_transformer import Masked
 from seriatim.heads.base import Head
 from seriatim.heads.bins import Bins
 from seriatim.heads.categorical import Categorical
 from seriatim.heads.diffusion import Diffusion
+from seriatim.heads.energy import Energy
 from seriatim.heads.flow import Flow
 from seriatim.heads.mixture import Mixture
 from seriatim.models.base import SequenceModel
@@ -24,10 +26,11 @@ HEADS: dict[str, type[Head]] = {
     "bins": Bins,
     "categorical": Categorical,
     "diffusion": Diffusion,
+    "energy": Energy,
     "flow": Flow,
     "mixture": Mixture,
     "nested": Nested,
 }
-BACKBONES: dict[str, type[Backbone]] = {"causal": Causal, "masked": Masked}
+BACKBONES: dict[str, type[Backbone]] = {"bidirectional": Bidirectional, "causal": Causal, "masked": Masked}
 MODELS: dict[str, type[SequenceModel]] = {"causal": CausalModel, "masked": MaskedModel}
 SPLITS: dict[str, type[Split]] = {"features": Features, "patches": Patches, "rgb": RGB}

@@ -48,6 +48,7 @@ def check_head(
         assert head.z_dim == Z, f"{name}.bind({Z}) left z_dim at {head.z_dim!r}; call super().bind(z_dim)"
         _refuses(lambda: head.bind(Z + 1), f"{name}.bind must refuse a second, other width")
         head.to(device)
+        _stir(head)
         _round_trip(make, head)
         _loss(head)
         _rows_are_independent(head)
@@ -57,6 +58,13 @@ def check_head(
         if learn:
             (_learns_codes if head.discrete else _learns)(make(**size, **config), steps, torch.device(device))
     return head
+
+
+@torch.no_grad()
+def _stir(head: Head) -> None:
+    """Add noise to all weights: a fresh head may have zeros in its output, behind which any fault would hide."""
+    for parameter in head.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, device="cpu").to(parameter.device))
 
 
 def _on(head: Head) -> torch.device:

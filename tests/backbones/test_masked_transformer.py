@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import randomise
 
-from seriatim.backbones.masked_transformer import Masked, neighbour_table, positions_in
+from seriatim.backbones.masked_transformer import Masked
+from seriatim.backbones.requests import neighbour_table, positions_in
 from seriatim.conditions.base import Condition
 from seriatim.core.errors import UsageError
 

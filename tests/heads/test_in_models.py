@@ -27,6 +27,7 @@ PAIRS = {**PARTS, "split": {"kind": "features", "group": 2, "order": "reversed"}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("flow", {"width": 24, "depth": 2}, {"num_diffusion_steps": 6, "num_diffusion_steps_last": 2}),
     ("flow", {"width": 24, "depth": 2}, {"num_diffusion_steps": 5, "solver": "heun"}),
+    ("energy", {"width": 24, "depth": 2, "noise": 8}, {"temperature": 0.7}),
     ("mixture", {"width": 24, "depth": 1, "components": 3, "covariance": "full"}, {"temperature": 0.9}),
     ("nested", PARTS, {"temperature": 0.9, "feature_schedule": "linear"}),
     ("nested", PARTS, {"guidance_mode": "resample", "top_p": 0.9}),

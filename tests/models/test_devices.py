@@ -25,6 +25,7 @@ SETS: dict[str, Any] = {"kind": "masked", "width": 16, "depth": 1, "heads": 2, "
 MODEL: dict[str, dict[str, Any]] = {
     "masked": SETS,
     "masked, a ratio for each image": {**SETS, "mask_ratio_per": "image", "min_mask_ratio": 0.2},
+    "bidirectional": {**SETS, "backbone": "bidirectional"},
     "raster": INNER,
     "raster, adaln": {**INNER, "conditioning": "both", "positions": "learned"},
     "random": {**INNER, "order": "random"},
@@ -33,6 +34,7 @@ HEAD: dict[str, dict[str, Any]] = {
     "bins": {"kind": "bins", "bins": 8},
     "categorical": {"kind": "categorical"},
     "diffusion": {"kind": "diffusion", "width": 16, "depth": 1},
+    "energy": {"kind": "energy", "width": 16, "depth": 1, "noise": 4},
     "flow": {"kind": "flow", "width": 16, "depth": 1},
     "mixture": {"kind": "mixture", "components": 3, "width": 16, "depth": 1},
     "mixture, full": {"kind": "mixture", "components": 2, "width": 16, "depth": 1, "covariance": "full"},
@@ -55,7 +57,8 @@ HEAD: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DEEP = "nested, sets inside parts"
-CASES = [(kind, head) for kind in ("masked", "raster", "random") for head in HEAD if head != DEEP]
+CASES = [("bidirectional", "energy"), ("bidirectional", "mixture")]
+CASES += [(kind, head) for kind in ("masked", "raster", "random") for head in HEAD if head != DEEP]
 CASES += [("raster", DEEP)]
 CASES += [(kind, head) for kind in MODEL if "," in kind for head in ("categorical", "mixture")]
 STEPS = {"diffusion", "flow", "nested, diffusion"}

@@ -13,7 +13,8 @@ import torch
 from model_head.arhead_gmm import ARHead
 from torch import nn
 
-from seriatim.backbones.masked_transformer import Masked, positions_in
+from seriatim.backbones.masked_transformer import Masked
+from seriatim.backbones.requests import positions_in
 from seriatim.checkpoints.arinar import UNSQUEEZED, ZERO, official_name
 from seriatim.conditions.base import Condition
 from seriatim.models.masked_model import MaskedModel

@@ -13,7 +13,8 @@ from models.diffloss import DiffLoss
 from torch import nn
 from torchvision.transforms import Compose, InterpolationMode  # timm imports such names, and sampling uses none
 
-from seriatim.backbones.masked_transformer import Masked, positions_in
+from seriatim.backbones.masked_transformer import Masked
+from seriatim.backbones.requests import positions_in
 from seriatim.checkpoints.mar import UNSQUEEZED, official_name
 from seriatim.conditions.base import Condition
 from seriatim.heads.diffusion import Diffusion
