@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a checkpoint of a run, or a repository of the hub."""
+"""Where a model is: a folder, a checkpoint of a run, in the package, or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from seriatim.checkpoints.native import CLASSIFIER, CONFIG, MODEL, TOKENIZER
+from seriatim.checkpoints.packaged import packaged, packaged_names
 from seriatim.checkpoints.run_names import is_local
 from seriatim.core.errors import CheckpointError, UsageError, nearest, shown
 from seriatim.core.files import MANIFEST, expanded, present_or_previous
@@ -20,7 +21,7 @@ def located(name: str, revision: str | None = None, access: Access = USUAL) -> P
 
     `revision` is a commit, a tag or a branch of a repository, as `hf://owner/name@REVISION` names it.
     """
-    folder = present_or_previous(expanded(name))
+    folder = packaged(name) or present_or_previous(expanded(name))
     here = is_local(name) or os.path.exists(folder)
     if here and (revision is not None or access != USUAL):
         given = "revision" if revision is not None else next(k for k, v in access._asdict().items() if v)
@@ -36,8 +37,8 @@ def located(name: str, revision: str | None = None, access: Access = USUAL) -> P
         how = f"train it with `seriatim train {hint} --out runs/{name}`" if hint else "train or convert it first"
         raise CheckpointError(f"{name} is a preset and has no weights; {how}, then name the model's folder")
     if "/" not in name:
-        hint = nearest(name[:100], PRESETS)
-        raise CheckpointError(f"model: {shown(name)} is no folder, preset or hub repository{hint}")
+        hint = nearest(name[:100], [*PRESETS, *packaged_names()])
+        raise CheckpointError(f"model: {shown(name)} is no folder, packaged model, preset or hub repository{hint}")
     # Exactly these files: a pattern such as *.json would also match those of every folder of the repository.
     wanted = repository(name, "model")
     if revision is not None:

@@ -1,6 +1,7 @@
-"""Names of models: a folder, a run, or one of a run's checkpoints.
+"""Names of models: a folder, a run, one of a run's checkpoints, or a model that comes with the package.
 
     RUN               the model of a finished run, or the averaged weights of the newest whole checkpoint
+    NAME              the packaged model of that name, unless there is a model or a run called NAME here
     RUN@latest        the averaged weights of the newest whole checkpoint
     RUN@best          those of the whole checkpoint with the lowest loss
     RUN@250000        those after so many images, with or without leading zeros
@@ -15,6 +16,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from seriatim.checkpoints.packaged import packaged
 from seriatim.checkpoints.unfinished import (
     AVERAGE,
     CHECKPOINTS,
@@ -59,7 +61,9 @@ def run_and_checkpoint(name: Path | str) -> tuple[Path, str] | None:
 
 
 def is_local(name: Path | str) -> bool:
-    """Whether `name` is a folder here, or a checkpoint of a run here (which may not exist)."""
+    """Whether `name` is a folder here, a checkpoint of a run here (which may not exist), or a packaged model."""
+    if packaged(name) is not None:
+        return True
     return os.path.isdir(present_or_previous(expanded(name))) or run_and_checkpoint(name) is not None
 
 
@@ -73,7 +77,7 @@ def find(name: Path | str, *, quiet: bool = False) -> Found:
     chosen = run_and_checkpoint(name)
     if chosen is not None:
         return checkpoint_named(*chosen, quiet=quiet)
-    folder = present_or_previous(expanded(name))
+    folder = packaged(name) or present_or_previous(expanded(name))
     inner = present_or_previous(folder / "model")
     if not (folder / CONFIG).exists():
         is_run = (folder / RECIPE).is_file() or (folder / CHECKPOINTS).is_dir()

@@ -1,20 +1,24 @@
-"""`seriatim models` lists the presets, with what their authors published and what is proven here."""
+"""`seriatim models` lists what comes with the package, and the presets with what is published and proven of each."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from seriatim.cli.output import JsonFlag, print_json, print_table
 from seriatim.core.terminal import say
 
 
 def models(json: JsonFlag = False) -> None:
-    """List the presets: their parameters, their tokens, the figures of their authors, and what is proven here."""
+    """List the packaged models, then the presets: parameters, tokens, published figures, and what is proven here."""
     from seriatim.zoo import PRESETS
 
+    ready = packaged_rows()
     if json:
-        print_json([asdict(preset) for preset in PRESETS.values()])
+        print_json([*ready, *(asdict(preset) for preset in PRESETS.values())])
         return
+    if ready:
+        print_table(("ready to use", "what it is"), [(row["name"], row["summary"]) for row in ready])
     rows = []
     for preset in PRESETS.values():
         figures = preset.published or {}
@@ -23,3 +27,16 @@ def models(json: JsonFlag = False) -> None:
         rows.append((preset.name, f"{preset.parameters:,}", preset.tokens, shown or "-", proven))
     print_table(("preset", "parameters", "tokens", "published by the authors", "proven here"), rows)
     say("a preset has no weights of its own: train one (seriatim recipes list) or load a model folder")
+
+
+def packaged_rows() -> list[dict[str, Any]]:
+    """The name and the summary of each packaged model; the summary is in its provenance."""
+    from seriatim.checkpoints.native import CONFIG
+    from seriatim.checkpoints.packaged import WEIGHTS, packaged_names
+    from seriatim.core.ownership import json_of
+
+    found = []
+    for name in packaged_names():
+        provenance = json_of(WEIGHTS / name / CONFIG).get("provenance", {})
+        found.append({"name": name, "packaged": True, "summary": str(provenance.get("summary", ""))})
+    return found

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from seriatim.checkpoints.packaged import packaged
 from seriatim.core.errors import UsageError, nearest
 from seriatim.core.files import expanded
 from seriatim.evaluation.base import FeatureExtractor, Features
@@ -48,10 +49,15 @@ FEATURES: dict[str, type[FeatureExtractor]] = {
 
 
 def open_features(which: str, *, size: tuple[int, int], channels: int) -> FeatureExtractor:
-    """`NAME`, `NAME:PATH`, or a path alone (a folder is a classifier's, a file holds Inception's weights)."""
+    """`NAME`, `NAME:PATH`, or a path alone (a folder is a classifier's, a file holds Inception's weights).
+
+    A path may also be the name of a packaged classifier.
+    """
     name, _, rest = which.partition(":")
     path = expanded(rest) if rest else None
-    if which not in FEATURES and expanded(which).exists():
+    if which not in FEATURES and packaged(which) is not None:
+        name, path = CLASSIFIER, Path(which)
+    elif which not in FEATURES and expanded(which).exists():
         path = expanded(which)
         name = CLASSIFIER if path.is_dir() else WEIGHTS
     if name not in FEATURES:

@@ -133,7 +133,7 @@ BAD = [
     (("sample", "model", "--out", "/proc/x/y"), 6, "/proc/x/y"),
     (("sample", "mar-b"), 4, "mar-b is a preset and has no weights"),
     (("sample", "empty"), 4, "empty is empty"),
-    (("sample", "nosuch"), 4, "'nosuch' is no folder, preset or hub repository"),
+    (("sample", "nosuch"), 4, "'nosuch' is no folder, packaged model, preset or hub repository"),
     (("sample", "some/where"), 4, "no folder 'some/where'"),
     (("sample",), 2, "'model'"),
     (("nosuch",), 2, "nosuch"),

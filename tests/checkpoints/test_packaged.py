@@ -1,0 +1,74 @@
+"""Models that come with the package: found by name everywhere, after one's own of that name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_bundle
+from PIL import Image
+
+import seriatim
+from seriatim.checkpoints import packaged as module
+from seriatim.checkpoints.location import located
+from seriatim.checkpoints.native import load_bundle, save_bundle
+from seriatim.checkpoints.packaged import packaged, packaged_names
+from seriatim.checkpoints.tokenizer import load_tokenizer
+from seriatim.cli.main import run
+from seriatim.core.errors import CheckpointError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with one model, `toy`, and an empty working directory."""
+    weights = tmp_path / "weights"
+    bundle = make_bundle()
+    bundle.provenance["summary"] = "a toy"
+    save_bundle(bundle, weights / "toy")
+    (weights / "notes").mkdir()
+    monkeypatch.setattr(module, "WEIGHTS", weights)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return weights / "toy"
+
+
+def test_found_by_its_name(shipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert packaged_names() == ["toy"] and packaged("toy") == shipped
+    pipe = seriatim.load("toy", device="cpu")
+    image = pipe(class_labels=["dog"], seed=3, num_inference_steps=2).images[0]
+    assert run(["sample", "toy", "--label", "dog", "--seed", "3", "--num-inference-steps", "2", "--out", "out"]) == 0
+    assert Image.open("out/0000-dog.png").tobytes() == image.tobytes()
+    blank = torch.zeros(1, 16, 4)
+    assert torch.equal(load_tokenizer("toy").decode(blank), pipe.tokenizer.decode(blank))
+    capsys.readouterr()
+    assert run(["models", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0] == {"name": "toy", "packaged": True, "summary": "a toy"}
+    assert run(["models"]) == 0
+    assert "a toy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["toys", "notes", "../weights/toy", "TOY", "", "toy/", "a" * 300, "toy\0"])
+def test_nothing_else_is(name: str) -> None:
+    assert packaged(name) is None
+
+
+def test_what_is_here_comes_first(shipped: Path) -> None:
+    Path("toy").mkdir()
+    (Path("toy") / "cat.png").write_bytes(b"")
+    assert located("toy") == shipped, "a folder of images is no model"
+    mine = make_bundle()
+    mine.class_names = ["ape", "bee", "cow"]
+    save_bundle(mine, "runs/toy/model")
+    Path("toy/cat.png").unlink()
+    Path("toy").rmdir()
+    Path("runs/toy").rename("toy")
+    assert packaged("toy") is None and load_bundle("toy").class_names == ["ape", "bee", "cow"]
+
+
+def test_a_name_that_is_close_is_suggested() -> None:
+    with pytest.raises(CheckpointError, match="did you mean 'toy'"):
+        located("toi")
+    with pytest.raises(UsageError, match="revision: only valid for a hub repository"):
+        located("toy", "v1")
