@@ -14,6 +14,7 @@ from PIL import Image
 
 from seriatim.checkpoints.arinar import arinar_tensors
 from seriatim.checkpoints.detok_weights import detok_tensors
+from seriatim.checkpoints.ear import official_name as ear_name
 from seriatim.checkpoints.kl16 import kl16_from_tokenizer, tokenizer_from_kl16
 from seriatim.checkpoints.llamagen import llamagen_tensors
 from seriatim.checkpoints.mar import mar_tensors
@@ -31,6 +32,7 @@ from seriatim.zoo import VAR_BLOCK
 SMALL: dict[str, Any] = {"width": 32, "depth": 1, "heads": 2}
 MASKED: dict[str, Any] = {"kind": "masked", "tokens": 16, "dim": 16, **SMALL, "buffer": 4, "classes": 1000}
 DIFFUSION: dict[str, Any] = {"kind": "diffusion", "width": 32, "depth": 1}
+EAR: dict[str, Any] = {**MASKED, "backbone": "bidirectional", "head": {"kind": "energy", "width": 32, "depth": 1}}
 NESTED: dict[str, Any] = {
     "kind": "nested",
     "split": {"kind": "features"},
@@ -124,6 +126,10 @@ def make(root: Path) -> Path:
     save_bundle(Bundle(mar, kl, [], {**SAMPLING, "num_diffusion_steps": 4}), root / "mar-b.model")
     arinar = arinar_tensors(network(PRESETS["arinar-b"]))
     torch.save({"model": arinar, "model_ema": arinar}, root / "arinar-last.pth")
+    ear = network(EAR)
+    tensors = {ear_name(name): tensor for name, tensor in ear.state_dict().items()}
+    tensors |= {name: tensors[name][None] for name in ("mask_token", "decoder_pos_embed_learned")}
+    torch.save({"model": tensors, "model_ema": tensors}, root / "ear-last.pth")
     codes = network(CODES)
     torch.save({"model": llamagen_tensors(codes)}, root / "c2i_B_256.pt")
     save_bundle(Bundle(codes, vq, [], {"guidance_scale": 2.0}), root / "llamagen-b.model")

@@ -198,6 +198,22 @@ def export_kl16(
     write_official(kl16_from_tokenizer(tokenizer), out, ("model",), overwrite)
 
 
+@export.command("half")
+def export_half(
+    model: Annotated[Path, typer.Argument(help="A model, tokenizer or classifier folder, or a finished run.")],
+    out: Out,
+    summary: Annotated[str | None, typer.Option(help="A sentence for `seriatim models`.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Copy a model with its weights in half precision: half as many bytes, and it loads like any other."""
+    from seriatim.checkpoints.half_precision import half_copy
+
+    unused(out, overwrite)
+    made = half_copy(model, out, summary=summary)
+    size = sum(file.stat().st_size for file in made.iterdir())
+    say(f"wrote {made}: {size / 1e6:.1f} MB")
+
+
 # --- parts --------------------------------------------------------------------------------------------------------
 
 

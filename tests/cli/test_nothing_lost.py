@@ -158,6 +158,8 @@ WRITES: dict[str, tuple[list[str], str | None]] = {
     "convert llamagen-vq": (["convert", "llamagen-vq", "../made/kl16.ckpt", "OUT"], None),
     "convert detok": (["convert", "detok", "../made/kl16.ckpt", "OUT", "--stats", "measure"], None),
     "convert arinar": (["convert", "arinar", "../made/mar.pth", "OUT", *VAE], None),
+    "convert ear": (["convert", "ear", "../made/mar.pth", "OUT", *VAE], None),
+    "export half": (["export", "half", "../made/model", "OUT"], None),
 }  # fmt: skip
 FILES: dict[str, list[str]] = {  # those that write one file, named OUT
     "export mar": ["export", "mar", "../made/model", "OUT"],

@@ -1,0 +1,67 @@
+"""A copy of a model folder whose large weights are in half precision: half as many bytes, for sharing and shipping.
+
+It loads like any model: weights are cast to float32. Small tensors (biases, norms, statistics of tokens) stay as they
+are, because they cost nothing and some of them are squared or divided by.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seriatim.checkpoints.native import CARD, CONFIG, read_finite, replaceable, write_tensors
+from seriatim.checkpoints.run_names import find
+from seriatim.checkpoints.unfinished import is_checkpoint
+from seriatim.core.errors import NumericsError, UsageError
+from seriatim.core.files import (
+    MANIFEST,
+    atomic_folder,
+    read_manifest,
+    verify_manifest,
+    write_json,
+    write_manifest,
+    write_text,
+)
+from seriatim.core.reading import read_json, read_text
+
+SMALL = 1024  # numbers of a tensor up to which it keeps its precision
+TENSORS = ".safetensors"
+
+
+def half_copy(name: Path | str, out: Path | str, *, summary: str | None = None, card: str | None = None) -> Path:
+    """Write the model, tokenizer or classifier that `name` stands for to the folder `out`, in half precision.
+
+    `summary` is a sentence for lists of models, `card` replaces the README.md. Raises CheckpointError for a damaged
+    folder, UsageError for a checkpoint of a run, and NumericsError for weights beyond the range of half precision.
+    """
+    folder = find(name).folder
+    if is_checkpoint(folder):
+        raise UsageError(f"model: {name} is a checkpoint of a run; name a model folder, or a run that is finished")
+    files = read_manifest(folder)
+    verify_manifest(folder, tuple(files))
+    config = read_json(folder / CONFIG, dict)
+    if summary is not None:
+        config["provenance"] = {**config.get("provenance", {}), "summary": summary}
+    text = card if card is not None else read_text(folder / CARD) if (folder / CARD).is_file() else None
+    with atomic_folder(replaceable(out, (*files, CARD, MANIFEST))) as temporary:
+        write_json(temporary / CONFIG, config)
+        for file in files:
+            if file.endswith(TENSORS):
+                tensors = read_finite(folder / file)
+                write_tensors(temporary / file, {key: halved(tensor, key) for key, tensor in tensors.items()})
+        if text is not None:
+            write_text(temporary / CARD, text)
+        write_manifest(temporary, tuple(files))
+    return Path(out)
+
+
+def halved(tensor: Tensor, name: str) -> Tensor:
+    """A float32 tensor of more than SMALL numbers in float16, and any other tensor as it is."""
+    if tensor.dtype != torch.float32 or tensor.numel() <= SMALL:
+        return tensor
+    made = tensor.half()
+    if not bool(torch.isfinite(made).all()):
+        raise NumericsError(f"{name}: has values of {float(tensor.abs().max()):.3g}; half precision ends at 65,504")
+    return made
