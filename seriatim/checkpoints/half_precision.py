@@ -1,22 +1,23 @@
 """A copy of a model folder whose large weights are in half precision: half as many bytes, for sharing and shipping.
 
 It loads like any model: weights are cast to float32. Small tensors (biases, norms, statistics of tokens) stay as they
-are, because they cost nothing and some of them are squared or divided by.
+are, because they cost nothing and some of them are squared or divided by. Absolute paths in what a model tells of its
+training are cut to their last two parts, since a copy is for others.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from seriatim.checkpoints.native import CARD, CONFIG, read_finite, replaceable, write_tensors
+from seriatim.checkpoints.native import CARD, CLASSIFIER, CONFIG, PARTS, read_finite, replaceable, write_tensors
 from seriatim.checkpoints.run_names import find
 from seriatim.checkpoints.unfinished import is_checkpoint
 from seriatim.core.errors import NumericsError, UsageError
 from seriatim.core.files import (
-    MANIFEST,
     atomic_folder,
     read_manifest,
     verify_manifest,
@@ -45,7 +46,10 @@ def half_copy(name: Path | str, out: Path | str, *, summary: str | None = None, 
     if summary is not None:
         config["provenance"] = {**config.get("provenance", {}), "summary": summary}
     text = card if card is not None else read_text(folder / CARD) if (folder / CARD).is_file() else None
-    with atomic_folder(replaceable(out, (*files, CARD, MANIFEST))) as temporary:
+    for path in sorted(absolute_paths(config), key=len, reverse=True):
+        text = None if text is None else text.replace(path, shortened(path))
+    config = without_folders(config)
+    with atomic_folder(replaceable(out, (*PARTS, CLASSIFIER))) as temporary:
         write_json(temporary / CONFIG, config)
         for file in files:
             if file.endswith(TENSORS):
@@ -55,6 +59,29 @@ def half_copy(name: Path | str, out: Path | str, *, summary: str | None = None, 
             write_text(temporary / CARD, text)
         write_manifest(temporary, tuple(files))
     return Path(out)
+
+
+def absolute_paths(value: Any) -> set[str]:
+    """All absolute paths among the texts of plain data."""
+    if isinstance(value, str):
+        return {value} if PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute() else set()
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return set().union(*(absolute_paths(part) for part in inner))
+
+
+def without_folders(value: Any) -> Any:
+    """Plain data with every absolute path `shortened`."""
+    if isinstance(value, dict):
+        return {key: without_folders(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_folders(part) for part in value]
+    return shortened(value) if isinstance(value, str) and absolute_paths(value) else value
+
+
+def shortened(path: str) -> str:
+    """The last two parts of an absolute path: `cifar10/train` of `/home/me/cifar10/train`."""
+    kind = PurePosixPath if PurePosixPath(path).is_absolute() else PureWindowsPath
+    return "/".join(kind(path).parts[1:][-2:])
 
 
 def halved(tensor: Tensor, name: str) -> Tensor:

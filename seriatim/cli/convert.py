@@ -207,8 +207,9 @@ def export_half(
 ) -> None:
     """Copy a model with its weights in half precision: half as many bytes, and it loads like any other."""
     from seriatim.checkpoints.half_precision import half_copy
+    from seriatim.checkpoints.native import CLASSIFIER
 
-    unused(out, overwrite)
+    unused(out, overwrite, CLASSIFIER)
     made = half_copy(model, out, summary=summary)
     size = sum(file.stat().st_size for file in made.iterdir())
     say(f"wrote {made}: {size / 1e6:.1f} MB")
@@ -217,12 +218,15 @@ def export_half(
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
-def unused(out: Path, overwrite: bool) -> None:
-    """Raise UsageError if the folder is not empty, unless it holds a model or tokenizer that may be replaced."""
-    from seriatim.checkpoints.native import replaceable
+def unused(out: Path, overwrite: bool, *more: str) -> None:
+    """Raise UsageError if the folder is not empty, unless it holds a model or tokenizer that may be replaced.
+
+    `more` are files that such a folder may hold besides.
+    """
+    from seriatim.checkpoints.native import PARTS, replaceable
     from seriatim.core.errors import UsageError
 
-    folder = replaceable(out)
+    folder = replaceable(out, (*PARTS, *more))
     if folder.exists() and any(folder.iterdir()):
         if not overwrite:
             raise UsageError(

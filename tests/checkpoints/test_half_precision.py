@@ -12,8 +12,11 @@ from safetensors.torch import load_file
 import seriatim
 from seriatim.checkpoints.half_precision import SMALL, half_copy, halved
 from seriatim.checkpoints.native import MODEL, load_bundle, save_bundle
+from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.cli.main import run
 from seriatim.core.errors import CheckpointError, NumericsError
+from seriatim.evaluation.residual_net import ResNet, TrainedClassifier, load_classifier, save_classifier
+from seriatim.tokenizers.kinds import tokenizer_config
 
 
 @pytest.fixture
@@ -45,6 +48,20 @@ def test_a_copy_of_a_copy_is_the_same(folder: Path, tmp_path: Path) -> None:
     assert (once / MODEL).read_bytes() == (twice / MODEL).read_bytes()
 
 
+def test_a_classifier_and_a_tokenizer(tmp_path: Path) -> None:
+    net = ResNet(3, widths=[8, 40], depth=[0, 1]).eval()
+    save_classifier(TrainedClassifier(net, "judge", (16, 16), ["a", "b", "c"]), tmp_path / "judge")
+    save_tokenizer(make_bundle().tokenizer, tmp_path / "pixels")
+    for name in ("judge", "pixels"):
+        for _ in range(2):  # the second replaces the first
+            assert run(["export", "half", str(tmp_path / name), str(tmp_path / "half" / name), "--overwrite"]) == 0
+    again = load_classifier(tmp_path / "half" / "judge")
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    assert torch.allclose(again.net.eval()(images), net(images), atol=1e-3)
+    tokenizer = load_tokenizer(tmp_path / "half" / "pixels")
+    assert tokenizer_config(tokenizer) == tokenizer_config(make_bundle().tokenizer)
+
+
 def test_nothing_is_lost_by_what_cannot_be_copied(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(NumericsError, match="w: has values of 7e\\+04; half precision ends at 65,504"):
         halved(torch.full((SMALL + 1,), 7e4), "w")
@@ -57,3 +74,16 @@ def test_nothing_is_lost_by_what_cannot_be_copied(folder: Path, tmp_path: Path) 
         half_copy(folder, whole)
     assert (whole / MODEL).read_bytes() == before
     assert run(["export", "half", str(folder), str(whole)]) == 2, "it is there already"
+
+
+def test_paths_of_this_machine_stay_here(tmp_path: Path) -> None:
+    bundle = make_bundle()
+    recipe = {"data": {"path": "/home/me/photos/cats", "also": ["C:\\Users\\me\\pictures\\dogs", "/x"]}, "rate": 0.1}
+    bundle.provenance = {"recipe": recipe, "note": "1/2 of it"}
+    folder = save_bundle(bundle, tmp_path / "model", card="path: /home/me/photos/cats\nand /home/me\n")
+    copy = half_copy(folder, tmp_path / "half")
+    made = load_bundle(copy).provenance
+    data = {"path": "photos/cats", "also": ["pictures/dogs", "x"]}
+    assert made == {"recipe": {"data": data, "rate": 0.1}, "note": "1/2 of it"}
+    assert (copy / "README.md").read_text() == "path: photos/cats\nand /home/me\n"
+    assert load_bundle(folder).provenance == bundle.provenance, "the original is untouched"

@@ -12,12 +12,19 @@ from PIL import Image
 
 import seriatim
 from seriatim.checkpoints import packaged as module
+from seriatim.checkpoints.half_precision import absolute_paths
 from seriatim.checkpoints.location import located
 from seriatim.checkpoints.native import load_bundle, save_bundle
 from seriatim.checkpoints.packaged import packaged, packaged_names
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.cli.main import run
 from seriatim.core.errors import CheckpointError, UsageError
+from seriatim.core.files import verify_manifest
+from seriatim.core.ownership import json_of
+from seriatim.evaluation.features import open_features
+from seriatim.evaluation.residual_net import load_classifier
+
+SHIPPED = module.WEIGHTS
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +79,21 @@ def test_a_name_that_is_close_is_suggested() -> None:
         located("toi")
     with pytest.raises(UsageError, match="revision: only valid for a hub repository"):
         located("toy", "v1")
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in SHIPPED.glob("*/config.json")))
+def test_what_is_shipped_loads_and_is_small(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WEIGHTS", SHIPPED)
+    folder = packaged(name)
+    assert folder is not None
+    verify_manifest(folder)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
+    assert json_of(folder / "config.json")["provenance"]["summary"]
+    assert not absolute_paths(json_of(folder / "config.json"))
+    if (folder / "classifier.safetensors").exists():
+        judge = open_features(name, size=(32, 32), channels=3)
+        assert judge.class_names == tuple(load_classifier(folder).class_names)
+    elif (folder / "model.safetensors").exists():
+        assert load_bundle(name).sampling
+    else:
+        assert load_tokenizer(name).spec.count > 0
