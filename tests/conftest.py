@@ -57,8 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(TellFailures(config), "tell-failures")
 
 
-# The process that is forked has imported a library that brings a plugin of pytest, whose assertions nobody asks about.
-IMPORTED_BEFORE = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+# A test in a process of its own needs no plugin: to find and import them takes pytest longer than most tests take.
+ALONE = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -72,9 +72,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     done = in_fork(
         run_tests,
-        ["-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", *IMPORTED_BEFORE, pyfuncitem.nodeid],
+        [*ALONE, pyfuncitem.nodeid],
         cwd=pyfuncitem.config.rootpath,
-        env={**os.environ, FRESH: "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, FRESH: "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
