@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
+import itertools
 import os
 import signal
 import socket
@@ -81,36 +83,59 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
+def pytest_collection_finish() -> None:
+    """Keep modules out of the garbage collector's way: a full collection would look at a million objects each time."""
+    gc.collect()
+    gc.freeze()
+
+
+# Each of these has a MonkeyPatch of its own, because a test may undo what it patched itself.
+
+
 @pytest.fixture(autouse=True)
-def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_curves(request: pytest.FixtureRequest) -> Iterator[None]:
     """Draw no picture of the loss, which takes longer than a tiny training, but in tests that are marked `curves`."""
-    if "torch" in globals() and request.node.get_closest_marker("curves") is None:
-        from seriatim.training import classifier, loop, tokenizer_task
+    with pytest.MonkeyPatch.context() as patch:
+        if "torch" in globals() and request.node.get_closest_marker("curves") is None:
+            from seriatim.training import classifier, loop, tokenizer_task
 
-        for module in (classifier, loop, tokenizer_task):
-            for name in {"loss_curve", "psnr_curve", "accuracy_curve"} & vars(module).keys():
-                monkeypatch.setattr(module, name, lambda *_: None)
+            for module in (classifier, loop, tokenizer_task):
+                for name in {"loss_curve", "psnr_curve", "accuracy_curve"} & vars(module).keys():
+                    patch.setattr(module, name, lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Names of folders that are not there yet. `mktemp` would read the names of all folders of the session."""
+    base = tmp_path_factory.mktemp("caches")
+    return (base / str(number) for number in itertools.count())
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def own_cache(caches: Iterator[Path]) -> Iterator[None]:
     """What is known about files is kept for one test, and not in the user's cache folder."""
-    monkeypatch.setenv("SERIATIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SERIATIM_CACHE", str(next(caches)))
+        yield
+
+
+CONNECT = socket.socket.connect
+
+
+def guarded(self: socket.socket, address: object) -> None:
+    if self.family != socket.AF_UNIX and not str(address).startswith(("('127.", "('localhost", "('::1")):
+        raise OSError(f"tests are offline: {address}")
+    CONNECT(self, address)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def offline() -> Iterator[None]:
     """A test that opens a connection to anywhere but this machine fails."""
-    connect = socket.socket.connect
-
-    def guarded(self: socket.socket, address: object) -> None:
-        if self.family != socket.AF_UNIX and not str(address).startswith(("('127.", "('localhost", "('::1")):
-            raise OSError(f"tests are offline: {address}")
-        connect(self, address)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(socket.socket, "connect", guarded)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
 
 
 @pytest.fixture
