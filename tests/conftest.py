@@ -12,7 +12,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from forked import FRESH, command_line, in_fork, run_tests
@@ -92,16 +92,28 @@ def pytest_collection_finish() -> None:
 # Each of these has a MonkeyPatch of its own, because a test may undo what it patched itself.
 
 
-@pytest.fixture(autouse=True)
-def no_curves(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Draw no picture of the loss, which takes longer than a tiny training, but in tests that are marked `curves`."""
+@pytest.fixture(scope="session", autouse=True)
+def no_curves() -> Iterator[dict[type, Any]]:
+    """Draw no picture of the loss, which takes longer than a tiny training; yields what draws them."""
     with pytest.MonkeyPatch.context() as patch:
-        if "torch" in globals() and request.node.get_closest_marker("curves") is None:
-            from seriatim.training import classifier, loop, tokenizer_task
+        drawing: dict[type, Any] = {}
+        if "torch" in globals():
+            from seriatim.training.classifier import ClassifierTask
+            from seriatim.training.loop import GeneratorTask
+            from seriatim.training.tokenizer_task import TokenizerTask
 
-            for module in (classifier, loop, tokenizer_task):
-                for name in {"loss_curve", "psnr_curve", "accuracy_curve"} & vars(module).keys():
-                    patch.setattr(module, name, lambda *_: None)
+            for task in (ClassifierTask, GeneratorTask, TokenizerTask):
+                drawing[task] = task.curves
+                patch.setattr(task, "curves", lambda *_: None)
+        yield drawing
+
+
+@pytest.fixture(autouse=True)
+def curves(request: pytest.FixtureRequest, no_curves: dict[type, Any]) -> Iterator[None]:
+    """Draw them in tests that are marked `curves`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for task, draw in no_curves.items() if request.node.get_closest_marker("curves") else ():
+            patch.setattr(task, "curves", draw)
         yield
 
 
