@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
+import itertools
 import os
 import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from forked import FRESH, command_line, in_fork, run_tests
@@ -57,8 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(TellFailures(config), "tell-failures")
 
 
-# The process that is forked has imported a library that brings a plugin of pytest, whose assertions nobody asks about.
-IMPORTED_BEFORE = ["-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"]
+# A test in a process of its own needs no plugin: to find and import them takes pytest longer than most tests take.
+ALONE = ["-q", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -72,45 +74,80 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     done = in_fork(
         run_tests,
-        ["-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", *IMPORTED_BEFORE, pyfuncitem.nodeid],
+        [*ALONE, pyfuncitem.nodeid],
         cwd=pyfuncitem.config.rootpath,
-        env={**os.environ, FRESH: "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, FRESH: "1", "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     return True
 
 
+def pytest_collection_finish() -> None:
+    """Keep modules out of the garbage collector's way: a full collection would look at a million objects each time."""
+    gc.collect()
+    gc.freeze()
+
+
+# Each of these has a MonkeyPatch of its own, because a test may undo what it patched itself.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves() -> Iterator[dict[type, Any]]:
+    """Draw no picture of the loss, which takes longer than a tiny training; yields what draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        drawing: dict[type, Any] = {}
+        if "torch" in globals():
+            from seriatim.training.classifier import ClassifierTask
+            from seriatim.training.loop import GeneratorTask
+            from seriatim.training.tokenizer_task import TokenizerTask
+
+            for task in (ClassifierTask, GeneratorTask, TokenizerTask):
+                drawing[task] = task.curves
+                patch.setattr(task, "curves", lambda *_: None)
+        yield drawing
+
+
 @pytest.fixture(autouse=True)
-def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw no picture of the loss, which takes longer than a tiny training, but in tests that are marked `curves`."""
-    if "torch" in globals() and request.node.get_closest_marker("curves") is None:
-        from seriatim.training import classifier, loop, tokenizer_task
+def curves(request: pytest.FixtureRequest, no_curves: dict[type, Any]) -> Iterator[None]:
+    """Draw them in tests that are marked `curves`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for task, draw in no_curves.items() if request.node.get_closest_marker("curves") else ():
+            patch.setattr(task, "curves", draw)
+        yield
 
-        for module in (classifier, loop, tokenizer_task):
-            for name in {"loss_curve", "psnr_curve", "accuracy_curve"} & vars(module).keys():
-                monkeypatch.setattr(module, name, lambda *_: None)
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Names of folders that are not there yet. `mktemp` would read the names of all folders of the session."""
+    base = tmp_path_factory.mktemp("caches")
+    return (base / str(number) for number in itertools.count())
 
 
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def own_cache(caches: Iterator[Path]) -> Iterator[None]:
     """What is known about files is kept for one test, and not in the user's cache folder."""
-    monkeypatch.setenv("SERIATIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SERIATIM_CACHE", str(next(caches)))
+        yield
+
+
+CONNECT = socket.socket.connect
+
+
+def guarded(self: socket.socket, address: object) -> None:
+    if self.family != socket.AF_UNIX and not str(address).startswith(("('127.", "('localhost", "('::1")):
+        raise OSError(f"tests are offline: {address}")
+    CONNECT(self, address)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def offline() -> Iterator[None]:
     """A test that opens a connection to anywhere but this machine fails."""
-    connect = socket.socket.connect
-
-    def guarded(self: socket.socket, address: object) -> None:
-        if self.family != socket.AF_UNIX and not str(address).startswith(("('127.", "('localhost", "('::1")):
-            raise OSError(f"tests are offline: {address}")
-        connect(self, address)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(socket.socket, "connect", guarded)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", guarded)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ held. A fork has the signals, standard streams, environment, folder and exit cod
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -127,6 +128,7 @@ def begin(
     work: Callable[[Sequence[str]], object], words: list[str], cwd: Path, env: dict[str, str], streams: list[Path]
 ) -> None:
     """The beginning of a fork, until it resembles a new interpreter."""
+    gc.freeze()  # what was imported before the fork is no garbage: the collector need not go through it
     for number, stream in enumerate(streams, start=1):
         file = os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)

@@ -20,7 +20,7 @@ from training.test_resume import stop_after, weights
 from seriatim.checkpoints.unfinished import all_checkpoints
 from seriatim.core.errors import Stopped
 from seriatim.core.processes import Place
-from seriatim.training import engine, judge, loop
+from seriatim.training import engine, judge
 from seriatim.training.config import Recipe, read_recipe
 from seriatim.training.distributed import World
 from seriatim.training.loop import train
@@ -45,9 +45,7 @@ def tiny(*overrides: str) -> Recipe:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "loss_curve", lambda *_: None)
-        train(tiny(*SAMPLES), folder, quiet=True)
+    train(tiny(*SAMPLES), folder, quiet=True)
     assert [(row["images"], "validation_loss" in row, "FD[pixels]" in row) for row in untimed_metrics(folder)] == [
         (32, True, False), (64, True, True), (96, True, False), (128, True, True),
     ]  # fmt: skip
@@ -74,7 +72,6 @@ def test_a_signal_in_a_step_where_something_is_due(
         train(tiny(*SAMPLES), tmp_path, quiet=True)
     undo()
     assert [row["images"] for row in untimed_metrics(tmp_path)] == [n for n in (32, 64, 96) if n < 16 * steps]
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
     train(tiny(*SAMPLES), tmp_path, resume=True, quiet=True)
     same(unbroken, tmp_path)
 
@@ -108,7 +105,6 @@ def test_a_kill_after_the_resumed_line_does_not_repeat_it(tmp_path: Path, monkey
     with pytest.raises(Stopped):
         train(tiny("training.images=96"), run, quiet=True)
     undo()
-    monkeypatch.setattr(loop, "loss_curve", lambda *_: None)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(engine, "gradients", Mock(side_effect=Killed))
         train(tiny("training.images=96"), run, resume=True, quiet=True)
