@@ -45,8 +45,9 @@ from equal_minutes import cache_latents, facts_of, train_for
 from judged_samples import Judge, draw
 from unet_flow import registered
 
-from seriatim.core.errors import NumericsError, SeriatimError, UsageError, one_line
+from seriatim.core.errors import NumericsError, SeriatimError, UsageError, one_line, shown
 from seriatim.core.files import write_json, write_text
+from seriatim.core.reading import Unreadable, parse_yaml
 from seriatim.core.validation import parse
 from seriatim.models.build import parameter_count
 from seriatim.pipeline.loading import load
@@ -233,6 +234,16 @@ def report(given: argparse.Namespace) -> str:
     return text
 
 
+def mapping(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = parse_yaml(text)
+    except Unreadable as error:
+        raise UsageError(f"{option}: {shown(text)} {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{option}: {shown(text)} is not a mapping such as {{num_diffusion_steps: 50}}")
+    return value
+
+
 def arguments(command: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add: Callable[..., Any] = parser.add_argument
@@ -257,15 +268,14 @@ def arguments(command: Sequence[str] | None) -> argparse.Namespace:
     add("--sampling-dtype", default="float32", choices=["bfloat16", "float32"], help="of the backbone in sampling")
     given = parser.parse_args(command)
     own = dict(text.partition("=")[::2] for text in given.contestant)
-    given.table = CONTESTANTS | {name: Contestant("your own", yaml.safe_load(told)) for name, told in own.items()}
-    given.sampling, given.only = yaml.safe_load(given.sampling), given.only or list(given.table)
+    own = {name: Contestant("your own", mapping("contestant", told)) for name, told in own.items()}
+    given.table = CONTESTANTS | own
+    given.sampling, given.only = mapping("sampling", given.sampling), given.only or list(given.table)
     for name in given.only:
         recipe_values(composed(name, given.table))  # refuses an unknown name now, not after hours
-    for name in ("data", "real_data", "classifier"):
+    for name, kind in (("data", "folder"), ("real_data", "folder"), ("classifier", "trained classifier")):
         if getattr(given, name) is None and not given.list and not given.report:
-            raise UsageError(
-                f"{name.replace('_', '-')}: is missing; name {'a classifier' if name == 'classifier' else 'a folder'}"
-            )
+            raise UsageError(f"{name.replace('_', '-')}: is missing; name a {kind}, or give --list or --report")
     return given
 
 

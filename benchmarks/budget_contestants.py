@@ -109,7 +109,12 @@ CONTESTANTS: dict[str, Contestant] = {
         {
             "tokenizer": {"kind": "pixels", "patch": "whole"},
             "model": UNET,
-            "sampling": {"num_diffusion_steps": 25, "solver": "heun", "num_inference_steps": 1},
+            "sampling": {
+                "num_diffusion_steps": 15,
+                "solver": "heun",
+                "num_inference_steps": 1,
+                "guidance_schedule": "constant",
+            },
         },
     ),
     "unet-small": Contestant("opponent's size", {"model.head.widths": [32, 64, 128]}, "unet"),

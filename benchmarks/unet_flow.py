@@ -60,7 +60,7 @@ class ClassOnly(Parallel):
 class UNetOptions:
     """The options for solving the ODE from noise to an image."""
 
-    num_diffusion_steps: Annotated[int, "Steps from noise to an image; heun runs the network twice in each step."] = 25
+    num_diffusion_steps: Annotated[int, "Steps from noise to an image; heun runs the network twice in each step."] = 15
     solver: Annotated[str, "The solver: euler or heun."] = "heun"
     guidance_from: Annotated[float, "The time, 0 is noise and 1 the image, at which guidance begins."] = 0.0
     guidance_to: Annotated[float, "The time at which guidance ends."] = 1.0
