@@ -17,15 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from ablation_cells import refuse_other
-from known_density_tables import student
+from equal_minutes import SAVES, minutes_worth
+from judged_samples import cell
 
 from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance
 from seriatim.core.files import write_json
@@ -35,10 +33,6 @@ from seriatim.evaluation.tokenizers import evaluate_tokenizer
 from seriatim.models.build import parameter_count
 from seriatim.training.config import TokenizerRecipe, read_any
 from seriatim.training.tokenizer_task import train_tokenizer
-
-GROUPS = 10  # of images, from which the errors of figures come
-SAVES = 4  # checkpoints of a training
-WARM, PROBED = 2, 20  # steps of the two short trainings whose difference tells the time of a step
 
 
 def recipe_of(name: str, given: argparse.Namespace, images: int, saves: int) -> TokenizerRecipe:
@@ -57,25 +51,6 @@ def recipe_of(name: str, given: argparse.Namespace, images: int, saves: int) -> 
     recipe = read_any(given.kl if kind == "kl" else given.vq, settings)
     assert isinstance(recipe, TokenizerRecipe), f"{name} is a tokenizer"
     return recipe
-
-
-def minutes_worth(minutes: float, size: int, training: Callable[[int, str, int], object], folder: Path) -> int:
-    """How many images a training manages in the time, measured once and kept in `folder/budget.json`.
-
-    `training(images, name, saves)` trains for so many images, in batches of `size`, into a folder of that name.
-    """
-    file = folder / "budget.json"
-    if not refuse_other(file, {"minutes": minutes}):
-        spent = []
-        for number, steps in enumerate((WARM, WARM, WARM + PROBED)):  # the first also imports what training needs
-            shutil.rmtree(folder / f"probe-{number}", ignore_errors=True)  # of a process that was stopped
-            begin = time.process_time()
-            training(steps * size, f"probe-{number}", 0)
-            spent.append(time.process_time() - begin)
-        rate = PROBED * size / max(1e-3, spent[2] - spent[1])
-        images = max(size, round(60 * minutes * rate))
-        write_json(file, {"images": images, "images_per_second": rate, "settings": {"minutes": minutes}})
-    return int(json.loads(file.read_text())["images"])
 
 
 def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -110,11 +85,6 @@ def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
         told |= {"latents": made.latents, "figures": figures, "real": (real_distance.value, real_distance.error)}
         write_json(file, {"name": name, **told, "settings": settings})
     return dict(json.loads(file.read_text()))
-
-
-def cell(figure: list[float], digits: int = 2) -> str:
-    value, error = figure
-    return f"{value:.{digits}f} ± {student(GROUPS - 1) * error:.{digits}f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -24,23 +24,14 @@ from typing import Any
 import torch
 import yaml
 from ablation_cells import refuse_other
-from continuous_or_quantised import SAVES, cell, minutes_worth
+from equal_minutes import cache_latents, train_for
+from judged_samples import Judge, cell, draw
 from known_density_tables import interval, show
 
 from seriatim.core.files import write_json, write_text
-from seriatim.data.caching import write_cache
-from seriatim.data.folder import Folder
-from seriatim.evaluation.features import open_features
-from seriatim.evaluation.grid import grid, save_png
-from seriatim.evaluation.run import evaluate
 from seriatim.models.build import parameter_count
 from seriatim.pipeline.loading import load
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.loop import train
-from seriatim.training.setup import build_inputs
-
-FIGURES = ("frechet", "accuracy", "manifold")
-SHOWN = 10  # samples of each class in the picture of a run
 
 HEAD = {"kind": "flow", "width": 256, "depth": 3, "draws": 2}
 TRUNKS: dict[str, dict[str, Any]] = {
@@ -83,28 +74,12 @@ def recipe_of(trunk: str, tokens: str, seed: int, given: argparse.Namespace, ima
     return read_recipe(str(file), given.overrides)
 
 
-def cache(tokens: str, given: argparse.Namespace) -> None:
-    """Encode the training images once, if the tokenizer is a trained one."""
-    out = given.out / "cache" / tokens
-    if "from" in given.tokenizers[tokens] and not out.exists():
-        data, tokenizer = build_inputs(recipe_of("raster", tokens, 0, given, 64, 0))
-        write_cache(data, tokenizer, out.with_name(f"{tokens}-unfinished"), device="cpu")
-        out.with_name(f"{tokens}-unfinished").rename(out)
-
-
 def rows_of(trunk: str, tokens: str, seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
     """Train a contestant and judge its samples at each guidance scale."""
     folder = given.out / f"{trunk}-{tokens}-{seed}"
-    if not (folder / "run" / "model").exists():
-        cache(tokens, given)
-        folder.mkdir(parents=True, exist_ok=True)
-
-        def training(images: int, name: str, saves: int) -> None:
-            recipe = recipe_of(trunk, tokens, seed, given, images, images // saves if saves else 0)
-            train(recipe, folder / name, device="cpu", resume="auto", quiet=not saves)
-
-        images = minutes_worth(given.minutes, TRAINING["batch_size"], training, folder)
-        training(images, "run", SAVES)
+    if "from" in given.tokenizers[tokens] and not (given.out / "cache" / tokens).exists():
+        cache_latents(recipe_of(trunk, tokens, seed, given, 1, 0), given.out / "cache" / tokens)
+    train_for(given.minutes, lambda images, save: recipe_of(trunk, tokens, seed, given, images, save), folder)
     return [judged(trunk, tokens, seed, guidance, given, folder) for guidance in given.guidance]
 
 
@@ -115,26 +90,11 @@ def judged(
     told = {"minutes": given.minutes, "tokenizer": given.tokenizers[tokens], "overrides": given.overrides}
     told |= {"classifier": str(given.classifier), "samples": given.samples, "sampling": given.sampling}
     if not refuse_other(file, told):
-        data, real = (Folder(str(path), given.size, check=False) for path in (given.data, given.real_data))
         pipe = load(folder / "run", device="cpu", dtype="float32")
         settings = {**SAMPLING[trunk], **given.sampling, "guidance_scale": guidance}
-        made = evaluate(
-            pipe,
-            data,
-            folder / f"judged-{guidance:g}",
-            num=given.samples,
-            features=open_features(str(given.classifier), size=(given.size, given.size), channels=3),
-            real=real,
-            figures=FIGURES,
-            seed=seed,
-            cache=given.out / "real",
-            **settings,
-        )
-        assert made.figures is not None, "this process has all shares"
-        picture = pipe(num_images_per_label=SHOWN, seed=seed, **settings).images
-        save_png(grid(picture, SHOWN, side=pipe.tokenizer.size[0] * 2), given.out / f"{folder.name}-{guidance:g}.png")
-        figures = {name.partition("[")[0]: (each.value, each.error) for name, each in made.figures.items()}
-        row = {"trunk": trunk, "tokens": tokens, "seed": seed, "guidance": guidance, "figures": figures}
+        figures = given.judge(pipe, folder / f"judged-{guidance:g}", seed, **settings)
+        draw(pipe, given.out / f"{folder.name}-{guidance:g}.png", seed, settings)
+        row = {"trunk": trunk, "tokens": tokens, "seed": seed, "guidance": guidance, **figures}
         row |= {"images": pipe.bundle.provenance["images"], "parameters": parameter_count(pipe.model)}
         write_json(file, row | {"settings": told})
     return dict(json.loads(file.read_text()))
@@ -179,6 +139,8 @@ def main(command: list[str] | None = None) -> None:
     named = dict(text.split("=", 1) for text in given.tokenizer)
     given.tokenizers = TOKENIZERS | {name: yaml.safe_load(told) for name, told in named.items()}
     given.sampling = yaml.safe_load(given.sampling)
+    paths = {"data": given.data, "real": given.real_data, "classifier": given.classifier, "size": given.size}
+    given.judge = Judge(**paths, samples=given.samples, cache=given.out / "real")
     contestants = [(trunk, tokens) for trunk in TRUNKS for tokens in given.tokenizers]
     rows = [
         row

@@ -117,20 +117,21 @@ class Pixels(Patched):
     def fit_moments(self, batches: Iterable[Tensor]) -> None:
         count = 0
         size = len(self.mean)
-        total, products = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
+        shape = (size, size) if self.rotated else (size,)  # a large patch needs its covariance only to be rotated
+        total, products = torch.zeros(size, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
         for moments in batches:
             features = patchify(moments.cpu(), self.patch).flatten(0, 1).double()  # (B L, D); float64 needs the CPU
             count += len(features)
             total += features.sum(dim=0)
-            products += features.T @ features
+            products += features.T @ features if self.rotated else features.square().sum(dim=0)
         if not count:
             raise DataError("no images to measure: the pixel tokenizer needs at least one")
         mean = total / count
         self.mean.copy_(mean)
-        covariance = products / count - mean.outer(mean)
         if not self.rotated:
-            self.std.copy_(covariance.diagonal().clamp(min=0).sqrt().clamp(min=STD_FLOOR))
+            self.std.copy_((products / count - mean.square()).clamp(min=0).sqrt().clamp(min=STD_FLOOR))
             return
+        covariance = products / count - mean.outer(mean)
         variance, basis = (t.flip(-1)[..., : self.dim] for t in torch.linalg.eigh(covariance))  # largest first
         deviation = variance.clamp(min=0).sqrt().clamp(min=STD_FLOOR)
         largest = basis.abs().argmax(dim=0, keepdim=True)

@@ -47,6 +47,15 @@ def str_of(value: Any) -> str | None:
     raise ValueError("must be a path" if value != "" else "is empty; name a path, or leave it out")
 
 
+def optimiser_of(value: Any) -> str | dict[str, Any]:
+    """The value. Raises ValueError if it is neither a name nor a mapping with a kind."""
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, dict) and isinstance(value.get("kind"), str):
+        return value
+    raise ValueError("must be a name such as adamw, or a mapping such as {kind: muon, matrix_rate: 0.006}")
+
+
 class Common(Strict):
     """The settings of every training. Amounts are in images, so that they don't depend on the batch size."""
 
@@ -98,7 +107,8 @@ class Training(Batched):
     """How to train a generator."""
 
     shard: bool = False  # several processes also share weights, gradients and moments (FSDP2), not batches alone (DDP)
-    optimiser: str = "adamw"  # a name in OPTIMISERS: adamw, or muon for the matrices of the backbone
+    # A name in OPTIMISERS: adamw, or muon for the matrices of the backbone; or a mapping of its `kind` and options.
+    optimiser: Annotated[Any, PlainValidator(lambda value: optimiser_of(value))] = "adamw"
     # Masked lengths in training are padded to this many values, so that there are few shapes; 0 pads nothing.
     buckets: StrictInt = Field(16, ge=0, le=MOST_AT_ONCE)
     compile: bool = False  # torch.compile the blocks of the backbone and of the head's network

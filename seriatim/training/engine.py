@@ -40,7 +40,7 @@ from seriatim.training.heap import bound_compiled_products
 from seriatim.training.log import MetricsLog, NoLog, record_choice
 from seriatim.training.micro_batch import repeated
 from seriatim.training.not_finite import FiniteGuard
-from seriatim.training.optim import rate_after
+from seriatim.training.optim import rate_after, set_rate
 from seriatim.training.periodic import Periodic
 from seriatim.training.precision import fastest, threads
 from seriatim.training.run_folder import ENVIRONMENT, Resume, check_out, is_run, occupied
@@ -154,8 +154,7 @@ def fit(
                 periodic.waited += time.perf_counter() - asked
                 size = len(batch.whole)
                 rate = rate_after(settings, run.seen + size, total)
-                for group in parts.optimiser.param_groups:
-                    group["lr"] = rate * group.get("relative_rate", 1.0)
+                set_rate(parts.optimiser, rate)
                 losses = task.losses(batch, dtype)
                 finite.begin_step()
                 asked_to_stop = stop.requested is not None

@@ -2,7 +2,11 @@
 
 Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The update of a matrix is its momentum
 made nearly orthogonal: all of its singular values are brought near 1. Its size is that of AdamW's updates (Liu et al.
-2025, "Muon is scalable for LLM training"), so one learning rate and one weight decay serve both.
+2025, "Muon is scalable for LLM training"), so one learning rate and one weight decay serve both. The matrices may have
+a rate of their own, because they often bear one that is several times as large.
+
+Jordan's own code scales updates by max(1, O / I)^0.5 instead of 0.2 max(O, I)^0.5. A rate r there is r / (0.2 I^0.5)
+here: 0.02 there is 0.006 here for matrices that take 256 numbers, and 0.003 for those that take 1024.
 
 Shapes: a matrix is (O, I).
 """
@@ -71,10 +75,23 @@ def slow_in_bfloat16(device: torch.device) -> bool:
 
 
 class MuonAndAdamW(Optimizer):
-    """Both optimisers as one. They share `state` and the groups in `param_groups`, of which Muon's is the first."""
+    """Both optimisers as one. They share `state` and the groups in `param_groups`, of which Muon's is the first.
 
-    def __init__(self, matrices: list[nn.Parameter], rest: list[dict[str, Any]], weight_decay: float, **adamw: Any):
-        made = Orthogonal(matrices, adamw["lr"], weight_decay, MOMENTUM, nesterov=True, adjust_lr_fn="match_rms_adamw")
+    Muon's learning rate is that of AdamW times `relative_rate`, which its group keeps for whoever changes the rates.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        rest: list[dict[str, Any]],
+        weight_decay: float,
+        *,
+        relative_rate: float = 1.0,
+        **adamw: Any,
+    ):
+        group = {"params": matrices, "relative_rate": relative_rate}
+        rate = adamw["lr"] * relative_rate
+        made = Orthogonal([group], rate, weight_decay, MOMENTUM, nesterov=True, adjust_lr_fn="match_rms_adamw")
         self.both: tuple[Optimizer, Optimizer] = (made, AdamW(rest, **adamw))
         super().__init__([group for each in self.both for group in each.param_groups], {})
         self._share()

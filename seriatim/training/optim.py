@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from seriatim.core.errors import ConfigError, nearest
+from seriatim.core.construct import arguments, checked_types
+from seriatim.core.errors import ConfigError, nearest, shown
 from seriatim.core.schedules import ema_decay, learning_rate
 from seriatim.training.config import Common
 from seriatim.training.muon import MuonAndAdamW, trunk_matrices
+
+WHERE = "training.optimiser"  # the key of a recipe that errors name
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -35,14 +39,35 @@ def adamw(model: nn.Module, learning_rate: float, betas: tuple[float, float], we
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=is_fused(model))
 
 
-def muon(model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> MuonAndAdamW:
-    """Muon for the matrices of the backbone, and AdamW for everything else."""
+def muon(
+    model: nn.Module,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    *,
+    matrix_rate: float | None = None,  # the learning rate of Muon; None means that of everything else
+) -> MuonAndAdamW:
+    """Muon for the matrices of the backbone, and AdamW for everything else.
+
+    Both rates follow the same schedule.
+    """
+    if matrix_rate is not None and not 0 < matrix_rate < math.inf:
+        raise ConfigError(f"{WHERE}.matrix_rate: {matrix_rate!r} is not allowed; it must be above 0 and finite")
+    relative_rate = 1.0 if matrix_rate is None else matrix_rate / learning_rate
     matrices = trunk_matrices(model)
     taken = {id(parameter) for parameter in matrices}
     rest = parameter_groups(model, weight_decay)
     for group in rest:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
-    return MuonAndAdamW(matrices, rest, weight_decay, lr=learning_rate, betas=betas, fused=is_fused(model))
+    return MuonAndAdamW(
+        matrices,
+        rest,
+        weight_decay,
+        relative_rate=relative_rate,
+        lr=learning_rate,
+        betas=betas,
+        fused=is_fused(model),
+    )
 
 
 def is_fused(model: nn.Module) -> bool | None:
@@ -50,17 +75,39 @@ def is_fused(model: nn.Module) -> bool | None:
     return True if next(model.parameters()).device.type in ("cpu", "cuda") else None
 
 
-Maker = Callable[[nn.Module, float, tuple[float, float], float], torch.optim.Optimizer]
+# A maker is called with a model, the learning rate, the betas and the weight decay, and with its options by name.
+Maker = Callable[..., torch.optim.Optimizer]
 OPTIMISERS: dict[str, Maker] = {"adamw": adamw, "muon": muon}
+SHARED = 4  # arguments that every maker has; those after them are the options of its own
 
 
 def make_optimiser(
-    name: str, model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
+    chosen: str | Mapping[str, Any],
+    model: nn.Module,
+    learning_rate: float,
+    betas: tuple[float, float],
+    weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """The optimiser `name` of OPTIMISERS for a model; raises ConfigError for an unknown name."""
-    if name not in OPTIMISERS:
-        raise ConfigError(f"training.optimiser: {name!r} is not known{nearest(name, OPTIMISERS)}")
-    return OPTIMISERS[name](model, learning_rate, betas, weight_decay)
+    """The optimiser of a model: a name in OPTIMISERS, or a mapping of its `kind`, that name, and options of its own.
+
+    Raises ConfigError for an unknown name or option.
+    """
+    options = {"kind": chosen} if isinstance(chosen, str) else dict(chosen)
+    kind = options.pop("kind", None)
+    if not isinstance(kind, str) or kind not in OPTIMISERS:
+        raise ConfigError(f"{WHERE}: {shown(kind)} is not known{nearest(str(kind)[:100], OPTIMISERS)}")
+    maker = OPTIMISERS[kind]
+    allowed = list(arguments(maker))[SHARED:]
+    for name in options:
+        if name not in allowed:
+            raise ConfigError(f"{WHERE}: {kind} has no option {shown(name)}{nearest(str(name)[:100], allowed)}")
+    return maker(model, learning_rate, betas, weight_decay, **checked_types(maker, options, WHERE))
+
+
+def set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group of parameters; one with `relative_rate` has so many times the rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group.get("relative_rate", 1.0)
 
 
 def rate_after(settings: Common, seen: int, total: int) -> float:

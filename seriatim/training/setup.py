@@ -78,6 +78,7 @@ FREE = {
 # records every change of either kind.
 CURES = {
     "training.learning_rate",
+    "training.optimiser.matrix_rate",
     "training.clip",
     "training.dtype",
     "training.on_nan",
@@ -251,4 +252,7 @@ def flat(recipe: AnyRecipe) -> dict[str, Any]:
             result.update(inner)
         return result
 
-    return walk(recipe.model_dump(mode="json"), "")
+    values = recipe.model_dump(mode="json")
+    if isinstance(values["training"].get("optimiser"), str):  # a name is short for a mapping without options
+        values["training"]["optimiser"] = {"kind": values["training"]["optimiser"]}
+    return walk(values, "")

@@ -108,8 +108,8 @@ class Trainables:
 
     @property
     def opponent(self) -> list[nn.Parameter]:
-        """Those of them that are trained against the others, as a discriminator is: groups with `relative_rate`."""
-        groups = [group for group in self.optimiser.param_groups if "relative_rate" in group]
+        """Those of them that are trained against the others, as a discriminator is: groups marked `opponent`."""
+        groups = [group for group in self.optimiser.param_groups if group.get("opponent")]
         return [parameter for group in groups for parameter in group["params"]]
 
     def update(self) -> None:

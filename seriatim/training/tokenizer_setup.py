@@ -127,5 +127,6 @@ def adversarial_groups(model: Autoencoding) -> list[dict[str, Any]]:
     if model.discriminator is not None:
         rate = model.objective.gan_learning_rate
         parameters = list(model.discriminator.parameters())
-        groups.append({"params": parameters, "betas": (0.5, 0.9), "weight_decay": 0.0, "relative_rate": rate})
+        own = {"betas": (0.5, 0.9), "weight_decay": 0.0, "relative_rate": rate, "opponent": True}
+        groups.append({"params": parameters, **own})
     return groups

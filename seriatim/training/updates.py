@@ -20,6 +20,7 @@ from seriatim.core.errors import NumericsError
 from seriatim.models.base import Loss
 from seriatim.training import state as checkpoints
 from seriatim.training.distributed import ALONE, World, whole
+from seriatim.training.optim import set_rate
 from seriatim.training.state import RunState, Trainables
 
 B = TypeVar("B")
@@ -108,8 +109,7 @@ def updates(
             saved = time.monotonic()
         batch = batch_of(run.steps)
         begin = time.process_time()
-        for group in parts.optimiser.param_groups:
-            group["lr"] = rate(run.seen + size)
+        set_rate(parts.optimiser, rate(run.seen + size))
         loss = loss_of(batch, run.steps)
         run.sums["loss"] = gradients(parts.trained, [loss], float(loss.count), clip).means["loss"]
         if not math.isfinite(run.sums["loss"]):

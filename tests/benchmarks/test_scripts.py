@@ -26,6 +26,7 @@ from seriatim.cli.main import run
 from seriatim.heads.mixture import Mixture
 from seriatim.models.build import seeded
 from seriatim.models.masked_model import MaskedModel
+from seriatim.models.registry import HEADS
 from seriatim.tokenizers.pixels import Pixels
 from seriatim.training import periodic
 from seriatim.zoo import PRESETS
@@ -114,6 +115,44 @@ def bf16_memory(toy: Toy) -> None:
     assert [row.split()[0] for row in script.table(measured).splitlines()] == ["start", *script.BOUNDS]
     logged = [json.loads(line) for line in (toy.folder / "log.jsonl").read_text().splitlines()]
     assert [(line["bound"], line["step"]) for line in logged] == [(b, s) for b in script.BOUNDS for s in (1, 2, 3, 4)]
+
+
+def budget(toy: Toy) -> None:
+    """Three contestants, of which one diverges; the second call does nothing again."""
+    script: Any = importlib.import_module("budget")
+    table, sizes = script.CONTESTANTS, {"width": 16, "depth": 1, "heads": 2, "head.width": 16, "head.depth": 1}
+    narrow = {f"model.{key}": value for key, value in sizes.items()}
+    toy.monkeypatch.setitem(table, "base", replace(table["base"], changes=narrow))
+    toy.monkeypatch.setitem(table, "diverging", replace(table["base"], changes={"training.learning_rate": 1e34}))
+    network = {"model.width": 16, "model.head.widths": [8, 8], "model.head.attention": [1], "model.head.layers": 1}
+    toy.monkeypatch.setitem(table, "unet", replace(table["unet"], changes=table["unet"].changes | network))
+    out, names = toy.folder / "o", ["base+muon", "unet", "base+diverging"]
+    sizes_of_work = [
+        "--minutes",
+        0.0001,
+        "--samples",
+        12,
+        "--confirm",
+        13,
+        "--dtype",
+        "float32",
+        "training.batch_size=4",
+    ]
+    sampling = ["--sampling", "{num_diffusion_steps: 2}", "--guidance", 1.5, "3:linear", "3:interval:0.2:1"]
+    arguments = [*toy.judged(), "--out", out, "--only", *names, *sampling, *sizes_of_work]
+    said = toy.main("budget", *arguments)
+    assert said == toy.main("budget", *arguments) == toy.main("budget", "--report", "--out", out)
+    assert said == (out / "tables.md").read_text()
+    assert said.splitlines()[-1].startswith("base+diverging, seed 0, failed: ")
+    judged = {(row["name"], row["point"].split("+")[0]): row for row in script.rows_of(out) if not row["confirming"]}
+    points = {"1.5", "3-linear", "3-interval-0.2-1"}
+    # A UNet, which draws all pixels together, has no schedule over tokens.
+    assert judged.keys() == {("base+muon", point) for point in points} | {("unet", p) for p in points - {"3-linear"}}
+    assert all(row["figures"]["accuracy"][0] >= 0 and row["sample_seconds"] > 0 for row in judged.values())
+    assert {row["samples"] for row in script.rows_of(out) if row["confirming"]} == {13}
+    assert read_picture(out / "pictures" / "unet-0-1.5+num_diffusion_steps=2.png").size == (662, 200)
+    assert read_picture(out / "curves.png").size[0] > 1000
+    assert "muon-0.012" in toy.main("budget", "--list") and "unet" not in HEADS
 
 
 def continuous_or_quantised(toy: Toy) -> None:
@@ -233,6 +272,7 @@ TOYS: dict[str, Callable[[Toy], None]] = {
     for function in (
         arinar_head,
         bf16_memory,
+        budget,
         continuous_or_quantised,
         editing_pictures,
         entropy_pictures,

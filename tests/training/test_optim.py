@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from seriatim.training import muon as muon_module
 from seriatim.training.config import read_recipe
 from seriatim.training.loop import train
 from seriatim.training.muon import MuonAndAdamW, Orthogonal, orthogonal, trunk_matrices
-from seriatim.training.optim import OPTIMISERS, adamw, averaged, is_fused, make_optimiser, muon
+from seriatim.training.optim import OPTIMISERS, adamw, averaged, is_fused, make_optimiser, muon, set_rate
 from seriatim.training.state import RunState, Trainables, load, save
 
 MASKED: dict[str, Any] = {
@@ -80,6 +81,41 @@ def test_an_unknown_optimiser_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training\.optimiser: 'moun' is not known.*muon"):
         train(read_recipe("mar-digits", ["training.optimiser=moun"]), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_muon_has_a_rate_of_its_own() -> None:
+    """A first update has the size of the rate, whatever the gradient: 0.2 of it for Muon, all of it for AdamW."""
+    model = build_model(MASKED)
+    made = make_optimiser({"kind": "muon", "matrix_rate": 0.04}, model, 0.02, (0.9, 0.95), 0.0)
+    set_rate(made, 0.01)  # as a schedule does
+    assert [group["lr"] for group in made.param_groups] == pytest.approx([0.02, 0.01, 0.01])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    numbers = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=numbers)
+    made.step()
+    moved = {name: (p.detach() - before[name]).square().mean().sqrt().item() for name, p in model.named_parameters()}
+    matrices = names_of(model, trunk_matrices(model))
+    assert all(
+        value == pytest.approx(0.2 * 0.02 if name in matrices else 0.01, rel=0.4) for name, value in moved.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        ({"kind": "muon", "matrix_rat": 0.1}, r"training\.optimiser: muon has no option 'matrix_rat'.*matrix_rate"),
+        ({"kind": "adamw", "matrix_rate": 0.1}, r"training\.optimiser: adamw has no option 'matrix_rate'"),
+        ({"kind": "muon", "matrix_rate": 0}, r"training\.optimiser\.matrix_rate: 0.* is not allowed"),
+        ({"kind": "muon", "matrix_rate": True}, r"training\.optimiser\.matrix_rate: must be a number"),
+        ({"matrix_rate": 0.1}, r"training\.optimiser: must be a name such as adamw, or a mapping"),
+        ("", r"training\.optimiser: must be a name such as adamw, or a mapping"),
+    ],
+)
+def test_a_wrong_optimiser_is_named(chosen: Any, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        settings = read_recipe("mar-digits", [f"training.optimiser={json.dumps(chosen)}"]).training
+        make_optimiser(settings.optimiser, build_model(MASKED), 0.1, (0.9, 0.95), 0.0)
 
 
 def test_an_optimiser_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,17 +224,19 @@ def test_moments_of_another_optimiser_are_refused(tmp_path: Path) -> None:
         load(path, parts(1, 0))
 
 
-TINY = [*TINY_RUN, "training.optimiser=muon", "training.save_images=32"]
-
-
 def test_a_resumed_run_with_muon_is_the_same_bitwise(tmp_path: Path) -> None:
-    words = [*TINY, "training.images=128"]
-    train(read_recipe("mar-digits", words), tmp_path / "whole", quiet=True)
-    train(read_recipe("mar-digits", [*TINY, "training.images=64"]), tmp_path / "parts", quiet=True)
-    train(read_recipe("mar-digits", words), tmp_path / "parts", resume=True, quiet=True)
-    one, two = ((tmp_path / name / "model/model.safetensors").read_bytes() for name in ("whole", "parts"))
-    assert one == two
-    with pytest.raises(ConfigError, match=r"training\.optimiser: 'muon'"):
+    def run(name: str, optimiser: str, images: int, resume: bool = False) -> bytes:
+        words = [*TINY_RUN, f"training.optimiser={optimiser}", "training.save_images=32", f"training.images={images}"]
+        train(read_recipe("mar-digits", words), tmp_path / name, resume=resume, quiet=True)
+        return (tmp_path / name / "model/model.safetensors").read_bytes()
+
+    own_rate = "{kind: muon, matrix_rate: 0.02}"
+    whole = run("whole", own_rate, 128)
+    run("parts", own_rate, 64)
+    assert run("parts", own_rate, 128, resume=True) == whole
+    assert run("other", "muon", 128) != whole, "the engine gives matrices the rate of the rest"
+    words = [*TINY_RUN, "training.save_images=32", "training.images=128"]
+    with pytest.raises(ConfigError, match=r"training\.optimiser\.kind: 'muon' in .* 'adamw' now"):
         train(read_recipe("mar-digits", [*words, "training.optimiser=adamw"]), tmp_path / "parts", resume=True)
 
 
