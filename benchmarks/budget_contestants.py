@@ -78,7 +78,10 @@ CONTESTANTS: dict[str, Contestant] = {
     "patch-2": Contestant("tokenizer", {"tokenizer.patch": 2, "tokenizer.components": 8}),
     "patch-8": Contestant("tokenizer", {"tokenizer.patch": 8, "tokenizer.components": 48}),
     "diffusion": Contestant("head", {"model.head": {**FLOW, "kind": "diffusion"}, "sampling.solver": "sde-dpm++"}),
-    # One line for the energy head, which takes one pass a token: "energy": Contestant("head", {"model.head": {...}}).
+    "energy": Contestant(
+        "head",
+        {"model.head": {"kind": "energy", "width": 256, "depth": 3}, "sampling": {"guidance_schedule": "constant"}},
+    ),
     "draws-1": Contestant("head", {"model.head.draws": 1}),
     "draws-4": Contestant("head", {"model.head.draws": 4}),
     "draws-8": Contestant("head", {"model.head.draws": 8}),
