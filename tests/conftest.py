@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Threads that wait for each other give way, since there are more of them than cores: spinning takes minutes of tests
+# that take seconds. OpenMP reads this when torch is imported, here and in every process that a test starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 with contextlib.suppress(ImportError):  # the architecture test reads sources alone, also where torch is not installed
     import torch
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import in_fork
+from forked import script as program
 from helpers import make_bundle, randomise, read_picture
 from PIL import Image
 
@@ -76,6 +79,11 @@ class Toy:
         assert run(["train", "classifier-cifar10-tiny", *small, "--out", str(self.folder / "c"), "--json"]) == 0
         self.capsys.readouterr()
         return ["--data", pictures, "--real-data", real, "--classifier", self.folder / "c"]
+
+    def few_steps(self) -> None:
+        """Time few steps where a script asks how many it can take in so many minutes."""
+        for name in ("WARM", "PROBED"):
+            self.monkeypatch.setattr(importlib.import_module("continuous_or_quantised"), name, 1)
 
     def double(self, name: str) -> Path:
         """A checkout of the double of an original."""
@@ -158,6 +166,7 @@ def budget(toy: Toy) -> None:
 def continuous_or_quantised(toy: Toy) -> None:
     """Both kinds, one codebook; the second call does nothing again."""
     recipes = ["--kl", "kl-32-tiny", "--vq", "vq-32-tiny", "--vocabs", 8, "--minutes", 0.0001]
+    toy.few_steps()
     arguments = [*toy.judged(), *recipes, "--out", toy.folder / "o", "tokenizer.width=4", "training.batch_size=4"]
     said = toy.main("continuous_or_quantised", *arguments).splitlines()
     assert said == toy.main("continuous_or_quantised", *arguments).splitlines()
@@ -184,6 +193,15 @@ def entropy_pictures(toy: Toy) -> None:
 
 
 def folder_start(toy: Toy) -> None:
+    """Its two processes are forks."""
+
+    def forked(command: list[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:2] == [sys.executable, "-c"]
+        file = toy.folder / "program.py"
+        file.write_text(command[2])
+        return in_fork(program, [str(file), *command[3:]], env=env)
+
+    toy.monkeypatch.setattr(subprocess, "run", forked)
     first, second = toy.main("folder_start", "--files", 12, "--classes", 3, "--side", 8).splitlines()
     assert first.startswith("12 files, first start: ") and second.startswith("12 files, second start: ")
 
@@ -247,12 +265,15 @@ def schedule_pictures(toy: Toy) -> None:
 def tokens_for_generators(toy: Toy) -> None:
     """Patches of pixels, and a trained tokenizer whose latents are cached; the second call does nothing again."""
     small = ["training.images=8", "tokenizer.width=4", "training.batch_size=4", "training.threads=1"]
+    toy.few_steps()
+    script: Any = importlib.import_module("tokens_for_generators")
+    toy.monkeypatch.setitem(script.TRAINING, "batch_size", 4)
     judged = toy.judged()
     tokenizer = toy.folder / "kl"
     assert run(["train", "kl-32-tiny", f"data.path={judged[1]}", *small, "--out", str(tokenizer), "--json"]) == 0
     sizes = ["--minutes", 0.0001, "--samples", 12, "--sampling", "{num_diffusion_steps: 2}", "--out", toy.folder / "o"]
     only = ["--only", "raster-kl", "masked-pixels", "--tokenizer", f"kl={{from: {tokenizer}}}"]
-    arguments = [*TINY, "training.batch_size=4", *judged, *sizes, *only]
+    arguments = [*TINY, *judged, *sizes, *only]
     toy.capsys.readouterr()
     said = toy.main("tokens_for_generators", *arguments).splitlines()
     assert said == toy.main("tokens_for_generators", *arguments).splitlines()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -46,6 +48,7 @@ from seriatim.training.updates import gradients
 COMMON = ["training.batch_size=8", "training.threads=1", "training.dtype=float32", "training.log_images=24",
           "training.images=80", "training.save_images=40", "training.sample_images=40", "training.warmup_images=8",
           "data={kind: digits}"]  # fmt: skip
+TWO_STEPS = ["training.images=16", "training.save_images=0", "training.sample_images=0"]
 KL = ["kl-32-tiny", *COMMON, "tokenizer={kind: kl, stride: 2, latent_channels: 2, width: 8, layers_per_block: 1}"]
 VQ = ["vq-32-tiny", *COMMON, "tokenizer={kind: vq, stride: 2, vocab: 16, code_dim: 4, latent_channels: 8, width: 8, "
       "layers_per_block: 1}"]  # fmt: skip
@@ -69,6 +72,39 @@ def few_images_at_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_task, "AT_SAVES", 64)
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a case that nothing stopped; it is made once and must not be changed."""
+    made: dict[str, Path] = {}
+
+    def run(case: str, *more: str) -> Path:
+        name = " ".join([case, *more])
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("whole") / "run"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(tokenizer_task, "AT_SAVES", 64)
+                train_tokenizer(of(case, *more), made[name], quiet=True)
+        return made[name]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier."""
+    return saved_judge(tmp_path_factory.mktemp("judge") / "judge", seed=0)
+
+
+def saved_judge(folder: Path, seed: int) -> Path:
+    with seeded(seed):
+        net = ResNet(2, channels=1, widths=[4, 8], depth=[0, 0]).eval()
+    return save_classifier(TrainedClassifier(net, "judge", (8, 8), ["a", "b"], {}, {}), folder)
+
+
+def perceptual(judge: Path) -> list[str]:
+    return ["objective.perceptual=0.5", f"objective.perceptual_features={judge}"]
+
+
 def recipe_of(name: str, *more: str) -> TokenizerRecipe:
     recipe = read_any(name, more)
     assert isinstance(recipe, TokenizerRecipe)
@@ -89,16 +125,17 @@ def content(run: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_in_parts_is_the_run_in_one_piece(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_parts_is_the_run_in_one_piece(
+    case: str, whole_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bitwise: weights, averages, moments of both sides, statistics, and the lines of the log."""
-    train_tokenizer(of(case), tmp_path / "whole", quiet=True)
     for steps, resume in ((3, False), (4, True)):
         with monkeypatch.context() as patch, pytest.raises(Stopped):
             signal_in_step(patch, steps)
             train_tokenizer(of(case), tmp_path / "parts", resume=resume, quiet=True)
     train_tokenizer(of(case), tmp_path / "parts", resume=True, quiet=True)
-    assert content(tmp_path / "whole") == content(tmp_path / "parts")
-    assert untimed_metrics(tmp_path / "whole") == untimed_metrics(tmp_path / "parts")
+    assert content(whole_run(case)) == content(tmp_path / "parts")
+    assert untimed_metrics(whole_run(case)) == untimed_metrics(tmp_path / "parts")
 
 
 def first_gradients(recipe: TokenizerRecipe, out: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -137,15 +174,15 @@ def test_one_process_is_two_is_three(case: str, tmp_path: Path) -> None:
                     assert float((tensor - alone[0][name]).norm()) <= bound, (name, count, size)
 
 
-def whole_run(recipe: TokenizerRecipe, out: Path) -> float | None:
+def psnr_of_run(recipe: TokenizerRecipe, out: Path) -> float | None:
     torch.set_num_threads(1)
     return train_tokenizer(recipe, out, device="cpu", quiet=True).psnr
 
 
 @pytest.mark.fresh_process
 def test_two_processes_write_one_run_whose_discriminator_joins_later(tmp_path: Path) -> None:
-    (alone,) = together(1, partial(whole_run, of("gan"), tmp_path / "a"), tmp_path / "1")
-    both = together(2, partial(whole_run, of("gan"), tmp_path / "b"), tmp_path / "2")
+    (alone,) = together(1, partial(psnr_of_run, of("gan"), tmp_path / "a"), tmp_path / "1")
+    both = together(2, partial(psnr_of_run, of("gan"), tmp_path / "b"), tmp_path / "2")
     assert both[0] == pytest.approx(alone, abs=0.5) and both[1] is None
     ours, theirs = untimed_metrics(tmp_path / "b"), untimed_metrics(tmp_path / "a")
     assert [row["images"] for row in ours] == [row["images"] for row in theirs]
@@ -228,17 +265,20 @@ def test_a_run_is_a_tokenizer_for_generators_and_lowers_its_error(tmp_path: Path
     assert pipe([1], seed=0, num_inference_steps=2).images[0].size == (8, 8)
 
 
-def test_a_tokenizer_begins_with_the_weights_of_another_and_parts_stay_frozen(tmp_path: Path) -> None:
-    train_tokenizer(of("kl"), tmp_path / "first", quiet=True)
+def test_a_tokenizer_begins_with_the_weights_of_another_and_parts_stay_frozen(
+    whole_run: Callable[[str], Path], tmp_path: Path
+) -> None:
     more = [
         "kl-32-tiny",
         *COMMON,
-        f"tokenizer={{from: {tmp_path / 'first'}}}",
+        *TWO_STEPS,
+        f"tokenizer={{from: {whole_run('kl')}}}",
         "training.freeze=[autoencoder.encoder.*, autoencoder.quant_conv.*]",
         "data.validation=0.5",  # other images would give other statistics
     ]
     train_tokenizer(recipe_of(*more), tmp_path / "second", quiet=True)
-    first, second = (load_file(tmp_path / run / "model" / "tokenizer.safetensors") for run in ("first", "second"))
+    runs = whole_run("kl"), tmp_path / "second"
+    first, second = (load_file(run / "model" / "tokenizer.safetensors") for run in runs)
     same = {name for name in first if torch.equal(first[name], second[name])}
     assert {name for name in first if name.startswith(("autoencoder.encoder.", "autoencoder.quant_conv."))} <= same
     assert {"mean", "std", "measured"} <= same, "tokens mean what they meant"
@@ -250,7 +290,7 @@ def test_given_statistics_are_measured_when_the_encoder_is_trained(tmp_path: Pat
     given = KL[-1].replace("}", ", statistics: fixed, scale: 3.0}")
     made: Any = build_tokenizer({**read_any("kl-32-tiny", [given]).tokenizer, "size": [8, 8], "channels": 1})  # type: ignore[union-attr]
     save_tokenizer(made, tmp_path / "converted")
-    words = ["kl-32-tiny", *COMMON, f"tokenizer={{from: {tmp_path / 'converted'}}}"]
+    words = ["kl-32-tiny", *COMMON, *TWO_STEPS, f"tokenizer={{from: {tmp_path / 'converted'}}}"]
     train_tokenizer(recipe_of(*words), tmp_path / "trained", quiet=True)
     frozen = "training.freeze=[autoencoder.encoder.*, autoencoder.quant_conv.*]"
     train_tokenizer(recipe_of(*words, frozen), tmp_path / "frozen", quiet=True)
@@ -260,11 +300,10 @@ def test_given_statistics_are_measured_when_the_encoder_is_trained(tmp_path: Pat
     assert kept.config["statistics"] == "fixed" and torch.equal(kept.std, made.std)
 
 
-def test_raw_channels_are_reported(tmp_path: Path) -> None:
+def test_raw_channels_are_reported(whole_run: Callable[[str], Path], tmp_path: Path) -> None:
     """Tokens are normalised, so their own means and spreads say nothing of the latents."""
-    train_tokenizer(of("kl"), tmp_path / "run", quiet=True)
     for patch in (1, 2):
-        tokenizer: Any = load_tokenizer(tmp_path / "run", patch=patch)
+        tokenizer: Any = load_tokenizer(whole_run("kl"), patch=patch)
         digits = build_data({"kind": "digits"})
         done = evaluate_tokenizer(tokenizer, digits, tmp_path / str(patch), num=40, real=digits, quiet=True)
         images = to_float(digits.images(as_many(whole(digits, 0, ()), 40, 0).index))
@@ -311,19 +350,16 @@ def test_terms_of_whole_images_see_them_whole_where_latents_are_scaled() -> None
 
 
 def test_a_perceptual_term_comes_from_a_classifier_which_then_cannot_judge(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole_run: Callable[..., Path], judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with seeded(0):
-        net = ResNet(2, channels=1, widths=[4, 8], depth=[0, 0]).eval()
-    save_classifier(TrainedClassifier(net, "judge", (8, 8), ["a", "b"], {}, {}), tmp_path / "judge")
-    more = ["objective.perceptual=0.5", f"objective.perceptual_features={tmp_path / 'judge'}"]
-    train_tokenizer(of("kl", *more), tmp_path / "run", quiet=True)
-    assert "loss_perceptual" in untimed_metrics(tmp_path / "run")[-1]
-    assert [each["name"] for each in read_provenance(tmp_path / "run")["perceptual"]] == ["judge"]
-    assert not any("stages" in name for name in load_file(tmp_path / "run" / "model" / "tokenizer.safetensors"))
+    more = perceptual(judge)
+    run = whole_run("kl", *more)
+    assert "loss_perceptual" in untimed_metrics(run)[-1]
+    assert [each["name"] for each in read_provenance(run)["perceptual"]] == ["judge"]
+    assert not any("stages" in name for name in load_file(run / "model" / "tokenizer.safetensors"))
     words = [
         "evaluate",
-        str(tmp_path / "run"),
+        str(run),
         "--data",
         "digits",
         "--num",
@@ -332,7 +368,7 @@ def test_a_perceptual_term_comes_from_a_classifier_which_then_cannot_judge(
         str(tmp_path / "evaluation"),
     ]
     capsys.readouterr()
-    assert command([*words, "--features", str(tmp_path / "judge")]) == 2
+    assert command([*words, "--features", str(judge)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "features: the tokenizer was trained with those of judge" in line
     assert command([*words, "--features", "none"]) == 0 and "PSNR" in capsys.readouterr().out
@@ -341,15 +377,11 @@ def test_a_perceptual_term_comes_from_a_classifier_which_then_cannot_judge(
 
 
 def test_what_is_built_on_a_tokenizer_is_not_judged_by_its_features_either(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    whole_run: Callable[..., Path], judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Neither a tokenizer that begins with it, nor a generator of its tokens, nor one that begins with that."""
-    with seeded(0):
-        net = ResNet(2, channels=1, widths=[4, 8], depth=[0, 0]).eval()
-    judge = save_classifier(TrainedClassifier(net, "judge", (8, 8), ["a", "b"], {}, {}), tmp_path / "judge")
-    perceptual = ["objective.perceptual=0.5", f"objective.perceptual_features={judge}"]
-    train_tokenizer(of("kl", *perceptual), tmp_path / "first", quiet=True)
-    begun = recipe_of("kl-32-tiny", *COMMON, f"tokenizer={{from: {tmp_path / 'first'}}}")
+    first = whole_run("kl", *perceptual(judge))
+    begun = recipe_of("kl-32-tiny", *COMMON, *TWO_STEPS, f"tokenizer={{from: {first}}}")
     train_tokenizer(begun, tmp_path / "second", quiet=True)
     on = f"tokenizer={{from: {tmp_path / 'second'}}}"
     generator = ["mar-digits", *TINY_RUN, on, "training.images=8"]
@@ -376,25 +408,26 @@ def test_what_is_built_on_a_tokenizer_is_not_judged_by_its_features_either(
     assert not (tmp_path / "e").exists() and not (tmp_path / "judged").exists()
 
 
-def test_initial_weights_of_a_model_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+def test_initial_weights_of_a_model_of_another_tokenizer_are_refused(
+    whole_run: Callable[..., Path], tmp_path: Path
+) -> None:
     """Two runs of one recipe have the same settings, and weights that give tokens another meaning."""
-    for name, seed in (("one", 0), ("two", 1)):
-        train_tokenizer(of("kl", f"seed={seed}"), tmp_path / name, quiet=True)
-    words = [*TINY_RUN, "training.images=8", f"tokenizer={{from: {tmp_path / 'one'}}}"]
+    one, two = whole_run("kl"), whole_run("kl", "seed=1")
+    words = [*TINY_RUN, "training.images=8", f"tokenizer={{from: {one}}}"]
     train(read_recipe("mar-digits", words), tmp_path / "generator", quiet=True)
     more = [*TINY_RUN, "training.images=8", f"training.init_from={tmp_path / 'generator'}"]
     with pytest.raises(ConfigError, match=r"the tokenizer of .*generator has other weights .* set tokenizer.from="):
-        train(
-            read_recipe("mar-digits", [*more, f"tokenizer={{from: {tmp_path / 'two'}}}"]), tmp_path / "no", quiet=True
-        )
+        train(read_recipe("mar-digits", [*more, f"tokenizer={{from: {two}}}"]), tmp_path / "no", quiet=True)
     assert not (tmp_path / "no").exists()
-    train(read_recipe("mar-digits", [*more, f"tokenizer={{from: {tmp_path / 'one'}}}"]), tmp_path / "yes", quiet=True)
+    train(read_recipe("mar-digits", [*more, f"tokenizer={{from: {one}}}"]), tmp_path / "yes", quiet=True)
 
 
-def test_a_run_goes_on_with_the_tokenizer_and_the_features_it_began_with(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_the_tokenizer_and_the_features_it_began_with(
+    whole_run: Callable[..., Path], judge: Path, tmp_path: Path
+) -> None:
     """They may have moved; others under their names or in their places are refused."""
-    for name, seed in (("one", 0), ("two", 1)):
-        train_tokenizer(of("kl", f"seed={seed}"), tmp_path / name, quiet=True)
+    shutil.copytree(whole_run("kl"), tmp_path / "one")
+    shutil.copytree(whole_run("kl", "seed=1"), tmp_path / "two")
     words = [*TINY_RUN, "training.save_images=8", "training.batch_size=8"]
 
     def recipe(name: str, images: int) -> Any:
@@ -408,25 +441,19 @@ def test_a_run_goes_on_with_the_tokenizer_and_the_features_it_began_with(tmp_pat
     (tmp_path / "one").rename(tmp_path / "moved")
     assert train(recipe("moved", 16), tmp_path / "generator", resume=True, quiet=True).images == 16
 
-    for name, seed in (("judge", 0), ("other", 1)):
-        with seeded(seed):
-            net = ResNet(2, channels=1, widths=[4, 8], depth=[0, 0]).eval()
-        save_classifier(TrainedClassifier(net, "judge", (8, 8), ["a", "b"], {}, {}), tmp_path / name)
-
-    def objective(name: str, images: int) -> TokenizerRecipe:
-        features = f"objective.perceptual_features={tmp_path / name}"
-        return of("kl", "objective.perceptual=0.5", features, f"training.images={images}")
-
-    train_tokenizer(objective("judge", 80), tmp_path / "run", quiet=True)
+    shutil.copytree(whole_run("kl", *perceptual(judge)), tmp_path / "run")
+    other = saved_judge(tmp_path / "other", seed=1)
     with pytest.raises(ConfigError, match=r"objective.perceptual_features: judge has other weights"):
-        train_tokenizer(objective("other", 120), tmp_path / "run", resume=True, quiet=True)
-    (tmp_path / "judge").rename(tmp_path / "elsewhere")
-    assert train_tokenizer(objective("elsewhere", 120), tmp_path / "run", resume=True, quiet=True).images == 120
+        longer = of("kl", *perceptual(other), "training.images=120")
+        train_tokenizer(longer, tmp_path / "run", resume=True, quiet=True)
+    longer = of("kl", *perceptual(Path(shutil.copytree(judge, tmp_path / "elsewhere"))), "training.images=120")
+    assert train_tokenizer(longer, tmp_path / "run", resume=True, quiet=True).images == 120
 
 
-def test_usage_and_perplexity_are_logged_and_a_collapsed_codebook_is_warned_of(tmp_path: Path) -> None:
-    train_tokenizer(of("vq"), tmp_path / "vq", quiet=True)
-    for row in untimed_metrics(tmp_path / "vq"):
+def test_usage_and_perplexity_are_logged_and_a_collapsed_codebook_is_warned_of(
+    whole_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for row in untimed_metrics(whole_run("vq")):
         assert 0 < row["usage"] <= 1 and 1 <= row["perplexity"] <= 16
     large = "tokenizer={kind: vq, stride: 4, vocab: 60, code_dim: 1, latent_channels: 8, width: 8, layers_per_block: 1}"
     collapsed = recipe_of(*VQ, large, "training.images=120", "training.learning_rate=1e-6", "objective.revive_images=0")
