@@ -33,7 +33,7 @@ MASKED: dict[str, Any] = {
 }  # fmt: skip
 UNET: dict[str, Any] = {
     "kind": "masked", "backbone": "class-only", "width": 256,
-    "head": {"kind": "unet", "widths": [64, 64, 128], "layers": 2, "attention": [2]},
+    "head": {"kind": "unet", "widths": [32, 64, 128], "layers": 2, "attention": [2]},
 }  # fmt: skip
 
 
@@ -120,10 +120,13 @@ CONTESTANTS: dict[str, Contestant] = {
             },
         },
     ),
-    "unet-small": Contestant("opponent's size", {"model.head.widths": [32, 64, 128]}, "unet"),
-    "unet-large": Contestant("opponent's size", {"model.head.widths": [64, 128, 256]}, "unet"),
+    "unet-shallow": Contestant("opponent's size", {"model.head.layers": 1}, "unet"),
+    "unet-wide": Contestant("opponent's size", {"model.head.widths": [64, 64, 128]}, "unet"),
+    "unet-wider": Contestant("opponent's size", {"model.head.widths": [64, 128, 256]}, "unet"),
     "unet-patch-2": Contestant(
-        "opponent's size", {"model.head.widths": [128, 256], "model.head.attention": [1], "model.head.patch": 2}, "unet"
+        "opponent's size",
+        {"model.head.widths": [128, 128], "model.head.layers": 1, "model.head.attention": [1], "model.head.patch": 2},
+        "unet",
     ),
     "unet-rate-2e-3": Contestant("opponent's rate", {"training.learning_rate": 2e-3}, "unet"),
     "unet-rate-5e-4": Contestant("opponent's rate", {"training.learning_rate": 5e-4}, "unet"),

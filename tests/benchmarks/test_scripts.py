@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def bf16_memory(toy: Toy) -> None:
 
 
 def budget(toy: Toy) -> None:
-    """Three contestants, of which one diverges; the second call does nothing again."""
+    """Three contestants, of which one diverges; a stopped call goes on, and the last one does nothing again."""
     script: Any = importlib.import_module("budget")
     table, sizes = script.CONTESTANTS, {"width": 16, "depth": 1, "heads": 2, "head.width": 16, "head.depth": 1}
     narrow = {f"model.{key}": value for key, value in sizes.items()}
@@ -148,7 +149,12 @@ def budget(toy: Toy) -> None:
     ]
     sampling = ["--sampling", "{num_diffusion_steps: 2}", "--guidance", 1.5, "3:linear", "3:interval:0.2:1"]
     arguments = [*toy.judged(), "--out", out, "--only", *names, *sampling, *sizes_of_work]
+    with toy.monkeypatch.context() as patch:
+        patch.setattr(script, "draw", Mock(side_effect=KeyboardInterrupt))  # after the first training and judgement
+        assert script.main([str(word) for word in arguments]) == 130
+    made = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors")}
     said = toy.main("budget", *arguments)
+    assert made and all(file.stat().st_mtime_ns == time for file, time in made.items()), "nothing is done twice"
     assert said == toy.main("budget", *arguments) == toy.main("budget", "--report", "--out", out)
     assert said == (out / "tables.md").read_text()
     assert said.splitlines()[-1].startswith("base+diverging, seed 0, failed: ")
