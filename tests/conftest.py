@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,25 @@ class TellFailures:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # with pytest-xdist the process that gathers the reports tells
         config.pluginmanager.register(TellFailures(config), "tell-failures")
+        if hasattr(config.option, "loadscopereorder"):
+            config.option.loadscopereorder = False  # the order below is better
+
+
+LONG = (  # these files take half a minute and more
+    "test_distributed.py", "test_torchrun.py", "test_resume.py", "test_tokenizer_training.py", "test_readme.py",
+    "test_documents.py", "test_scripts.py", "test_combinations.py", "test_shared_work.py", "test_together.py",
+    "test_bench.py", "test_run_folder.py", "test_signals.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files first, and then those with many tests: no process shall be left alone with a long one at the end.
+
+    pytest-xdist itself looks at the number of tests alone, and so keeps four tests that take a minute each for the end.
+    """
+    if hasattr(config, "workerinput"):
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path], item.path))
 
 
 # A test in a process of its own needs no plugin: to find and import them takes pytest longer than most tests take.

@@ -6,6 +6,7 @@ changing draws and looking at which token changes.
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import replace
 
@@ -45,6 +46,7 @@ IMAGE = {
 }
 
 
+@functools.cache
 def case_of(name: str) -> Case:
     return load_case(FOLDER / f"{name}.safetensors")
 

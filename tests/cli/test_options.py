@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import typer
+from helpers import TINY_RUN
 from PIL import Image
 from typer.core import TyperOption
 
@@ -127,7 +128,7 @@ def test_what_a_model_cannot_do_is_one_line(
 def test_a_plan_of_codes_counts_them(capsys: pytest.CaptureFixture[str]) -> None:
     codes = ["tokenizer={kind: kmeans, patch: 2, vocab: 24}", "model.head={kind: categorical}"]
     for words, key, count in ((codes, "codes", 24), ([], "features", 4)):
-        assert run(["train", "mar-digits", *words, "--dry-run", "--json", "--out", "never"]) == 0
+        assert run(["train", "mar-digits", *TINY_RUN, *words, "--dry-run", "--json", "--out", "never"]) == 0
         plan = json.loads(capsys.readouterr().out)
         assert plan[key] == count and len(plan.keys() & {"codes", "features"}) == 1
 

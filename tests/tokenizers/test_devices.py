@@ -113,8 +113,7 @@ def test_everything_is_moved_and_returned_on_the_tokenizers_device(kit: Kit) -> 
 
 
 @every
-@pytest.mark.parametrize("of", ["images", "moments"])
-@pytest.mark.parametrize("float64", [True, False], ids=["cuda", "without float64"])
+@pytest.mark.parametrize(("of", "float64"), [("images", False), ("moments", True)])
 def test_statistics_are_measured_on_any_device(name: str, kit: Kit, of: str, float64: bool) -> None:
     plain, images = kit
     moments = plain.moments(images)

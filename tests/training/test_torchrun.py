@@ -115,7 +115,7 @@ def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
             lambda: all_checkpoints(tmp_path / "run" / "checkpoints"), lambda: first.poll() is second.poll() is None
         )
         second.send_signal(signal.SIGKILL)
-        done = first.wait(60)
+        done = first.wait(30)
     assert done.returncode == 6, done
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "Traceback" not in done.stderr, done.stderr
