@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from judged_samples import cell
+from judged_samples import BATCH, cell
 from known_density_tables import head_of, interval, row_of, show
 
 from seriatim.core.files import atomic_write
@@ -82,6 +82,11 @@ def tables(rows: Sequence[Row], failed: Sequence[Row]) -> str:
 def summary(found: Sequence[Curve]) -> Iterator[str]:
     if not found:
         return
+    first = found[0].first
+    yield (
+        f"{first['settings']['minutes']:g} minutes of one thread for each training, {first['samples']:,} samples at each "
+        f"guidance, sampled by one thread in batches of {BATCH}; ± is 95 %.\n"
+    )
     yield head_of([
         "contestant", "seeds", "images", "images/s", "minutes", "parameters", "loss",
         "least FD", "at", "accuracy", "recall",
