@@ -25,6 +25,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def minutes_of(count: float) -> str:
+    """A number of minutes as text, such as `1 minute` or `2.5 minutes`."""
+    return f"{count:g} minute{'s' * (count != 1)}"
+
+
 class Progress(AbstractContextManager["Progress"]):
     """Progress on stderr: `with Progress(total, "training", "images") as bar: bar.advance(32, "loss 0.31")`."""
 

@@ -21,7 +21,7 @@ from typing import Any
 from seriatim.core.device import DTYPES, synchronise
 from seriatim.core.errors import Stopped, UsageError
 from seriatim.core.files import explained
-from seriatim.core.progress import Progress, duration
+from seriatim.core.progress import Progress, duration, minutes_of
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.training.config import MOST_IMAGES, AnyRecipe, Recipe, TokenizerRecipe, read_any
@@ -227,7 +227,7 @@ def decided(recipe: AnyRecipe, budget: Budget, pace: Pace, left: float, classes:
     rows, each = shape_of_previews(recipe, costs, LOOKING * left, classes, given)
     drawn = rows * each if classes else WITHOUT_CLASSES * each
     look = drawn * costs.sample + costs.look
-    sweep = (len(FACTORS) - 1) * drawn * costs.sample if classes and isinstance(recipe, Recipe) else 0.0
+    sweep = (len(FACTORS) - 1) * look if classes and isinstance(recipe, Recipe) else 0.0
     save = pace.save + costs.judged
     saves = max(1, min(MOST_SAVES, int(SAVING * left / save)), int(left / BETWEEN_SAVES))
     tests = min(PREVIEWS, int(TESTING * left / costs.test)) if costs.test else 0
@@ -267,7 +267,7 @@ def shape_of_previews(
     """The most classes of a preview, and the images of each, so that all previews take about so many seconds."""
     settings: Any = recipe.training
     sheets = PREVIEWS + (len(FACTORS) - 1 if classes else 0)
-    room = int(min(1e6, seconds / max(1e-9, sheets * costs.sample)))  # images of each preview
+    room = int(min(1e6, max(0.0, seconds / sheets - costs.look) / max(1e-9, costs.sample)))  # images of each preview
     if classes:
         rows = min(classes, max(FEWEST_ROWS, min(MOST_ROWS, room)))
         each = max(1, min(MOST_EACH, room // rows))
@@ -319,4 +319,6 @@ def told(recipe: AnyRecipe, budget: Budget, pace: Pace, count: int) -> str:
     before = f", {duration(over)} of which are over" if over >= 1 else ""
     passes = f", which are {images / count:,.3g} passes over {count:,}" if count else ""
     steps = f"{pace.steps} step{'s' * (pace.steps != 1)} were timed" if pace.steps else "no step was timed"
-    return f"{budget.minutes:g} minutes{before}: {images:,} images at {1 / pace.image:,.3g} a second ({steps}){passes}"
+    return (
+        f"{minutes_of(budget.minutes)}{before}: {images:,} images at {1 / pace.image:,.3g} a second ({steps}){passes}"
+    )

@@ -26,7 +26,7 @@ from seriatim.core.flatten import as_colour
 from seriatim.core.images import load_pixels
 from seriatim.core.ownership import first_file
 from seriatim.core.processes import place
-from seriatim.core.progress import duration
+from seriatim.core.progress import duration, minutes_of
 from seriatim.core.terminal import say
 from seriatim.core.validation import parse
 from seriatim.data.loader import to_float
@@ -97,7 +97,7 @@ def plan_folder(
     mirroring = may_mirror(looked.pixels, looked.labels, looked.names, looked.files)
     duplicates = int(near_duplicates(looked.pixels).sum())
     channels = data.get("channels", 1 if looked.grey else 3)
-    background = "black" if looked.pale else "white"
+    background = data.get("background", "black" if looked.pale else "white")
     where = pick_device(device)
 
     reading = looked.seconds * looked.count / (os.cpu_count() or 1)
@@ -105,7 +105,7 @@ def plan_folder(
     options = [sized(option, size) for option in table.OPTIONS if (size := size_of(option, looked, data.get("size")))]
     chosen = choose(options, left, images, channels, len(looked.names), where)
     option, seen = chosen.option, chosen.images
-    tokenizer, psnr, rows = fitted_tokenizer(looked, option, channels, data.get("background", background))
+    tokenizer, psnr, rows = fitted_tokenizer(looked, option, channels, background)
 
     raw = {
         "name": name_of(root),
@@ -135,13 +135,13 @@ def plan_folder(
     }
     recipe = parse(Recipe, override(raw, settings, Recipe.model_fields), where=f"the plan for {root}")
     lines = [
-        *words.found(looked, mirroring, duplicates),
+        *words.found(looked, mirroring, duplicates, background),
         *(f"note: {line}" for line in words.warnings(looked, duplicates, option.size)),
         f"plan: {words.tokenizer_loss(psnr, option.tokens, option.size)}"
         + (f"; {out / TOKENIZER_PICTURE} shows it" if out is not None else ""),
         f"  a {option.name} model, {chosen.parameters:,} parameters; about {seen:,} images "
         f"({seen / looked.count:,.3g} passes over the pictures)"
-        + ("" if chosen.rate is None else f" in {seconds / 60:g} minutes, at {chosen.rate:,.3g} a second"),
+        + ("" if chosen.rate is None else f" in {minutes_of(seconds / 60)}, at {chosen.rate:,.3g} a second"),
         *([f"  reading all pictures takes about {duration(reading)} of it"] if reading > 0.05 * seconds else []),
         f"expect: {words.expected(seen, looked.count, len(looked.names))}",
         *([] if out is None else words.afterwards(out, looked.names)),

@@ -25,7 +25,7 @@ from seriatim.training.config import Batched
 
 PREVIEWS = 8  # how often a run is looked at, if its recipe leaves that open
 FEWEST_UPDATES = 100  # a run of fewer updates is too short for that, and is not looked at
-TIMED = 8  # samples by which the time of a preview is estimated
+TIMED = (4, 20)  # samples by which the time of a preview is estimated
 COLUMNS = 8  # images of a row where there are no classes
 WITHOUT_CLASSES = 4  # how many times `sample_each` images are shown where there are no classes
 FACTORS = (0.0, 0.5, 1.0, 1.5)  # guidance scales of the last preview, as factors of the recipe's own
@@ -137,11 +137,18 @@ def draw_samples(
     return path
 
 
-def seconds_of_a_sample(bundle: Bundle, most: float) -> float:
-    """The seconds that an image of a preview takes. After `most` seconds the rest of the steps is estimated."""
+def seconds_of_samples(bundle: Bundle, most: float) -> tuple[float, float]:
+    """The seconds that drawing samples takes in any case, and for each image. Measuring takes about `most` seconds."""
+    few, many = (seconds_of_some(bundle, count, most / 2) for count in TIMED)
+    each = max(0.0, (many - few) / (TIMED[1] - TIMED[0]))
+    return max(0.0, few - TIMED[0] * each), each
+
+
+def seconds_of_some(bundle: Bundle, count: int, most: float) -> float:
+    """The seconds that `count` images of a preview take. After `most` seconds the rest of the steps is estimated."""
     pipe = Pipeline(bundle)
     classes, names = pipe.model.classes, pipe.class_names
-    labels = [label_of(i % classes, names) if classes else None for i in range(TIMED)]
+    labels = [label_of(i % classes, names) if classes else None for i in range(count)]
     done = [0, 1]
 
     def look(_: object, index: int, total: int, __: object) -> None:
@@ -153,10 +160,10 @@ def seconds_of_a_sample(bundle: Bundle, most: float) -> float:
     try:
         pipe(labels, seed=0, progress=False, callback_on_step_end=look)
     except Interrupted:
-        return (time.perf_counter() - begin) * done[1] / done[0] / TIMED
+        return (time.perf_counter() - begin) * done[1] / done[0]
     except NumericsError:  # the weights are not trained yet; what was drawn tells the time all the same
         pass
-    return (time.perf_counter() - begin) / TIMED
+    return time.perf_counter() - begin
 
 
 def guidance_scales(own: float) -> list[float]:

@@ -38,7 +38,7 @@ from seriatim.training.engine import TrainingResult, fit
 from seriatim.training.initialise import initialise_from, matching, other_weight
 from seriatim.training.judge import Judge
 from seriatim.training.log import MetricsLog, loss_curve, model_card
-from seriatim.training.look import SHEET, Preview, draw_samples, is_due, seconds_of_a_sample
+from seriatim.training.look import SHEET, Preview, draw_samples, is_due, seconds_of_samples
 from seriatim.training.optim import averaged, make_optimiser
 from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
@@ -195,8 +195,8 @@ class GeneratorTask(BatchedTask):
 
     def costs(self, run: RunState, image: float, most: float) -> Costs:
         bundle = self.bundle(run, self.averaged_model())
-        sample = self.world.first(lambda: seconds_of_a_sample(bundle, most))
-        return Costs(sample=sample, look=SHEET, judged=self.judge.seconds(image, sample))
+        always, sample = self.world.first(lambda: seconds_of_samples(bundle, most))
+        return Costs(sample=sample, look=SHEET + always, judged=self.judge.seconds(image, sample))
 
     def curves(self, log: MetricsLog) -> None:
         loss_curve(log.rows, self.out / "training.png", self.recipe.name)

@@ -18,7 +18,7 @@ NAMED = 10  # classes that are named
 MUCH = 0.2  # the share of pictures, or of a picture, that is worth a word
 
 
-def found(survey: Survey, mirroring: Mirroring, duplicates: int) -> list[str]:
+def found(survey: Survey, mirroring: Mirroring, duplicates: int, background: str) -> list[str]:
     """What is in the folder."""
     sizes = Counter((each.width, each.height) for each in survey.sample)
     (width, height), most = sizes.most_common(1)[0]
@@ -28,14 +28,14 @@ def found(survey: Survey, mirroring: Mirroring, duplicates: int) -> list[str]:
         short = [min(each.width, each.height) for each in survey.sample]
         size = f"shorter sides of {min(short)} to {max(short)} pixels, half of them at least {survey.short_side}"
     colours = "grey" if survey.grey else "in colour"
-    clear = f"{survey.clear:.0%} with transparent parts" if survey.clear else "none transparent"
+    clear = f"{survey.clear:.0%} with transparent parts, put on {background}" if survey.clear else "none transparent"
     lines = [
         f"found {plural(survey.count, 'picture')} {classes_of(survey)}",
         f"  {size}, {colours}, {clear} ({survey.looked_at:,} were looked at)",
         f"  {'half of them are mirrored' if mirroring.allowed else 'not mirrored'} in training: {mirroring.why}",
     ]
     if survey.bad:
-        lines.append(f"  {len(survey.bad)} can't be read and are left out ({summary(survey.bad.values())})")
+        lines.append(f"  {len(survey.bad)} that can't be read, and will be left out ({summary(survey.bad.values())})")
     if survey.listing.passed_over:
         others = survey.listing.passed_over
         lines.append(f"  {plural(len(others), 'other file')} not used ({summary(others.values())})")

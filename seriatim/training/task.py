@@ -27,8 +27,8 @@ from seriatim.training.state import RunState, Trainables
 class Costs:
     """The seconds that a run spends beside its steps."""
 
-    sample: float = 0.0  # to draw one image of a preview
-    look: float = 0.0  # of a preview besides its images
+    sample: float = 0.0  # to draw one more image of a preview
+    look: float = 0.0  # of a preview, however few its images are
     judged: float = 0.0  # of the figures at each checkpoint
     test: float = 0.0  # of a test
     end: float = 0.0  # of what is done once, at the end
