@@ -139,8 +139,7 @@ def read_image(source: Source, channels: int, background: Colour = WHITE, max_pi
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
-        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-        raise BadImage("empty file" if size == 0 else f"not a {', '.join(formats())} file") from None
+        raise unidentified(len(source) if isinstance(source, bytes) else Path(source).stat().st_size) from None
     except Image.DecompressionBombError:
         raise BadImage(f"more than {max_pixels / 1e6:.0f} megapixels") from None
     except MemoryError:
@@ -170,8 +169,15 @@ def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
             return Header(width, height, clear)
     except (BadImage, MemoryError):
         raise
+    except Image.UnidentifiedImageError:
+        raise unidentified(path.stat().st_size) from None
     except Exception as error:
         raise BadImage(printable(one_line(error))[:120]) from None
+
+
+def unidentified(size: int) -> BadImage:
+    """The error for a file of `size` bytes in which no format is recognised."""
+    return BadImage("empty file" if size == 0 else f"not a {', '.join(formats())} file")
 
 
 def read_png(path: Path, max_pixels: int = MOST_PIXELS, *, decode: bool = True) -> Image.Image:

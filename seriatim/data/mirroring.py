@@ -55,7 +55,8 @@ def may_mirror(pixels: Tensor, labels: Sequence[int], names: Sequence[str], file
         return Mirroring(False, f"names tell of letters, flags or the like ({telling})")
     some = np.linspace(0, len(pixels) - 1, min(len(pixels), MOST)).round().astype(int)
     if len(some) < FEWEST:
-        return Mirroring(False, f"{len(some)} pictures are too few to tell whether a mirrored one looks right")
+        count = f"{len(some)} picture{'s are' if len(some) > 1 else ' is'}"
+        return Mirroring(False, f"{count} too few to tell whether a mirrored one looks right")
     right = told_apart(pixels[torch.from_numpy(some)])
     share, among = float(right.mean()), f"{len(some):,} pictures"
     if is_sure(share, len(some), TOLD_APART):

@@ -21,7 +21,7 @@ from typing import Any
 from seriatim.core.device import DTYPES, synchronise
 from seriatim.core.errors import Stopped, UsageError
 from seriatim.core.files import explained
-from seriatim.core.progress import Progress, duration, minutes_of
+from seriatim.core.progress import Progress, duration, minutes_of, passes_over
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.training.config import MOST_IMAGES, AnyRecipe, Recipe, TokenizerRecipe, read_any
@@ -37,7 +37,8 @@ LONGEST = 366 * 24 * 60.0  # minutes
 MEASURING = 0.05  # the share of the time in which steps are measured
 LEAST_MEASURING, MOST_MEASURING = 3.0, 20.0  # seconds of that
 FEWEST_STEPS, MOST_STEPS = 3, 100  # that are measured after the first one, if they do not take too long
-LOOKING = 0.15  # the share of the time that previews may take
+LOOKING = 0.15  # the share of the time that previews should take
+MOST_LOOKING = 0.4  # the share that they take at most: otherwise there are fewer, or none
 SAVING = 0.04  # the share of the time that checkpoints and the figures at each of them may take
 TESTING = 0.06  # the share of the time that tests of a classifier may take
 RESERVE = 0.02  # the share of the time that is left over, because what was measured is not exact
@@ -227,12 +228,13 @@ def decided(recipe: AnyRecipe, budget: Budget, pace: Pace, left: float, classes:
     rows, each = shape_of_previews(recipe, costs, LOOKING * left, classes, given)
     drawn = rows * each if classes else WITHOUT_CLASSES * each
     look = drawn * costs.sample + costs.look
-    sweep = (len(FACTORS) - 1) * look if classes and isinstance(recipe, Recipe) else 0.0
+    sweep = len(FACTORS) - 1 if classes and isinstance(recipe, Recipe) else 0  # more of the last preview
+    looks = min(PREVIEWS, max(0, int(MOST_LOOKING * left / look) - sweep)) if look else 0
     save = pace.save + costs.judged
     saves = max(1, min(MOST_SAVES, int(SAVING * left / save)), int(left / BETWEEN_SAVES))
     tests = min(PREVIEWS, int(TESTING * left / costs.test)) if costs.test else 0
-    aside, beside = costs.end + END + sweep, 0.0  # seconds once, and seconds for each image
-    for name, count, cost in (("save_images", saves, save), ("sample_images", PREVIEWS, look)):
+    aside, beside = costs.end + END, 0.0  # seconds once, and seconds for each image
+    for name, count, cost in (("save_images", saves, save), ("sample_images", looks + sweep * bool(looks), look)):
         every: int | str = getattr(settings, name, 0) if name in given else "auto"
         if isinstance(every, str):
             aside += count * cost
@@ -247,7 +249,7 @@ def decided(recipe: AnyRecipe, budget: Budget, pace: Pace, left: float, classes:
         "warmup_images": round(settings.warmup_images * ratio),
         "log_images": max(batch, math.ceil(images / LOGGED)),
         "save_images": math.ceil(images / saves),
-        "sample_images": math.ceil(images / PREVIEWS),
+        "sample_images": math.ceil(images / looks) if looks else 0,
         "sample_rows": rows,
         "sample_each": each,
         "validate_images": math.ceil(getattr(settings, "validate_images", 0) * ratio),
@@ -317,7 +319,7 @@ def told(recipe: AnyRecipe, budget: Budget, pace: Pace, count: int) -> str:
     images = recipe.training.images
     over = time.monotonic() - budget.began
     before = f", {duration(over)} of which are over" if over >= 1 else ""
-    passes = f", which are {images / count:,.3g} passes over {count:,}" if count else ""
+    passes = f", {passes_over(images, count)}" if count else ""
     steps = f"{pace.steps} step{'s' * (pace.steps != 1)} were timed" if pace.steps else "no step was timed"
     return (
         f"{minutes_of(budget.minutes)}{before}: {images:,} images at {1 / pace.image:,.3g} a second ({steps}){passes}"

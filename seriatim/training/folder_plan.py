@@ -26,7 +26,7 @@ from seriatim.core.flatten import as_colour
 from seriatim.core.images import load_pixels
 from seriatim.core.ownership import first_file
 from seriatim.core.processes import place
-from seriatim.core.progress import duration, minutes_of
+from seriatim.core.progress import duration, minutes_of, passes_over
 from seriatim.core.terminal import say
 from seriatim.core.validation import parse
 from seriatim.data.loader import to_float
@@ -102,7 +102,8 @@ def plan_folder(
 
     reading = looked.seconds * looked.count / (os.cpu_count() or 1)
     left = TRAINED * max(seconds - (time.monotonic() - begin) - reading, seconds / 2)
-    options = [sized(option, size) for option in table.OPTIONS if (size := size_of(option, looked, data.get("size")))]
+    sizes = [(option, size_of(option, looked, data.get("size"))) for option in table.OPTIONS]
+    options = [sized(option, size) for option, size in sizes if size is not None]
     chosen = choose(options, left, images, channels, len(looked.names), where)
     option, seen = chosen.option, chosen.images
     tokenizer, psnr, rows = fitted_tokenizer(looked, option, channels, background)
@@ -140,7 +141,7 @@ def plan_folder(
         f"plan: {words.tokenizer_loss(psnr, option.tokens, option.size)}"
         + (f"; {out / TOKENIZER_PICTURE} shows it" if out is not None else ""),
         f"  a {option.name} model, {chosen.parameters:,} parameters; about {seen:,} images "
-        f"({seen / looked.count:,.3g} passes over the pictures)"
+        f"({passes_over(seen, looked.count)})"
         + ("" if chosen.rate is None else f" in {minutes_of(seconds / 60)}, at {chosen.rate:,.3g} a second"),
         *([f"  reading all pictures takes about {duration(reading)} of it"] if reading > 0.05 * seconds else []),
         f"expect: {words.expected(seen, looked.count, len(looked.names))}",

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from seriatim.core.progress import passes_over
 from seriatim.data.listing import summary
 from seriatim.data.metadata_listing import FILE
 from seriatim.data.mirroring import Mirroring
@@ -93,7 +94,7 @@ def expected(images: int, count: int, classes: int) -> str:
     if count <= BY_HEART:
         return "the training pictures again"
     if passes >= OFTEN:
-        return f"{words}; after {passes:,.0f} passes over {count:,} pictures, many samples are near copies of them"
+        return f"{words}; after {passes_over(images, count)}, many samples are near copies of them"
     if passes < 1:
         return f"{words}; there is time for {passes:.0%} of the pictures only"
     return words + (f"; each class is seen {images / classes:,.0f} times" if classes > 1 else "")

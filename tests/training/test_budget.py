@@ -56,10 +56,10 @@ def spent(recipe: AnyRecipe, pace: Pace, classes: int) -> float:
     seconds += math.ceil(images / settings.save_images) * (pace.save + costs.judged)
     if isinstance(recipe, ClassifierRecipe):
         return seconds + (math.ceil(images / settings.test_images) * costs.test if settings.test_images else 0.0)
-    looks = math.ceil(images / settings.sample_images)
+    looks = math.ceil(images / settings.sample_images) if settings.sample_images else 0
     drawn = settings.sample_each * (min(settings.sample_rows, classes) if classes else budgets.WITHOUT_CLASSES)
     sweep = len(FACTORS) - 1 if classes and isinstance(recipe, Recipe) else 0
-    return seconds + (looks + sweep) * (drawn * costs.sample + costs.look)
+    return seconds + (looks + sweep * bool(looks)) * (drawn * costs.sample + costs.look)
 
 
 # --- deciding -------------------------------------------------------------------------------------------------------
@@ -99,6 +99,15 @@ def test_previews_are_as_large_as_the_time_allows() -> None:
     assert shape(1.0, 1, 10) == (4, 1), "some classes are seen however slow sampling is"
     assert shape(0.01, 20, 3) == (3, 8)
     assert shape(0.001, 20, 0)[1] == 4 and shape(1.0, 1, 0)[1] == 1
+
+
+def test_previews_that_would_take_the_time_are_fewer() -> None:
+    def looks(look: float) -> float:
+        settings: Any = decided(tiny(), Budget(1), Pace(0.01, 0.1, Costs(sample=0.01, look=look)), 60.0, 10).training
+        assert settings.images * 0.01 >= 30, "half of the time is for training at least"
+        return math.ceil(settings.images / settings.sample_images) if settings.sample_images else 0
+
+    assert [looks(seconds) for seconds in (0.3, 2.0, 3.0, 4.0, 7.0, 100.0)] == [8, 8, 4, 2, 0, 0]
 
 
 def test_given_settings_are_kept() -> None:
