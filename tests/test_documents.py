@@ -52,12 +52,14 @@ OTHERWISE: dict[str, dict[str, str]] = {  # of a command alone
     "train": {"runs/classifier": "runs/another-classifier"},
     "export llamagen": {"MODEL": "llamagen-b.model", "OUT.pt": "out.pt"},
 }
+FOLDERS = ("photos/", "runs/mine/recipe.yaml")  # that stand in the place of a packaged recipe
 SMALLER = {
     "--num": "24",
     "--num-images": "24",
     "--num-images-per-label": "1",
     "--size": str(world.SIDE),
     "--batch": "2",
+    "--minutes": "0.02",
     "--threads": "1",
 }
 MORE: dict[str, list[str]] = {  # what makes a command small
@@ -158,14 +160,15 @@ def translated(words: list[str]) -> list[str]:
                 said += ["model.head.width=32", "model.head.depth=1"]
         if "finetune256" in said[2]:  # the sizes of the official models of the toy folder
             said += ["data.size=8", "model.buffer=4" if said[2].startswith("mar-") else "model.width=64"]
-    return [*said, *MORE.get(verb, [])]
+    more = [word for word in MORE.get(verb, []) if "--minutes" not in said or not word.startswith("training.images=")]
+    return [*said, *more]
 
 
 def known_names(words: list[str]) -> None:
     """Recipes and presets that a command names exist."""
     verb, _ = verb_of(words)
     if verb in ("train", "cache", "measure-latents", "recipes show", "recipes copy"):
-        assert words[1 + len(verb.split())] in packaged(), words
+        assert words[1 + len(verb.split())] in {*packaged(), *FOLDERS}, words
     if verb == "bench" and "/" not in words[2]:
         assert words[2] in PRESETS, words
 

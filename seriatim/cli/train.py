@@ -12,8 +12,10 @@ from typer.core import TyperCommand
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
+    from seriatim.training.budget import Budget
     from seriatim.training.config import AnyRecipe
     from seriatim.training.engine import TrainingResult
+    from seriatim.training.folder_plan import FolderPlan
     from seriatim.training.run_folder import Resume
 
 
@@ -35,7 +37,10 @@ class TrainVerb(TyperCommand):
 def train(
     recipe: Annotated[
         str | None,
-        typer.Argument(help="A packaged recipe (seriatim recipes list) or a YAML file. --resume --out needs none."),
+        typer.Argument(
+            help="A packaged recipe (seriatim recipes list), a YAML file, or a folder of pictures, for which a recipe "
+            "is chosen. --resume --out needs none."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Argument(help="Settings to change, such as training.images=5000 model.depth=4.")
@@ -59,13 +64,21 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --out, which is kept until the new one is finished.")
     ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="MINUTES",
+            help="Train for about so long, on the clock from now to the finished model: the number of images, the "
+            "warm-up, previews and checkpoints are chosen for it, once.",
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and measure a few steps, but write nothing.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Train a recipe into a run folder.
+    """Train a recipe into a run folder, or a model of the pictures in a folder.
 
     `seriatim sample` takes the run of a generator, `--features` that of a classifier, `tokenizer.from=` that of a
     tokenizer.
@@ -77,20 +90,36 @@ def train(
     if resume not in (None, ALWAYS, AUTO):
         raise UsageError(f"resume: {resume!r} is not known; write --resume or --resume={AUTO}")
     how: Resume = "auto" if resume == AUTO else resume is not None
-    chosen, out = chosen_recipe(recipe, settings or [], override or [], out, how)
+    words, overrides = settings or [], override or []
+    budget = budget_for(minutes, [*words, *overrides])
+    plan: FolderPlan | None = None
+    if recipe is not None and Path(recipe).is_dir():
+        budget, out, plan = planned(recipe, words, overrides, out, how, budget, device, overwrite=overwrite, quiet=json)
+        recipe = None
+    if plan is not None and out is not None:
+        chosen: AnyRecipe = plan.recipe
+    else:
+        chosen, out = chosen_recipe(recipe, words, overrides, out, how, own=budget is not None)
     if dry_run:
         build_trackers(chosen.training)  # a missing library is reported before the data are read
-        plan = plan_of(chosen, out, device, how, quiet=json)
-        plan = {"recipe": chosen.name, **plan, "images": chosen.training.images, "out": str(out)}
-        return print_json(plan) if json else print_table(("plan", ""), list(readable(plan).items()))
+        found = plan_of(chosen, out, device, how, budget, quiet=json)
+        found = {"recipe": chosen.name, "images": chosen.training.images, **found, "out": str(out)}
+        return print_json(found) if json else print_table(("plan", ""), list(readable(found).items()))
+    options: dict[str, Any] = {
+        "device": device,
+        "resume": how,
+        "overwrite": overwrite,
+        "quiet": json,
+        "minutes": budget,
+    }
     if isinstance(chosen, Recipe):
         from seriatim.training.loop import train as run
 
-        report = reported(run(chosen, out, device=device, resume=how, overwrite=overwrite, quiet=json))
+        report = reported(run(chosen, out, on_begin=None if plan is None else plan.write, **options))
     elif isinstance(chosen, ClassifierRecipe):
         from seriatim.training.classifier import train_classifier
 
-        trained = train_classifier(chosen, out, device=device, resume=how, overwrite=overwrite, quiet=json)
+        trained = train_classifier(chosen, out, **options)
         report = {
             **reported(trained),
             "test_accuracy": trained.accuracy.plain,
@@ -100,15 +129,57 @@ def train(
     else:
         from seriatim.training.tokenizer_task import train_tokenizer
 
-        made = train_tokenizer(chosen, out, device=device, resume=how, overwrite=overwrite, quiet=json)
+        made = train_tokenizer(chosen, out, **options)
         report = {**reported(made), "psnr": made.psnr}
     return print_json(report) if json else print_table(("trained", ""), list(report.items()))
 
 
+def budget_for(minutes: float | None, settings: list[str]) -> Budget | None:
+    """The budget that begins now; the settings of `training` that are given beside it are kept as they are."""
+    from seriatim.training.budget import Budget
+
+    keys = [text.partition("=")[0].strip() for text in settings]
+    given = frozenset(key.removeprefix("training.") for key in keys if key.startswith("training."))
+    return None if minutes is None else Budget(minutes, given=given)
+
+
+def planned(
+    folder: str,
+    settings: list[str],
+    overrides: list[str],
+    out: Path | None,
+    resume: Resume,
+    budget: Budget | None,
+    device: str,
+    *,
+    overwrite: bool,
+    quiet: bool,
+) -> tuple[Budget | None, Path, FolderPlan | None]:
+    """The plan for a folder of pictures, with its budget and run folder; no plan if a run is resumed."""
+    from seriatim.core.files import present_or_previous
+    from seriatim.training.folder_plan import name_of, plan_folder
+    from seriatim.training.plan_table import MINUTES
+    from seriatim.training.run_folder import RECIPE, check_out
+
+    out = Path("runs") / name_of(Path(folder)) if out is None else out
+    if resume and (resume is True or (present_or_previous(out) / RECIPE).exists()):
+        return budget, out, None
+    check_out(out, resume=False, overwrite=overwrite)  # before the time that looking at pictures takes
+    given = [*settings, *overrides]
+    if budget is None and not any(text.startswith("training.images=") for text in given):
+        budget = budget_for(MINUTES, given)
+    minutes = None if budget is None else budget.minutes
+    plan = plan_folder(folder, minutes=minutes, settings=given, out=out, device=device, quiet=quiet)
+    plan.say()
+    return budget, out, plan
+
+
 def chosen_recipe(
-    recipe: str | None, settings: list[str], overrides: list[str], out: Path | None, resume: Resume
+    recipe: str | None, settings: list[str], overrides: list[str], out: Path | None, resume: Resume, own: bool = False
 ) -> tuple[AnyRecipe, Path]:
     """The recipe to train, and the run folder; a run that is resumed with `overrides` or no recipe has its own recipe.
+
+    With `own` it has its own in any case.
 
     `settings` change either of the two; `check_same_run` refuses those that may not change.
     """
@@ -122,13 +193,13 @@ def chosen_recipe(
     if out is None:
         assert recipe is not None, "one of the two is given"
         out = Path("runs") / read_any(recipe, settings).name
-    if resume and (overrides or recipe is None):
+    if resume and (overrides or recipe is None or own):
         from seriatim.core.files import present_or_previous
         from seriatim.training.run_folder import RECIPE, check_resumable
 
-        own = present_or_previous(out) / RECIPE
-        if own.is_file():
-            return read_any(str(own), [*settings, *overrides]), out
+        stored = present_or_previous(out) / RECIPE
+        if stored.is_file():
+            return read_any(str(stored), [*settings, *overrides]), out
         if resume is True:
             check_resumable(out)
         if recipe is None:
@@ -137,7 +208,9 @@ def chosen_recipe(
     return read_any(recipe, [*settings, *overrides]), out
 
 
-def plan_of(recipe: AnyRecipe, out: Path, device: str, resume: Resume, *, quiet: bool) -> dict[str, Any]:
+def plan_of(
+    recipe: AnyRecipe, out: Path, device: str, resume: Resume, budget: Budget | None = None, *, quiet: bool
+) -> dict[str, Any]:
     """What a recipe would train, and what it would take on this machine; nothing is written."""
     from seriatim.checkpoints.unfinished import newest_whole
     from seriatim.core.device import pick_device
@@ -164,12 +237,13 @@ def plan_of(recipe: AnyRecipe, out: Path, device: str, resume: Resume, *, quiet:
             tokenizer = task.result
         sizes = {"tokens": tokenizer.count}
         sizes |= {"features": tokenizer.dim} if tokenizer.vocab is None else {"codes": tokenizer.vocab}
+    seen = 0 if path is None else int(path.name)
     return {
         "parameters": parameter_count(task.parts.model),
         **sizes,
         "classes": len(task.data.class_names),
         "training_images": task.data.count,
-        **measured_plan(task, where, seen=0 if path is None else int(path.name), quiet=quiet),
+        **measured_plan(task, where, seen=seen, budget=None if seen else budget, quiet=quiet),
     }
 
 

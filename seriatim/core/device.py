@@ -61,6 +61,17 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+def synchronise(device: torch.device) -> None:
+    """Wait until an accelerator has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def slow_in_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are emulated: on a CPU for which oneDNN has none."""
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @contextlib.contextmanager
 def plain_torch(*, grad: bool = False) -> Iterator[None]:
     """Run code under the torch settings that this package expects, whatever the caller has set.

@@ -22,7 +22,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +66,7 @@ UNREAD = set(  # image suffixes that may be unreadable here; they show that a fo
     ".avif .heic .heif .hif .avifs .jp2 .j2k .jpf .jpx .jxl .jxr .qoi .tga .psd .psb .xcf .svg .svgz .eps .ai .ico "
     ".icns .pcx .sgi .dds .exr .hdr .pfm .fits .raw .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .pef .srw".split()
 )
+ACROSS = (Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE)
 TILE_SIDES = (322, 323)  # the TIFF tags TileWidth and TileLength
 
 
@@ -138,8 +139,7 @@ def read_image(source: Source, channels: int, background: Colour = WHITE, max_pi
     except BadImage:
         raise
     except Image.UnidentifiedImageError:
-        size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-        raise BadImage("empty file" if size == 0 else f"not a {', '.join(formats())} file") from None
+        raise unidentified(len(source) if isinstance(source, bytes) else Path(source).stat().st_size) from None
     except Image.DecompressionBombError:
         raise BadImage(f"more than {max_pixels / 1e6:.0f} megapixels") from None
     except MemoryError:
@@ -147,6 +147,37 @@ def read_image(source: Source, channels: int, background: Colour = WHITE, max_pi
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError, struct.error, ...
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise BadImage(printable(reason)[:120]) from None
+
+
+class Header(NamedTuple):
+    """What the beginning of an image file says."""
+
+    width: int  # of the upright picture
+    height: int
+    clear: bool  # whether parts of the picture may be transparent
+
+
+def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
+    """What the beginning of an image file says; no pixels are decoded. Raises BadImage as `read_image` does."""
+    try:
+        with SILENCE, Image.open(path, formats=formats()) as image:
+            check_header(image, max_pixels)
+            clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+            turn = turn_of(image)
+            sideways = turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270, *ACROSS)
+            width, height = image.size[::-1] if sideways else image.size
+            return Header(width, height, clear)
+    except (BadImage, MemoryError):
+        raise
+    except Image.UnidentifiedImageError:
+        raise unidentified(path.stat().st_size) from None
+    except Exception as error:
+        raise BadImage(printable(one_line(error))[:120]) from None
+
+
+def unidentified(size: int) -> BadImage:
+    """The error for a file of `size` bytes in which no format is recognised."""
+    return BadImage("empty file" if size == 0 else f"not a {', '.join(formats())} file")
 
 
 def read_png(path: Path, max_pixels: int = MOST_PIXELS, *, decode: bool = True) -> Image.Image:

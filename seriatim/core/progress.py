@@ -25,6 +25,18 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def minutes_of(count: float) -> str:
+    """A number of minutes as text, such as `1 minute` or `2.5 minutes`."""
+    return f"{count:g} minute{'s' * (count != 1)}"
+
+
+def passes_over(images: int, count: int) -> str:
+    """How often `count` pictures are seen in `images` images, as text."""
+    passes = images / count
+    number = f"{passes:,.0f}" if passes >= 100 else f"{passes:.3g}"
+    return f"{number} pass{'es' * (number != '1')} over {count:,} picture{'s' * (count != 1)}"
+
+
 class Progress(AbstractContextManager["Progress"]):
     """Progress on stderr: `with Progress(total, "training", "images") as bar: bar.advance(32, "loss 0.31")`."""
 

@@ -9,7 +9,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,10 +24,14 @@ from seriatim.core.errors import DataError, UsageError
 from seriatim.core.files import expanded, sha256
 from seriatim.core.flatten import WHITE, as_colour
 from seriatim.core.images import MAX_PIXELS, BadImage, check_max_pixels, formats, load_pixels, suffixes
+from seriatim.core.progress import Progress
 from seriatim.data.base import ImageData
 from seriatim.data.known_files import Files, Known, examine
-from seriatim.data.listing import Entry, list_folder, refuse_empty, say_unused, stamp_of, summary
+from seriatim.data.listing import Entry, Listing, list_all, list_folder, refuse_empty, say_unused, stamp_of, summary
+from seriatim.data.metadata_listing import list_metadata
 
+MOST_BYTES = 4 << 30  # the limit for decoded images in memory
+AT_ONCE = 256  # images that are decoded before the progress is shown
 VERSION = "2:"  # begins the fingerprint; fingerprints without it contain times of change, which copies lose
 
 
@@ -55,14 +61,21 @@ class Folder(ImageData):
         max_pixels: int = MAX_PIXELS,  # larger pictures are refused by their header, without decoding
         loose: Literal["refuse", "ignore"] = "refuse",  # what to do with pictures beside class folders
         empty: Literal["refuse", "ignore"] = "refuse",  # what to do with class folders without pictures
+        # True takes folders as classes. False takes the pictures of all folders, without classes. A text names the
+        # column of metadata.jsonl in `path` that has the class of each picture.
+        classes: bool | str = True,
+        memory: bool = False,  # whether decoded pictures stay in memory, so that each file is decoded once
     ) -> None:
         self.root = expanded(path)
         self.background, self.max_pixels = as_colour(background), check_max_pixels(max_pixels)
         self.size, self.channels, self.flips = square(size, channels), channels, flip
         if not self.root.is_dir():
             raise DataError(f"data.path: {self.root} is not a folder; name one that holds images or class folders")
-        found = list_folder(self.root, loose=loose, empty=empty)
+        found = listing_of(self.root, classes, loose, empty)
         self.passed_over = found.passed_over
+        if memory:
+            check_room(len(found.entries), self.channels * self.size[0] * self.size[1])
+        self._decoded: dict[str, Any] | None = {} if memory else None
         self.bad: dict[str, str] = {}
         self.entries, self.class_names = found.entries, found.class_names
         self._hashes: bytes | None = None
@@ -77,6 +90,8 @@ class Folder(ImageData):
         say_unused(str(self.root), self.bad, self.passed_over)
         self.count = len(self.entries)
         self._labels = torch.tensor([entry.label for entry in self.entries])
+        self._pixels = None if self._decoded is None else self._in_memory()
+        self._decoded = None
 
     def _leave_out_empty(self, empty: str) -> None:
         """Leave out classes without readable pictures, or raise DataError if `empty` is "refuse"."""
@@ -130,12 +145,38 @@ class Folder(ImageData):
             reader=reader_of(self.channels, self.max_pixels),
         )
 
+    def _in_memory(self) -> Tensor:
+        """All images (count, c, H, W); those that were not decoded for the check are decoded now, several at a time."""
+        kept = self._decoded or {}
+        pixels = torch.empty(self.count, self.channels, *self.size, dtype=torch.uint8)
+        missing = []
+        for i, entry in enumerate(self.entries):
+            if entry.path in kept:
+                pixels[i] = torch.from_numpy(kept.pop(entry.path))
+            else:
+                missing.append(i)
+        with (
+            ThreadPoolExecutor(os.cpu_count() or 1) as pool,  # Pillow releases the interpreter lock while it decodes
+            Progress(len(missing), "reading images", "images") as bar,
+        ):
+            for first in range(0, len(missing), AT_ONCE):
+                part = missing[first : first + AT_ONCE]
+                for i, image in zip(part, pool.map(self._load, part), strict=True):
+                    pixels[i] = torch.from_numpy(image)
+                    bar.advance()
+        return pixels
+
     def images(self, index: Tensor) -> Tensor:
         """The images (B, c, H, W) uint8 with the numbers `index` (B,)."""
+        if self._pixels is not None:
+            return self._pixels[index]
         return torch.from_numpy(np.stack([self._load(int(i)) for i in index]))
 
     def _decode(self, entry: Entry) -> Any:
-        return load_pixels(self.root / entry.path, self.size, self.channels, self.background, self.max_pixels)
+        pixels = load_pixels(self.root / entry.path, self.size, self.channels, self.background, self.max_pixels)
+        if self._decoded is not None:
+            self._decoded[entry.path] = pixels
+        return pixels
 
     def _load(self, i: int) -> Any:
         try:
@@ -149,6 +190,22 @@ class Folder(ImageData):
 
     def name(self, i: int) -> str:
         return self.entries[i].path
+
+
+def listing_of(root: Path, classes: bool | str, loose: str, empty: str) -> Listing:
+    """The pictures of a folder with their classes, as `data.classes` says."""
+    if isinstance(classes, str):
+        return list_metadata(root, classes)
+    return list_folder(root, loose=loose, empty=empty) if classes else list_all(root)
+
+
+def check_room(count: int, size: int) -> None:
+    """Raise DataError if `count` images of `size` bytes are more than may be held in memory."""
+    if count * size > MOST_BYTES:
+        raise DataError(
+            f"data.memory: {count} decoded images take {count * size / 2**30:.1f} GiB, more than "
+            f"{MOST_BYTES / 2**30:.0f}; leave it out, or lower data.size"
+        )
 
 
 def square(size: int | Sequence[int], channels: int) -> tuple[int, int]:

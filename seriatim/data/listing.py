@@ -149,6 +149,13 @@ def unused(path: str, status: os.stat_result) -> str | None:
     return None if suffix in suffixes() else f"the suffix {suffix} is not read" if suffix else "has no suffix"
 
 
+def list_all(root: Path) -> Listing:
+    """All pictures in `root` and in all folders below it, sorted, without classes."""
+    walk = Walk(root)
+    found = walk.pictures(str(root))
+    return Listing([Entry(name, 0, stamp) for name, stamp in found], [], walk.passed_over)
+
+
 def list_folder(root: Path, *, loose: str = "refuse", empty: str = "refuse") -> Listing:
     """All pictures, sorted: those in class folders if there are any, otherwise those in `root` itself.
 

@@ -28,13 +28,15 @@ from seriatim.data.loader import Batch, Batches, to_float
 from seriatim.evaluation.residual_net import PARTS, ResNet, TrainedClassifier, build_classifier, save_classifier
 from seriatim.models.base import Loss
 from seriatim.models.build import parameter_count, seeded
+from seriatim.training.budget import Budget
 from seriatim.training.config import ClassifierRecipe
 from seriatim.training.engine import TrainingResult, fit
+from seriatim.training.judge import FORWARD
 from seriatim.training.log import MetricsLog, accuracy_curve, classifier_card, loss_curve
 from seriatim.training.optim import averaged, sgd
 from seriatim.training.run_folder import Resume
 from seriatim.training.state import RunState, Trainables
-from seriatim.training.task import Task
+from seriatim.training.task import Costs, Task
 
 TEST_BATCH = 500
 LOOK_PIXELS = 2_000_000  # about how many pixels the whitening filters of the stem are measured on
@@ -68,9 +70,17 @@ class ClassifierTask(Task):
         self.net.to(where).train()
         optimiser = sgd(self.net, settings.learning_rate, settings.momentum, settings.weight_decay)
         self.parts = Trainables(self.net, averaged(self.net, settings.ema), optimiser)
-        # The total is rounded up to whole batches, because batch norm needs them.
-        self.total = -(-settings.images // settings.batch_size) * settings.batch_size
+        self.settle(recipe)
         self.accuracy: Accuracy | None = None  # set when training ends
+
+    def settle(self, recipe: ClassifierRecipe) -> None:
+        """Take the recipe. The total is rounded up to whole batches, because batch norm needs them."""
+        settings = recipe.training
+        self.recipe, self.total = recipe, -(-settings.images // settings.batch_size) * settings.batch_size
+
+    def costs(self, run: RunState, image: float, most: float) -> Costs:  # noqa: ARG002
+        test = FORWARD * image * self.test.count
+        return Costs(test=test, end=3 * test)  # the last one, and those of images and of their mirror images in float32
 
     def begin(self, stop: StopRequest) -> None:
         """Do nothing, because the network measures its images when it is built."""
@@ -135,6 +145,7 @@ def train_classifier(
     resume: Resume = False,
     overwrite: bool = False,
     quiet: bool = False,
+    minutes: float | Budget | None = None,
 ) -> ClassifierResult:
     """Train a classifier into the folder `out`. It can be stopped and resumed bitwise, like `loop.train`.
 
@@ -147,10 +158,12 @@ def train_classifier(
     """
     out = Path(out)
 
-    def task(where: torch.device) -> ClassifierTask:
+    def task(recipe: ClassifierRecipe, where: torch.device) -> ClassifierTask:
         return ClassifierTask(recipe, out, where, quiet=quiet)
 
-    trained, result = fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)
+    trained, result = fit(
+        task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet, minutes=minutes
+    )
     return ClassifierResult(**vars(result), accuracy=trained.accuracy, test_images=trained.test.count)
 
 

@@ -41,6 +41,13 @@ def micro_batch_size(value: Any) -> Any:
     return value
 
 
+def preview_interval(value: Any) -> Any:
+    """The value. Raises ValueError if it is neither "auto" nor a number of images."""
+    if value != "auto" and not (type(value) is int and 0 <= value <= MOST_IMAGES):
+        raise ValueError(f"must be 'auto' or a whole number from 0 to {MOST_IMAGES}")
+    return value
+
+
 def str_of(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and value):
         return value
@@ -89,7 +96,10 @@ class Batched(Common):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     tf32: bool = True  # on CUDA, compute float32 products of the model in TF32
     workers: StrictInt = Field(0, ge=0, le=MOST_WORKERS)  # processes that read images ahead
-    sample_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between sample grids at fixed seeds; 0: never
+    # The images between two previews, which are samples at fixed seeds; 0: never; auto: eight in a run.
+    sample_images: Annotated[int | str, BeforeValidator(preview_interval)] = "auto"
+    sample_rows: StrictInt = Field(10, ge=1, le=1000)  # the most classes that a preview shows
+    sample_each: StrictInt = Field(4, ge=1, le=1000)  # the images of each class in a preview
     validate_images: StrictInt = Field(0, ge=0, le=MOST_IMAGES)  # images between validations besides those at saves
     freeze: list[str] = Field(default_factory=list)  # patterns of the names of parameters that are not trained
 

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from seriatim.data.loader import WorkerLost
 from seriatim.nn.onednn_training import prepare_training
 from seriatim.training import state as checkpoints
 from seriatim.training.blow_up import BlowUpGuard, way_out
+from seriatim.training.budget import MEASURING, Budget, as_begun, budget_of, fitted
 from seriatim.training.config import AnyRecipe, dump
 from seriatim.training.distributed import World, joined
 from seriatim.training.heap import bound_compiled_products
@@ -42,7 +44,7 @@ from seriatim.training.micro_batch import repeated
 from seriatim.training.not_finite import FiniteGuard
 from seriatim.training.optim import rate_after, set_rate
 from seriatim.training.periodic import Periodic
-from seriatim.training.precision import fastest, threads
+from seriatim.training.precision import ENOUGH, Choice, fastest, threads
 from seriatim.training.run_folder import ENVIRONMENT, Resume, check_out, is_run, occupied
 from seriatim.training.setup import begin_run, changes_of, refuse_fewer_images
 from seriatim.training.state import RunState
@@ -64,7 +66,7 @@ class TrainingResult:
 
 
 def fit(
-    task_of: Callable[[torch.device], Task],
+    task_of: Callable[[Any, torch.device], Task],
     recipe: AnyRecipe,
     out: Path,
     *,
@@ -72,12 +74,16 @@ def fit(
     resume: Resume = False,
     overwrite: bool = False,
     quiet: bool = False,
+    minutes: float | Budget | None = None,
+    on_begin: Callable[[AnyRecipe, Path], None] | None = None,
 ) -> tuple[Any, TrainingResult]:
     """Train into the folder `out`, or with `resume` continue bitwise from the newest whole checkpoint in it.
 
     Without `resume`, `out` must be new or empty; with "auto" a run is resumed if there is one, and begun otherwise.
-    With `overwrite` a run in `out` is replaced, and kept until the new one is finished. Returns the task with its
-    trained parts, and the figures of the run.
+    With `overwrite` a run in `out` is replaced, and kept until the new one is finished. With `minutes` a new run trains
+    for about so long: the amounts of the recipe are replaced by those that fit (`budget.py`), and a run that is resumed
+    keeps those that were decided when it began. `on_begin` is called with the recipe and the folder of a new run,
+    before its first step. Returns the task with its trained parts, and the figures of the run.
 
     Raises UsageError if `out` holds anything but the run to resume or overwrite, if there is no run to resume, or if
     another process is training there; NumericsError if the loss or its gradient is not finite, before anything is
@@ -86,16 +92,20 @@ def fit(
     Under torchrun all processes call this with the same arguments. What a process that was killed leaves is resumed
     when torchrun restarts them.
     """
+    budget = budget_of(minutes)
     with joined(device) as world, contextlib.ExitStack() as stack:
         if restarted() and world.first(lambda: begun_by_this_launch(out)):
             resume, overwrite = True, False
         resuming = world.first(lambda: check_out(out, resume=resume, overwrite=overwrite))
         trackers: dict[str, Tracker] = {}
         world.first(lambda: trackers.update(build_trackers(recipe.training)))
-        task = world.in_turn(lambda: task_of(world.device))
+        if resuming and budget is not None:
+            recipe = world.first(partial(as_begun, out, recipe, budget))
+            budget = None
+        task = world.in_turn(partial(task_of, recipe, world.device))
         if not resuming:
             world.first(task.check)
-        settings, data, total = recipe.training, task.data, task.total
+        data = task.data
         if world.device.type == "cpu":
             bound_compiled_products()
             prepare_training(task.parts.model)
@@ -106,16 +116,29 @@ def fit(
         world.first(hold)
         stop = stack.enter_context(StopRequest())
         stack.enter_context(task.settings_in_force())
-        world.first(lambda: begin_run(out, recipe, data, resume=resuming))
+        if budget is None:  # otherwise the recipe is not known yet
+            world.first(partial(begin_run, out, recipe, data, resume=resuming))
         path = world.first(lambda: newest(out)) if resuming else None
         if path is None:
-            run = world.first(lambda: begun(task, stop, out, world))
+            enough = math.inf if budget is None else MEASURING * budget.seconds
+            run, choice = world.first(lambda: begun(task, stop, world, enough))
             world.copy_first(task.parts.model, task.parts.tokenizer)
         task.spread(world)
         parts = task.parts
-        if path is not None:
+        found = None
+        if budget is not None:
+            found = fitted(task, budget, run, world, stop, out, quiet=quiet)
+            recipe = found.recipe
+            task.settle(recipe)
+            world.first(partial(begin_run, out, recipe, data, resume=False))
+        if path is None:
+            world.first(partial(record_choice, out, choice, None if found is None else found.about))
+            if on_begin is not None:
+                world.first(partial(on_begin, recipe, out))
+        else:
             world.first(lambda: task.check_resumed(path))
             run = checkpoints.load(path, parts)
+        settings, total = recipe.training, task.total
         world.first(lambda: refuse_fewer_images(total, run.seen, out))
         changes = world.first(lambda: changes_of(out, recipe, run.seen))  # empty for a new run
         if settings.dtype != "auto":
@@ -159,23 +182,23 @@ def fit(
                 finite.begin_step()
                 asked_to_stop = stop.requested is not None
                 nominal = task.nominal(batch)
-                found = gradients(
+                step = gradients(
                     parts.trained, losses, nominal, settings.clip, world, stop=asked_to_stop, apart=parts.opponent
                 )
-                if finite.skips(run, batch, found.means["loss"], found.norm):
+                if finite.skips(run, batch, step.means["loss"], step.norm):
                     parts.optimiser.zero_grad(set_to_none=True)
                     run.gradient_norm = None
                 else:
-                    guard.check(run, found.means["loss"])
+                    guard.check(run, step.means["loss"])
                     parts.update()
                     task.updated()
                     run.steps += 1
                     run.steps_since += 1
-                    run.sums = {name: run.sums.get(name, 0.0) + value for name, value in found.means.items()}
-                    run.gradient_norm = found.norm
+                    run.sums = {name: run.sums.get(name, 0.0) + value for name, value in step.means.items()}
+                    run.gradient_norm = step.norm
                 run.seen += size
                 run.position = list(batch.after)
-                periodic.work(stopping=found.stop or (world.size == 1 and stop.requested is not None))
+                periodic.work(stopping=step.stop or (world.size == 1 and stop.requested is not None))
                 bar.advance(size)
         seconds = time.monotonic() - started
         task.finish(run, log)
@@ -191,18 +214,20 @@ def begun_by_this_launch(out: Path) -> bool:
     return is_run(out) and launch() is not None and json_of(out / ENVIRONMENT).get("launch") == launch()
 
 
-def begun(task: Task, stop: StopRequest, out: Path, world: World) -> RunState:
-    """The state of a new run, with the dtype and the number of threads that it will use, which are measured."""
+def begun(task: Task, stop: StopRequest, world: World, enough: float = math.inf) -> tuple[RunState, Choice]:
+    """The state of a new run, with the dtype and the number of threads that it will use, which are measured.
+
+    Measuring them ends after about `enough` seconds.
+    """
     task.begin(stop)
     settings = task.recipe.training
     choose_micro_batch(task, world)
     count = settings.threads
     if count == "auto" and world.device.type == "cpu" and world.local_size > 1:
         count = share_of_cores(world)
-    chosen = fastest(settings.dtype, count, world.device, task.trial())
-    record_choice(out, chosen)
+    chosen = fastest(settings.dtype, count, world.device, task.trial(), min(ENOUGH, enough))
     task.parts.model.zero_grad(set_to_none=True)
-    return RunState(dtype=chosen.dtype, threads=chosen.threads, micro_batch=task.micro_batch)
+    return RunState(dtype=chosen.dtype, threads=chosen.threads, micro_batch=task.micro_batch), chosen
 
 
 def share_of_cores(world: World) -> int:

@@ -37,6 +37,7 @@ from seriatim.training.distributed import ALONE, World
 
 LEAST, MOST = 256, 2048  # images in one validation; fewer held-out images are used several times, with other draws
 BATCH = 32  # a batch shares its mask ratio, so small batches cover many ratios
+FORWARD = 0.4  # the share of a training step that a pass forward alone takes, about
 MOST_REAL = 10_000  # images that samples are compared with
 
 KEYS = Keys.of(0, "validation")  # the same for every run, so that runs of other seeds can be compared
@@ -169,6 +170,11 @@ class Judge:
         saved = last or crossed(before, seen, self.settings.save_images)
         validated = saved or crossed(before, seen, self.settings.validate_images)
         return validated and self.held_out is not None, saved and self.distance is not None
+
+    def seconds(self, image: float, sample: float) -> float:
+        """About what the figures of a checkpoint take, if training on an image and drawing one take so many seconds."""
+        held_out = 0 if self.held_out is None else min(max(self.held_out.count, LEAST), MOST)
+        return FORWARD * held_out * image + (self.settings.evaluate_images * sample if self.distance else 0.0)
 
     def figures(
         self,

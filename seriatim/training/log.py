@@ -170,12 +170,20 @@ def environment() -> dict[str, Any]:
     }
 
 
-def record_choice(folder: Path, choice: Choice) -> None:
-    """Report the measurements by which dtype and threads were chosen, and write them to environment.json."""
+def record_choice(folder: Path, choice: Choice, budget: Mapping[str, Any] | None = None) -> None:
+    """Report the measurements by which dtype and threads were chosen, and write them to environment.json.
+
+    What was measured for a `budget` of minutes is written beside them.
+    """
+    found: dict[str, Any] = {}
     if choice.seconds:
         say(f"training in {choice}")
-        chosen = {"dtype": choice.dtype, "threads": choice.threads, "seconds": choice.seconds}
-        write_json(folder / "environment.json", environment() | {"measured": chosen})
+        measured = {"dtype": choice.dtype, "threads": choice.threads, "seconds": choice.seconds}
+        found["measured"] = measured | {"passes": choice.passes}
+    if budget is not None:
+        found["budget"] = dict(budget)
+    if found:
+        write_json(folder / "environment.json", environment() | found)
 
 
 def model_card(recipe: Recipe, seen: int, parameters: int, rows: Sequence[dict[str, Any]], data: ImageData) -> str:

@@ -5,7 +5,7 @@ Shapes: B images of a batch, L tokens, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,6 @@ from seriatim.core.errors import ConfigError, NumericsError
 from seriatim.core.files import expanded
 from seriatim.core.keys import Keys
 from seriatim.core.random import derive_seed
-from seriatim.core.schedules import crossed
 from seriatim.core.stopping import StopRequest
 from seriatim.core.terminal import say
 from seriatim.data.loader import Batch, to_float
@@ -32,17 +31,19 @@ from seriatim.models.base import Loss, SequenceModel
 from seriatim.models.build import build_model, model_config, parameter_count
 from seriatim.tokenizers.latent import check_encoder_dtype, encoding_in
 from seriatim.training.batched_task import BatchedTask
-from seriatim.training.config import Recipe
+from seriatim.training.budget import Budget
+from seriatim.training.config import AnyRecipe, Recipe
 from seriatim.training.distributed import World, shard, whole
 from seriatim.training.engine import TrainingResult, fit
 from seriatim.training.initialise import initialise_from, matching, other_weight
 from seriatim.training.judge import Judge
 from seriatim.training.log import MetricsLog, loss_curve, model_card
-from seriatim.training.look import draw_samples
+from seriatim.training.look import SHEET, Preview, draw_samples, is_due, seconds_of_samples
 from seriatim.training.optim import averaged, make_optimiser
 from seriatim.training.run_folder import Resume
 from seriatim.training.setup import build, fit_tokenizer
 from seriatim.training.state import RunState, Trainables, fitting
+from seriatim.training.task import Costs
 from seriatim.training.wrapping import bucketed, wrapped_blocks
 
 
@@ -172,18 +173,30 @@ class GeneratorTask(BatchedTask):
             run.validation_loss, run.validated = found.get("validation_loss"), run.seen
         return found
 
-    def look(self, before: int, run: RunState, stop: StopRequest) -> None:
-        if not crossed(before, run.seen, self.recipe.training.sample_images):
+    def look(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> None:
+        settings = self.recipe.training
+        if not is_due(settings, before, run.seen, last=last):
             return
         trained = self.averaged_model()
+        shown = Preview(settings.sample_rows, settings.sample_each)
 
         def draw() -> None:
+            bundle, folder = self.bundle(run, trained), self.out / "samples"
             try:
-                draw_samples(self.bundle(run, trained), self.out / "samples", run.seen, self.recipe.seed, stop)
+                draw_samples(bundle, folder, run.seen, self.recipe.seed, stop, shown=shown, last=last)
             except NumericsError as error:  # training continues, since later weights may do better
                 say(f"no samples after {run.seen} images: {error}")
 
         self.world.first(draw)
+
+    def settle(self, recipe: Recipe) -> None:
+        super().settle(recipe)
+        self.judge.settings = recipe.training
+
+    def costs(self, run: RunState, image: float, most: float) -> Costs:
+        bundle = self.bundle(run, self.averaged_model())
+        always, sample = self.world.first(lambda: seconds_of_samples(bundle, most))
+        return Costs(sample=sample, look=SHEET + always, judged=self.judge.seconds(image, sample))
 
     def curves(self, log: MetricsLog) -> None:
         loss_curve(log.rows, self.out / "training.png", self.recipe.name)
@@ -207,18 +220,22 @@ def train(
     resume: Resume = False,
     overwrite: bool = False,
     quiet: bool = False,
+    minutes: float | Budget | None = None,
+    on_begin: Callable[[AnyRecipe, Path], None] | None = None,
 ) -> TrainingResult:
     """Train a recipe into the folder `out`, or with `resume` continue bitwise from the newest whole checkpoint in it.
 
     Without `resume`, `out` must be new or empty; with "auto" a run is resumed if there is one, and begun otherwise.
-    With `overwrite` a run in `out` is replaced, and kept until the new one is finished.
+    With `overwrite` a run in `out` is replaced, and kept until the new one is finished. With `minutes` the amounts of
+    the recipe are replaced by those that fit into so many minutes on the clock from now; a run that is resumed goes on
+    to the images that were decided when it began. `on_begin` is called with the recipe and the folder of a new run.
 
         out/recipe.yaml       the recipe with every default filled in
         out/data.json         the number of images, their fingerprint, and the files that were left out with reasons
         out/environment.json  versions and machine
         out/metrics.jsonl     loss, learning rate, images/s
         out/training.png      the loss curve
-        out/samples/          grids at fixed seeds, and timeline.png (training.sample_images)
+        out/samples/          previews at fixed seeds, timeline.png and guidance.png (training.sample_images)
         out/checkpoints/      all that resuming needs (training.save_images)
         out/model/            the averaged weights, ready for `seriatim.load`
 
@@ -226,7 +243,8 @@ def train(
     """
     out = Path(out)
 
-    def task(where: torch.device) -> GeneratorTask:
+    def task(recipe: Recipe, where: torch.device) -> GeneratorTask:
         return GeneratorTask(recipe, out, where, quiet=quiet)
 
-    return fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)[1]
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "minutes": minutes, "on_begin": on_begin}
+    return fit(task, recipe, out, device=device, quiet=quiet, **how)[1]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
+from seriatim.core.device import slow_in_bfloat16
 from seriatim.core.errors import ConfigError
 from seriatim.training.distributed import placed, whole
 
@@ -67,11 +68,6 @@ def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: 
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.T if matrix.shape[0] > matrix.shape[1] else x
-
-
-def slow_in_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are emulated: on a CPU for which oneDNN has none."""
-    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class MuonAndAdamW(Optimizer):

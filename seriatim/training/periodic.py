@@ -51,7 +51,7 @@ class Periodic:
         if run.seen - run.since >= self.settings.log_images or last or figures:
             self.write_line(figures, last=last)
         run.reported = run.seen
-        task.look(before, run, self.stop)
+        task.look(before, run, self.stop, last=last)
         if self.world.size == 1 and self.stop.requested and not last:  # several processes agree at the next step
             raise self.stopped()
         if crossed(before, run.seen, self.settings.save_images) or (last and self.settings.save_images > 0):

@@ -6,16 +6,18 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from seriatim.core.device import DTYPES, pick_dtype, plain_torch
+from seriatim.core.device import DTYPES, pick_dtype, plain_torch, synchronise
 from seriatim.core.progress import Progress
 from seriatim.core.stopping import StopRequest
 from seriatim.data.loader import Batch
 from seriatim.nn.onednn_training import prepare_training
+from seriatim.training.budget import AMOUNTS, MEASURING, Budget, Pace, decided, seconds_to_save
 from seriatim.training.distributed import ALONE
 from seriatim.training.engine import choose_micro_batch
 from seriatim.training.heap import bound_compiled_products
@@ -29,12 +31,15 @@ PATIENCE = 20.0  # seconds; if a step would take longer, a pass of one image is 
 
 
 @plain_torch(grad=True)
-def measured_plan(task: Task, device: torch.device, *, seen: int = 0, quiet: bool = False) -> dict[str, Any]:
+def measured_plan(
+    task: Task, device: torch.device, *, seen: int = 0, budget: Budget | None = None, quiet: bool = False
+) -> dict[str, Any]:
     """Train a few steps in memory and return what they took; the task can't be used for a run afterwards.
 
     FLOPs are those of the matrix products and convolutions of a forward and a backward pass of one image, the
     tokenizer's included. A model that draws its masked share for each step is counted at the share of the first step.
-    The time to the end is that of a run which has seen `seen` images.
+    The time to the end is that of a run which has seen `seen` images. With a `budget` the images are those that a run
+    would see which began now.
     """
     if device.type == "cpu":
         bound_compiled_products()
@@ -65,7 +70,15 @@ def measured_plan(task: Task, device: torch.device, *, seen: int = 0, quiet: boo
             run = RunState(dtype=chosen.dtype, threads=chosen.threads)
             stack.enter_context(threads(run.threads))
             rate, steps = timed_steps(task, batch, batches, DTYPES[run.dtype], device, quiet=quiet)
+        total, amounts = task.total, {}
+        if budget is not None:
+            costs = task.costs(run, 1 / rate, MEASURING * budget.seconds)
+            pace = Pace(1 / rate, seconds_to_save(task.parts, Path.cwd()), costs, steps)
+            fitting = decided(task.recipe, budget, pace, budget.left(), len(task.data.class_names)).training
+            total = fitting.images
+            amounts = {name: getattr(fitting, name) for name in AMOUNTS if hasattr(fitting, name)}
     return {
+        **amounts,
         "flops_per_image": round(counter.get_total_flops() / part.stop),
         "images_per_second": rate,
         "measured_steps": steps,
@@ -73,7 +86,7 @@ def measured_plan(task: Task, device: torch.device, *, seen: int = 0, quiet: boo
         "threads": run.threads,
         **({} if task.micro_batch is None else {"micro_batch": task.micro_batch}),
         "peak_memory_bytes": peak_memory(device),
-        "seconds_to_the_end": max(0, task.total - seen) / rate,
+        "seconds_to_the_end": max(0, total - seen) / rate,
     }
 
 
@@ -104,12 +117,6 @@ def timed_steps(
                 break
             batch = following
     return rate, steps
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until an accelerator has finished its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -11,28 +11,34 @@ from typing import NamedTuple
 
 import torch
 
-from seriatim.core.device import DTYPES
+from seriatim.core.device import DTYPES, slow_in_bfloat16, synchronise
 from seriatim.models.base import Loss
 
-ROUNDS, FEWEST = 5, 3  # the largest and smallest number of timed passes of each candidate
+ROUNDS, FEWEST = 7, 3  # the largest and smallest number of timed passes of each candidate
 ENOUGH = 10.0  # seconds of timed passes in all, after which only FEWEST rounds are made
 HOPELESS = 4.0  # a candidate is left out when every pass of it took so many times as long as one of another's
+NEARLY = 1.05  # fewer threads that take at most so many times as long as the fastest candidate are preferred
 
 
 class Choice(NamedTuple):
-    """The chosen dtype and threads, and the median seconds of each candidate if there were several."""
+    """The chosen dtype and threads, and what was measured if there were several candidates."""
 
     dtype: str
     threads: int
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # the median seconds of a pass of each candidate
+    passes: dict[str, list[float]] = {}  # noqa: RUF012  # the seconds of each timed pass
 
     @property
     def name(self) -> str:
         return f"{self.dtype} with {self.threads} thread{'s' * (self.threads > 1)}"
 
     def __str__(self) -> str:
-        figures = ", ".join(f"{name} {value:.3g}" for name, value in self.seconds.items())
-        return f"{self.name}: median seconds of a pass forward and backward are {figures}"
+        figures = ", ".join(
+            f"{name} {value:.3g} ({min(self.passes[name]):.3g} to {max(self.passes[name]):.3g} in "
+            f"{len(self.passes[name])})"
+            for name, value in self.seconds.items()
+        )
+        return f"{self.name}: median seconds of a pass forward and backward, timed in turns, are {figures}"
 
 
 @contextlib.contextmanager
@@ -46,17 +52,26 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def fastest(dtype: str, count: int | str, device: torch.device, loss_of: Callable[[torch.dtype], Loss]) -> Choice:
+def fastest(
+    dtype: str,
+    count: int | str,
+    device: torch.device,
+    loss_of: Callable[[torch.dtype], Loss],
+    enough: float = ENOUGH,
+) -> Choice:
     """The dtype and the number of threads to use. A value of "auto" is replaced by the fastest in a few passes.
 
-    The candidates take turns several times and their medians are compared, so that a machine that is busy for a while
-    slows all of them alike, and one slow pass decides nothing. On a CPU, one thread is a candidate: for small models it
-    is nearly as fast as all threads, and if another process uses a core, two threads that wait for each other can be a
-    hundred times slower (docs/log.md). A candidate that is several times as slow, such as bfloat16 on a processor
-    without instructions for it, is timed once.
+    The candidates take turns several times, in one direction and then in the other, and their medians are compared, so
+    that a machine that is busy for a while slows all of them alike, and one slow pass decides nothing. On a CPU, one
+    thread is a candidate: for small models it is nearly as fast as all threads, and if another process uses a core, two
+    threads that wait for each other can be a hundred times slower (docs/log.md). Where both are about as fast, the
+    fewer threads are taken. After `enough` seconds only the fewest rounds are made. A candidate that is several times
+    as slow is timed once, and bfloat16 is no candidate on a CPU that only emulates it.
     """
     every = torch.get_num_threads()
-    dtypes = list(DTYPES) if dtype == "auto" else [dtype]
+    dtypes = [dtype]
+    if dtype == "auto":
+        dtypes = [name for name in DTYPES if name == "float32" or not slow_in_bfloat16(device)]
     if count != "auto":
         counts = [int(count)]
     else:
@@ -69,15 +84,21 @@ def fastest(dtype: str, count: int | str, device: torch.device, loss_of: Callabl
     times: dict[tuple[str, int], list[float]] = {candidate: [] for candidate in candidates}
     left = candidates
     for number in range(ROUNDS):
-        if number >= FEWEST and sum(map(sum, times.values())) > ENOUGH:
+        if number >= FEWEST and sum(map(sum, times.values())) > enough:
             break
-        for candidate in left:
+        for candidate in left if number % 2 == 0 else left[::-1]:
             times[candidate].append(seconds(candidate, device, loss_of))
         bound = HOPELESS * min(max(times[candidate]) for candidate in left)
         left = [candidate for candidate in left if min(first[candidate], *times[candidate]) <= bound]
     medians = {candidate: statistics.median(found) for candidate, found in times.items()}
-    chosen = min(left, key=lambda candidate: medians[candidate])
-    return Choice(*chosen, {Choice(*candidate, {}).name: round(value, 6) for candidate, value in medians.items()})
+    best = min(medians[candidate] for candidate in left)
+    chosen = min((c for c in left if medians[c] <= NEARLY * best), key=lambda c: (c[1], medians[c]))
+    names = {candidate: Choice(*candidate, {}).name for candidate in candidates}
+    return Choice(
+        *chosen,
+        {names[candidate]: round(value, 6) for candidate, value in medians.items()},
+        {names[candidate]: [round(value, 6) for value in found] for candidate, found in times.items()},
+    )
 
 
 def seconds(candidate: tuple[str, int], device: torch.device, loss_of: Callable[[torch.dtype], Loss]) -> float:
@@ -86,6 +107,5 @@ def seconds(candidate: tuple[str, int], device: torch.device, loss_of: Callable[
     with threads(count):
         begin = time.perf_counter()
         loss_of(DTYPES[name]).mean.backward()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
+        synchronise(device)
         return time.perf_counter() - begin

@@ -37,16 +37,19 @@ from seriatim.training.state import CHECKPOINT
 
 Resume = bool | Literal["auto"]
 
-GRID = re.compile(r"samples/([0-9]+\.(png|npy)|timeline\.png)")
+GRID = re.compile(r"samples/([0-9]+\.(png|npy)|timeline\.png|guidance\.png)")
 DATA = "data.json"
 DEMO = ".demo"  # this file marks a folder that `seriatim demo` made
 LOCK, ENVIRONMENT = ".lock", "environment.json"
+PLAN, TOKENIZER_PICTURE = "plan.txt", "tokenizer.png"  # of a run whose recipe was planned for a folder of pictures
 WRITTEN = {
     LOCK,
     DEMO,
     DATA,
     ENVIRONMENT,
     RECIPE,
+    PLAN,
+    TOKENIZER_PICTURE,
     "metrics.jsonl",
     "training.png",
     "accuracy.png",

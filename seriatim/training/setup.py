@@ -47,6 +47,7 @@ FREE = {
     "data.loose",
     "data.max_bad",
     "data.max_pixels",
+    "data.memory",
     "data.path",
     "data.test_path",
     "data.validation",
@@ -64,7 +65,9 @@ FREE = {
     "training.log_images",
     "training.micro_batch",
     "training.on_blow_up",
+    "training.sample_each",
     "training.sample_images",
+    "training.sample_rows",
     "training.save_images",
     "training.shard",
     "training.tensorboard",
@@ -150,7 +153,7 @@ def unless_stopped(batches: Iterable[Tensor], stop: StopRequest | None) -> Itera
     """Yield the batches; raise Stopped once the process is asked to stop."""
     for batch in batches:
         if stop is not None and stop.requested:
-            raise Stopped(f"{stop.requested}: stopped before the first step; begin it again with --resume")
+            raise Stopped(f"{stop.requested}: stopped before the first step; begin it again with --resume=auto")
         yield batch
 
 

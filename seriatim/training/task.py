@@ -6,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from seriatim.models.base import Loss
 from seriatim.training.distributed import World
 from seriatim.training.log import MetricsLog
 from seriatim.training.state import RunState, Trainables
+
+
+@dataclass(frozen=True)
+class Costs:
+    """The seconds that a run spends beside its steps."""
+
+    sample: float = 0.0  # to draw one more image of a preview
+    look: float = 0.0  # of a preview, however few its images are
+    judged: float = 0.0  # of the figures at each checkpoint
+    test: float = 0.0  # of a test
+    end: float = 0.0  # of what is done once, at the end
 
 
 class Task(ABC):
@@ -40,6 +52,17 @@ class Task(ABC):
 
     def check_resumed(self, path: Path) -> None:  # noqa: B027
         """Raise an error if the run can't go on from the checkpoint `path` with what the recipe names now."""
+
+    def settle(self, recipe: Any) -> None:
+        """Take the recipe with the amounts that were decided after the task was made."""
+        self.recipe, self.total = recipe, recipe.training.images
+
+    def costs(self, run: RunState, image: float, most: float) -> Costs:  # noqa: ARG002
+        """What the run will spend beside its steps, if an image takes `image` seconds in a step.
+
+        Measuring it may take about `most` seconds. All processes call this together.
+        """
+        return Costs()
 
     @abstractmethod
     def begin(self, stop: StopRequest) -> None:
@@ -118,6 +141,6 @@ class Task(ABC):
         """
         return {}
 
-    def look(self, before: int, run: RunState, stop: StopRequest) -> None:  # noqa: ARG002
-        """Draw sample pictures if they are due since `before` images were seen."""
+    def look(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> None:  # noqa: ARG002
+        """Draw sample pictures if they are due since `before` images were seen; the `last` ones end the run."""
         return None

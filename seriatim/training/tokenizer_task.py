@@ -24,8 +24,8 @@ from seriatim.core.schedules import crossed
 from seriatim.core.stopping import StopRequest
 from seriatim.data.base import ImageData
 from seriatim.data.loader import Batch, to_float
-from seriatim.evaluation.grid import grid, save_png
 from seriatim.evaluation.impartial import listed, seen_features
+from seriatim.evaluation.sheet import Row, save_sheet, sheet
 from seriatim.models.base import Loss
 from seriatim.models.build import parameter_count
 from seriatim.pipeline.result import as_pil
@@ -36,21 +36,25 @@ from seriatim.tokenizers.kinds import tokenizer_config
 from seriatim.tokenizers.latent import Latent
 from seriatim.training.autoencoding import Autoencoding
 from seriatim.training.batched_task import BatchedTask
+from seriatim.training.budget import Budget
 from seriatim.training.config import TokenizerRecipe
 from seriatim.training.engine import TrainingResult, fit
-from seriatim.training.judge import finite
+from seriatim.training.judge import FORWARD, finite
 from seriatim.training.log import MetricsLog, loss_curve, psnr_curve, tokenizer_card
-from seriatim.training.look import COLUMNS, IMAGES, SIDE, timeline
+from seriatim.training.look import COLUMNS, SHEET, is_due, timeline
 from seriatim.training.optim import averaged
 from seriatim.training.run_folder import Resume
 from seriatim.training.setup import FIT_BATCH, FIT_IMAGES, unless_stopped
 from seriatim.training.state import RunState, Trainables
+from seriatim.training.task import Costs
 from seriatim.training.tokenizer_losses import psnr_of, reconstruction_error
 from seriatim.training.tokenizer_setup import adversarial_groups, build_autoencoding, perceptual_of
 
 AT_SAVES = 1024  # images that the statistics of a checkpoint are measured on; those of the result on FIT_IMAGES
 MOST_HELD_OUT = 2048  # images of a validation
 BATCH = 64  # images at once where nothing is trained
+ENCODED = 0.15  # the share of a training step that encoding an image takes, about
+SHOWN = 16  # images of a preview
 ENOUGH = 4  # tokens that are counted for each code before few codes in use mean anything
 EARLY = 0.05  # share of a run in which few codes in use are no reason for a warning
 
@@ -237,18 +241,32 @@ class TokenizerTask(BatchedTask):
         """The reconstructions of the averaged tokenizer from the modes of its posteriors."""
         return self.result.decode(self.result.tokens(self.result.moments(images)))
 
-    def look(self, before: int, run: RunState, stop: StopRequest) -> None:  # noqa: ARG002
-        if crossed(before, run.seen, self.recipe.training.sample_images):
+    def costs(self, run: RunState, image: float, most: float) -> Costs:  # noqa: ARG002
+        held_out = 0 if self.data.held_out is None else min(MOST_HELD_OUT, self.data.held_out.count)
+        count = self.data.count or FIT_IMAGES
+        measured = isinstance(self.result, Latent)  # statistics of the latents, for which images are encoded
+        return Costs(
+            look=SHEET + FORWARD * SHOWN * image,
+            judged=FORWARD * image * held_out + measured * ENCODED * image * min(AT_SAVES, count),
+            end=measured * ENCODED * image * min(FIT_IMAGES, count),
+        )
+
+    def look(self, before: int, run: RunState, stop: StopRequest, *, last: bool) -> None:  # noqa: ARG002
+        if is_due(self.recipe.training, before, run.seen, last=last):
             self.world.first(lambda: self.draw(run.seen))
 
     def draw(self, seen: int) -> None:
         """Write rows of originals, each above the row of their reconstructions, and the timeline."""
         source = self.data.held_out or self.data
-        originals = to_float(next(iter(source.some(IMAGES // 2, IMAGES // 2)))[: IMAGES // 2].to(self.where))
+        originals = to_float(next(iter(source.some(SHOWN, SHOWN)))[:SHOWN].to(self.where))
         sides = [as_pil(to_uint8(images)) for images in (originals, self.decoded(originals))]
-        rows = [row[i : i + COLUMNS] for i in range(0, len(originals), COLUMNS) for row in sides]
-        save_png(grid([image for row in rows for image in row], COLUMNS, side=SIDE), self.samples / f"{seen:012d}.png")
-        timeline(self.samples, rows=2)
+        rows = [
+            Row(words, images[i : i + COLUMNS])
+            for i in range(0, len(originals), COLUMNS)
+            for words, images in zip(("original", "decoded"), sides, strict=True)
+        ]
+        save_sheet(*sheet(rows), self.samples / f"{seen:012d}.png")
+        timeline(self.samples, pairs=True)
 
     @property
     def samples(self) -> Path:
@@ -279,6 +297,7 @@ def train_tokenizer(
     resume: Resume = False,
     overwrite: bool = False,
     quiet: bool = False,
+    minutes: float | Budget | None = None,
 ) -> TokenizerResult:
     """Train a tokenizer into the folder `out`. It can be stopped and resumed bitwise, like `loop.train`.
 
@@ -291,9 +310,11 @@ def train_tokenizer(
     """
     out = Path(out)
 
-    def task(where: torch.device) -> TokenizerTask:
+    def task(recipe: TokenizerRecipe, where: torch.device) -> TokenizerTask:
         return TokenizerTask(recipe, out, where, quiet=quiet)
 
-    trained, result = fit(task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet)
+    trained, result = fit(
+        task, recipe, out, device=device, resume=resume, overwrite=overwrite, quiet=quiet, minutes=minutes
+    )
     values = vars(result) | {"parameters": parameter_count(trained.result)}  # without those of the discriminator
     return TokenizerResult(**values, psnr=trained.psnr)

@@ -169,6 +169,7 @@ def test_the_average_follows_its_formula() -> None:
 def test_auto_takes_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("seriatim.training.precision.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("seriatim.training.precision.slow_in_bfloat16", lambda _: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     cpu, used = torch.device("cpu"), [2]
     monkeypatch.setattr(torch, "set_num_threads", lambda count: used.__setitem__(0, count))
@@ -178,10 +179,55 @@ def test_auto_takes_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
             now[0] += 0.1 + (str(dtype) != f"torch.{fast[0]}") + (used[0] != fast[1])
             return Loss(torch.zeros((), requires_grad=True) * 1, torch.ones(()), {})
 
-        assert fastest("auto", "auto", cpu, loss_of)[:2] == fast
-        assert fastest("bfloat16", 2, cpu, loss_of) == ("bfloat16", 2, {})
+        choice = fastest("auto", "auto", cpu, loss_of)
+        assert choice[:2] == fast
+        assert fastest("bfloat16", 2, cpu, loss_of)[:3] == ("bfloat16", 2, {})
         assert fastest("auto", 1, cpu, loss_of)[:2] == (fast[0], 1)
         assert used == [2], "the caller's number of threads is restored"
+
+
+@pytest.mark.parametrize(("two", "chosen"), [(0.98, 1), (0.9, 2)])
+def test_a_second_thread_must_be_worth_it(monkeypatch: pytest.MonkeyPatch, two: float, chosen: int) -> None:
+    """Where a pass with two threads is hardly faster, the other core is left to others."""
+    now, used = [0.0], [2]
+    monkeypatch.setattr("seriatim.training.precision.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: used.__setitem__(0, count))
+
+    def loss_of(_: torch.dtype) -> Loss:
+        now[0] += two if used[0] == 2 else 1.0
+        return Loss(torch.zeros((), requires_grad=True) * 1, torch.ones(()), {})
+
+    assert fastest("float32", "auto", torch.device("cpu"), loss_of).threads == chosen
+
+
+def test_candidates_take_turns_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that slows down with every pass slows the first and the last candidate alike."""
+    now, used, order = [0.0], [2], list[int]()
+    monkeypatch.setattr("seriatim.training.precision.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: used.__setitem__(0, count))
+
+    def loss_of(_: torch.dtype) -> Loss:
+        order.append(used[0])
+        now[0] += 1.0 + 0.1 * len(order)
+        return Loss(torch.zeros((), requires_grad=True) * 1, torch.ones(()), {})
+
+    choice = fastest("float32", "auto", torch.device("cpu"), loss_of, enough=0.0)
+    assert order == [2, 1, *[2, 1, 1, 2, 2, 1]], "a first pass of each, and the fewest rounds"
+    assert all(len(passes) == 3 for passes in choice.passes.values()) and "(1.3 to 1.7 in 3)" in str(choice)
+
+
+def test_bfloat16_is_not_tried_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seriatim.training.precision.slow_in_bfloat16", lambda _: True)
+    tried = set[torch.dtype]()
+
+    def loss_of(dtype: torch.dtype) -> Loss:
+        tried.add(dtype)
+        return Loss(torch.zeros((), requires_grad=True) * 1, torch.ones(()), {})
+
+    assert fastest("auto", 1, torch.device("cpu"), loss_of)[:2] == ("float32", 1) and tried <= {torch.float32}
+    assert fastest("bfloat16", 1, torch.device("cpu"), loss_of).dtype == "bfloat16", "who asks for it gets it"
 
 
 @pytest.mark.parametrize("busy", [(0, 9), (8, 17), (17, 30)])
@@ -190,6 +236,7 @@ def test_a_machine_that_is_busy_for_a_while_does_not_decide(
 ) -> None:
     """Passes number 8 to 16, say, take a hundred times as long: bfloat16 is six times as fast, and is taken."""
     now, calls = [0.0], [0]
+    monkeypatch.setattr("seriatim.training.precision.slow_in_bfloat16", lambda _: False)
     monkeypatch.setattr("seriatim.training.precision.time.perf_counter", lambda: now[0])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
 
@@ -204,6 +251,7 @@ def test_a_machine_that_is_busy_for_a_while_does_not_decide(
 
 def test_a_slow_model_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     now, calls = [0.0], [0]
+    monkeypatch.setattr("seriatim.training.precision.slow_in_bfloat16", lambda _: False)
     monkeypatch.setattr("seriatim.training.precision.time.perf_counter", lambda: now[0])
 
     def loss_of(_: torch.dtype) -> Loss:
@@ -216,6 +264,7 @@ def test_a_slow_model_is_not_measured_for_long(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_candidate_that_is_several_times_as_slow_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now, calls = [0.0], Counter[torch.dtype]()
+    monkeypatch.setattr("seriatim.training.precision.slow_in_bfloat16", lambda _: False)
     monkeypatch.setattr("seriatim.training.precision.time.perf_counter", lambda: now[0])
 
     def loss_of(dtype: torch.dtype) -> Loss:
@@ -225,10 +274,13 @@ def test_a_candidate_that_is_several_times_as_slow_is_timed_once(monkeypatch: py
 
     choice = fastest("auto", 1, torch.device("cpu"), loss_of)
     assert choice.dtype == "float32" and choice.seconds == {"float32 with 1 thread": 0.5, "bfloat16 with 1 thread": 5.0}
-    assert calls == {torch.float32: 1 + 5, torch.bfloat16: 1 + 1}
+    assert calls == {torch.float32: 1 + 7, torch.bfloat16: 1 + 1}
 
 
-def test_what_was_measured_is_written_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_measured_is_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("seriatim.training.precision.slow_in_bfloat16", lambda _: False)
     result = train(tiny("training.images=64", "training.dtype=auto"), tmp_path, quiet=True)
     written = read_recipe(str(tmp_path / "recipe.yaml")).training
     assert (written.dtype, written.threads) == (result.dtype, 1)

@@ -29,7 +29,6 @@ from seriatim.core.errors import ConfigError, DataError, ResourceError, Stopped,
 from seriatim.data import loader
 from seriatim.training import engine, loop, setup, state
 from seriatim.training.config import Recipe, read_recipe
-from seriatim.training.look import timeline
 from seriatim.training.loop import train
 from seriatim.training.optim import adamw, averaged
 from seriatim.training.state import RunState, Trainables, prune
@@ -482,35 +481,3 @@ def test_another_models_weights_on_another_grid(tmp_path: Path, folder: Path) ->
     assert torch.allclose(*near, atol=0.01) and two.output_positions.std() > 0.5 * one.output_positions.std()
     with pytest.raises(ConfigError, match=r"tokenizer\.patch \(4 there, 8 in the recipe\); set tokenizer\.patch=4$"):
         train(read_recipe("mar-cifar10-tiny", [*larger, "tokenizer.patch=8"]), tmp_path / "other", quiet=True)
-
-
-def test_samples_and_a_timeline(tmp_path: Path) -> None:
-    recipe = tiny(
-        "training.images=96",
-        "training.sample_images=32",
-        "sampling.num_diffusion_steps=3",
-        "sampling.num_inference_steps=2",
-    )
-    train(recipe, tmp_path / "seen", quiet=True)
-    names = sorted(path.name for path in (tmp_path / "seen" / "samples").iterdir())
-    assert names == ["000000000032.png", "000000000064.png", "000000000096.png", "timeline.png"]
-    with (
-        Image.open(tmp_path / "seen" / "samples" / "timeline.png") as picture,
-        Image.open(tmp_path / "seen" / "samples" / names[0]) as sheet,
-    ):
-        assert picture.width == sheet.width and picture.height == 3 * (sheet.height // 4)
-    train(tiny("training.images=96"), tmp_path / "blind", quiet=True)
-    one, two = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("seen", "blind"))
-    assert one == two, "looking changes nothing"
-
-
-def test_a_damaged_grid_does_not_stop_the_timeline(tmp_path: Path) -> None:
-    """The file of a full disk, and one that is no picture at all."""
-    sheet = Image.fromarray(np.full((40, 80, 3), 200, np.uint8))
-    for seen in (32, 64, 96):
-        sheet.save(tmp_path / f"{seen:012d}.png")
-    whole = (tmp_path / f"{64:012d}.png").read_bytes()
-    (tmp_path / f"{64:012d}.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / f"{80:012d}.png").write_text("no picture")
-    with Image.open(timeline(tmp_path)) as picture:
-        assert picture.size == (80, 2 * 10), "the first of four rows of the two whole ones"

@@ -29,6 +29,7 @@ from seriatim.evaluation.features import open_features
 from seriatim.evaluation.reference import as_many, whole
 from seriatim.evaluation.residual_net import ResNet, TrainedClassifier, save_classifier
 from seriatim.evaluation.run import evaluate
+from seriatim.evaluation.sheet import places_of
 from seriatim.evaluation.tokenizers import evaluate_tokenizer
 from seriatim.models.build import seeded
 from seriatim.tokenizers.kinds import build_tokenizer
@@ -245,8 +246,10 @@ def test_a_run_is_a_tokenizer_for_generators_and_lowers_its_error(tmp_path: Path
     assert result.psnr == logged[-1]["validation_psnr"] > 8
     assert psnr_curve(logged, tmp_path / "psnr.png", "a title").stat().st_size > 1000
     with Image.open(tmp_path / "kl" / "samples" / f"{400:012d}.png") as sheet:
-        assert sheet.height > sheet.width / 2 - 8, "four rows of eight"
-    assert (tmp_path / "kl" / "samples" / "timeline.png").is_file()
+        places = places_of(sheet)
+    assert places is not None and places.words == ("original", "decoded") * 2 and len(places.lefts) == 8
+    with Image.open(tmp_path / "kl" / "samples" / "timeline.png") as timeline:
+        assert timeline.height > 3 * 64, "the originals, and how they were given back at two times"
 
     tokenizer: Any = load_tokenizer(tmp_path / "kl")
     images = to_float(build_data({"kind": "digits"}).images(torch.arange(600)))
