@@ -84,8 +84,8 @@ def summary(found: Sequence[Curve]) -> Iterator[str]:
         return
     first = found[0].first
     yield (
-        f"{first['settings']['minutes']:g} minutes of one thread for each training, {first['samples']:,} samples at each "
-        f"guidance, sampled by one thread in batches of {BATCH}; ± is 95 %.\n"
+        f"{first['settings']['minutes']:g} minutes of one thread for each training, {first['samples']:,} samples at "
+        f"each guidance, sampled by one thread in batches of {BATCH}; ± is 95 %.\n"
     )
     yield head_of([
         "contestant", "seeds", "images", "images/s", "minutes", "parameters", "loss",

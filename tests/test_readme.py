@@ -137,25 +137,28 @@ def test_readme_recipe_keys_are_all_there() -> None:
     from seriatim.evaluation.residual_net import ResNet
     from seriatim.heads.categorical import Categorical
     from seriatim.heads.diffusion import Diffusion
+    from seriatim.heads.energy import Energy
     from seriatim.heads.flow import Flow
     from seriatim.heads.mixture import Mixture
     from seriatim.models.causal_model import CausalModel
     from seriatim.models.masked_model import MaskedModel
     from seriatim.tokenizers.kinds import TOKENIZERS
     from seriatim.training.config import ClassifierTraining, Training
+    from seriatim.training.optim import OPTIMISERS, SHARED
 
     text = (ROOT / "docs" / "recipes.md").read_text()
     listed = set(re.findall(r"`((?:training|model)\.[a-z0-9_.]+)`", text)) - {"training.png"}
     derived = {"tokens", "dim", "vocab", "classes", "channels", "backbone", "head", "z_dim", "conditioner"}
     expected = {f"training.{key}" for cls in (Training, ClassifierTraining) for key in cls.model_fields}
     expected |= {"model.kind", "model.head.kind"}
+    expected |= {f"training.optimiser.{key}" for make in OPTIMISERS.values() for key in list(arguments(make))[SHARED:]}
     expected |= {
         f"model.{key}"
         for cls in (Masked, MaskedModel, Causal, CausalModel, ResNet)
         for key in arguments(cls)
         if key not in derived
     }
-    heads = (Categorical, Diffusion, Flow, Mixture)
+    heads = (Categorical, Diffusion, Energy, Flow, Mixture)
     expected |= {f"model.head.{key}" for cls in heads for key in arguments(cls) if key not in derived}
     assert listed == expected
 

@@ -96,7 +96,10 @@ def infer(file: OfficialFile, buffer: int | None = None) -> dict[str, Any]:
     head_width, noise = shape(tensors, "scoreloss.net.noise_embed.weight", 2, where)
     buffer = int(file.argument("buffer_size", BUFFER, least=1)) if buffer is None else buffer
     if not 1 <= buffer < rows:
-        raise UsageError(f"buffer: {buffer} is not allowed; {where} has {rows} positions for the buffer and the tokens")
+        raise UsageError(
+            f"buffer: {buffer} is not allowed; {where} has {rows} positions for the buffer and the tokens, so it must "
+            f"be from 1 to {rows - 1}"
+        )
     return {
         "kind": "masked",
         "backbone": "bidirectional",

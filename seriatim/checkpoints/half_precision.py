@@ -1,12 +1,13 @@
 """A copy of a model folder whose large weights are in half precision: half as many bytes, for sharing and shipping.
 
 It loads like any model: weights are cast to float32. Small tensors (biases, norms, statistics of tokens) stay as they
-are, because they cost nothing and some of them are squared or divided by. Absolute paths in what a model tells of its
+are, because they cost nothing and some of them are squared or divided by. Absolute paths in the recipe of its
 training are cut to their last two parts, since a copy is for others.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -46,9 +47,11 @@ def half_copy(name: Path | str, out: Path | str, *, summary: str | None = None, 
     if summary is not None:
         config["provenance"] = {**config.get("provenance", {}), "summary": summary}
     text = card if card is not None else read_text(folder / CARD) if (folder / CARD).is_file() else None
-    for path in sorted(absolute_paths(config), key=len, reverse=True):
-        text = None if text is None else text.replace(path, shortened(path))
-    config = without_folders(config)
+    recipe = config.get("provenance", {}).get("recipe", {})
+    for path in absolute_paths(recipe):  # a value of the card's recipe is the end of a line
+        text = None if text is None else re.sub(rf"(?m)(?<=: ){re.escape(path)}$", shortened(path), text)
+    if recipe:
+        config["provenance"] = {**config["provenance"], "recipe": without_folders(recipe)}
     with atomic_folder(replaceable(out, (*PARTS, CLASSIFIER))) as temporary:
         write_json(temporary / CONFIG, config)
         for file in files:

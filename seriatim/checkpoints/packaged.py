@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from seriatim.checkpoints.unfinished import CHECKPOINTS, CONFIG, RECIPE
+from seriatim.checkpoints.unfinished import CONFIG
 from seriatim.core.files import present_or_previous
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
@@ -19,14 +19,8 @@ def packaged_names() -> list[str]:
 
 
 def packaged(name: Path | str) -> Path | None:
-    """The folder of the packaged model of this name; None if there is none.
-
-    A model folder or a run of that name in the current directory comes first. A folder of that name that holds neither,
-    such as a folder of images, does not.
-    """
+    """The folder of the packaged model of this name; None if there is none, or if anything here has that name."""
     text = os.fspath(name)
     if NAME.fullmatch(text) is None or not (WEIGHTS / text / CONFIG).is_file():
         return None
-    here = present_or_previous(Path(text))
-    is_model = any((here / part).exists() for part in (CONFIG, "model", RECIPE, CHECKPOINTS))
-    return None if is_model else WEIGHTS / text
+    return None if os.path.lexists(present_or_previous(Path(text))) else WEIGHTS / text

@@ -1,7 +1,7 @@
 """Names of models: a folder, a run, one of a run's checkpoints, or a model that comes with the package.
 
     RUN               the model of a finished run, or the averaged weights of the newest whole checkpoint
-    NAME              the packaged model of that name, unless there is a model or a run called NAME here
+    NAME              the packaged model of that name, unless there is something called NAME here
     RUN@latest        the averaged weights of the newest whole checkpoint
     RUN@best          those of the whole checkpoint with the lowest loss
     RUN@250000        those after so many images, with or without leading zeros

@@ -5,8 +5,8 @@ score 2 E|x - y|^a - E|x - x'|^a, of independent draws x and x' of the model and
 0 < a < 2 (Gneiting & Raftery 2007, eq. 22), so its minimum is the distribution of the tokens. Unusual:
 - z is the input of the network, and the noise modulates its blocks (adaLN): the diffusion head has them the other way;
 - guidance acts on z before the network, so that a guided token also takes one pass;
-- the temperature scales the shift of each block. This makes samples of trained heads sharper in practice, but it
-  follows from no density, and samples still differ at temperature 0;
+- the temperature scales the shift of each block, as published. It follows from no density: below 1 it need not make
+  samples sharper, and samples still differ at temperature 0;
 - there is no density.
 
 Shapes: N tokens, D features, C width of z, W width of the network, d blocks, K numbers of noise, M pairs of draws.
@@ -89,7 +89,8 @@ class Energy(Head):
         N, M, K = len(target), self.draws, self.noise
         uniform = at_least_float32(keys.fold("noise").uniform(M, 2, K), z)  # (N, M, 2, K)
         noise = uniform.permute(2, 1, 0, 3).reshape(2 * M * N, K) - 0.5  # first the x of all draws, then the x'
-        made = at_least_float32(self(z.repeat(2 * M, 1), noise))  # (2 M N, D)
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 would count its rounding as distance of samples
+            made = self(at_least_float32(z).repeat(2 * M, 1), noise)  # (2 M N, D)
         x, other = made.view(2, M, N, self.output)  # each (M, N, D)
         y = at_least_float32(target, z)
         attraction = distance(x - y, self.alpha) + distance(other - y, self.alpha)  # (M, N)

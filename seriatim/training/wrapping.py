@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from seriatim.backbones.base import Parallel
 from seriatim.core.errors import ResourceError, one_line
+from seriatim.models.masked_model import MaskedModel
 
 VARIANTS = 64  # how many shapes torch may compile of one kind of block; more would run uncompiled
 
@@ -58,7 +60,11 @@ class BlockForward:
 @contextlib.contextmanager
 def bucketed(model: nn.Module, buckets: int) -> Iterator[None]:
     """A context in which the masked models and backbones in `model` pad their lengths to so many values in training."""
-    padding: list[Any] = [module for module in model.modules() if hasattr(module, "buckets")]
+    padding: list[Any] = [
+        module
+        for module in model.modules()
+        if isinstance(module, MaskedModel | Parallel) and hasattr(module, "buckets")
+    ]
     before = [module.buckets for module in padding]
     for module in padding:
         module.buckets = buckets

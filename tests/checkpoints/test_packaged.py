@@ -62,14 +62,13 @@ def test_nothing_else_is(name: str) -> None:
 
 
 def test_what_is_here_comes_first(shipped: Path) -> None:
-    Path("toy").mkdir()
-    (Path("toy") / "cat.png").write_bytes(b"")
-    assert located("toy") == shipped, "a folder of images is no model"
+    Path("toy").symlink_to("nowhere")
+    assert packaged("toy") is None, "a link that leads nowhere was meant to be something"
+    Path("toy").unlink()
+    assert located("toy") == shipped
     mine = make_bundle()
     mine.class_names = ["ape", "bee", "cow"]
     save_bundle(mine, "runs/toy/model")
-    Path("toy/cat.png").unlink()
-    Path("toy").rmdir()
     Path("runs/toy").rename("toy")
     assert packaged("toy") is None and load_bundle("toy").class_names == ["ape", "bee", "cow"]
 

@@ -20,6 +20,7 @@ from training.test_resume import stop_after
 from seriatim.cli.main import run as in_process
 from seriatim.core.errors import Stopped, UsageError
 from seriatim.training import budget as budgets
+from seriatim.training import look
 from seriatim.training.budget import Budget, Pace, decided
 from seriatim.training.classifier import train_classifier
 from seriatim.training.config import AnyRecipe, ClassifierRecipe, Recipe, TokenizerRecipe, read_any
@@ -44,8 +45,9 @@ def tiny(*overrides: str) -> Recipe:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are measured for a moment only."""
+    """Steps are measured for a moment only, and runs are looked at however few updates a slow machine has time for."""
     monkeypatch.setattr(budgets, "LEAST_MEASURING", 0.0)
+    monkeypatch.setattr(look, "FEWEST_UPDATES", 1)
 
 
 def spent(recipe: AnyRecipe, pace: Pace, classes: int) -> float:
@@ -180,6 +182,7 @@ def repeats(folder: Path, again: Path, run: Callable[..., Any]) -> Any:
     return recipe.training
 
 
+@pytest.mark.slow  # how often the run is looked at depends on how busy the machine is
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "overrides",
