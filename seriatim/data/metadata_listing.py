@@ -61,6 +61,7 @@ def list_metadata(root: Path, column: str) -> Listing:
         raise DataError(f"data.classes: {root / FILE} has no column {column!r}{nearest(column, sorted(columns))}")
     walk = Walk(root)
     pictures = dict(walk.pictures(str(root)))
+    walk.passed_over.pop(FILE, None)  # it is used
     label_of = {os.path.normpath(row[NAME]).replace(os.sep, "/"): text_of(row.get(column)) for row in rows}
     names = sorted({label for name, label in label_of.items() if label is not None and name in pictures})
     number = {name: i for i, name in enumerate(names)}

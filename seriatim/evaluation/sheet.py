@@ -24,7 +24,7 @@ APART = 10  # pixels between groups of columns
 MARGIN = 6  # pixels beside a text
 TEXT = 13  # the height of letters in pixels
 WIDEST = 180  # pixels of the longest text at the left of a row
-PAPER, INK = (255, 255, 255), (32, 32, 32)
+PAPER, INK = (232, 232, 232), (16, 16, 16)  # paper that is neither white nor black, as edges of pictures often are
 PLACES = "seriatim-sheet"  # the PNG's text that holds the places
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

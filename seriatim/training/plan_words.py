@@ -97,7 +97,7 @@ def expected(images: int, count: int, classes: int) -> str:
         return f"{words}; after {passes_over(images, count)}, many samples are near copies of them"
     if passes < 1:
         return f"{words}; there is time for {passes:.0%} of the pictures only"
-    return words + (f"; each class is seen {images / classes:,.0f} times" if classes > 1 else "")
+    return words + (f"; a class is seen {images / classes:,.0f} times on average" if classes > 1 else "")
 
 
 def afterwards(out: Path, names: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ def test_a_column_gives_the_classes(tmp_path: Path) -> None:
     assert (data.count, data.class_names) == (5, ["cat", "dog"])
     assert data.labels(torch.arange(5)).tolist() == [0, 0, 0, 1, 1]  # type: ignore[union-attr]
     assert [data.name(i) for i in range(5)] == [f"images/{i}.png" for i in (0, 2, 4, 1, 3)]
-    assert data.passed_over["images/5.png"] == "not in metadata.jsonl"
+    assert data.passed_over == {"images/5.png": "not in metadata.jsonl"}
     assert data.images(torch.tensor([3]))[0, 0, 0, 0] == 40, "the label belongs to its picture"
     numbered = build_data({"kind": "folder", "path": str(root), "size": 8, "classes": "number"})
     assert numbered.class_names == ["0", "1", "2", "3", "4"]

@@ -207,7 +207,7 @@ def test_expectations_grow_with_the_images() -> None:
     lines = [expected(images, 5000, 10) for images, _ in EXPECTED]
     assert len(set(lines)) == len(EXPECTED) and "there is time for 0% of the pictures only" in lines[0]
     assert "near copies" in expected(100_000, 500, 0) and "near copies" not in expected(10_000, 500, 0)
-    assert "each class is seen 1,000 times" in expected(10_000, 5000, 10)
+    assert "a class is seen 1,000 times on average" in expected(10_000, 5000, 10)
     assert [tokenizer_loss(psnr, 64, 32).split("loses ")[1][:8] for psnr in (50, 35, 30, 20)] == [
         "nothing ", "hardly a", "a little", "fine gra",
     ]  # fmt: skip
@@ -290,6 +290,18 @@ def test_a_dry_run_plans_and_writes_nothing(
     captured = capsys.readouterr()
     assert '"images": 32' in captured.out and "found 9 pictures" in captured.err
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_a_packaged_recipe_comes_before_a_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "mar-digits", 2)
+    assert command(["train", "mar-digits", *TINY, "training.images=32", "--dry-run", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert '"training_images": 1437' in captured.out and "found" not in captured.err
+    assert command(["train", "./mar-digits", *TINY, "training.images=32", "--dry-run", "--json"]) == 0
+    assert "found 2 pictures" in capsys.readouterr().err
 
 
 def test_images_in_the_place_of_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

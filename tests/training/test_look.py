@@ -62,7 +62,7 @@ def test_a_model_without_classes_is_shown_without_names(tmp_path: Path) -> None:
         "sampling.guidance_scale=1", "training.sample_images=48", "training.sample_each=4",
     )  # fmt: skip
     places = places_of(read_png(found / f"{48:012d}.png"))
-    assert places is not None and (places.words, len(places.lefts)) == (("", ""), 8)
+    assert places is not None and (places.words, len(places.lefts)) == (("",) * 4, 8)
     assert not (found / "guidance.png").exists(), "guidance needs classes"
 
 
@@ -87,7 +87,7 @@ def test_classes_of_a_preview_are_spread() -> None:
     assert Preview(10, 2).classes(3) == [0, 1, 2]
     assert Preview(10, 1).classes(1000) == list(range(0, 1000, 100))
     assert Preview(3, 2).labels(10, [str(i) for i in range(10)]) == [0, 0, 3, 3, 6, 6]
-    assert Preview(3, 2).labels(0, []) == [None] * 8
+    assert Preview(3, 2).labels(0, []) == [None] * 16
 
 
 @pytest.mark.parametrize(
