@@ -84,7 +84,7 @@ def train(
     tokenizer.
     """
     from seriatim.core.errors import UsageError
-    from seriatim.training.config import ClassifierRecipe, Recipe
+    from seriatim.training.config import ClassifierRecipe, Recipe, packaged
     from seriatim.training.trackers import build_trackers
 
     if resume not in (None, ALWAYS, AUTO):
@@ -93,7 +93,7 @@ def train(
     words, overrides = settings or [], override or []
     budget = budget_for(minutes, [*words, *overrides])
     plan: FolderPlan | None = None
-    if recipe is not None and Path(recipe).is_dir():
+    if recipe is not None and Path(recipe).is_dir() and recipe not in packaged():
         budget, out, plan = planned(recipe, words, overrides, out, how, budget, device, overwrite=overwrite, quiet=json)
         recipe = None
     if plan is not None and out is not None:

@@ -294,6 +294,18 @@ def test_a_dry_run_plans_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
+def test_a_packaged_recipe_comes_before_a_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "mar-digits", 2)
+    assert command(["train", "mar-digits", *TINY, "training.images=32", "--dry-run", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert '"training_images": 1437' in captured.out and "found" not in captured.err
+    assert command(["train", "./mar-digits", *TINY, "training.images=32", "--dry-run", "--json"]) == 0
+    assert "found 2 pictures" in capsys.readouterr().err
+
+
 def test_images_in_the_place_of_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures(tmp_path / "photos", 9)
     words = ["train", str(tmp_path / "photos"), *TINY, "training.images=32", "--out", str(tmp_path / "run")]
