@@ -136,11 +136,13 @@ def train(
 
 def budget_for(minutes: float | None, settings: list[str]) -> Budget | None:
     """The budget that begins now; the settings of `training` that are given beside it are kept as they are."""
-    from seriatim.training.budget import Budget
+    if minutes is None:
+        return None
+    from seriatim.training.budget import Budget  # this imports torch, which mistakes in a recipe need not wait for
 
     keys = [text.partition("=")[0].strip() for text in settings]
     given = frozenset(key.removeprefix("training.") for key in keys if key.startswith("training."))
-    return None if minutes is None else Budget(minutes, given=given)
+    return Budget(minutes, given=given)
 
 
 def planned(

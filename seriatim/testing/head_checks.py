@@ -63,8 +63,9 @@ def check_head(
 @torch.no_grad()
 def _stir(head: Head) -> None:
     """Add noise to all weights: a fresh head may have zeros in its output, behind which any fault would hide."""
+    noise = torch.Generator().manual_seed(1)
     for parameter in head.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, device="cpu").to(parameter.device))
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=noise, device="cpu").to(parameter.device))
 
 
 def _on(head: Head) -> torch.device:

@@ -84,7 +84,7 @@ class Toy:
     def few_steps(self) -> None:
         """Time few steps where a script asks how many it can take in so many minutes."""
         for name in ("WARM", "PROBED"):
-            self.monkeypatch.setattr(importlib.import_module("continuous_or_quantised"), name, 1)
+            self.monkeypatch.setattr(importlib.import_module("equal_minutes"), name, 1)
 
     def double(self, name: str) -> Path:
         """A checkout of the double of an original."""
