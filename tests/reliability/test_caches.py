@@ -81,7 +81,9 @@ def test_a_writer_that_is_killed_leaves_its_work_to_the_other(tmp_path: Path, wh
         os.kill(one, signal.SIGKILL)
         os.waitpid(one, 0)
         assert ended_well(two)
-        assert content(tmp_path / "cache") == whole
+        made = content(tmp_path / "cache")
+        locks = {name for name in made if name.endswith(".lock")}  # one that it made after the other had finished
+        assert {name: digest for name, digest in made.items() if name not in locks} == whole and len(locks) <= 1
         shutil.rmtree(tmp_path / "cache")
 
 
