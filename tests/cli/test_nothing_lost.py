@@ -51,13 +51,8 @@ THEIRS: dict[str, str | bytes] = {
     "thesis.txt": "ten years", "recipe.yaml": "cake: [flour, eggs]\n", "data.json": '{"images": ["a.png"]}',
     "environment.json": '{"PATH": "/bin"}', "metrics.jsonl": '{"images": 5, "loss": 1.0}\n', "training.png": b"a plot",
     "accuracy.png": b"another plot", "results.json": '{"figures": {}}', "report.json": '{"recognised": 1}',
-<<<<<<< HEAD
     "plan.txt": "a plan", "tokenizer.png": b"a coin", "guidance.png": b"x", "grid.png": b"a grid",
     "animation.gif": b"GIF89a", "0000.png": b"no picture", "0000-image.png": b"no picture",
-=======
-    "plan.txt": "a plan", "tokenizer.png": b"a coin", "guidance.png": b"x",
-    "grid.png": b"a grid", "animation.gif": b"GIF89a", "0000.png": b"no picture", "0000-image.png": b"no picture",
->>>>>>> c214056d003f9d19c4793fca2a3f4ad6677b39f6
     "0000-cat.png": b"no picture", "0000-0.png": b"no picture", "samples.npy": b"\x93NUMPY",
     "samples.json": '{"request": 1}',
     "settings.json": '{"num": 5, "block": 3}', "sweep.json": '{"fields": {}}', "sweep.md": "| |", "curves.png": b"x",
