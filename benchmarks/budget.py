@@ -33,6 +33,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ from unet_flow import registered
 from seriatim.core.errors import NumericsError, SeriatimError, UsageError, one_line, shown
 from seriatim.core.files import write_json, write_text
 from seriatim.core.reading import Unreadable, parse_yaml
+from seriatim.core.schedules import GUIDANCE_OPTIONS
+from seriatim.core.settings import Settings
 from seriatim.core.validation import parse
 from seriatim.models.build import parameter_count
 from seriatim.pipeline.loading import load
@@ -69,30 +72,34 @@ class Point:
     @classmethod
     def of(cls, text: str) -> Point:
         """From SCALE, or SCALE:SCHEDULE and the schedule's numbers, such as 4:interval:0.2:1."""
-        scale, *rest = text.split(":")
+        scale, schedule, *options = (text if ":" in text else f"{text}:constant").split(":")
         try:
-            return cls(
-                text.replace(":", "-"), float(scale), rest[0] if rest else "constant", tuple(map(float, rest[1:]))
-            )
+            made = cls(text.replace(":", "-"), float(scale), schedule, tuple(map(float, options)))
         except ValueError:
             raise UsageError(f"guidance: {text!r} is not allowed; give 4, 4:linear or 4:interval:0.2:1") from None
+        parse(Settings, made.over_tokens, where=f"guidance {text}", error=UsageError)
+        return made
+
+    @property
+    def over_tokens(self) -> dict[str, Any]:
+        """The settings of a request to a model that generates an image token by token."""
+        told: dict[str, Any] = {"guidance_scale": self.scale, "guidance_schedule": self.schedule}
+        name = GUIDANCE_OPTIONS.get(self.schedule, "guidance_power")
+        value = self.options if name == "guidance_interval" else next(iter(self.options), None)
+        return told | ({name: value} if self.options else {})
 
     def settings(self, pipe: Pipeline) -> dict[str, Any] | None:
         """The settings of a request; None if the model has no such schedule.
 
         A model whose image is one token has no schedule over the tokens. Its interval is one of the times of its flow.
         """
-        told: dict[str, Any] = {"guidance_scale": self.scale, "guidance_schedule": self.schedule}
-        if pipe.model.tokens == 1 and self.schedule != "constant":
-            if self.schedule != "interval":
-                return None
-            low, high = self.options
-            return {**told, "guidance_schedule": "constant", "guidance_from": low, "guidance_to": high}
-        if self.schedule == "interval":
-            told["guidance_interval"] = self.options
-        elif self.options:
-            (told["guidance_power"],) = self.options
-        return told
+        if pipe.model.tokens > 1 or self.schedule == "constant":
+            return self.over_tokens
+        if self.schedule != "interval":
+            return None
+        low, high = self.options
+        told = {"guidance_scale": self.scale, "guidance_schedule": "constant"}
+        return {**told, "guidance_from": low, "guidance_to": high}
 
 
 @dataclass(frozen=True)
@@ -118,32 +125,34 @@ class Work:
             "changes": self.changes,
             "overrides": given.overrides,
             "dtype": given.dtype,
+            "sampling_dtype": given.sampling_dtype,
             "size": given.size,
             "classifier": str(given.classifier),
         }
 
-    def recipe(self, images: int, save_images: int) -> Recipe:
+    def recipe(self, images: int, save_images: int, latents: Path | None = None) -> Recipe:
+        """The recipe for so many images, which are those of --data, or their `latents`."""
         values = recipe_values(self.changes)
         warmup = values.pop("warmup")
         values["data"] |= {"path": str(self.given.data), "size": self.given.size}
         if values["tokenizer"].get("patch") == "whole":
             values["tokenizer"]["patch"] = self.given.size
-        if "from" in values["tokenizer"]:
-            cached = self.given.out / "cache" / digest(values["tokenizer"], values["data"])
-            if cached.exists():
-                values["data"] = {"kind": "latents", "path": str(cached)}
         values["training"] |= {"dtype": self.given.dtype, "keep": 1, "images": images, "save_images": save_images}
         values["training"]["warmup_images"] = round(warmup * images)
         values |= {"name": self.name, "seed": self.seed}
-        return parse(Recipe, override(values, self.given.overrides), where=self.name)
+        made = override(values, self.given.overrides)
+        if latents is not None:
+            made["data"] = {"kind": "latents", "path": str(latents)}
+        return parse(Recipe, made, where=self.name)
 
     def train(self) -> None:
-        recipe = self.recipe(1, 0)
-        if "from" in recipe.tokenizer and recipe.data["kind"] != "latents":
-            values = recipe_values(self.changes)
-            values["data"] |= {"path": str(self.given.data), "size": self.given.size}
-            cache_latents(recipe, self.given.out / "cache" / digest(values["tokenizer"], values["data"]))
-        train_for(self.given.minutes, self.recipe, self.folder)
+        """Train for the time; the images of a trained tokenizer are encoded before, which does not count."""
+        recipe, latents = self.recipe(1, 0), None
+        if "from" in recipe.tokenizer:
+            text = json.dumps([recipe.tokenizer, recipe.data], sort_keys=True)
+            latents = self.given.out / "cache" / hashlib.sha256(text.encode()).hexdigest()[:16]
+            cache_latents(recipe, latents)
+        train_for(self.given.minutes, partial(self.recipe, latents=latents), self.folder)
 
     def judged(self, pipe: Pipeline, point: Point, judge: Judge, *, confirming: bool = False) -> dict[str, Any] | None:
         """The row of a point; None if the model has no such schedule of guidance."""
@@ -186,21 +195,16 @@ class Work:
             return []
 
 
-def digest(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def carry_out(given: argparse.Namespace) -> None:
     """Train and judge all that is asked for; the guidance that is best over all seeds is confirmed."""
     paths = {"data": given.data, "real": given.real_data, "classifier": given.classifier, "size": given.size}
     judge = Judge(**paths, samples=given.samples, cache=given.out / "real")
-    points = [Point.of(text) for text in given.guidance]
     for name in given.only:
         works = [Work(name, seed, composed(name, given.table), given) for seed in given.seeds]
-        rows = [row for work in works for row in work.rows(points, judge)]
+        rows = [row for work in works for row in work.rows(given.points, judge)]
         if given.confirm and rows:
             chosen = {label for label in best(rows) if label is not None}
-            again = [point for point in points if any(label.split("+")[0] == point.name for label in chosen)]
+            again = [point for point in given.points if any(label.split("+")[0] == point.name for label in chosen)]
             confirming = Judge(**paths, samples=given.confirm, cache=given.out / "real")
             for work in works:
                 work.rows(again, confirming, confirming=True)
@@ -270,6 +274,7 @@ def arguments(command: Sequence[str] | None) -> argparse.Namespace:
     own = dict(text.partition("=")[::2] for text in given.contestant)
     own = {name: Contestant("your own", mapping("contestant", told)) for name, told in own.items()}
     given.table = CONTESTANTS | own
+    given.points = [Point.of(text) for text in given.guidance]
     given.sampling, given.only = mapping("sampling", given.sampling), given.only or list(given.table)
     for name in given.only:
         recipe_values(composed(name, given.table))  # refuses an unknown name now, not after hours

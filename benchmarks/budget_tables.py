@@ -82,10 +82,10 @@ def tables(rows: Sequence[Row], failed: Sequence[Row]) -> str:
 def summary(found: Sequence[Curve]) -> Iterator[str]:
     if not found:
         return
-    first = found[0].first
+    minutes_each, samples = found[0].first["settings"]["minutes"], found[0].first["samples"]
     yield (
-        f"{first['settings']['minutes']:g} minutes of one thread for each training, {first['samples']:,} samples at "
-        f"each guidance, sampled by one thread in batches of {BATCH}; ± is 95 %.\n"
+        f"{minutes_each:g} minutes of one thread for each training, {samples:,} samples at each guidance, drawn by one "
+        f"thread in batches of {BATCH}; ± is 95 %.\n"
     )
     yield head_of([
         "contestant", "seeds", "images", "images/s", "minutes", "parameters", "loss",

@@ -167,6 +167,9 @@ def budget(toy: Toy) -> None:
     assert read_picture(out / "pictures" / "unet-0-1.5+num_diffusion_steps=2.png").size == (662, 200)
     assert read_picture(out / "curves.png").size[0] > 1000
     assert "muon-0.012" in toy.main("budget", "--list") and "unet" not in HEADS
+    for wrong in ("four", "4:intervall:0:1", "4:interval:1", "4:linear:2"):  # found before any work
+        assert script.main(["--report", "--out", str(out), "--guidance", wrong]) == 2
+        assert toy.capsys.readouterr().err.startswith("error: guidance")
 
 
 def continuous_or_quantised(toy: Toy) -> None:
