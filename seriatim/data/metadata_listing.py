@@ -28,7 +28,9 @@ COMPLETE = 0.9  # the share of the lines that have a class
 def read_metadata(root: Path) -> list[dict[str, Any]]:
     """The lines of metadata.jsonl. Raises DataError for a line that is no object with a file name."""
     path = root / FILE
-    remedy = f"repair it, or leave out data.classes; each line is an object with {NAME!r}"
+    remedy = (
+        f"repair it (each line is an object with {NAME!r}), or set data.classes=true for classes by folder, or false"
+    )
     text = read_or_raise(lambda: read_text(path, LISTING_BYTES), path, DataError, remedy)
     rows = []
     for number, line in enumerate(text.splitlines(), 1):

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,17 +122,20 @@ class Survey:
         return [self.listing.entries[i].path for i in self.index]
 
 
-def survey(path: Path, seconds: float, *, classes: bool | str | None = None, quiet: bool = False) -> Survey:
+def survey(
+    path: Path, seconds: float, *, classes: bool | str | None = None, loose: str = "refuse", quiet: bool = False
+) -> Survey:
     """Look over the pictures in a folder, for about so many seconds.
 
     `classes` is the setting `data.classes`; None takes the column of metadata.jsonl that sorts pictures best, or else
-    the folders. Folders without pictures are left out. Raises DataError if no picture can be read.
+    the folders. `loose` is the setting `data.loose`; folders without pictures are left out. Raises DataError if no
+    picture can be read.
     """
     classes = found_classes(path) if classes is None else classes
     if isinstance(classes, str):
         listing = list_metadata(path, classes)
     else:
-        listing = list_folder(path, empty="ignore") if classes else list_all(path)
+        listing = list_folder(path, loose=loose, empty="ignore") if classes else list_all(path)
     if not listing.entries:
         others = f"; not used: {summary(listing.passed_over.values())}" if listing.passed_over else ""
         raise DataError(
@@ -172,7 +174,7 @@ def read_some(
             size = AT_ONCE if len(sample) >= FEWEST else FEWEST
             part = order[done : done + size]
             files = [path / listing.entries[i].path for i in part]
-            for i, found in zip(part, pool.map(partial(looked_at), files), strict=True):
+            for i, found in zip(part, pool.map(looked_at, files), strict=True):
                 if isinstance(found, str):
                     bad[listing.entries[i].path] = found
                 else:

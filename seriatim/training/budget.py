@@ -41,12 +41,12 @@ LOOKING = 0.15  # the share of the time that previews should take
 MOST_LOOKING = 0.4  # the share that they take at most: otherwise there are fewer, or none
 SAVING = 0.04  # the share of the time that checkpoints and the figures at each of them may take
 TESTING = 0.06  # the share of the time that tests of a classifier may take
-RESERVE = 0.02  # the share of the time that is left over, because what was measured is not exact
+RESERVE = 0.05  # the share of the time that is left over, because what was measured is not exact
 TRAINING = 0.5  # the least share of the minutes that is left for all of this after the data were read
 MOST_SAVES, BETWEEN_SAVES = 8, 900.0  # checkpoints of a short run, and seconds between those of a long one
 FEWEST_ROWS, MOST_ROWS = 4, 10  # classes of a preview
 MOST_EACH, MOST_EACH_ALONE = 8, 4  # images of each class, and an eighth of the images without classes
-LOGGED = 100  # lines of metrics
+LOGGED, BETWEEN_LINES = 100, 2.0  # lines of metrics, and the least seconds between two of them
 END = 2.0  # seconds for the curves, the model's card and the end of the process
 PROBE = 16 << 20  # bytes that are written to measure the disk
 AMOUNTS = (  # the settings that a budget decides
@@ -247,7 +247,7 @@ def decided(recipe: AnyRecipe, budget: Budget, pace: Pace, left: float, classes:
     amounts: dict[str, Any] = {
         "images": images,
         "warmup_images": round(settings.warmup_images * ratio),
-        "log_images": max(batch, math.ceil(images / LOGGED)),
+        "log_images": max(batch, math.ceil(images / LOGGED), min(images, int(BETWEEN_LINES / pace.image))),
         "save_images": math.ceil(images / saves),
         "sample_images": math.ceil(images / looks) if looks else 0,
         "sample_rows": rows,

@@ -29,6 +29,7 @@ from seriatim.core.processes import place
 from seriatim.core.progress import duration, minutes_of, passes_over
 from seriatim.core.terminal import say
 from seriatim.core.validation import parse
+from seriatim.data.folder import square
 from seriatim.data.loader import to_float
 from seriatim.data.mirroring import may_mirror
 from seriatim.data.near_duplicates import near_duplicates
@@ -90,10 +91,15 @@ def plan_folder(
     root = expanded(str(path))
     check_folder(root)
     given = override({}, settings, Recipe.model_fields)
-    data: dict[str, Any] = given.get("data", {})
-    images = given.get("training", {}).get("images")
+    data, training = section(given, "data"), section(given, "training")
+    images = training.get("images")
+    if images is not None and not (type(images) is int and images >= 1):
+        raise ConfigError(f"training.images: {images!r} is not allowed; it must be a whole number, 1 or more")
     seconds = 60 * (table.MINUTES if minutes is None else minutes)
-    looked = survey(root, min(MOST, max(LEAST, LOOKING * seconds)), classes=data.get("classes"), quiet=quiet)
+    if "channels" in data:
+        square(table.OPTIONS[0].size, data["channels"])  # refuses what is not allowed before the pictures are looked at
+    loose, time_to_look = str(data.get("loose", "refuse")), min(MOST, max(LEAST, LOOKING * seconds))
+    looked = survey(root, time_to_look, classes=data.get("classes"), loose=loose, quiet=quiet)
     mirroring = may_mirror(looked.pixels, looked.labels, looked.names, looked.files)
     duplicates = int(near_duplicates(looked.pixels).sum())
     channels = data.get("channels", 1 if looked.grey else 3)
@@ -148,6 +154,12 @@ def plan_folder(
         *([] if out is None else words.afterwards(out, looked.names)),
     ]
     return FolderPlan(recipe, lines, rows)
+
+
+def section(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of the settings that were given; what is no section is refused later, with the whole recipe."""
+    found = given.get(name, {})
+    return found if isinstance(found, dict) else {}
 
 
 def check_folder(root: Path) -> None:

@@ -112,8 +112,20 @@ def test_settings_change_the_plan(tmp_path: Path) -> None:
     for setting in ("data.size=[32,64]", "data.size=0", "data.size=big"):
         with pytest.raises(ConfigError, match=r"data\.size: .* is not allowed with a folder of pictures"):
             planned(folder, setting)
-    with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
-        planned(folder, "training.lerning_rate=1")
+    for setting, said_of_it in (
+        ("training.lerning_rate=1", "did you mean 'learning_rate'"),
+        ("training.images=many", r"training\.images: 'many' is not allowed; it must be a whole number"),
+        ("training.images=0", r"training\.images: 0 is not allowed"),
+        ("training=5", "training"),
+        ("data=5", "data"),
+        ("data.channels=2", "channels: 2 is not allowed"),
+    ):
+        with pytest.raises(UsageError, match=said_of_it):
+            planned(folder, setting)
+    pictures(folder, 1)
+    with pytest.raises(DataError, match=r"data\.loose=ignore"):
+        planned(folder)
+    assert "found 6 pictures in 1 class by folder, 6 each: a" in said(planned(folder, "data.loose=ignore"))
 
 
 def test_many_passes_hold_some_pictures_out(tmp_path: Path) -> None:
