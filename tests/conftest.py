@@ -107,6 +107,16 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     return True
 
 
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """No property has a deadline, since a busy machine is no fault."""
+    if isinstance(collector, pytest.Session) and not os.environ.get(FRESH):
+        with contextlib.suppress(ImportError):
+            from hypothesis import settings
+
+            settings.register_profile("no deadline", deadline=None)
+            settings.load_profile("no deadline")
+
+
 def pytest_collection_finish() -> None:
     """Keep modules out of the garbage collector's way: a full collection would look at a million objects each time."""
     gc.collect()
