@@ -1,4 +1,4 @@
-"""Which recipe makes the best pictures in so many minutes? Contestants with equal processor time, judged alike.
+"""Which recipe makes the best pictures in so many minutes? Contestants with equal time of training, judged alike.
 
     python benchmarks/budget.py --list
     python benchmarks/budget.py --data cifar10/train --real-data cifar10/test --classifier classifier:runs/classifier \\
@@ -6,8 +6,8 @@
 
 A contestant is a recipe: the base, a small causal model with a flow head, and what the contestant changes. Names joined
 by + make one contestant that changes all of it (`muon+patch-2`), and --contestant adds one of your own. `unet` is the
-opponent: a UNet with flow matching. Each training has one thread and as many images as it manages in --minutes of
-processor time, which a short training measures, so that its learning rate falls to the end.
+opponent: a UNet with flow matching. Each training has one thread and as many images as it manages in --minutes, by the
+clock of `base` (see equal_minutes.py), so that its learning rate falls to the end.
 
 Judged are samples at each --guidance, in the classifier's features: the Frechet distance to --data, accuracy, precision
 and recall, and the seconds of one thread for a sample. The tables have the whole curve of each contestant, the guidance
@@ -42,7 +42,7 @@ import yaml
 from ablation_cells import read, refuse_other
 from budget_contestants import CONTESTANTS, Contestant, composed, recipe_values
 from budget_tables import best, curves, tables
-from equal_minutes import cache_latents, facts_of, train_for
+from equal_minutes import cache_latents, facts_of, generator, train_for
 from judged_samples import Judge, draw
 from unet_flow import registered
 
@@ -152,7 +152,8 @@ class Work:
             text = json.dumps([recipe.tokenizer, recipe.data], sort_keys=True)
             latents = self.given.out / "cache" / hashlib.sha256(text.encode()).hexdigest()[:16]
             cache_latents(recipe, latents)
-        train_for(self.given.minutes, partial(self.recipe, latents=latents), self.folder)
+        reference = generator(Work("base", 0, {}, self.given).recipe)
+        train_for(self.given.minutes, partial(self.recipe, latents=latents), self.folder, reference, self.given.out)
 
     def judged(self, pipe: Pipeline, point: Point, judge: Judge, *, confirming: bool = False) -> dict[str, Any] | None:
         """The row of a point; None if the model has no such schedule of guidance."""

@@ -4,8 +4,8 @@
         --classifier classifier:runs/classifier --minutes 10 --out runs/quantised
 
 One `kl` tokenizer, and one `vq` tokenizer for each of --vocabs, with the encoder, decoder and stride of the recipes
---kl and --vq. Each is trained by one thread for as many images as it manages in --minutes of processor time, which a
-short training measures first, so that its learning rate falls to the end. The networks are the same but for the
+--kl and --vq. Each is trained by one thread for as many images as it manages in --minutes, by the clock of `kl` (see
+equal_minutes.py), so that its learning rate falls to the end. The networks are the same but for the
 convolutions next to the tokens; the table has the parameters. Judged are reconstructions of all images of
 --real-data: their PSNR, and the Frechet distance to those images and to --data in the classifier's features, which no
 tokenizer was trained with. Intervals are 95 % of Student's t, over ten groups of the images. What is done already in
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from ablation_cells import refuse_other
-from equal_minutes import SAVES, minutes_worth
+from equal_minutes import SAVES, Timed, minutes_worth
 from judged_samples import cell
 
 from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance
@@ -40,7 +40,7 @@ def recipe_of(name: str, given: argparse.Namespace, images: int, saves: int) -> 
     kind, _, vocab = name.partition("-")
     settings = [*given.overrides, f"data.path={given.data}", "data.check=false", "training.threads=1"]
     settings += [f"training.images={images}", f"training.warmup_images={images // 50}", "training.sample_images=0"]
-    settings += ["training.dtype=float32", f"training.save_images={images // saves if saves else 0}"]
+    settings += [f"training.dtype={given.dtype}", f"training.save_images={images // saves if saves else 0}"]
     if kind == "kl":  # the blocks of VQ-16, which has attention at the last level of encoder and decoder
         first = read_any(given.kl, settings)
         assert isinstance(first, TokenizerRecipe), f"{given.kl} is the recipe of a tokenizer"
@@ -53,20 +53,29 @@ def recipe_of(name: str, given: argparse.Namespace, images: int, saves: int) -> 
     return recipe
 
 
+def timed(name: str, given: argparse.Namespace) -> Timed:
+    size = recipe_of(name, given, 1, 0).training.batch_size
+
+    def training(images: int, run: Path, saves: int) -> None:
+        recipe = recipe_of(name, given, images, saves)
+        if not saves:
+            recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"log_images": size})})
+        train_tokenizer(recipe, run, device="cpu", resume="auto", quiet=not saves)
+
+    return Timed(name, size, training)
+
+
 def row_of(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """Train a contestant, judge it, and return what the table says of it."""
     folder = given.out / name
     file = folder / "row.json"
     settings = {"minutes": given.minutes, "classifier": str(given.classifier), "overrides": given.overrides}
+    settings |= {"dtype": given.dtype}
     if not refuse_other(file, settings):
-
-        def training(images: int, run: str, saves: int) -> None:
-            recipe = recipe_of(name, given, images, saves)
-            train_tokenizer(recipe, folder / run, device="cpu", resume="auto", quiet=not saves)
-
-        size = recipe_of(name, given, 1, 0).training.batch_size
-        images = minutes_worth(given.minutes, size, training, folder)
-        training(images, "run", SAVES)
+        contestant = timed(name, given)
+        reference = contestant if name == "kl" else timed("kl", given)
+        images = minutes_worth(given.minutes, contestant, folder, reference, given.out)
+        contestant.training(images, folder / "run", SAVES)
         tokenizer = load_tokenizer(folder / "run")
         data, real = (Folder(str(path), tokenizer.size, check=False) for path in (given.data, given.real_data))
         made = evaluate_tokenizer(
@@ -109,6 +118,7 @@ def main(command: list[str] | None = None) -> None:
     parser.add_argument("--real-data", type=Path, required=True, help="class folders of other images")
     parser.add_argument("--classifier", required=True, help="the run of a classifier, whose features judge")
     parser.add_argument("--minutes", type=float, default=10.0, help="of one thread, for each training")
+    parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"], help="of training")
     parser.add_argument("--only", nargs="+", help="contestants, such as kl and vq-256")
     given = parser.parse_args(command)
     torch.set_num_threads(1)

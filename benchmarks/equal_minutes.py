@@ -1,6 +1,11 @@
-"""Trainings of equal processor time. What is done already is not done again, and a training goes on where it stopped.
+"""Trainings of equal time. What is done already is not done again, and a training goes on where it stopped.
 
-FOLDER/budget.json    how many images the time allows, measured by a short training
+How long a step takes depends on what else the machine does. The speed of a training is therefore measured against that
+of a reference, in turn, and the time is the reference's: its speed is measured once, and kept in OUT/clock.json. So
+contestants get equal time although they are measured and trained at different hours, or on different machines.
+
+OUT/clock.json        how many images in a second the reference trains on
+FOLDER/budget.json    how many images the time allows for this training
 FOLDER/run/           the run; its checkpoints are deleted when it is finished
 FOLDER/spent.json     the processor time that it took, if it was not stopped on the way
 """
@@ -9,12 +14,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ablation_cells import read, refuse_other
+from filelock import FileLock
 
 from seriatim.core.files import write_json
 from seriatim.data.caching import write_cache
@@ -24,52 +32,96 @@ from seriatim.training.setup import build_inputs
 
 SAVES = 4  # checkpoints of a training, at least
 SAVE_MINUTES = 3  # between checkpoints of a long training of a generator, at most
-WARM, PROBED = 2, 20  # steps of the two short trainings whose difference tells the time of a step
+WARM, PROBED = 3, 8  # steps of a short training that are not timed, and those that are
+ROUNDS = 3  # short trainings of a contestant and of the reference, in turn
 
 
-def minutes_worth(minutes: float, size: int, training: Callable[[int, str, int], object], folder: Path) -> int:
+@dataclass(frozen=True)
+class Timed:
+    """A training whose speed can be measured."""
+
+    name: str
+    batch_size: int
+    training: Callable[[int, Path, int], object]  # takes images, folder and saves; logs every step if there are 0 saves
+
+    def images_per_second(self, folder: Path) -> float:
+        """The median over the timed steps of a short training in `folder`, which is deleted."""
+        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was stopped
+        self.training((WARM + PROBED) * self.batch_size, folder, 0)
+        rates = [line["images_per_second"] for line in metrics_of(folder)]
+        shutil.rmtree(folder)
+        return statistics.median(rates[WARM:])
+
+
+def minutes_worth(minutes: float, timed: Timed, folder: Path, reference: Timed, out: Path) -> int:
     """How many images a training manages in the time, measured once and kept in `folder/budget.json`.
 
-    `training(images, name, saves)` trains for so many images, in batches of `size`, into a folder of that name.
+    The time is that of `reference`, whose clock is in `out` and which is measured in turn with `timed`.
     """
     file = folder / "budget.json"
     if not refuse_other(file, {"minutes": minutes}):
-        spent = []
-        for number, steps in enumerate((WARM, WARM, WARM + PROBED)):  # the first also imports what training needs
-            shutil.rmtree(folder / f"probe-{number}", ignore_errors=True)  # of a process that was stopped
-            begin = time.process_time()
-            training(steps * size, f"probe-{number}", 0)
-            spent.append(time.process_time() - begin)
-            shutil.rmtree(folder / f"probe-{number}")
-        rate = PROBED * size / max(1e-3, spent[2] - spent[1])
-        images = max(size, round(60 * minutes * rate))
-        write_json(file, {"images": images, "images_per_second": rate, "settings": {"minutes": minutes}})
-    return int(json.loads(file.read_text())["images"])
+        folder.mkdir(parents=True, exist_ok=True)
+        speed = clock(reference, out)
+        ratios = [1.0]
+        if timed.name != reference.name:
+            probes = [folder / "probe", folder / "probe-reference"]
+            ratios = [
+                timed.images_per_second(probes[0]) / reference.images_per_second(probes[1]) for _ in range(ROUNDS)
+            ]
+        rate = speed * statistics.median(ratios)
+        images = max(timed.batch_size, round(60 * minutes * rate))
+        told = {"images": images, "images_per_second": rate, "ratios_to_reference": ratios}
+        write_json(file, {**told, "settings": {"minutes": minutes}})
+    return int(read(file)["images"])
 
 
-def train_for(minutes: float, recipe_of: Callable[[int, int], Recipe], folder: Path) -> None:
-    """Train a generator into `folder/run` for the time; `recipe_of(images, save_images)` is its recipe."""
+def clock(reference: Timed, out: Path) -> float:
+    """The images in a second of the reference, measured by the first process that asks."""
+    file = out / "clock.json"
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / "clock.lock"):
+        if not file.exists():
+            rates = [reference.images_per_second(out / "probe-clock") for _ in range(ROUNDS)]
+            write_json(file, {"images_per_second": statistics.median(rates), "rounds": rates})
+    return float(read(file)["images_per_second"])
+
+
+def generator(recipe_of: Callable[[int, int], Recipe]) -> Timed:
+    """The training of a generator; `recipe_of(images, save_images)` is its recipe."""
+    first = recipe_of(1, 0)
+    size = first.training.batch_size
+
+    def training(images: int, folder: Path, saves: int) -> None:
+        recipe = recipe_of(images, -(-images // saves) if saves else 0)
+        if not saves:
+            recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"log_images": size})})
+        train(recipe, folder, device="cpu", resume="auto", quiet=not saves)
+
+    return Timed(first.name, size, training)
+
+
+def train_for(minutes: float, recipe: Callable[[int, int], Recipe], folder: Path, reference: Timed, out: Path) -> None:
+    """Train a generator into `folder/run` for the time; `recipe(images, save_images)` is its recipe."""
     run = folder / "run"
     if (run / "model").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def training(images: int, name: str, saves: int) -> None:
-        recipe = recipe_of(images, -(-images // saves) if saves else 0)
-        train(recipe, folder / name, device="cpu", resume="auto", quiet=not saves)
-
-    images = minutes_worth(minutes, recipe_of(1, 0).training.batch_size, training, folder)
+    timed = generator(recipe)
+    images = minutes_worth(minutes, timed, folder, reference, out)
     whole, begin = not run.exists(), time.process_time()
-    training(images, "run", max(SAVES, round(minutes / SAVE_MINUTES)))
+    timed.training(images, run, max(SAVES, round(minutes / SAVE_MINUTES)))
     write_json(folder / "spent.json", {"seconds": time.process_time() - begin if whole else None})
     shutil.rmtree(run / "checkpoints", ignore_errors=True)  # hundreds of megabytes that nobody goes on from
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
     """What a finished training tells: its images, their number in a second, seconds in all, and its last loss."""
     budget = read(folder / "budget.json")
     spent = read(folder / "spent.json") if (folder / "spent.json").exists() else {"seconds": None}
-    log = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = metrics_of(folder / "run")
     last = log[-max(1, len(log) // 10) :]  # the last tenth: one line is of few images
     return {
         "images": budget["images"],

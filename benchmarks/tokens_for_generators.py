@@ -4,27 +4,28 @@
         --classifier classifier:runs/classifier --minutes 30 --out runs/tokens \\
         --tokenizer kl-f2='{from: runs/kl-32-f2, patch: 2}' --tokenizer kl-f4='{from: runs/kl-32}'
 
-Contestants are `pixels` (patches of pixels), `pca` (their 16 principal components) and every --tokenizer, each with
-the trunk `raster` (causal, row by row, flow head) and `masked` (MAR's order, flow head). Latents of trained tokenizers
-are cached first. Each training has one thread and as many images as it manages in --minutes of processor time, which a
-short training measures, so that its learning rate falls to the end. Judged are samples at each --guidance by the
-classifier: the Frechet distance to --data, accuracy, precision and recall. Intervals are 95 % of Student's t over the
-seeds, where there are several, and else over ten groups of the samples. What is done already in --out is not done
-again, and a training goes on from its last checkpoint: stop at any time. --only TRUNK-TOKENS does some of the work, so
-that several processes can share it.
+Contestants are `pixels` (patches of pixels), `pca` (their 16 principal components) and every --tokenizer, each with the
+trunk `raster` (causal, row by row, flow head) and `masked` (MAR's order, flow head). Latents of trained tokenizers are
+cached first. Each training has one thread and as many images as it manages in --minutes, by the clock of
+`raster-pixels` (see equal_minutes.py), so that its learning rate falls to the end. Judged are samples at each
+--guidance by the classifier: the Frechet distance to --data, accuracy, precision and recall. Intervals are 95 % of
+Student's t over the seeds, where there are several, and else over ten groups of the samples. What is done already in
+--out is not done again, and a training goes on from its last checkpoint: stop at any time. --only TRUNK-TOKENS does
+some of the work, so that several processes can share it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from ablation_cells import refuse_other
-from equal_minutes import cache_latents, train_for
+from equal_minutes import cache_latents, generator, train_for
 from judged_samples import Judge, cell, draw
 from known_density_tables import interval, show
 
@@ -51,7 +52,7 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
 }
 TRAINING: dict[str, Any] = {
     "batch_size": 64, "learning_rate": 1.0e-3, "warmup_images": 5000, "schedule": "cosine", "ema": 0.999,
-    "dtype": "float32", "threads": 1, "sample_images": 0,
+    "threads": 1, "sample_images": 0,
 }  # fmt: skip
 
 
@@ -66,7 +67,7 @@ def recipe_of(trunk: str, tokens: str, seed: int, given: argparse.Namespace, ima
         "data": {"kind": "latents", "path": str(cached)} if "from" in tokenizer and cached.exists() else data,
         "tokenizer": tokenizer,
         "model": TRUNKS[trunk],
-        "training": {**TRAINING, "images": images, "save_images": save},
+        "training": {**TRAINING, "dtype": given.dtype, "images": images, "save_images": save},
     }
     file = given.out / "recipes" / f"{trunk}-{tokens}-{seed}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,8 @@ def rows_of(trunk: str, tokens: str, seed: int, given: argparse.Namespace) -> li
     folder = given.out / f"{trunk}-{tokens}-{seed}"
     if "from" in given.tokenizers[tokens] and not (given.out / "cache" / tokens).exists():
         cache_latents(recipe_of(trunk, tokens, seed, given, 1, 0), given.out / "cache" / tokens)
-    train_for(given.minutes, lambda images, save: recipe_of(trunk, tokens, seed, given, images, save), folder)
+    reference = generator(partial(recipe_of, "raster", "pixels", 0, given))
+    train_for(given.minutes, partial(recipe_of, trunk, tokens, seed, given), folder, reference, given.out)
     return [judged(trunk, tokens, seed, guidance, given, folder) for guidance in given.guidance]
 
 
@@ -89,6 +91,7 @@ def judged(
     file = folder / f"row-{guidance:g}.json"
     told = {"minutes": given.minutes, "tokenizer": given.tokenizers[tokens], "overrides": given.overrides}
     told |= {"classifier": str(given.classifier), "samples": given.samples, "sampling": given.sampling}
+    told |= {"dtype": given.dtype}
     if not refuse_other(file, told):
         pipe = load(folder / "run", device="cpu", dtype="float32")
         settings = {**SAMPLING[trunk], **given.sampling, "guidance_scale": guidance}
@@ -129,6 +132,7 @@ def main(command: list[str] | None = None) -> None:
     parser.add_argument("--classifier", required=True, help="the run of a classifier, which judges")
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=30.0, help="of one thread, for each training")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of training")
     parser.add_argument("--guidance", type=float, nargs="+", default=[4.0])
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--sampling", default="{}", help="other settings of a request, as YAML")

@@ -83,7 +83,7 @@ class Toy:
 
     def few_steps(self) -> None:
         """Time few steps where a script asks how many it can take in so many minutes."""
-        for name in ("WARM", "PROBED"):
+        for name in ("WARM", "PROBED", "ROUNDS"):
             self.monkeypatch.setattr(importlib.import_module("equal_minutes"), name, 1)
 
     def double(self, name: str) -> Path:
