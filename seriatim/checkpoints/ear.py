@@ -76,7 +76,7 @@ def model_from_ear(
         if theirs in file.arguments:
             config[ours] = float(file.argument(theirs, 0.0, most=1))
     config["head"] |= {
-        "draws": int(file.argument("score_batch_mul", 2, least=1)),
+        "draws": file.whole("score_batch_mul", 2, least=1),
         "alpha": float(file.argument("alpha", 1.0, most=2)),
         "tau": float(file.argument("train_temperature", 1.0, most=1)),
     }
@@ -87,14 +87,18 @@ def infer(file: OfficialFile, buffer: int | None = None) -> dict[str, Any]:
     """Every size of the model, as a config of `build_model` without attention heads.
 
     The positions of the buffer and of the tokens are one tensor, so their numbers do not follow from shapes: the size
-    of the buffer is `buffer`, or the one among the file's arguments, or the published 64.
+    of the buffer is `buffer`, or the one among the file's arguments, or the published 64. Raises UsageError for a
+    `buffer` that the file's arguments contradict.
     """
     tensors, where = file.tensors, str(file.path)
     width, dim = shape(tensors, "z_proj.weight", 2, where)
     _, rows, _ = shape(tensors, "decoder_pos_embed_learned", 3, where)
     hidden, _ = shape(tensors, "decoder_blocks.0.mlp.fc1.weight", 2, where)
     head_width, noise = shape(tensors, "scoreloss.net.noise_embed.weight", 2, where)
-    buffer = int(file.argument("buffer_size", BUFFER, least=1)) if buffer is None else buffer
+    told = file.whole("buffer_size", buffer or BUFFER, least=1)
+    if buffer not in (None, told):
+        raise UsageError(f"buffer: {buffer} is not allowed; {where} was trained with buffer_size={told}; leave it out")
+    buffer = told
     if not 1 <= buffer < rows:
         raise UsageError(
             f"buffer: {buffer} is not allowed; {where} has {rows} positions for the buffer and the tokens, so it must "

@@ -1,12 +1,14 @@
 """A copy of a model folder whose large weights are in half precision: half as many bytes, for sharing and shipping.
 
-It loads like any model: weights are cast to float32. Small tensors (biases, norms, statistics of tokens) stay as they
-are, because they cost nothing and some of them are squared or divided by. Absolute paths in the recipe of its
+It loads like any model: weights are cast to float32. Tensors of up to 1,024 numbers (biases, norms, the mean and scale
+of tokens) stay as they are, because they cost nothing and some of them are squared or divided by; larger ones are
+rounded, those that were measured (such as the centres of `kmeans`) like those that were trained. Absolute paths in the recipe of its
 training are cut to their last two parts, since a copy is for others.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seriatim.checkpoints.location import located
 from seriatim.checkpoints.native import CARD, CLASSIFIER, CONFIG, PARTS, read_finite, replaceable, write_tensors
 from seriatim.checkpoints.run_names import find
 from seriatim.checkpoints.unfinished import is_checkpoint
@@ -35,17 +38,19 @@ TENSORS = ".safetensors"
 def half_copy(name: Path | str, out: Path | str, *, summary: str | None = None, card: str | None = None) -> Path:
     """Write the model, tokenizer or classifier that `name` stands for to the folder `out`, in half precision.
 
-    `summary` is a sentence for lists of models, `card` replaces the README.md. Raises CheckpointError for a damaged
-    folder, UsageError for a checkpoint of a run, and NumericsError for weights beyond the range of half precision.
+    `summary` is a sentence for lists of models, `card` replaces the README.md. The provenance of the copy says that it
+    is one. Raises CheckpointError for a damaged folder or an unknown name, UsageError for a checkpoint of a run, and
+    NumericsError for weights beyond the range of half precision.
     """
-    folder = find(name).folder
+    folder = find(located(os.fspath(name))).folder
     if is_checkpoint(folder):
         raise UsageError(f"model: {name} is a checkpoint of a run; name a model folder, or a run that is finished")
     files = read_manifest(folder)
     verify_manifest(folder, tuple(files))
     config = read_json(folder / CONFIG, dict)
+    config["provenance"] = {**config.get("provenance", {}), "precision": "half"}
     if summary is not None:
-        config["provenance"] = {**config.get("provenance", {}), "summary": summary}
+        config["provenance"]["summary"] = summary
     text = card if card is not None else read_text(folder / CARD) if (folder / CARD).is_file() else None
     recipe = config.get("provenance", {}).get("recipe", {})
     for path in absolute_paths(recipe):  # a value of the card's recipe is the end of a line

@@ -81,7 +81,7 @@ def model_from_mar(
     """
     config = infer(file.tensors, str(file.path))
     set_trunk(config, file, heads, named_preset(config, preset, str(file.path), NAMES))
-    config["head"]["draws"] = int(file.argument("diffusion_batch_mul", 4, least=1))
+    config["head"]["draws"] = file.whole("diffusion_batch_mul", 4, least=1)
     return loaded(config, file, file.tensors, official_name)
 
 
@@ -162,8 +162,10 @@ def bundle_of(
 
 def mar_tensors(model: SequenceModel) -> dict[str, Tensor]:
     """The weights under their official names and shapes; raises UsageError for a model that isn't MAR's."""
-    if type(model) is not MaskedModel or model_config(model)["backbone"] != "masked":
+    if type(model) is not MaskedModel:
         raise UsageError(f"model: {type(model).__name__} can't be written as MAR; it must be a masked model")
+    if (backbone := model_config(model)["backbone"]) != "masked":
+        raise UsageError(f"model: its backbone {backbone!r} can't be written as MAR, whose backbone is `masked`")
     result = {}
     for ours, tensor in model.state_dict().items():
         try:

@@ -248,6 +248,11 @@ def read_bundle(folder: Path, weights: str = MODEL) -> Bundle:
     """The bundle of a model folder, or of a checkpoint that has a config; `weights` is the file of the model's."""
     if (folder / CLASSIFIER).exists():
         raise CheckpointError(f"{folder} holds a classifier, which draws nothing; name a model folder")
+    if (folder / TOKENIZER).exists() and not (folder / weights).exists() and "model" not in json_of(folder / CONFIG):
+        raise CheckpointError(
+            f"{folder} holds a tokenizer, which draws nothing alone; name a model folder, or train a generator with "
+            "tokenizer.from"
+        )
     with opened(folder, weights, TOKENIZER) as (config, hashes):
         with torch.device("meta"):  # no memory and no random numbers for weights that are about to be replaced
             model = build_model(section(config, "model"))

@@ -56,6 +56,13 @@ class OfficialFile:
             )
         return value
 
+    def whole(self, name: str, default: int, *, least: int = 0) -> int:
+        """A whole number among the training script's arguments; CheckpointError where it is none, or below `least`."""
+        value = self.argument(name, default, least=least)
+        if value != int(value):
+            raise CheckpointError(f"{self.path}: its argument {name} is {value!r}; it must be a whole number")
+        return int(value)
+
 
 def read_official(path: Path | str, *, which: str | None = None, entries: tuple[str, ...] = ("model",)) -> OfficialFile:
     """Read the weights of an official file.

@@ -28,7 +28,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Checkpoint = Annotated[
     Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder that holds one of them.")
 ]
-Vae = Annotated[Path, typer.Option(help="The model's autoencoder: kl16.ckpt, or a folder made by `convert kl16`.")]
+Vae = Annotated[Path, typer.Option(help="The model's autoencoder: kl16.ckpt, a folder made by `convert kl16`, or a trained tokenizer.")]
 Ema = Annotated[
     bool | None,
     typer.Option("--ema/--raw", help="Take averaged or last weights. Default: averaged, if the file has them."),
@@ -114,16 +114,17 @@ def convert_llamagen(
     from seriatim.checkpoints import llamagen
     from seriatim.checkpoints.llamagen_vq import ENTRIES, tokenizer_from_file
     from seriatim.checkpoints.official import read_official
+    from seriatim.checkpoints.run_names import is_local
     from seriatim.checkpoints.tokenizer import load_tokenizer
     from seriatim.core.errors import UsageError
 
     check_preset(preset, llamagen.NAMES, "LlamaGen")
     unused(out, overwrite)
-    if not vq.exists():
+    if not vq.exists() and not is_local(vq):
         raise UsageError(f"vq: there is no {vq}; name vq_ds16_c2i.pt, or a folder that `convert llamagen-vq` made")
     say(f"reading {weights}")
     file = read_official(weights, which="ema" if ema else None, entries=llamagen.ENTRIES)
-    if vq.is_dir():
+    if is_local(vq):
         tokenizer = load_tokenizer(vq)
     else:
         tokenizer = tokenizer_from_file(read_official(vq, entries=ENTRIES), size=size)
@@ -266,10 +267,13 @@ def read_generator(weights: Path, vae: Path, ema: bool | None, name: str | None)
     """The official file of a generator, called `name` if `weights` is a folder; the vae must be there as well."""
     from seriatim.checkpoints.mar import ENTRIES
     from seriatim.checkpoints.official import one_file, read_official
+    from seriatim.checkpoints.run_names import is_local
     from seriatim.core.errors import UsageError
 
-    if not vae.exists():
-        raise UsageError(f"vae: there is no {vae}; name kl16.ckpt, or a folder that `seriatim convert kl16` made")
+    if not vae.exists() and not is_local(vae):
+        raise UsageError(
+            f"vae: there is no {vae}; name kl16.ckpt, a folder that `seriatim convert kl16` made, or a trained tokenizer"
+        )
     path = one_file(weights, name)
     say(f"reading {path}")
     return read_official(path, which=None if ema is None else ENTRIES[0 if ema else 1], entries=ENTRIES)
@@ -280,9 +284,10 @@ def vae_of(path: Path, tokens: int, dim: int) -> Tokenizer:
     from seriatim.checkpoints.kl16 import tokenizer_from_kl16
     from seriatim.checkpoints.mar import patch_of
     from seriatim.checkpoints.official import read_official
+    from seriatim.checkpoints.run_names import is_local
     from seriatim.checkpoints.tokenizer import load_tokenizer
 
-    if path.is_dir():
+    if is_local(path):
         return load_tokenizer(path)
     file = read_official(path, entries=("model",))
     kernel = file.tensors.get("post_quant_conv.weight")

@@ -18,7 +18,7 @@ def models(json: JsonFlag = False) -> None:
         print_json([*ready, *(asdict(preset) for preset in PRESETS.values())])
         return
     if ready:
-        print_table(("ready to use", "what it is"), [(row["name"], row["summary"]) for row in ready])
+        print_table(("ready to use", "kind", "what it is"), [(r["name"], r["kind"], r["summary"]) for r in ready])
     rows = []
     for preset in PRESETS.values():
         figures = preset.published or {}
@@ -30,13 +30,14 @@ def models(json: JsonFlag = False) -> None:
 
 
 def packaged_rows() -> list[dict[str, Any]]:
-    """The name and the summary of each packaged model; the summary is in its provenance."""
+    """The name, the kind and the summary of each packaged model; the summary is in its provenance."""
     from seriatim.checkpoints.native import CONFIG
-    from seriatim.checkpoints.packaged import WEIGHTS, packaged_names
+    from seriatim.checkpoints.packaged import WEIGHTS, packaged_kind, packaged_names
     from seriatim.core.ownership import json_of
 
     found = []
     for name in packaged_names():
         provenance = json_of(WEIGHTS / name / CONFIG).get("provenance", {})
-        found.append({"name": name, "packaged": True, "summary": str(provenance.get("summary", ""))})
+        summary = str(provenance.get("summary", ""))
+        found.append({"name": name, "packaged": True, "kind": packaged_kind(name), "summary": summary})
     return found

@@ -77,8 +77,11 @@ class Energy(Head):
         condition = F.silu(self.noise_embed(noise))  # (N, W)
         h = self.z_embed(z)  # (N, W)
         for block in self.blocks:
-            shift, scale, gate = block.modulate(condition)
-            h = block.modulated(h, shift * temperature, scale, gate)
+            if isinstance(temperature, float) and temperature == 1.0:  # so in training, which may recompute or compile
+                h = block(h, condition)  # (N, W)
+            else:
+                shift, scale, gate = block.modulate(condition)
+                h = block.modulated(h, shift * temperature, scale, gate)  # (N, W)
         return self.final(h, condition)
 
     def loss(self, z: Tensor, target: Tensor, keys: Keys) -> HeadLoss:

@@ -56,7 +56,7 @@ class MaskedModel(SequenceModel):
         if not isinstance(backbone, Parallel):
             raise UsageError(
                 f"backbone: {type(backbone).__name__} is not parallel; a masked model asks for several tokens at once, "
-                "from all that is known: use the backbone `masked`, or the kind `causal`"
+                "from all that is known: use the backbone `masked` or `bidirectional`, or the kind `causal`"
             )
         made = conditioner or make_conditioner(backbone.width, classes, caption_dim, caption_tokens)
         super().__init__(backbone, head, made, label_dropout)

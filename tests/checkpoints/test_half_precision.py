@@ -29,7 +29,7 @@ def test_half_the_bytes_and_nearly_the_same_tokens(folder: Path, tmp_path: Path)
     made, whole = tmp_path / "half", load_bundle(folder)
     again = load_bundle(made)
     assert (made / MODEL).stat().st_size < 0.6 * (folder / MODEL).stat().st_size
-    assert again.provenance == {**whole.provenance, "summary": "a toy"} and again.class_names == whole.class_names
+    assert again.provenance == {**whole.provenance, "summary": "a toy", "precision": "half"} and again.class_names == whole.class_names
     assert (made / "README.md").read_text() == "# A card\n"
     for name, tensor in load_file(made / MODEL).items():
         before = whole.model.state_dict()[name]
@@ -74,6 +74,9 @@ def test_nothing_is_lost_by_what_cannot_be_copied(folder: Path, tmp_path: Path) 
         half_copy(folder, whole)
     assert (whole / MODEL).read_bytes() == before
     assert run(["export", "half", str(folder), str(whole)]) == 2, "it is there already"
+    with pytest.raises(CheckpointError, match="'nosuch' is no folder, packaged model"):
+        half_copy("nosuch", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_paths_of_this_machine_stay_here(tmp_path: Path) -> None:
@@ -84,6 +87,6 @@ def test_paths_of_this_machine_stay_here(tmp_path: Path) -> None:
     copy = half_copy(folder, tmp_path / "half")
     made = load_bundle(copy).provenance
     data = {"path": "photos/cats", "also": ["pictures/dogs", "x"]}
-    assert made == {"recipe": {"data": data, "rate": 0.1}, "note": "1/2 of it"}
+    assert made == {"recipe": {"data": data, "rate": 0.1}, "note": "1/2 of it", "precision": "half"}
     assert (copy / "README.md").read_text() == "path: photos/cats\nand /home/me\n"
     assert load_bundle(folder).provenance == bundle.provenance, "the original is untouched"

@@ -15,7 +15,7 @@ from seriatim.checkpoints import packaged as module
 from seriatim.checkpoints.half_precision import absolute_paths
 from seriatim.checkpoints.location import located
 from seriatim.checkpoints.native import load_bundle, save_bundle
-from seriatim.checkpoints.packaged import packaged, packaged_names
+from seriatim.checkpoints.packaged import packaged, packaged_kind, packaged_names
 from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.cli.main import run
 from seriatim.core.errors import CheckpointError, UsageError
@@ -51,7 +51,8 @@ def test_found_by_its_name(shipped: Path, capsys: pytest.CaptureFixture[str]) ->
     assert torch.equal(load_tokenizer("toy").decode(blank), pipe.tokenizer.decode(blank))
     capsys.readouterr()
     assert run(["models", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0] == {"name": "toy", "packaged": True, "summary": "a toy"}
+    said = json.loads(capsys.readouterr().out)[0]
+    assert said == {"name": "toy", "packaged": True, "kind": "model", "summary": "a toy"}
     assert run(["models"]) == 0
     assert "a toy" in capsys.readouterr().out
 
@@ -89,10 +90,17 @@ def test_what_is_shipped_loads_and_is_small(name: str, monkeypatch: pytest.Monke
     assert sum(file.stat().st_size for file in folder.iterdir()) < 20e6
     assert json_of(folder / "config.json")["provenance"]["summary"]
     assert not absolute_paths(json_of(folder / "config.json"))
+    assert name in packaged_names(packaged_kind(name)) and packaged_kind(name) in ("model", "tokenizer", "classifier")
     if (folder / "classifier.safetensors").exists():
+        with pytest.raises(UsageError, match=f"did you mean '{name}'"):
+            open_features(name[:-1], size=(32, 32), channels=3)
+        with pytest.raises(CheckpointError, match="holds a classifier, which draws nothing"):
+            load_bundle(name)
         judge = open_features(name, size=(32, 32), channels=3)
         assert judge.class_names == tuple(load_classifier(folder).class_names)
     elif (folder / "model.safetensors").exists():
         assert load_bundle(name).sampling
     else:
         assert load_tokenizer(name).spec.count > 0
+        with pytest.raises(CheckpointError, match="holds a tokenizer, which draws nothing alone; name a model folder"):
+            load_bundle(name)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import seriatim
 from seriatim.bench.race import sizes, subject
 from seriatim.checkpoints import native
+from seriatim.checkpoints.half_precision import half_copy
 from seriatim.checkpoints.native import Bundle, load_bundle
 from seriatim.checkpoints.run_names import MOST_SHOWN, find
 from seriatim.checkpoints.tokenizer import load_tokenizer
@@ -50,6 +51,14 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 
 # --- what a name stands for -----------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_has_no_copy_in_half_precision(trained: Path, tmp_path: Path) -> None:
+    """Its weights are twice there, as they are and averaged, and it may vanish while it is read."""
+    for name in (f"{trained}@latest", trained / "checkpoints" / "000000000064"):
+        with pytest.raises(UsageError, match="is a checkpoint of a run; name a model folder, or a run that is"):
+            half_copy(name, tmp_path / "half")
+    assert not (tmp_path / "half").exists()
 
 
 @pytest.mark.parametrize(
