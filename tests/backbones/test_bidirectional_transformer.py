@@ -11,6 +11,7 @@ from helpers import randomise
 from seriatim.backbones.bidirectional_transformer import Bidirectional
 from seriatim.conditions.base import Condition
 from seriatim.core.errors import UsageError
+from seriatim.models.build import seeded
 from seriatim.models.registry import BACKBONES
 from seriatim.nn.position import sincos_positions
 from seriatim.testing import check_backbone
@@ -98,6 +99,52 @@ def test_initial_positions_and_another_grid() -> None:
     larger = Bidirectional(64, D, width=C, depth=1, heads=3, buffer=4)
     larger.load_state_dict(other)
     assert torch.equal(larger.positions[:4], made.positions[:4]), "the buffer's positions are on no grid"
+
+
+def test_gradients_flow_through_one_chunk_and_buckets_only_pad(backbone: Bidirectional) -> None:
+    """Training keeps a batch whole, because it needs every activation anyway; its lengths may be padded."""
+    condition, tokens, known = inputs(5)
+    known[:, :2] = True  # at most 10 tokens are asked for, so that the largest number is padded to 12
+    sizes: list[tuple[int, int]] = []
+    backbone.blocks[0].register_forward_pre_hook(lambda _, a: sizes.append(tuple(a[0].shape[:2])))
+    asked: list[int] = []
+    backbone.blocks[1].register_forward_hook(lambda *a: asked.append(a[-1].shape[1]))
+    backbone.row_cap = 2 * (L + 4)
+    plain = backbone.z(condition, tokens, known, ~known)
+    backbone.buckets = 1
+    padded = backbone.z(condition, tokens, known, ~known)
+    assert sizes == [(5, L + 4)] * 2 and asked == [int((~known).sum(dim=1).max()), L]
+    assert torch.allclose(padded, plain, atol=1e-5)
+    with torch.no_grad():
+        backbone.z(condition, tokens, known, ~known)
+    assert asked[2:] == [int(part.sum(dim=1).max()) for part in (~known).split(2)], "sampling pads nothing"
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    made = Bidirectional(L, D, width=C, depth=2, heads=3, buffer=4, dropout=0.5)
+    randomise(made)
+    condition, tokens, known = inputs(2)
+    with torch.no_grad():
+        first, second = (made.z(condition, tokens, known, ~known) for _ in range(2))
+        assert not torch.allclose(first, second, atol=1e-3)
+        made.eval()
+        assert torch.equal(*(made.z(condition, tokens, known, ~known) for _ in range(2)))
+
+
+def test_a_config_makes_the_same_backbone() -> None:
+    made = Bidirectional(12, D, width=C, depth=1, heads=3, buffer=4, positions="sincos", grid=(3, 4), mlp_ratio=2.0)
+    again = Bidirectional(**made.config)
+    assert again.config == made.config and again.spec == made.spec and made.spec.grid == (3, 4)
+    assert torch.equal(again.positions[4:], made.positions[4:])
+    assert Bidirectional(12, vocab=5, width=C, depth=1).config["heads"] == Bidirectional(12, D, width=C).config["heads"]
+
+
+def test_initial_weights_are_small() -> None:
+    """Codes and mask tokens begin at 0.02, since xavier's range would be that of a matrix with V inputs."""
+    with seeded(0):
+        made = Bidirectional(64, vocab=400, width=96, depth=1, heads=3, buffer=4)
+    for tensor in (made.token_embed.get_parameter("weight"), made.positions, made.mask_token):
+        assert float(tensor.detach().std()) == pytest.approx(0.02, rel=0.25)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from seriatim.heads.energy import Energy
 from seriatim.models.build import model_config, seeded
 from seriatim.models.masked_model import MaskedModel
 from seriatim.tokenizers.kl import KL
+from seriatim.zoo import PRESETS
 
 
 def small() -> MaskedModel:
@@ -60,13 +61,44 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(UsageError, match=r"heads: .* has 3 blocks of width 32, which is no preset's"):
         ear.model_from_ear(as_file(tensors))
     with pytest.raises(UsageError, match=r"buffer: 21 is not allowed; .* has 21 positions"):
-        ear.model_from_ear(as_file(tensors), heads=2, buffer=21)
+        ear.model_from_ear(as_file(tensors, buffer_size=21), heads=2)
     with pytest.raises(CheckpointError, match=r"argument alpha is 2\.5; it must be from 0 to 2"):
         ear.model_from_ear(as_file(tensors, alpha=2.5), heads=2)
     with pytest.raises(CheckpointError, match=r"lacks tensor 'decoder_norm\.bias'"):
         ear.model_from_ear(as_file({k: v for k, v in tensors.items() if k != "decoder_norm.bias"}), heads=2)
     with pytest.raises(CheckpointError, match=r"has an unknown tensor 'encoder_norm\.bias'"):
         ear.model_from_ear(as_file(tensors | {"encoder_norm.bias": torch.zeros(3)}), heads=2)
+
+
+def test_arguments_reach_the_settings_of_their_meaning() -> None:
+    """All three are shares, so a mistake in the table would go unseen if two were equal."""
+    told = {"proj_dropout": 0.3, "label_drop_prob": 0.2, "mask_ratio_min": 0.6}
+    config = model_config(ear.model_from_ear(as_file(official(small()), **told), heads=2))
+    assert (config["dropout"], config["label_dropout"], config["min_mask_ratio"]) == (0.3, 0.2, 0.6)
+
+
+def test_numbers_of_the_file_and_of_the_caller_agree() -> None:
+    tensors = official(small())
+    assert ear.infer(as_file(tensors), 5)["tokens"] == 16
+    with pytest.raises(UsageError, match="buffer: 6 is not allowed; checkpoint-last.pth was trained with buffer_size=5"):
+        ear.infer(as_file(tensors), 6)
+    for name in ("buffer_size", "score_batch_mul"):
+        with pytest.raises(CheckpointError, match=rf"argument {name} is 2\.5; it must be a whole number"):
+            ear.model_from_ear(as_file(tensors, **{name: 2.5}), heads=2)
+
+
+def test_presets_have_the_published_sizes() -> None:
+    """Blocks, width, attention heads, and the blocks and width of the head, as the official constructors have them."""
+    sizes = {
+        name: tuple(PRESETS[name].model[key] for key in ("depth", "width", "heads"))
+        + tuple(PRESETS[name].model["head"][key] for key in ("depth", "width"))
+        for name in ear.NAMES
+    }
+    assert sizes == {
+        "ear-b": (24, 768, 12, 6, 1024),
+        "ear-l": (32, 1024, 16, 8, 1280),
+        "ear-h": (40, 1280, 16, 12, 1536),
+    }
 
 
 def test_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

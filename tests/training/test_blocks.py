@@ -41,8 +41,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "masked": {"kind": "masked", "depth": 2, "buffer": 2, "head": DIFFUSION},
     "causal": {"kind": "causal", "depth": 2, "conditioning": "both", "head": {**DIFFUSION, "kind": "flow"}},
     "nested": {"kind": "masked", "depth": 2, "buffer": 2, "head": NESTED},
+    "energy": {
+        "kind": "masked",
+        "backbone": "bidirectional",
+        "depth": 2,
+        "buffer": 2,
+        "head": {"kind": "energy", "width": 16, "depth": 2, "noise": 4},
+    },
 }
-BLOCKS = {"masked": 2 + 2 + 2, "causal": 2 + 2, "nested": 2 + 2 + 2 + 1}
+BLOCKS = {"masked": 2 + 2 + 2, "causal": 2 + 2, "nested": 2 + 2 + 2 + 1, "energy": 2 + 2}
 
 
 def make(name: str) -> nn.Module:
