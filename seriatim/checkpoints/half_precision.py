@@ -2,8 +2,8 @@
 
 It loads like any model: weights are cast to float32. Tensors of up to 1,024 numbers (biases, norms, the mean and scale
 of tokens) stay as they are, because they cost nothing and some of them are squared or divided by; larger ones are
-rounded, those that were measured (such as the centres of `kmeans`) like those that were trained. Absolute paths in the recipe of its
-training are cut to their last two parts, since a copy is for others.
+rounded, those that were measured (such as the centres of `kmeans`) like those that were trained. Absolute paths in the
+recipe of its training are cut to their last two parts, since a copy is for others.
 """
 
 from __future__ import annotations

@@ -28,7 +28,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Checkpoint = Annotated[
     Path, typer.Argument(help="checkpoint-last.pth, a safetensors file, or a folder that holds one of them.")
 ]
-Vae = Annotated[Path, typer.Option(help="The model's autoencoder: kl16.ckpt, a folder made by `convert kl16`, or a trained tokenizer.")]
+Vae = Annotated[
+    Path,
+    typer.Option(help="The model's autoencoder: kl16.ckpt, a folder made by `convert kl16`, or a trained tokenizer."),
+]
 Ema = Annotated[
     bool | None,
     typer.Option("--ema/--raw", help="Take averaged or last weights. Default: averaged, if the file has them."),
@@ -272,7 +275,7 @@ def read_generator(weights: Path, vae: Path, ema: bool | None, name: str | None)
 
     if not vae.exists() and not is_local(vae):
         raise UsageError(
-            f"vae: there is no {vae}; name kl16.ckpt, a folder that `seriatim convert kl16` made, or a trained tokenizer"
+            f"vae: there is no {vae}; name kl16.ckpt, a folder that `seriatim convert kl16` made, or a tokenizer's run"
         )
     path = one_file(weights, name)
     say(f"reading {path}")

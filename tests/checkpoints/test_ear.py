@@ -80,7 +80,7 @@ def test_arguments_reach_the_settings_of_their_meaning() -> None:
 def test_numbers_of_the_file_and_of_the_caller_agree() -> None:
     tensors = official(small())
     assert ear.infer(as_file(tensors), 5)["tokens"] == 16
-    with pytest.raises(UsageError, match="buffer: 6 is not allowed; checkpoint-last.pth was trained with buffer_size=5"):
+    with pytest.raises(UsageError, match=r"buffer: 6 is not allowed; .* was trained with buffer_size=5"):
         ear.infer(as_file(tensors), 6)
     for name in ("buffer_size", "score_batch_mul"):
         with pytest.raises(CheckpointError, match=rf"argument {name} is 2\.5; it must be a whole number"):

@@ -29,7 +29,8 @@ def test_half_the_bytes_and_nearly_the_same_tokens(folder: Path, tmp_path: Path)
     made, whole = tmp_path / "half", load_bundle(folder)
     again = load_bundle(made)
     assert (made / MODEL).stat().st_size < 0.6 * (folder / MODEL).stat().st_size
-    assert again.provenance == {**whole.provenance, "summary": "a toy", "precision": "half"} and again.class_names == whole.class_names
+    assert again.provenance == {**whole.provenance, "summary": "a toy", "precision": "half"}
+    assert again.class_names == whole.class_names
     assert (made / "README.md").read_text() == "# A card\n"
     for name, tensor in load_file(made / MODEL).items():
         before = whole.model.state_dict()[name]
