@@ -122,6 +122,12 @@ def seeds_of(generators: Any, images: int) -> tuple[int, ...]:
     return tuple(int(torch.randint(2**62, (), generator=each, device=each.device).item()) for each in many)
 
 
+def left_out(defaults: Mapping[str, Any], model: SequenceModel) -> list[str]:
+    """The head options among a model's default settings that its head does not have."""
+    options = {f.name for f in dataclasses.fields(model.head.Options)}
+    return sorted(set(gathered(defaults, options).get("head_options", {})) - options)
+
+
 def resolved(values: Mapping[str, Any], defaults: Mapping[str, Any], model: SequenceModel) -> SampleRequest:
     """The request for a model from a caller's settings, with the model's defaults filled in and everything checked.
 

@@ -26,6 +26,7 @@ from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
 from seriatim.models.registry import BACKBONES
 from seriatim.pipeline.pipeline import Pipeline
+from seriatim.pipeline.request import left_out
 from seriatim.tokenizers.base import Tokenizer
 from seriatim.tokenizers.kinds import TOKENIZERS, build_tokenizer
 from seriatim.tokenizers.kl import KL
@@ -185,6 +186,8 @@ def build(recipe: Recipe) -> tuple[ImageData, Tokenizer, SequenceModel]:
         Pipeline(Bundle(model, tokenizer, data.class_names, dict(recipe.sampling))).request(seed=0)
     except UsageError as error:
         raise ConfigError(f"sampling: {one_line(error)}") from error
+    for name in left_out(recipe.sampling, model):
+        say(f"sampling.{name}: is left out, since the {type(model.head).__name__} head has no such option")
     return data, tokenizer, model
 
 

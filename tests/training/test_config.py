@@ -98,6 +98,15 @@ def test_parts_that_do_not_fit_are_named_before_anything_is_done(overrides: list
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_sampling_default_that_the_head_does_not_have_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A recipe whose head was changed by an override keeps the defaults of the head that it had."""
+    build(read_recipe("mar-digits"))
+    assert capsys.readouterr().err == ""
+    build(read_recipe("mar-digits", ["model.head={kind: energy, width: 32, depth: 1}"]))
+    told = "sampling.num_diffusion_steps: is left out, since the Energy head has no such option\n"
+    assert capsys.readouterr().err == told
+
+
 PATHS = [
     "/somewhere/else", "a/b", "..", ".", "../x", "a/../../b", "x\\y", "C:x", ".hidden", "a..b", "nul\0", "line\nbreak",
     "tab\t", " ", "", "x" * 101, "\u00e9" * 51, "\ud800", "bidi\u202e",
