@@ -183,8 +183,7 @@ def repeats(folder: Path, again: Path, run: Callable[..., Any]) -> Any:
     return recipe.training
 
 
-@pytest.mark.slow  # how often the run is looked at depends on how busy the machine is
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "steady")
 @pytest.mark.parametrize(
     "overrides",
     [

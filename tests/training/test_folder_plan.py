@@ -270,8 +270,7 @@ def test_one_process_makes_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # how often the run is looked at depends on how busy the machine is
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick", "steady")
 def test_a_folder_is_trained_and_its_recipe_repeats_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for label in ("cat", "dog"):
         pictures(tmp_path / "pets", 8, label=label)
