@@ -64,6 +64,7 @@ def test_readme_demo_leaves_what_it_promises(folder: Path) -> None:
     )
     assert read_picture(demo / "grid.png").size[0] > 16 * 40
     assert read_picture(demo / "training.png").size[0] > 300
+    assert (demo / "index.html").read_text(encoding="utf-8").count("data:image/png;base64,") >= 2
     assert (demo / "model" / "model.safetensors").exists()
 
 

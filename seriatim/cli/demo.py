@@ -1,18 +1,23 @@
-"""`seriatim demo` trains a small model, generates digits and checks them against real ones, in one command."""
+"""`seriatim demo` trains a small model, checks what it generates against real images, and draws the packaged models."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from seriatim.cli.output import JsonFlag, print_json, print_table
 from seriatim.core.terminal import say
 
+if TYPE_CHECKING:
+    from seriatim.cli.demo_page import Section
+
 NAME = "mar-digits"  # the recipe
 PER_CLASS = 16
+PACKAGED_CLASSES, PACKAGED_EACH = 10, 8  # the most classes of a packaged model that are drawn, and images of each
 REAL_DRAWS = 10  # the Frechet distance of real digits is a mean over this many random subsets
 
 
@@ -24,8 +29,10 @@ def demo(
     seed: Annotated[int, typer.Option(help="The seed of training and sampling.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Train a MAR on handwritten digits on the CPU, generate 160 digits, and check them against real ones."""
-    from seriatim.core.files import writable_folder, write_json
+    """Train a MAR on handwritten digits on the CPU, check 160 generated ones, then draw the packaged models."""
+    from seriatim.checkpoints.packaged import packaged_names
+    from seriatim.cli.demo_page import Section, page
+    from seriatim.core.files import writable_folder, write_json, write_text
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.training.config import read_recipe
     from seriatim.training.run_folder import DEMO, make_room
@@ -77,11 +84,35 @@ def demo(
         "model": str(out / "model"),
         "grid": str(out / "grid.png"),
     }
+    more = f"seriatim sample {shlex.quote(str(out / 'model'))} --label 7 --num-images-per-label 8 --out sevens"
+    drawn = [drawn_packaged(name, out, seed, quiet=json) for name in packaged_names("model")]
+    report["packaged"] = [str(section.picture) for section in drawn]
     write_json(out / "report.json", report)
+    rows = figures_of(report)
+    digits = Section(
+        "Digits, trained here",
+        f"{report['samples']} handwritten digits of 8x8 pixels, a class in each row, by a model of "
+        f"{report['parameters']:,} parameters that was trained on this machine in {report['training_seconds']:.0f} "
+        "seconds.",
+        out / "grid.png",
+        rows,
+        more,
+    )
+    curve = Section("How the training went", "The loss over the images seen.", out / "training.png")
+    sections = [*drawn, digits, *([curve] if curve.picture.exists() else [])]  # a very short training has no curve
+    says = "Pictures that Seriatim made on this machine, token by token."
+    write_text(out / "index.html", page("Seriatim", says, sections))
     if json:
         print_json(report)
         return
-    rows = [
+    print_table(("MAR on 8x8 digits", f"{report['samples']} samples"), rows)
+    say(f"look at {out / 'index.html'}, or at {out / 'grid.png'} and {out / 'training.png'}")
+    say(f"make more: {more}")
+
+
+def figures_of(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the table and the page say of the digits."""
+    return [
         ("training", f"{report['training_seconds']:.0f} s, {report['training_images_per_second']:.0f} images/s"),
         ("sampling", f"{report['sampling_seconds']:.1f} s, {report['images_per_second']:.0f} images/s"),
         (
@@ -94,9 +125,36 @@ def demo(
         ),
         ("variance within a class, of the real", f"{report['within_class_variance']:.0%}"),
     ]
-    print_table(("MAR on 8x8 digits", f"{report['samples']} samples"), rows)
-    say(f"look at {out / 'grid.png'} and {out / 'training.png'}")
-    say(f"make more: seriatim sample {shlex.quote(str(out / 'model'))} --label 7 --num-images-per-label 8 --out sevens")
+
+
+def drawn_packaged(name: str, out: Path, seed: int, *, quiet: bool) -> Section:
+    """Draw a packaged model at its stored settings, a class in each row, and say what it is."""
+    import time
+
+    from seriatim.cli.demo_page import Section
+    from seriatim.evaluation.sheet import Row, save_sheet, sheet
+    from seriatim.pipeline.loading import load
+
+    if not quiet:
+        say(f"drawing {name}, which comes with the package")
+    begin = time.monotonic()
+    pipe = load(name, device="cpu")
+    classes = list(range(min(pipe.model.classes, PACKAGED_CLASSES)))
+    rows = PACKAGED_CLASSES if not classes else len(classes)
+    images = pipe(classes or [None] * rows, num_images_per_label=PACKAGED_EACH, seed=seed, progress=not quiet).images
+    seconds = time.monotonic() - begin
+    words = [pipe.class_names[number] if pipe.class_names else str(number) for number in classes] or [""] * rows
+    parts = [images[i * PACKAGED_EACH : (i + 1) * PACKAGED_EACH] for i in range(rows)]
+    picture = out / f"packaged-{name}.png"
+    save_sheet(*sheet([Row(*pair) for pair in zip(words, parts, strict=True)]), picture)
+    label = f" --label {shlex.quote(words[0])}" if words[0] else ""
+    return Section(
+        name,
+        f"{pipe.bundle.provenance.get('summary', 'a packaged model')}. These {len(images)} took {seconds:.0f} seconds.",
+        picture,
+        command=f"seriatim sample {name}{label} --num-images-per-label 8 --out pictures",
+        pixels=True,
+    )
 
 
 def is_demo(out: Path) -> bool:

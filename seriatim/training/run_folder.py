@@ -57,6 +57,7 @@ WRITTEN = {
     "results.json",
     "grid.png",
     "report.json",
+    "index.html",
 }
 FOLDERS = {"model", "checkpoints", "samples", "tensorboard", "trackers"}
 OURS = re.compile(  # the path of every file that a run may hold
@@ -67,6 +68,7 @@ OURS = re.compile(  # the path of every file that a run may hold
             rf"checkpoints/{CHECKPOINT.pattern}/({'|'.join(map(re.escape, (*FILES, TOKENIZER, CONFIG, MANIFEST)))})",
             rf"checkpoints/{SHARED.pattern}",
             GRID.pattern,
+            r"packaged-[a-z0-9-]+\.png",  # of a demo
             r"tensorboard/events\.out\.tfevents\..*",
             r"trackers/.*",
         )
