@@ -146,8 +146,18 @@ def plain(error: UnicodeError) -> tuple[str | bytes, int]:
     return "".join(PLAIN.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
 
 
+def ask_for_large_pages() -> None:
+    """Let torch ask the kernel for pages of two megabytes for large tensors, which a step allocates anew each time.
+
+    Torch reads the variable when it first allocates, so this must come before it is imported. A value that the user has
+    set is kept, and systems without such pages (all but Linux) ignore it.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def main() -> NoReturn:
     heed_signals()
+    ask_for_large_pages()
     open_streams()
     codecs.register_error("seriatim.plain", plain)
     if isinstance(sys.stdout, io.TextIOWrapper):

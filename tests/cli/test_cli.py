@@ -277,3 +277,16 @@ def test_without_a_verb_help_is_all_it_says(verb: tuple[str, ...], capsys: pytes
     assert run(verb) == 2
     found = capsys.readouterr()
     assert "--help" in found.out and "error" not in found.out + found.err
+
+
+def test_torch_is_told_of_large_pages_before_it_is_imported() -> None:
+    """It reads the variable once, when it first allocates memory."""
+    look = (
+        "import os, sys; from seriatim.cli import main; main.run = lambda _: print(os.environ['THP_MEM_ALLOC_ENABLE'], "
+        "'torch' in sys.modules) or 0; main.main()"
+    )
+    for given, found in ((None, "1 False"), ("0", "0 False")):
+        environment = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+        environment |= {} if given is None else {"THP_MEM_ALLOC_ENABLE": given}
+        done = subprocess.run([sys.executable, "-c", look], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == found
