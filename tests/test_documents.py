@@ -42,11 +42,14 @@ STANDS_FOR = {
     "NAME": "mar-digits",
     "picture.png": "again/0000-3.png",
     "inception": "runs/classifier",  # the weights of Inception are a download
+    "imagenet/train": "cifar10/train",
 }
 OTHERWISE: dict[str, dict[str, str]] = {  # of a command alone
     "convert arinar": {"checkpoint-last.pth": "arinar-last.pth"},
     "convert mar": {"mar_base.pth": "checkpoint-last.pth"},
     "convert ear": {"checkpoint-last.pth": "ear-last.pth"},
+    "evaluate": {"mar-b.model": "runs/cifar10"},
+    "sweep": {"mar-b.model": "runs/cifar10"},
     "export half": {"runs/photos": "runs/cifar10"},
     "bench": {"runs/photos": "runs/cifar10"},
     "train": {"runs/classifier": "runs/another-classifier"},
@@ -60,6 +63,7 @@ SMALLER = {
     "--size": str(world.SIDE),
     "--batch": "2",
     "--minutes": "0.02",
+    "--num-inference-steps": "4",
     "--threads": "1",
 }
 MORE: dict[str, list[str]] = {  # what makes a command small
@@ -81,6 +85,7 @@ CANNOT = {
     "seriatim train ... model.head={kind: flow, width: 256, depth: 3, draws: 2} --out runs/flow": ELLIPSIS,
     "seriatim train ... model.head={kind: nested, ...} --out runs/arinar": ELLIPSIS,
     "seriatim evaluate MODEL --features RUN": "a part of a command",
+    "torchrun --nproc-per-node 8 -m seriatim evaluate ...": "eight GPUs",
     "torchrun --nproc-per-node 2 -m seriatim evaluate ...": "two processes; tests/evaluation runs two shares",
     "python mine.py evaluate demo/model --data digits --num 350 --features means": "the file is the reader's own",
     "seriatim bench mar-b --official mar --threads 2 --dtype ...": ELLIPSIS,
@@ -95,6 +100,7 @@ CANNOT = {
     "pip install -e .[dev]": "it installs",
     "pip install .[data]": "it installs",
     "pip install .[log]": "it installs",
+    "pip install .[docs]": "it installs",
     "pip install seriatim[ray]": "it installs",
     "pip install seriatim[eval]": "it installs",
     "pip install --no-deps timm==0.9.12": "it installs",
