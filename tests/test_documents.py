@@ -101,6 +101,8 @@ CANNOT = {
     "pip install .[data]": "it installs",
     "pip install .[log]": "it installs",
     "pip install .[docs]": "it installs",
+    "mkdocs serve": "it serves until it is stopped",
+    "mkdocs build --strict": "CI builds the documents",
     "pip install seriatim[ray]": "it installs",
     "pip install seriatim[eval]": "it installs",
     "pip install --no-deps timm==0.9.12": "it installs",
