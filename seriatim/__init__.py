@@ -9,33 +9,79 @@ Importing this package imports no torch; a public name does, when it is first us
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from seriatim.core.lazy import exports
 
 __version__ = "0.2.0"
 
-_PUBLIC, __getattr__ = exports(
-    __name__,
-    {
-        "core.errors": "CheckpointError ConfigError DataError NumericsError ResourceError SeriatimError UsageError",
-        "core.orders": "ORDERS",
-        "evaluation.base": "FeatureExtractor Features",
-        "evaluation.features": "FEATURES open_features",
-        "evaluation.run": "evaluate",
-        "evaluation.sweep": "sweep",
-        "models.registry": "BACKBONES HEADS MODELS SPLITS",
-        "pipeline.loading": "load",
-        "pipeline.pipeline": "Pipeline",
-        "pipeline.request": "SampleRequest",
-        "pipeline.result": "Result",
-        "sampling.step": "Step",
-        "tokenizers.kinds": "TOKENIZERS",
-        "training.loop": "train",
-        "zoo": "PRESETS",
-    },
-)
-
-__all__ = sorted(["__version__", *_PUBLIC])
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *_PUBLIC]
+if TYPE_CHECKING:
+    from seriatim.backbones.base import Parallel as Parallel
+    from seriatim.backbones.base import Sequential as Sequential
+    from seriatim.checkpoints.native import Bundle as Bundle
+    from seriatim.conditions.base import Condition as Condition
+    from seriatim.conditions.base import Conditioner as Conditioner
+    from seriatim.core.errors import CheckpointError as CheckpointError
+    from seriatim.core.errors import ConfigError as ConfigError
+    from seriatim.core.errors import DataError as DataError
+    from seriatim.core.errors import NumericsError as NumericsError
+    from seriatim.core.errors import ResourceError as ResourceError
+    from seriatim.core.errors import SeriatimError as SeriatimError
+    from seriatim.core.errors import UsageError as UsageError
+    from seriatim.core.keys import Keys as Keys
+    from seriatim.core.orders import ORDERS as ORDERS
+    from seriatim.evaluation.base import FeatureExtractor as FeatureExtractor
+    from seriatim.evaluation.base import Features as Features
+    from seriatim.evaluation.features import FEATURES as FEATURES
+    from seriatim.evaluation.features import open_features as open_features
+    from seriatim.evaluation.run import evaluate as evaluate
+    from seriatim.evaluation.sweep import sweep as sweep
+    from seriatim.heads.base import Head as Head
+    from seriatim.models.base import SequenceModel as SequenceModel
+    from seriatim.models.registry import BACKBONES as BACKBONES
+    from seriatim.models.registry import HEADS as HEADS
+    from seriatim.models.registry import MODELS as MODELS
+    from seriatim.models.registry import SPLITS as SPLITS
+    from seriatim.pipeline.arguments import SettingsArgs as SettingsArgs
+    from seriatim.pipeline.loading import load as load
+    from seriatim.pipeline.pipeline import Pipeline as Pipeline
+    from seriatim.pipeline.request import SampleRequest as SampleRequest
+    from seriatim.pipeline.result import Result as Result
+    from seriatim.sampling.step import Step as Step
+    from seriatim.tokenizers.base import Tokenizer as Tokenizer
+    from seriatim.tokenizers.kinds import TOKENIZERS as TOKENIZERS
+    from seriatim.training.config import Recipe as Recipe
+    from seriatim.training.config import read_recipe as read_recipe
+    from seriatim.training.loop import train as train
+    from seriatim.zoo import PRESETS as PRESETS
+else:
+    _PUBLIC, __getattr__, __dir__ = exports(
+        __name__,
+        {
+            "backbones.base": "Parallel Sequential",
+            "checkpoints.native": "Bundle",
+            "conditions.base": "Condition Conditioner",
+            "core.errors": "CheckpointError ConfigError DataError NumericsError ResourceError SeriatimError UsageError",
+            "core.keys": "Keys",
+            "core.orders": "ORDERS",
+            "evaluation.base": "FeatureExtractor Features",
+            "evaluation.features": "FEATURES open_features",
+            "evaluation.run": "evaluate",
+            "evaluation.sweep": "sweep",
+            "heads.base": "Head",
+            "models.base": "SequenceModel",
+            "models.registry": "BACKBONES HEADS MODELS SPLITS",
+            "pipeline.arguments": "SettingsArgs",
+            "pipeline.loading": "load",
+            "pipeline.pipeline": "Pipeline",
+            "pipeline.request": "SampleRequest",
+            "pipeline.result": "Result",
+            "sampling.step": "Step",
+            "tokenizers.base": "Tokenizer",
+            "tokenizers.kinds": "TOKENIZERS",
+            "training.config": "Recipe read_recipe",
+            "training.loop": "train",
+            "zoo": "PRESETS",
+        },
+    )
+    __all__ = sorted(["__version__", *_PUBLIC])

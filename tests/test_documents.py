@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import importlib
+import logging
 import re
 import runpy
 import shutil
@@ -305,9 +306,15 @@ def test_the_commands_run(page: str, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_the_python_runs(page: str) -> None:
     registries: list[dict[str, Any]] = [HEADS, FEATURES, ORDERS]
     before = [dict(registry) for registry in registries]
+    logger = logging.getLogger("seriatim")
+    handlers, level = list(logger.handlers), logger.level
     try:
         exec(compile(python(PAGES[page]), page, "exec"), {"__name__": "__main__"})
     finally:
         for registry, old in zip(registries, before, strict=True):
             registry.clear()
             registry.update(old)
+        logger.setLevel(level)
+        for handler in set(logger.handlers) - set(handlers):
+            logger.removeHandler(handler)
+            handler.close()

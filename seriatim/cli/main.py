@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from seriatim.core.errors import ResourceError, SeriatimError, Stopped, is_out_of_memory, one_line
-from seriatim.core.terminal import say
+from seriatim.core.terminal import say, show, speaks
 
 INTERRUPTED = 130
 SIGNALS = [
@@ -39,7 +39,7 @@ class Interrupted(BaseException):
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; return its exit code. Prints no traceback unless SERIATIM_DEBUG is set."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: say(f"warning: {one_line(Warning(message))}")
+        warnings.showwarning = show_warning
         try:
             from seriatim.cli.app import app
 
@@ -51,6 +51,12 @@ def run(arguments: Sequence[str]) -> int:
             if os.environ.get("SERIATIM_DEBUG"):
                 traceback.print_exc()
             return explain(error)
+
+
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Show a warning, of this package or another, as one line; `core.terminal.warn` has told the logger of ours."""
+    if speaks():
+        show(f"warning: {one_line(Warning(message))}")
 
 
 def explain(error: BaseException) -> int:

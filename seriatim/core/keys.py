@@ -153,6 +153,7 @@ class Keys:
         return len(self.words)
 
     def to(self, device: torch.device | str) -> Keys:
+        """The same keys on another device; their copy on the host is shared."""
         return Keys(self.words.to(device, non_blocking=True), lambda: self.host)
 
     def fold(self, data: int | str | Tensor) -> Keys:

@@ -63,6 +63,7 @@ class SequenceModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """The device of the model's weights."""
         return next(self.backbone.parameters()).device
 
     @property

@@ -6,8 +6,17 @@ request decides what is allowed. Put the options of a head of your own into `hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter
+from typing import Any, TypedDict, TypeVar, get_type_hints
+
+import numpy as np
+from torch import Tensor
+
+Label = int | np.integer | str | None
+ClassLabels = Label | Sequence[Label] | np.ndarray | Tensor  # one label, or several; None means no class
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SettingsArgs(TypedDict, total=False):
@@ -40,3 +49,27 @@ class SettingsArgs(TypedDict, total=False):
     top_p: float | None
     guidance_mode: str | None
     feature_schedule: str | None
+
+
+class _Usual:
+    """Stands in a signature for "the model's default", which only the model knows."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+def spelled_out(function: F) -> F:
+    """Let `help()` and completion at run time name every setting of a function that takes `**settings`.
+
+    Type checkers read the settings from `Unpack[SettingsArgs]`; Python's own signature would show `**settings` alone.
+    """
+    signature = inspect.signature(function)
+    named = [each for each in signature.parameters.values() if each.kind is not Parameter.VAR_KEYWORD]
+    usual = _Usual()
+    settings = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=usual, annotation=hint)
+        for name, hint in get_type_hints(SettingsArgs).items()
+        if name not in signature.parameters
+    ]
+    function.__signature__ = signature.replace(parameters=[*named, *settings])  # type: ignore[attr-defined]
+    return function

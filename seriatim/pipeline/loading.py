@@ -6,14 +6,9 @@ import os
 
 import torch
 
-from seriatim.checkpoints.location import located
-from seriatim.checkpoints.native import load_bundle
-from seriatim.core.device import plain_torch
-from seriatim.core.hub import Access
 from seriatim.pipeline.pipeline import Pipeline
 
 
-@plain_torch()
 def load(
     name: str | os.PathLike[str],
     *,
@@ -38,11 +33,13 @@ def load(
     checked against its sha256. Raises CheckpointError when there is nothing to load or it is damaged. With `prepare`
     weights are laid out for sampling alone (`Pipeline.prepare`); without, the model can be trained on.
     """
-    text = os.fspath(name)
-    pipe = Pipeline(
-        load_bundle(located(text, revision, Access(token, cache_dir, local_files_only))),
+    return Pipeline.from_pretrained(
+        name,
         device=device,
         dtype=dtype,
-        source=text,
+        prepare=prepare,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
     )
-    return pipe.prepare() if prepare else pipe

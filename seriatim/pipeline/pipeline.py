@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seriatim.checkpoints.native import Bundle, save_bundle
+from seriatim.checkpoints.native import Bundle
 from seriatim.core.device import pick_device, pick_dtype, plain_torch
 from seriatim.core.errors import NumericsError, UsageError, check_known
 from seriatim.core.keys import Keys
@@ -23,7 +21,7 @@ from seriatim.core.progress import Progress
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import plain
 from seriatim.nn.prepare import prepare
-from seriatim.pipeline.arguments import SettingsArgs
+from seriatim.pipeline.arguments import ClassLabels, SettingsArgs, spelled_out
 from seriatim.pipeline.editing import (
     as_images,
     broadcast,
@@ -35,6 +33,7 @@ from seriatim.pipeline.editing import (
 )
 from seriatim.pipeline.labels import class_number
 from seriatim.pipeline.metadata import versions
+from seriatim.pipeline.publishing import Stored
 from seriatim.pipeline.request import SampleRequest, fitted, resolved, seeds_of
 from seriatim.pipeline.result import OUTPUT_TYPES, Result, as_pil, converted
 from seriatim.sampling.step import Start, Step
@@ -45,7 +44,7 @@ BATCH_TOKENS = 1 << 14  # tokens of a batch when the caller gives no batch_size
 StepCallback = Callable[["Pipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
-class Pipeline:
+class Pipeline(Stored):
     """A model with its tokenizer, ready to generate images.
 
     pipe = seriatim.load("demo/model")
@@ -104,24 +103,17 @@ class Pipeline:
             for part, training in modes:
                 part.training = training
 
-    @property
-    def class_names(self) -> list[str]:
-        return self.bundle.class_names
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The sampling settings that the model was saved with; arguments of a call override them."""
-        return dict(self.bundle.sampling)
-
     # --- asking ---------------------------------------------------------------------------------------------------
 
+    @spelled_out
     def request(
         self,
         request: SampleRequest | None = None,
         *,
+        class_labels: ClassLabels = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
-        **settings: Any,
+        **settings: Unpack[SettingsArgs],
     ) -> SampleRequest:
         """The request that a call with these arguments makes, with defaults filled in and everything checked.
 
@@ -129,22 +121,23 @@ class Pipeline:
         """
         if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
             raise UsageError(f"batch_size: {batch_size!r} is not allowed; it must be an integer of at least 1")
-        settings = {name: plain(value) for name, value in settings.items() if value is not None}
+        every = {"class_labels": class_labels, **settings}
+        given: dict[str, Any] = {name: plain(value) for name, value in every.items() if value is not None}
         if request is not None:
-            if settings:
-                raise UsageError(f"request: given together with {sorted(settings)[0]}; put everything into the request")
+            if given:
+                raise UsageError(f"request: given together with {sorted(given)[0]}; put everything into the request")
             request = fitted(request, self.model)
         else:
             defaults = dict(self.bundle.sampling)
             schedule = defaults.get("guidance_schedule")
-            if settings.get("guidance_schedule", schedule) != schedule:
+            if given.get("guidance_schedule", schedule) != schedule:
                 for option in GUIDANCE_OPTIONS.values():  # they belong to the schedule that this call replaces
                     defaults.pop(option, None)
-            labels = settings.get("class_labels", defaults.get("class_labels"))  # None means one image of no class
+            labels = given.get("class_labels", defaults.get("class_labels"))  # None means one image of no class
             if labels is None or isinstance(labels, (str, int, float)):
-                settings["class_labels"] = (labels,)
-            settings.setdefault("seed", secrets.randbits(32))
-            request = resolved(settings, defaults, self.model)
+                given["class_labels"] = (labels,)
+            given.setdefault("seed", secrets.randbits(32))
+            request = resolved(given, defaults, self.model)
         self.classes_of(request)
         seeds = None if generator is None else seeds_of(generator, request.num_images)
         return request if seeds is None else request.model_copy(update={"seeds": seeds})
@@ -159,9 +152,10 @@ class Pipeline:
 
     # --- sampling -------------------------------------------------------------------------------------------------
 
+    @spelled_out
     def stream(
         self,
-        class_labels: Any = None,
+        class_labels: ClassLabels = None,
         *,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
@@ -211,9 +205,10 @@ class Pipeline:
                 step.images, step.decode = images, self._pil
                 yield step
 
+    @spelled_out
     def __call__(
         self,
-        class_labels: Any = None,
+        class_labels: ClassLabels = None,
         *,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
@@ -287,12 +282,13 @@ class Pipeline:
 
     # --- editing --------------------------------------------------------------------------------------------------
 
+    @spelled_out
     def edit(
         self,
         image: Any,
         *,
         mask: Any,
-        class_labels: Any = None,
+        class_labels: ClassLabels = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         output_type: str = "pil",
@@ -312,12 +308,13 @@ class Pipeline:
         steps = self._steps(request, batch_size, start)
         return self._result(request, steps, output_type, callback_on_step_end, keep, edited=True, progress=progress)
 
+    @spelled_out
     def stream_edit(
         self,
         image: Any,
         *,
         mask: Any,
-        class_labels: Any = None,
+        class_labels: ClassLabels = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         **settings: Unpack[SettingsArgs],
@@ -345,6 +342,7 @@ class Pipeline:
             tokens = self.tokenizer.tokens(self.tokenizer.moments(floats))  # (B, L, D)
         return request, Start(tokens, ~token_mask(white, self.tokenizer)), (originals, white)
 
+    @spelled_out
     def regenerate(
         self,
         result: Result,
@@ -392,9 +390,3 @@ class Pipeline:
         if not self.tokenizer.pictures:
             raise UsageError("preview: this model generates no pictures; use step.tokens")
         return as_pil(to_uint8(self._decode(tokens, known)))
-
-    # --- saving ---------------------------------------------------------------------------------------------------
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write a model folder that `load` can read, and return its path."""
-        return save_bundle(self.bundle, Path(folder))

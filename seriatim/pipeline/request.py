@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
 from pydantic import BeforeValidator, Field, StrictInt, model_validator
 
-from seriatim.core.errors import UsageError, caller_level, nearest
+from seriatim.core.errors import UsageError, nearest
 from seriatim.core.names import as_text
 from seriatim.core.orders import CONFIDENCE, check_permutation
 from seriatim.core.random import derive_seed
 from seriatim.core.settings import Settings
+from seriatim.core.terminal import warn
 from seriatim.core.validation import parse
 from seriatim.models.base import SequenceModel
 from seriatim.models.registry import HEADS
@@ -59,12 +59,14 @@ def gathered(values: Mapping[str, Any], options: Collection[str] = ()) -> dict[s
 class SampleRequest(Settings):
     """What to generate, and how. The same request gives the same images."""
 
-    class_labels: tuple[Label, ...] = Field(
-        (None,), description="The classes to generate: each a number, a name, or None for no class."
+    class_labels: tuple[Label, ...] = Field(  # type checkers know a default by its keyword alone
+        default=(None,), description="The classes to generate: each a number, a name, or None for no class."
     )
-    num_images_per_label: Images = Field(1, description="The number of images of each class in class_labels.")
-    seed: Seed = Field(0, description="The seed; image i depends on the pair (seed, i) unless `seeds` is given.")
-    seeds: tuple[Seed, ...] | None = Field(None, description="A seed for each image; replaces `seed`.")
+    num_images_per_label: Images = Field(default=1, description="The number of images of each class in class_labels.")
+    seed: Seed = Field(
+        default=0, description="The seed; image i depends on the pair (seed, i) unless `seeds` is given."
+    )
+    seeds: tuple[Seed, ...] | None = Field(default=None, description="A seed for each image; replaces `seed`.")
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +91,7 @@ class SampleRequest(Settings):
 
     @property
     def num_images(self) -> int:
+        """The number of images that the request asks for in all."""
         return len(self.class_labels) * self.num_images_per_label
 
     def image_seeds(self) -> list[int]:
@@ -178,9 +181,6 @@ def fitted(request: SampleRequest, model: SequenceModel, given: Collection[str] 
         steps = most if model.one_by_one else min(STEPS, most)
     elif steps > most:
         each = "" if request.min_tokens == 1 else f" at {request.min_tokens} a step"
-        warnings.warn(
-            f"num_inference_steps: {steps} is more than the model's {model.tokens} tokens{each}; using {most}",
-            stacklevel=caller_level(),
-        )
+        warn(f"num_inference_steps: {steps} is more than the model's {model.tokens} tokens{each}; using {most}")
         steps = most
     return request.model_copy(update={"num_inference_steps": steps, "order": model.order if order is None else order})

@@ -18,6 +18,7 @@ from seriatim.pipeline.editing import composite
 from seriatim.pipeline.labels import names_of
 from seriatim.pipeline.metadata import Recorded, alone, chunk, pixels_sha256
 from seriatim.pipeline.request import SampleRequest
+from seriatim.pipeline.sample_image import SampleImage, png_bytes
 from seriatim.pipeline.samples_folder import SAMPLES, SAYS, check_samples_folder
 from seriatim.tokenizers.base import to_uint8
 
@@ -29,7 +30,8 @@ class Result:
     """Images in the order of the labels, and their tokens.
 
     `images` depends on output_type: a list of PIL images; (B, H, W, c) or (B, c, H, W) in [0, 1]; or tokens (B, L, D).
-    A model that does not generate pictures gives (B, L, D) in the units of its data, or codes (B, L).
+    A model that does not generate pictures gives (B, L, D) in the units of its data, or codes (B, L). PIL images are
+    `SampleImage`s: a PNG file that the caller saves carries its request, like those of `save`.
     """
 
     images: Any
@@ -42,6 +44,18 @@ class Result:
     edited: bool = False  # the request alone can't repeat images made from other pictures or tokens
     kept: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # an edit's original pixels and mask
 
+    def __post_init__(self) -> None:
+        if isinstance(self.images, list):
+            each = zip(self.images, self.labels, strict=True)
+            marked = [SampleImage.of(image, self._says(image, i, label)) for i, (image, label) in enumerate(each)]
+            object.__setattr__(self, "images", marked)  # the class is frozen
+
+    def _says(self, image: Image.Image, i: int, label: str | None) -> Recorded:
+        """The metadata of image i, with the pixels that were generated even if they were changed since."""
+        if isinstance(image, SampleImage) and image.says is not None:
+            return image.says
+        return recorded(image, self.request, i, label, self.model_sha256, self.versions, edited=self.edited)
+
     @property
     def labels(self) -> list[str | None]:
         """The name of each image's class; None for no class."""
@@ -51,6 +65,17 @@ class Result:
     def seeds(self) -> list[int]:
         """The seed of each image."""
         return self.request.image_seeds()
+
+    def png(self, i: int = 0) -> bytes:
+        """The bytes of a PNG file of image i with its request, as `save` writes it: for a web page, a database, ...
+
+        Raises UsageError if the images are not PIL images, or if there is no image i.
+        """
+        if not isinstance(self.images, list):
+            raise UsageError("output_type: only PIL images have PNG bytes; call with output_type='pil'")
+        if not 0 <= i < len(self.images):
+            raise UsageError(f"i: {i!r} is not allowed; the result has images 0 to {len(self.images) - 1}")
+        return png_bytes(self.images[i], self._says(self.images[i], i, self.labels[i]))
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> list[Path]:
         """Write the images as PNG files that hold their request; `seriatim sample MODEL --from FILE` repeats one.
@@ -68,13 +93,13 @@ class Result:
         writable_folder(root)
         if arrays:
             return self.save_arrays(root)
-        about = (self.model_sha256, self.versions)
         return [
-            save_image(image, file, recorded(image, self.request, i, label, *about, edited=self.edited))
+            save_image(image, file, self._says(image, i, label))
             for i, (image, file, label) in enumerate(zip(self.images, files, self.labels, strict=True))
         ]
 
     def save_arrays(self, folder: Path) -> list[Path]:
+        """Write samples.npy and samples.json into a folder that is there, and return their paths."""
         says = {
             "request": self.request.model_dump(mode="json"),
             "labels": self.labels,

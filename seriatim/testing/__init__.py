@@ -10,14 +10,23 @@ Each takes `device`, and raises AssertionError with a sentence that says what is
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from seriatim.core.lazy import exports
 
-__all__, __getattr__ = exports(
-    __name__,
-    {
-        "backbone_checks": "check_backbone",
-        "head_checks": "check_head known_density",
-        "model_checks": "check_model",
-        "tokenizer_checks": "check_tokenizer",
-    },
-)
+if TYPE_CHECKING:
+    from seriatim.testing.backbone_checks import check_backbone as check_backbone
+    from seriatim.testing.head_checks import check_head as check_head
+    from seriatim.testing.head_checks import known_density as known_density
+    from seriatim.testing.model_checks import check_model as check_model
+    from seriatim.testing.tokenizer_checks import check_tokenizer as check_tokenizer
+else:
+    __all__, __getattr__, __dir__ = exports(
+        __name__,
+        {
+            "backbone_checks": "check_backbone",
+            "head_checks": "check_head known_density",
+            "model_checks": "check_model",
+            "tokenizer_checks": "check_tokenizer",
+        },
+    )

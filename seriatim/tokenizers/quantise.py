@@ -66,6 +66,7 @@ class Quantiser(nn.Module):
         self.codebook = nn.Parameter(F.normalize(weight, dim=-1) if l2 else weight)
 
     def normalised(self, vectors: Tensor) -> Tensor:
+        """The vectors (..., C), scaled to length 1 if codewords are compared by their direction."""
         return F.normalize(vectors, dim=-1) if self.l2 else vectors
 
     def codes(self, vectors: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
 
-from seriatim.core.errors import NumericsError, caller_level
+from seriatim.core.errors import NumericsError
+from seriatim.core.terminal import warn
 from seriatim.training.config import Common, Training
 from seriatim.training.distributed import ALONE, World
 from seriatim.training.state import RunState
@@ -59,5 +59,4 @@ class BlowUpGuard:
             if self.settings.on_blow_up == "stop":
                 raise self.world.told(NumericsError(f"{what}; stopped before the next update; {remedy}"))
             if self.world.main:
-                message = f"{what}; training.on_blow_up=stop would stop here; stop it and {remedy}"
-                warnings.warn(message, stacklevel=caller_level())
+                warn(f"{what}; training.on_blow_up=stop would stop here; stop it and {remedy}")

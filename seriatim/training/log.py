@@ -7,7 +7,6 @@ import math
 import platform
 import shlex
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from seriatim.core.files import atomic_write, write_json, write_text
 from seriatim.core.markdown import block, inline
 from seriatim.core.processes import launch
 from seriatim.core.reading import Unreadable, parse_json
-from seriatim.core.terminal import say
+from seriatim.core.terminal import say, warn
 from seriatim.data.base import ImageData
 from seriatim.training.config import AnyRecipe, ClassifierRecipe, Recipe, TokenizerRecipe, dump
 from seriatim.training.precision import Choice
@@ -83,7 +82,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if damaged:
         kept = path.with_name(f"{path.stem}.damaged{path.suffix}")
         atomic_write(kept, lambda file: file.write_bytes(raw))
-        warnings.warn(f"{path}: {damaged} damaged lines are left out; the file as it was is {kept}", stacklevel=3)
+        warn(f"{path}: {damaged} damaged lines are left out; the file as it was is {kept}")
     return rows
 
 

@@ -5,7 +5,6 @@ Shapes: B images, c channels, H x W pixels in [-1, 1], V codes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ from torch import Tensor
 
 from seriatim.checkpoints.tokenizer import read_provenance, save_tokenizer
 from seriatim.core.device import plain_torch, tf32
-from seriatim.core.errors import ConfigError, caller_level
+from seriatim.core.errors import ConfigError
 from seriatim.core.files import expanded
 from seriatim.core.keys import Keys
 from seriatim.core.schedules import crossed
 from seriatim.core.stopping import StopRequest
+from seriatim.core.terminal import warn
 from seriatim.data.base import ImageData
 from seriatim.data.loader import Batch, to_float
 from seriatim.evaluation.impartial import listed, seen_features
@@ -177,10 +177,9 @@ class TokenizerTask(BatchedTask):
             )
             if isinstance(cast(Any, self.result).quantiser, FiniteScalar):
                 remedy = "use fewer tokenizer.code_levels, or train longer or with a lower training.learning_rate"
-            warnings.warn(
+            warn(
                 f"the codebook has collapsed: {figures['used']:.1%} of {watch.vocab} codes are in use after {run.seen} "
-                f"images; {remedy}",
-                stacklevel=caller_level(),
+                f"images; {remedy}"
             )
         return {"usage": figures["used"], "perplexity": figures["perplexity"]}
 

@@ -203,7 +203,7 @@ def test_weights_in_images_out_weights_back(folder: Path, capsys: pytest.Capture
     assert pipe.bundle.sampling["temperature"] == 0.8, "the release divided standard deviations by 1.25"
     assert pipe.bundle.sampling["feature_schedule"] == "linear" and pipe.bundle.sampling["guidance_scale"] == 3.5
     assert model_config(pipe.model)["head"]["model"]["heads"] == 4
-    settings = {"seed": 0, "num_inference_steps": 4, "output_type": "np"}
+    settings: dict[str, Any] = {"seed": 0, "num_inference_steps": 4, "output_type": "np"}
     drawn = pipe(class_labels=[1, "none"], **settings).images
     assert drawn.shape == (2, 16, 16, 3)
     assert (drawn != pipe(class_labels=[1, "none"], feature_schedule="constant", **settings).images).any()

@@ -366,7 +366,7 @@ def test_every_function_that_writes_refuses_a_folder_of_somebody_else(work: Path
 
 def test_samples_are_replaced_only_on_request(work: Path) -> None:
     pipe = seriatim.load(work.parent / "made" / "model", device="cpu")
-    few = {"num_inference_steps": 1, "num_diffusion_steps": 1}
+    few: dict[str, Any] = {"num_inference_steps": 1, "num_diffusion_steps": 1}
     first = pipe(class_labels=["cat", "dog"], seed=0, **few)
     second = pipe(class_labels=["cat", "dog"], seed=1, **few)
     first.save(work / "out")

@@ -255,4 +255,4 @@ def test_too_few_tokens_show_too_little() -> None:
 
 def test_something_else_is_no_backbone() -> None:
     with pytest.raises(AssertionError, match="neither Parallel nor Sequential"):
-        check_backbone(lambda: torch.nn.Linear(2, 2))
+        check_backbone(lambda: torch.nn.Linear(2, 2))  # type: ignore[arg-type, return-value]

@@ -65,7 +65,9 @@ def test_from_an_official_file_to_images(work: Path, capsys: pytest.CaptureFixtu
     assert one.class_names == ["cat", "dog"]
     for name, tensor in one.model.state_dict().items():
         assert torch.allclose(tensor, two.model.state_dict()[name], atol=1e-5), name
-    assert torch.equal(one.tokenizer.mean, tokenizer.mean), "statistics travel with the model"
+    assert torch.equal(one.tokenizer.state_dict()["mean"], tokenizer.state_dict()["mean"]), (
+        "statistics travel with the model"
+    )
     result = one(class_labels=["cat"], seed=0, guidance_scale=1.0, output_type="np")
     assert result.images.shape == (1, 16, 16, 3)
 
