@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from seriatim.core.errors import UsageError as UsageError
     from seriatim.core.keys import Keys as Keys
     from seriatim.core.orders import ORDERS as ORDERS
+    from seriatim.core.plugins import load_installed_plugins as load_installed_plugins
+    from seriatim.core.plugins import load_plugin as load_plugin
+    from seriatim.core.schedules import GUIDANCE_SCHEDULES as GUIDANCE_SCHEDULES
+    from seriatim.core.schedules import TOKEN_SCHEDULES as TOKEN_SCHEDULES
     from seriatim.evaluation.base import FeatureExtractor as FeatureExtractor
     from seriatim.evaluation.base import Features as Features
     from seriatim.evaluation.features import FEATURES as FEATURES
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from seriatim.heads.base import Head as Head
     from seriatim.models.base import SequenceModel as SequenceModel
     from seriatim.models.registry import BACKBONES as BACKBONES
+    from seriatim.models.registry import CONDITIONERS as CONDITIONERS
     from seriatim.models.registry import HEADS as HEADS
     from seriatim.models.registry import MODELS as MODELS
     from seriatim.models.registry import SPLITS as SPLITS
@@ -64,13 +69,15 @@ else:
             "core.errors": "CheckpointError ConfigError DataError NumericsError ResourceError SeriatimError UsageError",
             "core.keys": "Keys",
             "core.orders": "ORDERS",
+            "core.plugins": "load_installed_plugins load_plugin",
+            "core.schedules": "GUIDANCE_SCHEDULES TOKEN_SCHEDULES",
             "evaluation.base": "FeatureExtractor Features",
             "evaluation.features": "FEATURES open_features",
             "evaluation.run": "evaluate",
             "evaluation.sweep": "sweep",
             "heads.base": "Head",
             "models.base": "SequenceModel",
-            "models.registry": "BACKBONES HEADS MODELS SPLITS",
+            "models.registry": "BACKBONES CONDITIONERS HEADS MODELS SPLITS",
             "pipeline.arguments": "SettingsArgs",
             "pipeline.loading": "load",
             "pipeline.pipeline": "Pipeline",

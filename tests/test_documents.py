@@ -24,13 +24,12 @@ import pytest
 import torch
 import typer
 from documents import DATA, PAGES, PROGRAMS, ROOT, SHELL, commands, fenced, first_word, python
+from plugin_tables import kept_tables
 
 from seriatim.bench import race as bench_run
 from seriatim.cli.app import app
 from seriatim.cli.main import run
-from seriatim.core.orders import ORDERS
-from seriatim.evaluation.features import FEATURES
-from seriatim.models.registry import HEADS
+from seriatim.core.plugins import load_plugin
 from seriatim.training.config import packaged
 from seriatim.zoo import PRESETS
 
@@ -57,6 +56,7 @@ OTHERWISE: dict[str, dict[str, str]] = {  # of a command alone
     "export llamagen": {"MODEL": "llamagen-b.model", "OUT.pt": "out.pt"},
 }
 FOLDERS = ("photos/", "runs/mine/recipe.yaml")  # that stand in the place of a packaged recipe
+PLUGINS = dict.fromkeys(("mine.py", "examples/own_plugin.py", "means.py"), str(ROOT / "examples" / "own_plugin.py"))
 SMALLER = {
     "--num": "24",
     "--num-images": "24",
@@ -80,6 +80,7 @@ MORE: dict[str, list[str]] = {  # what makes a command small
     "convert llamagen-vq": ["--size", str(world.SIDE)],
 }  # fmt: skip
 ELLIPSIS = "an ellipsis stands for the settings of another line"
+OWN_FILE = "the file is the reader's own"
 SCRIPT = "tests/benchmarks runs every script at toy size"
 CANNOT = {
     "seriatim demo": "tests/test_readme.py runs it, shortened",
@@ -88,7 +89,7 @@ CANNOT = {
     "seriatim evaluate MODEL --features RUN": "a part of a command",
     "torchrun --nproc-per-node 8 -m seriatim evaluate ...": "eight GPUs",
     "torchrun --nproc-per-node 2 -m seriatim evaluate ...": "two processes; tests/evaluation runs two shares",
-    "python mine.py evaluate demo/model --data digits --num 350 --features means": "the file is the reader's own",
+    "seriatim evaluate demo/model --data digits --num 350 --features means --plugin means.py": OWN_FILE,
     "seriatim bench mar-b --official mar --threads 2 --dtype ...": ELLIPSIS,
     "seriatim train mar-cifar10-tiny data.path=photos training.compile=true": "a compiler takes minutes",
     "pytest": "this is the suite",
@@ -124,11 +125,20 @@ def verbs() -> Any:
     return typer.main.get_command(app)
 
 
+def parted(words: list[str]) -> tuple[list[str], list[str]]:
+    """The words without plug-ins, which may stand anywhere, and the words that name those."""
+    named = [i for i, word in enumerate(words) if word == "--plugin"]
+    return (
+        [word for i, word in enumerate(words) if i not in named and i - 1 not in named],
+        [word for i in named for word in ("--plugin", PLUGINS[words[i + 1]])],
+    )
+
+
 def verb_of(words: list[str]) -> tuple[str, Any]:
     """`convert mar` and its command, of `seriatim convert mar FILE ...`; fails where there is no such verb."""
     found: Any = verbs()
     path: list[str] = []
-    for word in words[1:]:
+    for word in parted(words)[0][1:]:
         if not hasattr(found, "commands"):
             break
         assert word in found.commands, f"seriatim has no verb {' '.join([*path, word])!r}"
@@ -187,6 +197,14 @@ def test_verbs_options_and_names_exist(words: list[str]) -> None:
     _, command = verb_of(words)
     if is_mention(words):
         return
+    words, plugins = parted(words)
+    with kept_tables():
+        for file in plugins[1::2]:
+            load_plugin(file)
+        check_words(words, command)
+
+
+def check_words(words: list[str], command: Any) -> None:
     path = verb_of(words)[0].split()
     given = list(words[1 + len(path) :])
     try:
@@ -275,7 +293,8 @@ def execute(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             assert run(["sample", "demo/model", "--label", "3", "--out", "again"]) == 0
             first = sorted(Path("again").glob("*-3.png"))[0]
             first.rename(STANDS_FOR["picture.png"])
-        assert run(translated(words)[1:]) == 0, f"{' '.join(words)} as {translated(words)}"
+        rest, plugins = parted(words)
+        assert run([*translated(rest)[1:], *plugins]) == 0, f"{' '.join(words)} as {translated(rest)}"
     elif words[0] == "python" and words[1].startswith("examples/"):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", words[1:])
@@ -295,7 +314,8 @@ def test_the_commands_run(page: str, monkeypatch: pytest.MonkeyPatch, capsys: py
             said = " ".join(words)
             if said not in CANNOT and said not in run_already and not (words[0] == "seriatim" and is_mention(words)):
                 run_already.add(said)
-                execute(words, monkeypatch)
+                with kept_tables():
+                    execute(words, monkeypatch)
                 capsys.readouterr()
     finally:
         torch.set_num_threads(before)
@@ -304,16 +324,12 @@ def test_the_commands_run(page: str, monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("page", [page for page in PAGES if python(PAGES[page])])
 def test_the_python_runs(page: str) -> None:
-    registries: list[dict[str, Any]] = [HEADS, FEATURES, ORDERS]
-    before = [dict(registry) for registry in registries]
     logger = logging.getLogger("seriatim")
     handlers, level = list(logger.handlers), logger.level
     try:
-        exec(compile(python(PAGES[page]), page, "exec"), {"__name__": "__main__"})
+        with kept_tables():
+            exec(compile(python(PAGES[page]), page, "exec"), {"__name__": "__main__"})
     finally:
-        for registry, old in zip(registries, before, strict=True):
-            registry.clear()
-            registry.update(old)
         logger.setLevel(level)
         for handler in set(logger.handlers) - set(handlers):
             logger.removeHandler(handler)

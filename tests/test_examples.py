@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from forked import in_fork, script
+from forked import command_line, in_fork, script
 
 LINES = {
     "own_head": "nats of each feature",
     "own_backbone": "means of class 0 and 1",
     "tokenbridge": "at full size: 482,802,752",
 }
-LONGEST = {"own_head": 60, "own_backbone": 120}
+LONGEST = {"own_head": 60, "own_backbone": 120, "own_plugin": 60}
 
 
 @pytest.mark.parametrize("name", LONGEST)
@@ -27,3 +27,22 @@ def test_it_runs(name: str, tmp_path: Path) -> None:
     done = in_fork(script, [str(path), "--steps", "2"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert LINES[name] in done.stdout
+
+
+def test_the_plugin_trains_and_samples(tmp_path: Path) -> None:
+    path = str(Path(__file__).resolve().parent.parent / "examples" / "own_plugin.py")
+    small = (
+        "model.width=32",
+        "model.depth=1",
+        "training.images=32",
+        "training.batch_size=32",
+        "training.sample_images=0",
+    )
+    lines = [
+        ["train", "mar-digits", "model.head={kind: laplace}", *small, "--out", "run"],
+        ["sample", "run", "--label", "3", "--sharpness", "2", "--order", "columns", "--num-inference-steps", "2"],
+    ]
+    for words in lines:
+        done = in_fork(command_line, ["--plugin", path, *words], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "samples" / "0000-3.png").is_file()

@@ -28,6 +28,7 @@ from seriatim.checkpoints.run_names import is_local
 from seriatim.core.construct import MOST_AT_ONCE, MOST_THREADS
 from seriatim.core.device import DTYPES, pick_device, pick_dtype
 from seriatim.core.errors import ResourceError, UsageError, check_known, nearest
+from seriatim.core.plugins import load_installed_plugins, load_plugin, plugin_files
 from seriatim.core.progress import Progress
 from seriatim.models.base import SequenceModel
 from seriatim.models.build import build_model, seeded
@@ -177,6 +178,7 @@ def bench(
     ask |= {"num_inference_steps": num_inference_steps, "num_diffusion_steps": num_diffusion_steps}
     ask |= {"guidance_scale": guidance_scale, "guidance_schedule": guidance_schedule, "guidance_mode": guidance_mode}
     ask |= {"device": str(pick_device(device)), "threads": threads or torch.get_num_threads()}
+    ask |= {"plugins": plugin_files()}
     where = torch.device(ask["device"])
     if official_dtype is not None:
         if official is None:
@@ -362,6 +364,9 @@ def memory_of(ask: Ask) -> int | None:
 def child(ask: Ask) -> int | None:
     device = torch.device(ask["device"])
     torch.set_num_threads(ask["threads"])
+    load_installed_plugins()
+    for file in ask["plugins"]:
+        load_plugin(file)
     opponent: Opponent
     if ask["who"] == "official":
         of = sizes(ask["model"])

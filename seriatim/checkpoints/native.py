@@ -33,7 +33,6 @@ from seriatim.checkpoints.shared_tokenizer import tokenizer_file, tokenizer_in
 from seriatim.checkpoints.unfinished import is_checkpoint
 from seriatim.core.errors import (
     CheckpointError,
-    ConfigError,
     NumericsError,
     UsageError,
     one_line,
@@ -142,8 +141,7 @@ def opened(folder: Path, *files: str) -> Iterator[tuple[dict[str, Any], dict[str
     except (KeyError, TypeError, ValueError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
         what = f"it {what}" if isinstance(error, Unreadable) else what
-        hint = "; register your class before loading" if isinstance(error, ConfigError) else ""
-        raise CheckpointError(f"{path} cannot be used: {what}{hint}") from error
+        raise CheckpointError(f"{path} cannot be used: {what}") from error
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:

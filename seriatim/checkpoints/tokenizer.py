@@ -66,8 +66,7 @@ def load_tokenizer(folder: Path | str, /, **overrides: Any) -> Tokenizer:
         try:
             tokenizer = build_tokenizer(stored, stored=True)
         except ConfigError as error:
-            hint = "register your class before loading"
-            raise CheckpointError(f"{folder / CONFIG} cannot be used: {one_line(error)}; {hint}") from error
+            raise CheckpointError(f"{folder / CONFIG} cannot be used: {one_line(error)}") from error
         if changed:
             shapes = {name: tensor.shape for name, tensor in tokenizer.state_dict().items()}
             tokenizer = build_tokenizer({**stored, **changed})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ from seriatim.cli.edit import edit
 from seriatim.cli.evaluate import evaluate
 from seriatim.cli.measure import measure_latents
 from seriatim.cli.models import models
+from seriatim.cli.plugin_option import PluginGroup, load_all
 from seriatim.cli.recipes import recipes
 from seriatim.cli.sample import sample
 from seriatim.cli.sampling_options import SamplingVerb
@@ -29,6 +31,7 @@ from seriatim.core.processes import place
 
 app = typer.Typer(
     name="seriatim",
+    cls=PluginGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,12 +55,21 @@ def root(
     version: Annotated[  # noqa: ARG001 (its callback does the work)
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
+    plugin: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE.py",
+            help="A Python file with heads, orders or other parts of your own, which is run before the verb. Repeat it "
+            "for several. It may also stand after the verb.",
+        ),
+    ] = None,
 ) -> None:
     if context.invoked_subcommand in ALONE and place().size > 1:
         raise UsageError(
             f"{context.invoked_subcommand}: is the work of one process, and {place().size} were started; start it "
             "without torchrun, or unset WORLD_SIZE and RANK"
         )
+    load_all(plugin or [], context.invoked_subcommand)
 
 
 app.command()(demo)

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from seriatim.core.errors import ResourceError, SeriatimError, Stopped, is_out_of_memory, one_line
+from seriatim.core.plugins import fault_of_plugin
 from seriatim.core.terminal import say, show, speaks
 
 INTERRUPTED = 130
@@ -92,6 +93,10 @@ def explain(error: BaseException) -> int:
         say(f"error: {one_line(error)}; check the path and the disk", everyone=True)
         return ResourceError.exit_code
     what = f"{type(error).__name__}: {one_line(error)[:300]}"
+    plugin = fault_of_plugin(error)
+    if plugin is not None:
+        say(f"error: {plugin}: {what}; SERIATIM_DEBUG=1 shows the traceback", everyone=True)
+        return 1
     say(f"error: {what} (a bug: please report it; SERIATIM_DEBUG=1 shows it)", everyone=True)
     return 1
 

@@ -66,17 +66,15 @@ class Conditioner(nn.Module):
       width      A, the width of a vector
       count      P, the number of vectors of an image
       classes    the number of classes; 0 where the inputs are not classes
+      config     its constructor's arguments without width and classes, as plain data (of those here: the arguments of a
+                 model that stand for it)
     and defines `forward`, `null`, `check` and `drop`.
     """
 
     width: int
     count: int = 1
     classes: int = 0
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The arguments of the model that build this conditioner, as plain data."""
-        return {}
+    config: dict[str, Any]
 
     @property
     def device(self) -> torch.device:

@@ -42,14 +42,11 @@ class CaptionEmbedder(Conditioner):
     def __init__(self, dim: int, tokens: int, width: int) -> None:
         super().__init__()
         self.dim, self.count, self.width = dim, tokens, width
+        self.config = {"classes": 0, "caption_dim": dim, "caption_tokens": tokens}
         self.mlp = TanhMLP(dim, width, width, bias=False)
         for layer in (self.mlp.fc1, self.mlp.down):
             nn.init.normal_(layer.get_parameter("weight"), std=0.02)
         self.register_buffer("no_caption", torch.randn(tokens, dim) / dim**0.5)
-
-    @property
-    def config(self) -> dict[str, object]:
-        return {"classes": 0, "caption_dim": self.dim, "caption_tokens": self.count}
 
     def forward(self, inputs: Captions | None, images: int) -> Condition:
         if inputs is None:

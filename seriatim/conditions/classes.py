@@ -22,14 +22,10 @@ class Classes(Conditioner):
         super().__init__()
         if classes < 0:
             raise UsageError(f"classes: {classes!r} is not allowed; it must be 0 (unconditional) or more")
-        self.classes, self.width = classes, width
+        self.classes, self.width, self.config = classes, width, {"classes": classes}
         self.no_class = nn.Parameter(torch.randn(1, width) * 0.02)
         if classes:
             self.class_embedding = nn.Parameter(torch.randn(classes, width) * 0.02)
-
-    @property
-    def config(self) -> dict[str, object]:
-        return {"classes": self.classes}
 
     def forward(self, inputs: Tensor | None, images: int) -> Condition:
         if inputs is None:

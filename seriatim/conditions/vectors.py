@@ -24,6 +24,7 @@ class Vectors(Conditioner):
     def __init__(self, inputs: int, count: int = 1, width: int | None = None) -> None:
         super().__init__()
         self.inputs, self.count, self.width = inputs, count, width or inputs
+        self.config = {}
         self.project = None if self.width == inputs else Linear(inputs, self.width)
 
     @property

@@ -19,6 +19,7 @@ from seriatim.core.errors import (
     UsageError,
     is_out_of_memory,
     nearest,
+    nearest_part,
     one_line,
     shown,
 )
@@ -151,7 +152,7 @@ def pop_kind(config: Mapping[str, Any], table: Mapping[str, Any], where: str) ->
     if kind is None:
         raise ConfigError(f"{where}.kind: is required{nearest('', table)}")
     if not isinstance(kind, str) or kind not in table:
-        raise ConfigError(f"{where}.kind: {shown(kind)} is not known{nearest(str(kind)[:100], table)}")
+        raise ConfigError(f"{where}.kind: {shown(kind)} is not known{nearest_part(str(kind)[:100], table)}")
     return kind, rest
 
 

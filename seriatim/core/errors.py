@@ -17,7 +17,7 @@ from __future__ import annotations
 import difflib
 import reprlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from seriatim.core.names import printable
@@ -82,6 +82,17 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     return f"; allowed: {shown}" if names else ""
 
 
+def nearest_part(name: str, allowed: Iterable[str]) -> str:
+    """`nearest` for the name of a part that may be of a plug-in."""
+    return or_of_plugin(nearest(name, allowed))
+
+
+def or_of_plugin(hint: str) -> str:
+    """The end of an error message that also tells how a plug-in is loaded."""
+    joint = " If" if hint.endswith("?") else "; if"
+    return f"{hint}{joint} it is of a plug-in, load that first (--plugin FILE.py, seriatim.load_plugin)"
+
+
 def caller_level() -> int:
     """The `stacklevel` with which a warning points to the first line of code outside this package."""
     # The frames of contextlib lie between a decorated function and its caller, so they are skipped as well.
@@ -126,9 +137,9 @@ def check_least(least: int, **values: int | None) -> None:
             raise UsageError(f"{name}: {value!r} is not allowed; it must be at least {least}")
 
 
-def check_known(known: Iterable[str], **values: object) -> None:
-    """Raise UsageError that names the first of the values that is not one of the known names."""
+def check_known(known: Iterable[str], hint: Callable[[str, Iterable[str]], str] = nearest, **values: object) -> None:
+    """Raise UsageError that names the first of the values that is not one of the known names, with a `hint`."""
     names = list(known)
     for name, value in values.items():
         if not (isinstance(value, str) and value in names):
-            raise UsageError(f"{name}: {value!r} is not known{nearest(str(value), names)}")
+            raise UsageError(f"{name}: {value!r} is not known{hint(str(value), names)}")

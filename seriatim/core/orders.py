@@ -17,7 +17,7 @@ from itertools import count, islice
 import torch
 from torch import Tensor
 
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError, nearest, or_of_plugin
 from seriatim.core.keys import Keys
 
 RANDOM = "random"  # not a function of the grid: each image gets its own permutation from its key
@@ -85,7 +85,8 @@ ORDERS: dict[str, Callable[[int, int], Sequence[int]]] = {RASTER: raster, "halto
 def check_order_name(name: str) -> None:
     names = (RANDOM, CONFIDENCE, *ORDERS)
     if name not in names:
-        raise UsageError(f"order: {name!r} is not known{nearest(name, names)}; or give the positions")
+        hint = or_of_plugin(f"{nearest(name, names)}; or give the positions")
+        raise UsageError(f"order: {name!r} is not known{hint}")
 
 
 def check_permutation(positions: Sequence[int], tokens: int, name: str = "order", of: str = "tokens") -> None:

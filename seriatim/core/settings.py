@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, StrictInt, model_validator
 
-from seriatim.core.errors import UsageError, check_known
+from seriatim.core.errors import UsageError, check_known, nearest_part
 from seriatim.core.orders import check_order_name
 from seriatim.core.schedules import GUIDANCE_OPTIONS, GUIDANCE_SCHEDULES, TOKEN_SCHEDULES
 from seriatim.core.validation import Strict
@@ -92,8 +92,8 @@ class Settings(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Settings:
         schedule, interval, power = self.guidance_schedule, self.guidance_interval, self.guidance_power
-        check_known(TOKEN_SCHEDULES, token_schedule=self.token_schedule)
-        check_known(GUIDANCE_SCHEDULES, guidance_schedule=schedule)
+        check_known(TOKEN_SCHEDULES, nearest_part, token_schedule=self.token_schedule)
+        check_known(GUIDANCE_SCHEDULES, nearest_part, guidance_schedule=schedule)
         for owner, name in GUIDANCE_OPTIONS.items():
             if getattr(self, name) is not None and schedule != owner:
                 only = f"only valid with guidance_schedule={owner!r} (got {schedule!r})"

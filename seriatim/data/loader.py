@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from seriatim.core.errors import ConfigError, DataError, ResourceError, SeriatimError
+from seriatim.core.plugins import after_plugins, plugin_files
 from seriatim.core.random import derive_seed
 from seriatim.core.terminal import say
 from seriatim.data.base import BEGINNING, ImageData, Order, Position, Row, StreamData, mirror
@@ -69,7 +70,14 @@ class Batch:
         return replace(self, images=self.images.pin_memory())
 
 
-class Batches(Dataset[Batch]):
+class Sent:
+    """What is sent to worker processes. Those that are not forked load the plug-ins before they read the data."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return after_plugins, (type(self), plugin_files()), self.__dict__
+
+
+class Batches(Sent, Dataset[Batch]):
     """The batches of a run. Batch n holds the images first + n B, ... and depends on (data, seed, n) alone."""
 
     def __init__(self, data: ImageData, seed: int, first: int, total: int, batch_size: int, share: Share = ALL) -> None:
@@ -107,7 +115,7 @@ class InOrder(Batches):
         return Batch(first, self.data.images(index), self.data.labels(index), index, whole=whole)
 
 
-class StreamBatches(IterableDataset[Batch]):
+class StreamBatches(Sent, IterableDataset[Batch]):
     """The batches of a run on a stream, read from `position` on. Batch n depends on (data, seed, n) alone.
 
     Each of several processes reads and decodes all rows, since the images of a batch are known only once it is known

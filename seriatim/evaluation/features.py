@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from seriatim.checkpoints.packaged import packaged, packaged_names
-from seriatim.core.errors import UsageError, nearest
+from seriatim.core.errors import UsageError, nearest_part
 from seriatim.core.files import expanded
 from seriatim.evaluation.base import FeatureExtractor, Features
 from seriatim.evaluation.inception import Inception, InceptionPytorchFid
@@ -61,6 +61,6 @@ def open_features(which: str, *, size: tuple[int, int], channels: int) -> Featur
         path = expanded(which)
         name = CLASSIFIER if path.is_dir() else WEIGHTS
     if name not in FEATURES:
-        hint = nearest(name, [*FEATURES, *packaged_names("classifier"), "a folder of a trained classifier"])
+        hint = nearest_part(name, [*FEATURES, *packaged_names("classifier"), "a folder of a trained classifier"])
         raise UsageError(f"features: {which!r} is neither an extractor nor a path that exists{hint}")
     return FEATURES[name].open(path, size=size, channels=channels).eval()

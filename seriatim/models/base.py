@@ -15,6 +15,7 @@ from seriatim.backbones.base import Backbone
 from seriatim.conditions.base import Condition, Conditioner
 from seriatim.conditions.captions import CaptionEmbedder
 from seriatim.conditions.classes import Classes
+from seriatim.conditions.vectors import Vectors
 from seriatim.core.errors import UsageError
 from seriatim.core.keys import Keys
 from seriatim.core.orders import RANDOM
@@ -68,8 +69,8 @@ class SequenceModel(nn.Module):
 
     @property
     def config(self) -> dict[str, object]:
-        """The constructor's arguments without backbone and head, as plain data."""
-        return {**self.conditioner.config, "label_dropout": self.label_dropout}
+        """The constructor's arguments without backbone, head and conditioner, as plain data."""
+        return {**(self.conditioner.config if is_short(self.conditioner) else {}), "label_dropout": self.label_dropout}
 
     @staticmethod
     def of_backbone(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,6 +159,16 @@ class SequenceModel(nn.Module):
     def check_settings(self, settings: Settings) -> None:
         """Raise UsageError if this model can't follow the settings."""
         self.head.check_options(self.head.options(**settings.head_options), settings.temperature)
+
+
+def own_class(part: object) -> type[Any]:
+    """The class of a part of a model; sharding replaces it by a class of torch that inherits from it."""
+    return next(cls for cls in type(part).__mro__ if not cls.__module__.startswith("torch."))
+
+
+def is_short(conditioner: Conditioner) -> bool:
+    """Whether arguments of the model, such as `classes`, stand for its conditioner. They never do for a subclass."""
+    return own_class(conditioner) in (CaptionEmbedder, Classes, Vectors)
 
 
 def make_conditioner(width: int, classes: int, caption_dim: int | None, caption_tokens: int | None) -> Conditioner:

@@ -7,6 +7,7 @@ A model's config is one flat mapping, the same in a recipe, a preset and a model
     tokens, dim, width, ... # arguments of the backbone
     classes, ...            # arguments of the model
     head: {kind: diffusion, width: ..., ...}   # a name in HEADS, and arguments of the head
+    conditioner: {kind: mine, ...}             # a name in CONDITIONERS; optional, since classes or captions have one
 
 A head of kind `nested` has a split and the config of the model of the token's parts. That config leaves out all sizes
 that follow from the split:
@@ -26,12 +27,14 @@ from torch import nn
 from seriatim.conditions.base import Conditioner
 from seriatim.conditions.vectors import Vectors
 from seriatim.core.construct import arguments, check_sizes, construct, pop_kind
-from seriatim.core.errors import ConfigError, nearest, shown
+from seriatim.core.errors import ConfigError, nearest, nearest_part, shown
 from seriatim.heads.base import Head
-from seriatim.models.base import SequenceModel
+from seriatim.models.base import SequenceModel, is_short, own_class
 from seriatim.models.nested import Nested
-from seriatim.models.registry import BACKBONES, HEADS, MODELS, SPLITS
+from seriatim.models.registry import BACKBONES, CONDITIONERS, HEADS, MODELS, SPLITS
 from seriatim.models.splits import Split
+
+CONDITIONS = ("classes", "caption_dim", "caption_tokens")  # arguments of a model that stand for its conditioner
 
 
 def build_model(
@@ -46,9 +49,10 @@ def build_model(
     kind, rest = pop_kind(config, MODELS, where)
     backbone_kind = rest.pop("backbone", kind)
     if not isinstance(backbone_kind, str) or backbone_kind not in BACKBONES:
-        hint = nearest(str(backbone_kind)[:100], BACKBONES)
+        hint = nearest_part(str(backbone_kind)[:100], BACKBONES)
         raise ConfigError(f"{where}.backbone: {shown(backbone_kind)} is not known{hint}")
     head_config = rest.pop("head", None)
+    conditioner_config = rest.pop("conditioner", None)
     if not isinstance(head_config, Mapping):
         raise ConfigError(f"{where}.head: is required, a mapping such as {{kind: diffusion, width: 256, depth: 3}}")
     given, wanted = ("dim", "vocab") if "vocab" in known else ("vocab", "dim")
@@ -63,13 +67,13 @@ def build_model(
     of_model = {k: v for k, v in arguments(MODELS[kind]).items() if k not in ("backbone", "head", "conditioner")}
     for name in rest:
         if name not in of_backbone and name not in of_model:
-            hint = nearest(name, [*of_backbone, *of_model, "head", "backbone"])
+            hint = nearest(name, [*of_backbone, *of_model, "head", "backbone", "conditioner"])
             raise ConfigError(f"{where}: unknown key '{where}.{name}'{hint}")
     told = {k: v for k, v in MODELS[kind].of_backbone(rest).items() if k in of_backbone}
     own = {k: v for k, v in rest.items() if k in of_model}
     if z_dim is not None:
-        for name in ("classes", "caption_dim", "caption_tokens", "condition_width"):
-            if rest.get(name):
+        for name in (*CONDITIONS, "condition_width", "conditioner"):
+            if rest.get(name) or (name == "conditioner" and conditioner_config is not None):
                 raise ConfigError(f"{where}.{name}: follows from what is around a nested head; leave it out")
         if "condition_width" in of_backbone:
             told["condition_width"] = z_dim
@@ -77,9 +81,27 @@ def build_model(
     conditioner: Conditioner | None = None
     if z_dim is not None:
         conditioner = Vectors(z_dim, conditions, backbone.width)
-        own = {k: v for k, v in own.items() if k not in ("classes", "caption_dim", "caption_tokens")}
+    elif conditioner_config is not None:
+        conditioner = build_conditioner(conditioner_config, rest, backbone.width, f"{where}.conditioner")
+    if conditioner is not None:
+        own = {k: v for k, v in own.items() if k not in CONDITIONS}
     head = build_head(head_config, dim=backbone.dim, vocab=backbone.vocab, z_dim=backbone.z_dim, where=f"{where}.head")
     return construct(MODELS[kind], own, where, backbone=backbone, head=head, conditioner=conditioner)
+
+
+def build_conditioner(config: Any, model: Mapping[str, Any], width: int, where: str) -> Conditioner:
+    """The conditioner that a model's config asks for; its width, and its classes if it takes any, follow from those."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{where}: {shown(config)} is not allowed; give a mapping such as {{kind: ...}}")
+    for name in ("caption_dim", "caption_tokens"):
+        if model.get(name) is not None:
+            raise ConfigError(f"{where}: given with {name}, which asks for another conditioner; leave one of them out")
+    kind, rest = pop_kind(config, CONDITIONERS, where)
+    known = {"width": width, "classes": model.get("classes", 0)}
+    for name in known.keys() & rest.keys():
+        raise ConfigError(f"{where}.{name}: follows from the model around it; leave it out")
+    allowed = arguments(CONDITIONERS[kind])
+    return construct(CONDITIONERS[kind], rest, where, **{k: v for k, v in known.items() if k in allowed})
 
 
 def build_head(
@@ -167,8 +189,18 @@ def model_config(model: SequenceModel) -> dict[str, Any]:
         "backbone": name_of(model.backbone, BACKBONES, "BACKBONES"),
         **model.backbone.config,
         **model.config,
+        **conditioner_config(model.conditioner),
         "head": head_config(model.head),
     }
+
+
+def conditioner_config(conditioner: Conditioner) -> dict[str, Any]:
+    """The keys of a model's config for its conditioner, unless arguments of the model stand for it."""
+    if is_short(conditioner):
+        return {}
+    own = {name: value for name, value in conditioner.config.items() if name not in ("classes", "width")}
+    kind = name_of(conditioner, CONDITIONERS, "CONDITIONERS")
+    return {"classes": conditioner.classes, "conditioner": {"kind": kind, **own}}
 
 
 def head_config(head: Head) -> dict[str, Any]:
@@ -190,8 +222,7 @@ def head_config(head: Head) -> dict[str, Any]:
 
 def name_of(part: object, table: Mapping[str, type[Any]], label: str) -> str:
     """The name under which the class of `part` is registered. Raises ConfigError if it is not."""
-    # Sharding replaces the class of a model by a class of torch that inherits from it.
-    own = next(cls for cls in type(part).__mro__ if not cls.__module__.startswith("torch."))
+    own = own_class(part)
     for name, cls in table.items():
         if own is cls:
             return name

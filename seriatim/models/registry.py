@@ -1,4 +1,4 @@
-"""The public tables that map names to the classes of heads, backbones, splits and models.
+"""The public tables that map names to the classes of heads, backbones, conditioners, splits and models.
 
 One line registers a class of your own: `HEADS["mine"] = Mine`.
 """
@@ -9,6 +9,9 @@ from seriatim.backbones.base import Backbone
 from seriatim.backbones.bidirectional_transformer import Bidirectional
 from seriatim.backbones.causal_transformer import Causal
 from seriatim.backbones.masked_transformer import Masked
+from seriatim.conditions.base import Conditioner
+from seriatim.conditions.captions import CaptionEmbedder
+from seriatim.conditions.classes import Classes
 from seriatim.heads.base import Head
 from seriatim.heads.bins import Bins
 from seriatim.heads.categorical import Categorical
@@ -32,5 +35,6 @@ HEADS: dict[str, type[Head]] = {
     "nested": Nested,
 }
 BACKBONES: dict[str, type[Backbone]] = {"bidirectional": Bidirectional, "causal": Causal, "masked": Masked}
+CONDITIONERS: dict[str, type[Conditioner]] = {"captions": CaptionEmbedder, "classes": Classes}
 MODELS: dict[str, type[SequenceModel]] = {"causal": CausalModel, "masked": MaskedModel}
 SPLITS: dict[str, type[Split]] = {"features": Features, "patches": Patches, "rgb": RGB}

@@ -16,6 +16,7 @@ import torch
 from seriatim import __version__
 from seriatim.core.files import atomic_write, write_json, write_text
 from seriatim.core.markdown import block, inline
+from seriatim.core.plugins import loaded_plugins
 from seriatim.core.processes import launch
 from seriatim.core.reading import Unreadable, parse_json
 from seriatim.core.terminal import say, warn
@@ -165,6 +166,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "command": sys.argv,
+        "plugins": loaded_plugins(),
         **({} if launch() is None else {"launch": launch()}),
     }
 

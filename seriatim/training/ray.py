@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from seriatim.core.errors import ResourceError, UsageError, one_line
+from seriatim.core.plugins import load_plugin, plugin_files
 from seriatim.training.config import Recipe
 from seriatim.training.engine import TrainingResult
 from seriatim.training.loop import train as train_here
@@ -47,7 +48,7 @@ def train(
     check_out(out, resume=resume, overwrite=False)
     trainer = TorchTrainer(
         work,
-        train_loop_config={"recipe": recipe, "out": str(out)},
+        train_loop_config={"recipe": recipe, "out": str(out), "plugins": plugin_files()},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus),
         run_config=run_config or RunConfig(failure_config=FailureConfig(max_failures=max_failures)),
     )
@@ -64,6 +65,8 @@ def work(config: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
+    for file in config["plugins"]:  # on file systems that all machines share, as `out` is
+        load_plugin(file)
     done = train_here(config["recipe"], config["out"], device=str(get_device()), resume="auto", quiet=True)
     report = {**asdict(done), "folder": str(done.folder)}
     with tempfile.TemporaryDirectory() as folder:

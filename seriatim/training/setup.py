@@ -15,6 +15,8 @@ from seriatim.checkpoints.tokenizer import load_tokenizer
 from seriatim.core.construct import check_room
 from seriatim.core.errors import ConfigError, Stopped, UsageError, one_line
 from seriatim.core.files import expanded, write_json, write_text
+from seriatim.core.ownership import json_of
+from seriatim.core.plugins import plugin_changes
 from seriatim.core.progress import Progress
 from seriatim.core.random import derive_seed
 from seriatim.core.stopping import StopRequest
@@ -36,7 +38,7 @@ from seriatim.training.data_record import check_record, write_record
 from seriatim.training.freezing import freeze
 from seriatim.training.log import environment
 from seriatim.training.optim import rate_after
-from seriatim.training.run_folder import RECIPE, check_out
+from seriatim.training.run_folder import ENVIRONMENT, RECIPE, check_out
 
 # A resumed run may change these settings, because they affect no weights (but by the order of sums and, where there is
 # dropout, by its masks), or only how long training lasts.
@@ -197,7 +199,7 @@ def begin_run(out: Path, recipe: AnyRecipe, data: ImageData, *, resume: bool) ->
         return check_same_run(out, recipe, data)
     check_out(out, resume=False, overwrite=False)  # again, since another process may have begun a run meanwhile
     write_record(out, data)
-    write_json(out / "environment.json", environment())
+    write_json(out / ENVIRONMENT, environment())
     write_text(out / RECIPE, dump(recipe.model_copy(update={"changes": []})))  # changes are those of another run
     return None
 
@@ -227,6 +229,9 @@ def changes_of(out: Path, recipe: AnyRecipe, seen: int) -> list[str]:
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     changed = [key for key in changed if key != "changes" and not (key in MEASURED and now[key] == "auto")]
     new = [f"after {seen} images: {key} from {before.get(key)} to {now.get(key)}" for key in changed]
+    plugins = json_of(out / ENVIRONMENT).get("plugins")
+    if isinstance(plugins, list):  # earlier releases wrote none
+        new += [f"after {seen} images: {change}" for change in plugin_changes(plugins)]
     for change in new:
         say(change)
     old, new_end = first.training.images, recipe.training.images
