@@ -23,6 +23,7 @@ _PUBLIC, __getattr__ = exports(
         "evaluation.run": "evaluate",
         "evaluation.sweep": "sweep",
         "models.registry": "BACKBONES HEADS MODELS SPLITS",
+        "pipeline.folder_sampling": "sample_to_folder",
         "pipeline.loading": "load",
         "pipeline.pipeline": "Pipeline",
         "pipeline.request": "SampleRequest",
