@@ -39,9 +39,12 @@ def is_sample(path: Path) -> bool:
     """Whether a file holds a picture with the request that made it, or that request. Its pixels are not decoded."""
     try:
         if path.suffix == ".json":
-            return bool(recorded_in(read_text(path, LONGEST + 1), path).model_sha256)
+            recorded_in(read_text(path, LONGEST + 1), path)
+            return True
         text = picture_and_text(path, decode=False)[1]
-        return text is not None and (path.suffix != ".npy" or bool(recorded_in(text, path).model_sha256))
+        if text is not None and path.suffix == ".npy":  # any JSON file may be beside an array
+            recorded_in(text, path)
+        return text is not None
     except (BadImage, Unreadable, DataError):
         return False
 
@@ -97,7 +100,7 @@ def is_damaged(file: Path, request: Mapping[str, Any], model_sha256: str) -> boo
     if file.is_symlink() or not file.is_file():
         return False
     try:
-        if file.stat().st_size == 0:
+        if file.stat().st_size == 0 or is_cut_webp(file):
             return True
         if difference(read_recorded(file, decode=False)[1], request, model_sha256):
             return False
@@ -108,6 +111,14 @@ def is_damaged(file: Path, request: Mapping[str, Any], model_sha256: str) -> boo
     except SeriatimError:
         return True
     return False
+
+
+def is_cut_webp(file: Path) -> bool:
+    """Whether a WebP file is shorter than it says. Its metadata stand at its end, so it can't tell whose it was."""
+    with open(file, "rb") as stream:
+        head = stream.read(12)
+    is_webp = head[:4] == b"RIFF" and head[8:] == b"WEBP"
+    return is_webp and int.from_bytes(head[4:8], "little") + 8 > file.stat().st_size
 
 
 def is_begun(file: Path, request: Mapping[str, Any], model_sha256: str) -> bool:

@@ -130,7 +130,7 @@ def test_a_format_is_read_back_with_its_request(pipe: Pipeline, tmp_path: Path, 
         (".{index}", "begins with a dot"),
         ("{label}", "gives images 0 and 1 the same name cat.png; add {index}"),
         ("grid", "the same name grid.png"),
-        ("x" * 190 + "-{label:<40}", "more than 200 bytes"),
+        ("x" * 180 + "-{label:<40}", "more than 200 bytes"),
         ("{label:d}", "can't be filled in"),
     ],
 )
