@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from seriatim.models.registry import MODELS as MODELS
     from seriatim.models.registry import SPLITS as SPLITS
     from seriatim.pipeline.arguments import SettingsArgs as SettingsArgs
+    from seriatim.pipeline.folder_sampling import sample_to_folder as sample_to_folder
     from seriatim.pipeline.loading import load as load
     from seriatim.pipeline.pipeline import Pipeline as Pipeline
     from seriatim.pipeline.request import SampleRequest as SampleRequest
@@ -79,6 +80,7 @@ else:
             "models.base": "SequenceModel",
             "models.registry": "BACKBONES CONDITIONERS HEADS MODELS SPLITS",
             "pipeline.arguments": "SettingsArgs",
+            "pipeline.folder_sampling": "sample_to_folder",
             "pipeline.loading": "load",
             "pipeline.pipeline": "Pipeline",
             "pipeline.request": "SampleRequest",

@@ -55,6 +55,9 @@ PRESETS_DRAW: dict[str, dict[str, Any]] = {
     "llamagen-b": {"guidance_scale": 2.0, "guidance_schedule": "constant"},
 }
 PHOTOGRAPHED = ["airplane", "automobile", "dog", "horse", "ship", "truck"]
+JOBS = """{"label": "3", "num_images_per_label": 2, "name": "threes"}
+{"class_labels": ["4", 5], "seeds": [11, 12], "guidance_scale": 3.0}
+"""
 SIDE = 8  # of the images of both autoencoders: 4 x 4 tokens
 RECIPE = """
 name: toy
@@ -134,6 +137,7 @@ def make(root: Path) -> Path:
     torch.save({"model": llamagen_tensors(codes)}, root / "c2i_B_256.pt")
     save_bundle(Bundle(codes, vq, [], {"guidance_scale": 2.0}), root / "llamagen-b.model")
     (root / "my.yaml").write_text(RECIPE)
+    (root / "jobs.jsonl").write_text(JOBS)
     bench, ignored = Path(__file__).parent / "bench", shutil.ignore_patterns("__pycache__")
     for double, place in (("checkout", "path/to/mar"), ("arinar", "path/to/Arinar"), ("llamagen", "LlamaGen")):
         shutil.copytree(bench / double, root / place, ignore=ignored)

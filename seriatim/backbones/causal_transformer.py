@@ -28,7 +28,7 @@ from seriatim.backbones.base import Sequential, token_embedding
 from seriatim.backbones.causal_state import CausalState
 from seriatim.backbones.masked_transformer import usual_heads
 from seriatim.conditions.base import Condition
-from seriatim.core.errors import UsageError, check_known, check_least
+from seriatim.core.errors import UsageError, check_known, check_least, nearest
 from seriatim.core.spec import TokenSpec, grid_of
 from seriatim.nn.causal_block import MLPS, NORMS, CausalBlock, ModulatedNorm, make_norm
 from seriatim.nn.kv_cache import KVCache, Window, causal_mask
@@ -76,7 +76,7 @@ class Causal(Sequential):
         super().__init__()
         given = {"conditioning": conditioning, "norm": norm, "mlp": mlp, "positions": positions, "order": order}
         for name, value in given.items():
-            check_known(CHOICES[name], **{name: value})
+            check_known(CHOICES[name], nearest, **{name: value})
         check_least(1, tokens=tokens, width=width, depth=depth, heads=heads, hidden=hidden, prefix=prefix)
         check_least(1, condition_width=condition_width)
         if not 0 <= dropout < 1:

@@ -42,7 +42,7 @@ def edit(
     from seriatim.evaluation.grid import grid, save_png
     from seriatim.pipeline.labels import names_of
     from seriatim.pipeline.loading import load
-    from seriatim.pipeline.result import file_names
+    from seriatim.pipeline.picture_names import file_names
     from seriatim.pipeline.samples_folder import GRID, check_samples_folder
 
     pipe = load(model, device=device, dtype=dtype)

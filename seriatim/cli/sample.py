@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from seriatim.cli.output import DeviceOption, JsonFlag, print_json, print_table
+from seriatim.cli.repeating import compared, read_repeatable, request_of
 from seriatim.cli.threads import ThreadsOption, threads_of
 from seriatim.core.terminal import say
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from seriatim.pipeline.metadata import Recorded
+    from seriatim.pipeline.folder_sampling import FolderSampling
     from seriatim.pipeline.pipeline import Pipeline
     from seriatim.pipeline.request import SampleRequest
+    from seriatim.pipeline.sampling_plan import Plan
+    from seriatim.sampling.step import Step
 
 MOST_SHOWN = 1024  # pictures in grid.png
-NEARLY = 2  # a repeated pixel may differ by this much, because another batch, thread count or version rounds otherwise
 
 
 def sample(
@@ -34,17 +34,38 @@ def sample(
             help="A class by name or number, or `none` for no class. Repeat it for several. Default: every class."
         ),
     ] = None,
+    jobs: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with one request a line, in JSON: label or class_labels, a name, and any setting. Options of "
+            "this command hold for the lines that have none of their own."
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="The number of images generated at once.")] = None,
     from_: Annotated[
         Path | None,
-        typer.Option("--from", help="A PNG made by this command, which is generated again and compared by its pixels."),
+        typer.Option("--from", help="A file made by this command, which is generated again and compared by pixels."),
     ] = None,
     animate: Annotated[
         bool, typer.Option("--animate", help="Also write animation.gif, which shows the tokens as they appear.")
     ] = False,
     out: Annotated[
-        Path, typer.Option(help="The folder for the PNG files and grid.png, or samples.npy if they are not pictures.")
+        Path, typer.Option(help="The folder for the pictures and grid.png, or samples.npy if they are not pictures.")
     ] = Path("samples"),
+    format_: Annotated[
+        str, typer.Option("--format", help="The format of the pictures: png, jpg, webp or npy.")
+    ] = "png",
+    quality: Annotated[
+        int | None, typer.Option(help="The quality of jpg and webp, 1 to 100. Default: 90.", show_default=False)
+    ] = None,
+    name_pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="The names of the files, such as {index:05d}-{label}-{seed}. Fields: index, label, seed, job (its "
+            "name), number (within its label). Default: {index:04d}-{label}.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace earlier images of the same names in --out.")
     ] = False,
@@ -64,117 +85,77 @@ def sample(
     import time
 
     from seriatim.core.errors import UsageError
-    from seriatim.core.files import no_empty_folder, writable_folder
-    from seriatim.core.images import read_png
     from seriatim.core.processes import place
     from seriatim.core.progress import Progress
-    from seriatim.core.stopping import claims
     from seriatim.evaluation.grid import grid
     from seriatim.pipeline.animation import save_animation
-    from seriatim.pipeline.labels import label_of, names_of
+    from seriatim.pipeline.folder_sampling import FolderSampling, Saving, is_shared, jobs_for, plan_for
     from seriatim.pipeline.loading import load
-    from seriatim.pipeline.pipeline import BATCH_TOKENS
-    from seriatim.pipeline.result import file_names, recorded, save_image
-    from seriatim.pipeline.samples_folder import (
-        ANIMATION,
-        GRID,
-        check_samples_folder,
-        is_damaged,
-        is_grid,
-        is_there,
-        save_grid,
-        seed_of,
-    )
+    from seriatim.pipeline.metadata import read_recorded
+    from seriatim.pipeline.picture_files import LOSSY
+    from seriatim.pipeline.picture_names import PATTERN
+    from seriatim.pipeline.samples_folder import ANIMATION, GRID, is_grid, save_grid
+    from seriatim.pipeline.sampling_plan import Job
     from seriatim.training.precision import threads as using
 
+    saving = Saving(format_, quality, PATTERN if name_pattern is None else name_pattern)
+    saving.check(jobs=jobs is not None)
+    refuse_with_jobs(jobs, animate=animate, from_=from_)
     original = None if from_ is None else read_repeatable(from_)
     pipe = load(model, device=device, dtype=dtype)
     settings: dict[str, Any] = {**({} if label is None else {"class_labels": label}), **context.obj}
-    shared = resume or place().size > 1  # other processes, or an earlier one, have part of the images
+    shared = is_shared(resume)  # other processes, or an earlier one, have part of the images
     if shared:
         refuse_alone(animate=animate, from_=from_, arrays=not pipe.tokenizer.pictures)
-        if settings.get("seed") is None:
-            settings["seed"] = seed_of(out)
     if original is None:
-        if label is None and pipe.model.classes and "class_labels" not in pipe.defaults:
-            settings["class_labels"] = [label_of(i, pipe.class_names) for i in range(pipe.model.classes)]
-        request = pipe.request(**settings)
+        asked = jobs_for(pipe, out, settings, jobs, shared=shared, quiet=json)
     else:
-        request = request_of(original[1], from_, pipe, list(settings))
-    pipe.stream(request=request, batch_size=batch_size)  # everything is checked before the folder is created
+        asked = [Job(request_of(original[1], from_, pipe, list(settings)))]
+    request = asked[0].request
+    plan = plan_for(pipe, asked, saving, batch_size)  # everything is checked before the folder is created
     if not pipe.tokenizer.pictures:
-        return sample_arrays(pipe, request, out, batch_size, threads, animate=animate, overwrite=overwrite, json=json)
-    names = names_of(pipe.classes_of(request), pipe.class_names)
-    files = [out / name for name in file_names(names)]
+        refuse_for_arrays(animate=animate, jobs=jobs, format_=format_, name_pattern=name_pattern)
+        return sample_arrays(pipe, request, out, batch_size, threads, overwrite=overwrite, json=json)
     grid_file, animation = out / GRID, out / ANIMATION
-    if from_ is not None and any(file.resolve() == from_.resolve() for file in (*files, grid_file)):
+    if from_ is not None and any((out / name).resolve() == from_.resolve() for name in (*plan.names, GRID)):
         raise UsageError(f"out: {out} is where {from_} is, which would be replaced; choose another folder")
-    size = batch_size or max(1, BATCH_TOKENS // pipe.model.tokens)
-    batches = [range(first, min(first + size, len(files))) for first in range(0, len(files), size)]
-    locks = [f".{batch.start:06d}.lock" for batch in batches]
-
-    def there(images: Iterable[int]) -> set[int]:
-        return {i for i in images if is_there(files[i], request, i, pipe.bundle.sha256)} if shared else set()
-
-    # Looked up before anything is read: what appears from now on, another process that shares the work has written.
-    found = {file for file in (*files, grid_file, animation) if os.path.lexists(file)}
-    kept = there(range(len(files)))
-    rest = [i for i in range(len(files)) if i not in kept and files[i] in found]
-    damaged = [i for i in rest if shared and is_damaged(files[i], request, i, pipe.bundle.sha256)]
-    ours = [files[i] for i in rest if i not in damaged]
-    ours += [*[grid_file] * (not (kept and is_grid(grid_file))), *[animation] * animate]
-    ours = [file for file in ours if file in found]
-    say_replaced(check_samples_folder(out, ours, overwrite=overwrite, begun=set(locks), resumed=shared))
-    for i in damaged:
-        say(f"mending: {files[i]} can't be read; drawing it again")
-    new = not out.exists()
-    out = writable_folder(out)
+    also = [file for file in (grid_file, *[animation] * animate) if os.path.lexists(file)]
+    work = FolderSampling(pipe, plan, out, saving, shared=shared, resume=resume, quiet=json)
+    ours = [grid_file] if work.kept and is_grid(grid_file) else []
+    say_replaced(work.check_folder([file for file in also if file not in ours], overwrite=overwrite))
     count = threads_of(pipe, threads)
     begin = time.monotonic()
-    shown, columns = overview(request)
+    shown, columns = overview(plan)
+    set_shown = set(shown)
     pictures: dict[int, Image.Image] = {}  # those of grid.png that were drawn here
     frames: dict[int, list[Image.Image]] = {}  # the pictures of all images at each step
-    drawn = 0
-    bar = Progress(request.num_images, "sampling", "images", done=len(kept), quiet=json)
-    with (
-        no_empty_folder(out, new),
-        using(count),
-        bar,
-        contextlib.closing(claims(range(len(batches)), lambda number: out / locks[number])) as numbers,
-    ):
-        for number in numbers:
-            batch = batches[number]
-            if len(there(batch)) == len(batch):
-                bar.skip(len(set(batch) - kept))
-                continue
-            at = 0  # the current step of the batch
-            for step in pipe.stream(request=request.part(batch), batch_size=size):
-                if step.last:  # finished images are saved at once, so that a failure in a later batch doesn't lose them
-                    for i, image in zip(batch, step.preview(), strict=True):
-                        says = recorded(image, request, i, names[i], pipe.bundle.sha256, pipe.versions)
-                        save_image(image, files[i], says)
-                        if i in shown:
-                            pictures[i] = image
-                    drawn += len(batch)
-                if animate:
-                    frames.setdefault(at, []).extend(step.preview())
-                    at += 1
-                done = len(set(batch) - kept) if step.last else 0
-                bar.advance(done, f"batch {number + 1} of {len(batches)}, step {step.index + 1} of {step.total}")
+
+    def keep(i: int, image: Image.Image) -> None:
+        # Of lossy files the grid shows what is in them, whether they were drawn now or earlier.
+        if i in set_shown and (format_ not in LOSSY or original is not None):
+            pictures[i] = image
+
+    def look(step: Step) -> None:
+        if animate:
+            frames.setdefault(step.index, []).extend(step.preview())
+
+    with using(count), Progress(len(plan), "sampling", "images", done=len(work.kept), quiet=json) as bar:
+        drawn = work.draw(bar, keep, look)
     seconds = time.monotonic() - begin
     if place().rank == 0:
-        save_grid(grid([pictures.get(i) or read_png(files[i]) for i in shown], columns), grid_file)
+        save_grid(grid([pictures.get(i) or read_recorded(work.files[i])[0] for i in shown], columns), grid_file)
     if animate:
-        side = 128 if len(files) == 1 else 64
+        side = 128 if len(plan) == 1 else 64
         save_animation([grid(frames[i], columns, side=side) for i in sorted(frames)], animation, overwrite=overwrite)
     report = {
-        "images": len(files),
+        "images": len(plan),
+        **({"jobs": len(asked)} if jobs is not None else {}),
         **({"drawn_here": drawn} if shared else {}),
         "folder": str(out),
         "grid": str(grid_file),
         "seconds": round(seconds, 3),
         "images_per_second": round(drawn / seconds, 2),
-        "seed": request.seed,
+        **({"seed": request.seed} if jobs is None else {}),
         "threads": count,
     }
     if animate:
@@ -182,18 +163,48 @@ def sample(
     if original is not None:
         report["pixels"] = compared(original, pictures[0], pipe.versions)
     if json:
-        listed = [
-            {"file": str(file), "label": name or "image", "seed": s}
-            for file, name, s in zip(files, names, request.image_seeds(), strict=True)
-        ]
-        extra = {"request": request.model_dump(mode="json"), "model_sha256": pipe.bundle.sha256, "files": listed}
-        return print_json(report | extra)
+        return print_json(report | {"model_sha256": pipe.bundle.sha256} | listed(work, with_jobs=jobs is not None))
     return print_table(("sampled", ""), list(report.items()))
 
 
-def overview(request: SampleRequest) -> tuple[list[int], int]:
+def listed(work: FolderSampling, *, with_jobs: bool) -> dict[str, Any]:
+    """What `--json` tells of the request, or of the jobs, and of each file."""
+    plan = work.plan
+    seeds = [seed for job in plan.jobs for seed in job.request.image_seeds()]
+    files = [
+        {"file": str(file), "label": label or "image", "seed": seed}
+        for file, label, seed in zip(work.files, plan.labels, seeds, strict=True)
+    ]
+    if not with_jobs:
+        return {"request": plan.jobs[0].request.model_dump(mode="json"), "files": files}
+    return {"files": [each | {"job": plan.jobs[plan.job_of(i)].name} for i, each in enumerate(files)]}
+
+
+def refuse_with_jobs(jobs: Path | None, *, animate: bool, from_: Path | None) -> None:
+    """Raise UsageError for what is of one request."""
+    from seriatim.core.errors import UsageError
+
+    for name, given in (("animate", animate), ("from", from_)):
+        if jobs is not None and given:
+            raise UsageError(f"{name}: given together with --jobs; it is for one request; leave one of them out")
+
+
+def refuse_for_arrays(*, animate: bool, jobs: Path | None, format_: str, name_pattern: str | None) -> None:
+    """Raise UsageError for what a model that generates no pictures can't do."""
+    from seriatim.core.errors import UsageError
+
+    given = {"animate": animate, "jobs": jobs, "name_pattern": name_pattern, "format": format_ not in ("png", "npy")}
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"{name}: this model generates no pictures but one samples.npy; leave it out")
+
+
+def overview(plan: Plan) -> tuple[list[int], int]:
     """The numbers of the images in grid.png, which shows at most MOST_SHOWN, and the number in a row."""
+    request = plan.jobs[0].request
     per, labels = request.num_images_per_label, len(request.class_labels)
+    if len(plan.jobs) > 1:
+        return list(range(min(len(plan), MOST_SHOWN))), max(1, min(8 if len(plan) <= 64 else 32, len(plan)))
     if request.num_images <= MOST_SHOWN:
         return list(range(request.num_images)), max(per, min(8, request.num_images))
     kept = min(per, max(1, MOST_SHOWN // labels))  # of each label
@@ -224,20 +235,16 @@ def sample_arrays(
     batch_size: int | None,
     threads: int | None,
     *,
-    animate: bool,
     overwrite: bool,
     json: bool,
 ) -> None:
     """`sample` for a model that does not generate pictures: write one array, samples.npy, and its samples.json."""
     import time
 
-    from seriatim.core.errors import UsageError
     from seriatim.core.progress import Progress
     from seriatim.pipeline.samples_folder import SAMPLES, SAYS, check_samples_folder
     from seriatim.training.precision import threads as using
 
-    if animate:
-        raise UsageError("animate: this model generates no pictures; leave it out")
     say_replaced(check_samples_folder(out, [out / SAMPLES, out / SAYS], overwrite=overwrite))
     count = threads_of(pipe, threads)
     begin, before = time.monotonic(), 0
@@ -263,71 +270,3 @@ def sample_arrays(
         extra = {"request": request.model_dump(mode="json"), "model_sha256": pipe.bundle.sha256}
         return print_json(report | extra)
     return print_table(("sampled", ""), list(report.items()))
-
-
-# --- repeating ----------------------------------------------------------------------------------------------------
-
-
-def read_repeatable(path: Path) -> tuple[Image.Image, Recorded]:
-    """A picture and its metadata. Raises DataError if the picture can't be generated from its request alone."""
-    from seriatim.core.errors import DataError
-    from seriatim.pipeline.metadata import pixels_sha256, read_recorded
-
-    image, says = read_recorded(path)
-    if says.edited:
-        raise DataError(f"from: {path} was edited from another picture; edit that one again with the same seed")
-    if pixels_sha256(image) != says.pixels_sha256:
-        raise DataError(
-            f"from: the pixels of {path} were changed later, so no comparison is possible; name an original"
-        )
-    return image, says
-
-
-def request_of(says: Recorded, path: Path | None, pipe: Pipeline, given: list[str]) -> SampleRequest:
-    """The request in a picture's metadata, checked for the model that generated the picture."""
-    from seriatim.core.errors import CheckpointError, UsageError
-    from seriatim.pipeline.labels import label_of
-
-    if given:
-        raise UsageError(f"{given[0]}: given together with --from, which repeats a picture as it was; leave it out")
-    if says.model_sha256 != pipe.bundle.sha256:
-        ours, theirs = pipe.bundle.sha256[:12], says.model_sha256[:12]
-        raise CheckpointError(
-            f"model: its weights have sha256 {ours}..., {path} was drawn by {theirs}...; name the model that drew it"
-        )
-    request = says.sample_request()
-    if says.label in pipe.class_names:  # the name decides: in old metadata a number may also be a class's name
-        number = pipe.class_names.index(says.label)
-        request = request.model_copy(update={"class_labels": (label_of(number, pipe.class_names),)})
-    return pipe.request(request)  # it is complete, so the model's defaults do not apply
-
-
-def compared(original: tuple[Image.Image, Recorded], image: Image.Image, made: dict[str, str]) -> str:
-    """A text that compares the pixels of the repeated picture with the original's.
-
-    Raises NumericsError if they differ by more than rounding explains.
-    """
-    import numpy as np
-
-    from seriatim.core.errors import NumericsError
-    from seriatim.pipeline.metadata import pixels_sha256
-
-    before, says = original
-    if pixels_sha256(image) == says.pixels_sha256:
-        return "identical"
-    other = [
-        f"{key} {says.versions.get(key)} then, {value} now"
-        for key, value in made.items()
-        if says.versions.get(key) != value
-    ]
-    if before.size != image.size or before.mode != image.mode:
-        raise NumericsError(
-            f"from: the repeated picture is {image.size}, {image.mode}, not {before.size}, {before.mode}"
-        )
-    difference = np.abs(np.asarray(before).astype(int) - np.asarray(image).astype(int))
-    found = f"largest difference {difference.max()} of 255, in {(difference > 0).mean():.1%} of the values"
-    if difference.max() > NEARLY:
-        raise NumericsError(
-            f"from: the repeated picture differs: {found} ({'; '.join(other) or 'another batch or threads'})"
-        )
-    return found

@@ -68,6 +68,7 @@ UNREAD = set(  # image suffixes that may be unreadable here; they show that a fo
 )
 ACROSS = (Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE)
 TILE_SIDES = (322, 323)  # the TIFF tags TileWidth and TileLength
+DESCRIPTION = 0x010E  # the EXIF tag ImageDescription
 
 
 # Each process id has its own lock, because a lock copied by a fork may be held by a thread of the parent process only.
@@ -185,17 +186,34 @@ def read_png(path: Path, max_pixels: int = MOST_PIXELS, *, decode: bool = True) 
 
     Without `decode` the image has no pixels, and only the texts that stand before them.
     """
+    return read_stored(path, max_pixels, decode=decode, kinds=("PNG",))
+
+
+def read_stored(
+    path: Path | BinaryIO,
+    max_pixels: int = MOST_PIXELS,
+    *,
+    decode: bool = True,
+    kinds: Sequence[str] = ("PNG", "JPEG", "WEBP"),
+) -> Image.Image:
+    """A picture in a file of one of these formats, as it is stored, with its texts in `info`; raises BadImage.
+
+    The description in the EXIF data of a JPEG or WebP file is `info["description"]`.
+    """
     try:
-        with Image.open(path, formats=("PNG",)) as image:
+        with SILENCE, Image.open(path, formats=tuple(kinds)) as image:
             if image.width * image.height > max_pixels:
                 raise BadImage(f"{image.width}x{image.height} pixels, more than any model here draws")
             if decode:
                 image.load()
+            if image.format != "PNG" and "exif" in image.info:
+                image.info["description"] = image.getexif().get(DESCRIPTION)
             return image
     except (BadImage, MemoryError):
         raise
-    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, ... for a damaged PNG
-        raise BadImage(f"not a readable PNG ({printable(one_line(error))[:120]})") from error
+    except Exception as error:  # Pillow raises OSError, ValueError, SyntaxError, ... for a damaged file
+        said = " or ".join(kinds)
+        raise BadImage(f"not a readable {said} ({printable(one_line(error))[:120]})") from error
 
 
 def load_pixels(

@@ -16,7 +16,9 @@ from seriatim.core.errors import UsageError
 from seriatim.core.files import atomic_write, writable_folder, write_json
 from seriatim.pipeline.editing import composite
 from seriatim.pipeline.labels import names_of
-from seriatim.pipeline.metadata import Recorded, alone, chunk, pixels_sha256
+from seriatim.pipeline.metadata import Recorded, alone, pixels_sha256
+from seriatim.pipeline.picture_files import save_picture, write_array
+from seriatim.pipeline.picture_names import file_names
 from seriatim.pipeline.request import SampleRequest
 from seriatim.pipeline.sample_image import SampleImage, png_bytes
 from seriatim.pipeline.samples_folder import SAMPLES, SAYS, check_samples_folder
@@ -94,7 +96,7 @@ class Result:
         if arrays:
             return self.save_arrays(root)
         return [
-            save_image(image, file, self._says(image, i, label))
+            save_picture(image, file, self._says(image, i, label))
             for i, (image, file, label) in enumerate(zip(self.images, files, self.labels, strict=True))
         ]
 
@@ -132,18 +134,9 @@ def recorded(
     )
 
 
-def save_image(image: Image.Image, path: Path | str, says: Recorded) -> Path:
-    return atomic_write(path, lambda file: image.save(file, format="PNG", pnginfo=chunk(says)))
-
-
 def save_array(array: Any, path: Path | str) -> Path:
     """Write a .npy file and return its path."""
-
-    def write(file: Path) -> None:
-        with open(file, "wb") as stream:  # given a name instead, numpy would append .npy to it
-            np.save(stream, array, allow_pickle=False)
-
-    return atomic_write(path, write)
+    return atomic_write(path, lambda file: write_array(array, file))
 
 
 def converted(decoded: Tensor, output_type: str, pictures: bool, keep: tuple[Tensor, Tensor] | None) -> Any:
@@ -163,16 +156,6 @@ def converted(decoded: Tensor, output_type: str, pictures: bool, keep: tuple[Ten
     if output_type == "pt":
         return arrays.permute(0, 3, 1, 2).float() / 255
     return arrays.numpy().astype(np.float32) / 255 if output_type == "np" else as_pil(arrays)
-
-
-def file_names(labels: Sequence[str | None]) -> list[str]:
-    """The file name of each image, made of its number and its class."""
-    return [f"{i:04d}-{safe_name(label or 'image')}.png" for i, label in enumerate(labels)]
-
-
-def safe_name(name: str) -> str:
-    """A class name made safe for a file name: at most 40 characters, all letters or digits of any script, - or _."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:40] or "image"
 
 
 def as_pil(arrays: Tensor) -> list[Image.Image]:

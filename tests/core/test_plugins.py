@@ -233,7 +233,7 @@ def test_a_later_fault_names_the_file_and_line(tmp_path: Path) -> None:
         seriatim.ORDERS["mine"](2, 2)
     assert fault_of_plugin(caught.value) == f"plugin: {path} failed in line 2"
     with pytest.raises(KeyError) as other:
-        _ = {}["x"]
+        _ = dict[str, int]()["x"]
     assert fault_of_plugin(other.value) is None
 
 

@@ -31,7 +31,7 @@ from seriatim.checkpoints.shapes import mapped
 from seriatim.checkpoints.shared_tokenizer import REFERENCE
 from seriatim.checkpoints.tokenizer import load_tokenizer, save_tokenizer
 from seriatim.cli.convert import read_names
-from seriatim.cli.sample import read_repeatable
+from seriatim.cli.repeating import read_repeatable
 from seriatim.core.errors import SeriatimError
 from seriatim.core.files import MANIFEST, write_json, write_manifest
 from seriatim.data.array_file import ArrayData

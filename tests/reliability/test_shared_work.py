@@ -158,7 +158,7 @@ def test_samples_are_resumed(tmp_path: Path) -> None:
     untouched = [path for i, path in enumerate(pictures) if i // 3 not in batches]
     assert untouched and all(path.stat().st_mtime_ns == kept[path] for path in untouched)
     code, lines = command(*words, "--resume", "--seed", "6")
-    assert code == 2 and len(lines) == 1 and "is of another request" in lines[0] and files(out) == whole
+    assert code == 2 and len(lines) == 1 and "seed is 5 there, 6 here" in lines[0] and files(out) == whole
     code, lines = command(*words, "--resume", "--animate")
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: animate:")
 
