@@ -19,6 +19,7 @@ _PUBLIC, __getattr__ = exports(
         "core.errors": "CheckpointError ConfigError DataError NumericsError ResourceError SeriatimError UsageError",
         "core.orders": "ORDERS",
         "evaluation.base": "FeatureExtractor Features",
+        "evaluation.compare": "compare",
         "evaluation.features": "FEATURES open_features",
         "evaluation.run": "evaluate",
         "evaluation.sweep": "sweep",
