@@ -97,9 +97,11 @@ def compare(
                     f"with `seriatim evaluate {name}`"
                 )
 
-    from seriatim.evaluation.compare import COMPARISON, PICTURE, check_runs, compare_opened
+    from seriatim.evaluation.compare import check_runs, compare_opened
     from seriatim.evaluation.differences import heads_of, rows_of, settings_that_differ
     from seriatim.evaluation.features import open_features
+    from seriatim.evaluation.identity import COMPARISON
+    from seriatim.evaluation.side_by_side import PICTURE
 
     check_runs(len(sides["a"]), len(sides["b"]))
     openers = {side: [opener(name, device, dtype, threads) for name in names] for side, names in sides.items()}

@@ -35,16 +35,14 @@ from seriatim.evaluation.differences import Difference, difference_of, lines_for
 from seriatim.evaluation.identity import COMPARISON, flat, holds_features, is_comparison, said
 from seriatim.evaluation.impartial import check_impartial
 from seriatim.evaluation.reference import Images, Statistics
-from seriatim.evaluation.run import Evaluation, asked, evaluate
-from seriatim.evaluation.sheet import Row, save_sheet, sheet
+from seriatim.evaluation.run import Evaluation, asked, evaluate, possible_sides
+from seriatim.evaluation.side_by_side import PICTURE, save_picture, shown
 from seriatim.pipeline.labels import name_of
 from seriatim.pipeline.loading import load
 from seriatim.pipeline.pipeline import Pipeline
 
-TABLE, PICTURE, SEEDS = "compare.md", "compare.png", "compare.seeds.json"
+TABLE, SEEDS = "compare.md", "compare.seeds.json"
 MOST_RUNS = 100  # of each side
-CLASSES, COLUMNS = 8, 8  # of the picture: classes that are shown, and seeds of each
-ROWS = 4  # pairs of rows in the picture of models without classes
 
 Model = Pipeline | str | os.PathLike[str]
 Opener = Callable[[], AbstractContextManager[Pipeline]]  # opens a model, which is freed when the context ends
@@ -178,8 +176,15 @@ def compare_opened(
         side: [Contestant(f"{side}-{i}", each, seed + i) for i, each in enumerate(openers)]
         for side, openers in (("a", a), ("b", b))
     }
+
+    def check_data(pipe: Pipeline) -> None:
+        possible_sides(pipe, data, real, num, features, figures)
+
     cards = {
-        side: [card_of(each, num, features, settings) for each in contestants] for side, contestants in sides.items()
+        side: [
+            card_of(each, num, features, settings, check_data if each.name == "a-0" else None) for each in contestants
+        ]
+        for side, contestants in sides.items()
     }
     check_comparable(cards["a"], cards["b"])
     writable_folder(folder)
@@ -310,13 +315,24 @@ def check_runs(runs_of_a: int, runs_of_b: int) -> None:
             )
 
 
-def card_of(contestant: Contestant, num: int, features: FeatureExtractor, settings: Mapping[str, Any]) -> Card:
-    """Open a model, check that it can be evaluated, and write down what it is. Its errors begin with its name."""
+def card_of(
+    contestant: Contestant,
+    num: int,
+    features: FeatureExtractor,
+    settings: Mapping[str, Any],
+    check: Callable[[Pipeline], None] | None,
+) -> Card:
+    """Open a model, check that it can be evaluated, and write down what it is. Its errors begin with its name.
+
+    `check` is what else is checked while it is open.
+    """
     try:
         with contestant.open() as pipe:
             check_pictures(pipe.tokenizer)
             check_impartial(pipe.bundle.provenance, features)
             request = flat(said(asked(pipe, num, contestant.seed, settings)))
+            if check is not None:
+                check(pipe)
             classes = tuple(name_of(c, pipe.class_names) for c in range(pipe.model.classes))
             return Card(
                 contestant.name,
@@ -372,31 +388,9 @@ def other_classes(first: Card, card: Card) -> str:
 # --- the picture ----------------------------------------------------------------------------------------------------
 
 
-def shown(num: int, classes: int) -> list[list[int]]:
-    """The numbers of the images in each pair of rows: some classes, evenly chosen, with their first images."""
-    if not classes:
-        return [list(range(row, min(row + COLUMNS, num))) for row in range(0, min(num, ROWS * COLUMNS), COLUMNS)]
-    count = min(CLASSES, classes, num)
-    step = min(classes, num) / count
-    each = max(1, min(COLUMNS, num // classes))
-    return [[int(i * step) + classes * j for j in range(each)] for i in range(count)]
-
-
 def key_of(cards: Mapping[str, Sequence[Card]], seed: int, chosen: Sequence[Sequence[int]]) -> str | None:
     """The hash of all that the picture depends on; None where a model was never saved, whose weights have no hash."""
     if not all(cards[side][0].sha256 for side in "ab"):
         return None
     models = [[cards[side][0].sha256, cards[side][0].tokenizer, cards[side][0].request] for side in "ab"]
     return hashlib.sha256(json.dumps([models, seed, chosen], sort_keys=True).encode()).hexdigest()
-
-
-def save_picture(
-    folder: Path, pictures: Mapping[str, Sequence[Image.Image]], chosen: Sequence[Sequence[int]], classes: Sequence[str]
-) -> None:
-    rows, first = [], 0
-    for images in chosen:
-        some = slice(first, first + len(images))
-        words = f"{classes[images[0] % len(classes)]}: " if classes else ""
-        rows += [Row(f"{words}A", pictures["a"][some]), Row("B", pictures["b"][some])]
-        first += len(images)
-    save_sheet(*sheet(rows), folder / PICTURE)
