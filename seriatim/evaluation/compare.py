@@ -193,7 +193,7 @@ def compare_opened(
     draws = not place().rank and (share is None or share.process == 0)
     todo = draws and (key is None or json_of(folder / SEEDS).get("key") != key or not (folder / PICTURE).is_file())
     pictures: dict[str, list[Image.Image]] = {}
-    done: dict[str, list[Evaluation]] = {"a": [None] * len(a), "b": [None] * len(b)}  # type: ignore[list-item]
+    done: dict[tuple[str, int], Evaluation] = {}
 
     def evaluated(pipe: Pipeline, each: Contestant) -> Evaluation:
         return evaluate(
@@ -218,19 +218,19 @@ def compare_opened(
         if not quiet:
             say(f"{step + 1}/{len(order)}: {each.name}, {cards[side][i].source or 'a model in memory'}")
         with each.open() as pipe:
-            done[side][i] = evaluated(pipe, each)
+            done[side, i] = evaluated(pipe, each)
             if todo and i == 0:
                 request = asked(pipe, num, seed, settings).part([image for row in chosen for image in row])
                 pictures[side] = pipe(request=request, batch_size=batch_size, progress=not quiet).images
     for side, i in order:  # meanwhile another process may have done its share of these
-        if done[side][i].missing:
+        if done[side, i].missing:
             with sides[side][i].open() as pipe:
-                done[side][i] = evaluated(pipe, sides[side][i])
+                done[side, i] = evaluated(pipe, sides[side][i])
     if todo:
         save_picture(folder, pictures, chosen, cards["a"][0].classes)
         seeds = [[derive_seed(seed, image) for image in row] for row in chosen]
         write_json(folder / SEEDS, {"key": key, "images": chosen, "seeds": seeds})
-    result = Comparison(folder, done["a"], done["b"])
+    result = Comparison(folder, [done["a", i] for i in range(len(a))], [done["b", i] for i in range(len(b))])
     if result.missing or place().rank:  # the first process compares
         return result
     return compared(result, cards)

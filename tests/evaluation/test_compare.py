@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,11 @@ def compared(out: Path, a: Any, b: Any, **settings: Any) -> Comparison:
     return compare(a, b, pictures(40), out, **{"quiet": True, "real": pictures(30, 1), **COMMON, **settings})
 
 
+def mean_of(values: Any) -> Callable[[Any], float]:
+    """The mean of some of the values, as a figure."""
+    return lambda i: float(values[i].mean())
+
+
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
@@ -74,7 +80,7 @@ def test_the_paired_interval_covers_a_known_difference() -> None:
     for _ in range(repeats):
         common = 10 * random.normal(size=100)
         x, y = common + random.normal(size=100), common + random.normal(size=100) + truth
-        a, b = (with_error(lambda i, z=z: float(z[i].mean()), 100) for z in (x, y))  # type: ignore[misc]
+        a, b = (with_error(mean_of(z), 100) for z in (x, y))
         interval = paired(a, b)
         held += abs(interval.value - truth) <= interval.half
         widths.append(interval.half)
@@ -85,7 +91,7 @@ def test_the_paired_interval_covers_a_known_difference() -> None:
 def test_the_paired_interval_of_means_is_that_of_a_paired_t_test() -> None:
     """With one image a group, the jackknife of a mean is its usual standard error."""
     x, y = np.random.default_rng(0).normal(size=(2, 10))
-    a, b = (with_error(lambda i, z=z: float(z[i].mean()), 10) for z in (x, y))  # type: ignore[misc]
+    a, b = (with_error(mean_of(z), 10) for z in (x, y))
     interval = paired(a, b)
     d = y - x
     assert interval.value == pytest.approx(d.mean())
@@ -174,7 +180,7 @@ def test_sentences() -> None:
 
 
 def test_over_runs_or_over_samples() -> None:
-    found = [with_error(lambda i, z=z: float(i.mean()) + z, 30) for z in (0.0, 1.0, 5.0, 7.0)]  # type: ignore[misc]
+    found = [with_error(mean_of(np.arange(30) + z), 30) for z in (0.0, 1.0, 5.0, 7.0)]
     one = difference_of("KD", found[:1], found[1:2], found[3])
     assert one.difference.value == pytest.approx(1) and one.difference.half == pytest.approx(0, abs=1e-9)
     assert one.real == found[3].value and one.a.half == student(9) * found[0].error
