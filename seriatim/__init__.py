@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from seriatim.core.schedules import TOKEN_SCHEDULES as TOKEN_SCHEDULES
     from seriatim.evaluation.base import FeatureExtractor as FeatureExtractor
     from seriatim.evaluation.base import Features as Features
+    from seriatim.evaluation.compare import compare as compare
     from seriatim.evaluation.features import FEATURES as FEATURES
     from seriatim.evaluation.features import open_features as open_features
     from seriatim.evaluation.run import evaluate as evaluate
@@ -73,6 +74,7 @@ else:
             "core.plugins": "load_installed_plugins load_plugin",
             "core.schedules": "GUIDANCE_SCHEDULES TOKEN_SCHEDULES",
             "evaluation.base": "FeatureExtractor Features",
+            "evaluation.compare": "compare",
             "evaluation.features": "FEATURES open_features",
             "evaluation.run": "evaluate",
             "evaluation.sweep": "sweep",

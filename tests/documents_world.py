@@ -70,10 +70,10 @@ sampling: {num_inference_steps: 2, num_diffusion_steps: 5}
 """
 
 
-def network(config: dict[str, Any]) -> SequenceModel:
+def network(config: dict[str, Any], seed: int = 0) -> SequenceModel:
     with seeded(0):
         model = build_model(config)
-    randomise(model, scale=0.05)
+    randomise(model, seed, scale=0.05)
     return model.eval()
 
 
@@ -86,16 +86,20 @@ def pictures(folder: Path, side: int, each: int, classes: list[str]) -> None:
             Image.fromarray(pixels).save(folder / label / f"{i}.png")
 
 
-def of_pixels(folder: Path, tokenizer: Pixels, names: list[str], head: dict[str, Any], **sampling: int) -> None:
+def of_pixels(
+    folder: Path, tokenizer: Pixels, names: list[str], head: dict[str, Any], *, seed: int = 0, **sampling: int
+) -> None:
     """A model of pixels, as a run holds it."""
     config = {**MASKED, "tokens": tokenizer.count, "dim": tokenizer.dim, "classes": len(names), "head": head}
-    save_bundle(Bundle(network(config), tokenizer, names, {**SAMPLING, **sampling}), folder)
+    save_bundle(Bundle(network(config, seed), tokenizer, names, {**SAMPLING, **sampling}), folder)
 
 
 def make(root: Path) -> Path:
     """Everything that the documents name without telling how it is made, at toy size."""
     digits = [str(i) for i in range(10)]
     of_pixels(root / "demo" / "model", Pixels(8, 2, 1), digits, DIFFUSION, num_diffusion_steps=4)
+    for seed, name in enumerate(("base-0", "base-1", "new-0", "new-1")):
+        of_pixels(root / "runs" / name / "model", Pixels(8, 2, 1), digits, DIFFUSION, seed=seed, num_diffusion_steps=4)
     colour = Pixels(32, 8, 3)
     of_pixels(root / "runs" / "cifar10" / "model", colour, PHOTOGRAPHED, DIFFUSION, num_diffusion_steps=4)
     of_pixels(

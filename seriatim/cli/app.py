@@ -10,6 +10,7 @@ import typer
 from seriatim import __version__
 from seriatim.cli.bench import bench
 from seriatim.cli.cache import cache
+from seriatim.cli.compare import compare
 from seriatim.cli.convert import convert, export
 from seriatim.cli.convert_arinar import convert_arinar, export_arinar
 from seriatim.cli.convert_detok import convert_detok
@@ -79,6 +80,7 @@ app.command(cls=SamplingVerb)(sample)
 app.command(cls=SamplingVerb)(edit)
 app.command(cls=SamplingVerb)(evaluate)
 app.command()(sweep)
+app.command(cls=SamplingVerb)(compare)
 app.command()(measure_latents)
 app.command()(bench)
 app.command()(models)

@@ -20,6 +20,7 @@ from seriatim.evaluation.blocks import Vectors
 from seriatim.evaluation.metrics import (
     Array,
     Figure,
+    Spread,
     accuracy,
     covariance,
     frechet_with_error,
@@ -106,7 +107,9 @@ def kernel(samples: Set, reference: Reference) -> dict[str, Measure | Figure]:
         # The mean over random subsets varies by itself, which a jackknife would take for the images' spread. That of
         # subsets is known, and as many as fit side by side into the samples are independent.
         each = subset_discrepancies(x, real, subset_size=SUBSET)
-        return {"KD": Figure(float(each.mean()), float(each.std(ddof=1) / (len(x) / SUBSET) ** 0.5))}
+        independent = len(x) / SUBSET
+        spread = Spread(tuple(each.tolist()), 1 / ((len(each) - 1) * independent), min(len(each), independent) - 1)
+        return {"KD": Figure(float(each.mean()), spread.error, spread)}
     # All pairs, each kernel computed once: leaving images out is leaving rows and columns out.
     pairs, across = polynomial(x, x), polynomial(x, real).mean(axis=1)  # (n, n), (n,)
     if "kernel" not in reference.roots:

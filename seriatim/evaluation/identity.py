@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from seriatim.evaluation.reference import Part
 from seriatim.pipeline.request import SampleRequest
 
 SETTINGS = "settings.json"
+COMPARISON = "compare.json"
 RANDOM_NUMBERS = 2  # 1: generators for each image, until release 0.1; 2: counter-based keys
 LOOKED_AT = 100  # files that may prove whose a folder is
 # The same weights, images or file elsewhere are the same: their hashes are compared.
@@ -38,9 +40,16 @@ def is_sweep(folder: Path) -> bool:
     return any("=" in path.name and is_evaluation(path) for path in folder.iterdir())
 
 
+def is_comparison(folder: Path) -> bool:
+    """Whether the folder is that of a comparison: its report, or the evaluations of its models, prove it."""
+    if {"a", "b", "figures"} <= json_of(folder / COMPARISON).keys():
+        return True
+    return any(re.fullmatch(r"[ab]-[0-9]+", path.name) and is_evaluation(path) for path in folder.iterdir())
+
+
 def holds_features(folder: Path) -> bool:
-    """Whether the folder keeps features of real images: a cache of them, an evaluation or a sweep."""
-    if is_evaluation(folder) or is_sweep(folder):
+    """Whether the folder keeps features of real images: a cache, an evaluation, a sweep or a comparison."""
+    if is_evaluation(folder) or is_sweep(folder) or is_comparison(folder):
         return True
     return any(map(is_block, islice((folder / "real").glob("????????????????/*.safetensors"), LOOKED_AT)))
 

@@ -99,11 +99,34 @@ def accuracy(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
     return float((x.argmax(axis=1) == wanted).mean())
 
 
+class Spread(NamedTuple):
+    """The values of a figure over groups of images, from which its standard error is computed.
+
+    The squared error is `scale` times the sum of squared deviations from the mean. Two models' spreads over the same
+    groups can be subtracted value by value, which gives the error of their difference.
+    """
+
+    values: tuple[float, ...]
+    scale: float
+    degrees: float  # degrees of freedom of the squared error, for Student's t
+
+    @property
+    def error(self) -> float:
+        x = np.asarray(self.values)
+        return float(np.sqrt(self.scale * ((x - x.mean()) ** 2).sum()))
+
+    @classmethod
+    def jackknife(cls, values: Sequence[float]) -> Spread:
+        """Of a figure's values without each group in turn."""
+        return cls(tuple(float(x) for x in values), (len(values) - 1) / len(values), len(values) - 1)
+
+
 class Figure(NamedTuple):
-    """A figure with its standard error."""
+    """A figure with its standard error, and what that was computed from where another figure may be subtracted."""
 
     value: float
     error: float
+    spread: Spread | None = None
 
 
 def with_error(figure: Callable[[Any], float], count: int, groups: int = 10, seed: int = 0) -> Figure:
@@ -114,19 +137,19 @@ def with_error(figure: Callable[[Any], float], count: int, groups: int = 10, see
     """
     everything = np.arange(count)
     values = [figure(np.setdiff1d(everything, group)) for group in random_groups(count, groups, seed)]
-    return Figure(figure(everything), jackknife(values))
+    return jackknifed(figure(everything), values)
+
+
+def jackknifed(value: float, without: Sequence[float]) -> Figure:
+    """A figure with the jackknife's error, from its values without each group in turn."""
+    spread = Spread.jackknife(without)
+    return Figure(value, spread.error, spread)
 
 
 def random_groups(count: int, groups: int = 10, seed: int = 0) -> list[npt.NDArray[np.int64]]:
     """The numbers 0, ..., count - 1 in groups of about the same size."""
     order = np.random.default_rng(seed).permutation(count)
     return [order[g :: min(groups, count)] for g in range(min(groups, count))]
-
-
-def jackknife(values: Sequence[float]) -> float:
-    """The standard error of a figure, from its values without each group in turn."""
-    x = np.asarray(values)
-    return float(np.sqrt((len(x) - 1) / len(x) * ((x - x.mean()) ** 2).sum()))
 
 
 def frechet_with_error(x: Array, mean: Array, cov: Array, root: Array) -> Figure:
@@ -144,7 +167,7 @@ def frechet_with_error(x: Array, mean: Array, cov: Array, root: Array) -> Figure
         shift = -part.sum(axis=0) / left  # of the mean of those left, from the centre
         without = (whole - product - left * np.outer(shift, shift)) / (left - 1)
         values.append(gaussian_frechet(mean, cov, centre + shift, without, root))
-    return Figure(gaussian_frechet(mean, cov, centre, whole / (len(x) - 1), root), jackknife(values))
+    return jackknifed(gaussian_frechet(mean, cov, centre, whole / (len(x) - 1), root), values)
 
 
 def within_class_variance(x: npt.ArrayLike, labels: npt.ArrayLike) -> float:

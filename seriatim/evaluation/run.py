@@ -119,18 +119,7 @@ def evaluate(
     request = asked(pipe, num, seed, settings)
     which = check_figures(figures)
     classes = pipe.model.classes
-    reference, comparison = sides(pipe, data, real, num)
-    check_count("num", num, features, which)
-    if not (isinstance(data, Statistics) and data.pool is not None and features.standard):
-        if reference is None:
-            raise UsageError(
-                f"data: {getattr(data, 'path', data)} holds statistics of Inception's features and no images; "
-                "evaluate with features inception"
-            )
-        check_count("data", len(reference), features, which)
-    check_count("real_data", len(comparison), features, which)
-    if figures:
-        check_possible(figures, features, classes, pipe.class_names, reference, str(getattr(data, "path", "data")))
+    reference, comparison = possible_sides(pipe, data, real, num, features, figures)
 
     writable_folder(folder)
     cached = Path(cache) if cache is not None else folder
@@ -265,6 +254,32 @@ def asked(pipe: Pipeline, num: int, seed: int, settings: Mapping[str, Any]) -> S
     if isinstance(request.order, tuple) and request.order and isinstance(request.order[0], tuple):
         raise UsageError("order: one for each image is not for evaluation; give a name, or one order for all")
     return request
+
+
+def possible_sides(
+    pipe: Pipeline,
+    data: Images | Statistics,
+    real: Images | None,
+    num: int,
+    features: FeatureExtractor,
+    figures: Sequence[str],
+) -> tuple[Part | None, Part]:
+    """`sides`, once it is checked that they hold what the figures need."""
+    which = check_figures(figures)
+    reference, comparison = sides(pipe, data, real, num)
+    check_count("num", num, features, which)
+    if not (isinstance(data, Statistics) and data.pool is not None and features.standard):
+        if reference is None:
+            raise UsageError(
+                f"data: {getattr(data, 'path', data)} holds statistics of Inception's features and no images; "
+                "evaluate with features inception"
+            )
+        check_count("data", len(reference), features, which)
+    check_count("real_data", len(comparison), features, which)
+    if figures:
+        path = str(getattr(data, "path", "data"))
+        check_possible(figures, features, pipe.model.classes, pipe.class_names, reference, path)
+    return reference, comparison
 
 
 def sides(pipe: Pipeline, data: Images | Statistics, real: Images | None, num: int) -> tuple[Part | None, Part]:

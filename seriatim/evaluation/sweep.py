@@ -125,7 +125,7 @@ def curves(done: Sweep, path: Path) -> Path:
             line = sorted(line, key=lambda point: point[0]) if numeric else line
             x = [value if numeric else str(value) for value, _ in line]
             figures = [made.figures[name] for _, made in line if made.figures is not None]
-            y, errors = ([float(part) for part in parts] for parts in zip(*figures, strict=True))
+            y, errors = [float(figure.value) for figure in figures], [float(figure.error) for figure in figures]
             between = "-" if numeric else "none"  # from one name to the next there is no way
             named = label.replace("$", r"\$") or None  # a dollar begins a formula
             panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, linestyle=between, label=named)

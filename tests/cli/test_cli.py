@@ -27,7 +27,7 @@ def test_help_is_quick_and_lists_every_verb(seriatim: Run) -> None:
     assert done.stderr.strip() == "set()", done.stderr
     done = seriatim("--help")
     assert done.returncode == 0
-    for verb in ("demo", "train", "sample", "evaluate", "sweep", "measure-latents", "models", "doctor", "recipes"):
+    for verb in "demo train sample evaluate sweep compare measure-latents models doctor recipes".split():
         assert verb in done.stdout
         assert seriatim(verb, "--help").returncode == 0
     assert seriatim("--version").stdout.startswith("seriatim 0.")

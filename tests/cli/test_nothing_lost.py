@@ -29,8 +29,9 @@ from seriatim.core.errors import SeriatimError, UsageError
 from seriatim.core.ownership import owned
 from seriatim.data.base import Digits
 from seriatim.data.caching import LOCK, is_cache, write_cache
+from seriatim.evaluation.compare import compare
 from seriatim.evaluation.features import PixelFeatures
-from seriatim.evaluation.identity import check_folders, is_sweep
+from seriatim.evaluation.identity import check_folders, is_comparison, is_sweep
 from seriatim.evaluation.residual_net import ResNet, TrainedClassifier, save_classifier
 from seriatim.evaluation.run import evaluate
 from seriatim.evaluation.sweep import sweep
@@ -66,6 +67,8 @@ THEIRS: dict[str, str | bytes] = {
     "checkpoints/precious.txt": "mine", "samples/000000000064.png": b"x", "samples/00000000.safetensors": b"x",
     "tensorboard/events.out.tfevents.1": b"x", "real/0123456789abcdef/00000000.safetensors": b"x", "real/me.png": b"x",
     "reconstructions/00000000.safetensors": b"x", "guidance_scale=1/settings.json": '{"num": 5}',
+    "compare.json": '{"a": 1}', "compare.md": "| |", "compare.png": b"x", "compare.seeds.json": '{"key": 1}',
+    "a-0/settings.json": '{"num": 5}',
 }  # fmt: skip
 
 
@@ -135,6 +138,7 @@ MEASURE = [
 TOKENS = ["--data", "../made/photos", "--features", "none", "--num", "4"]
 EVALUATE = ["--data", "../made/photos", "--features", "pixels", "--num", "12", "--figures", "nearest"]
 SWEEP = ["sweep", "../made/model", "guidance_scale=1,2"]
+COMPARE = ["compare", "../made/model", "../made/model"]
 VAE = ["--vae", "../made/kl16.ckpt"]
 FEW = ["--num-inference-steps", "2", "--num-diffusion-steps", "2"]
 EDIT = ["edit", "../made/model", "../made/image.png", "--mask", "../made/mask.png", *FEW]
@@ -153,6 +157,7 @@ WRITES: dict[str, tuple[list[str], str | None]] = {
     "evaluate (tokenizer)": (["evaluate", "../made/pixels", *TOKENS, "--out", "OUT"], "evaluation"),
     "sweep": ([*SWEEP, *EVALUATE, "--out", "OUT"], "sweep"),
     "sweep --cache": ([*SWEEP, *EVALUATE, "--out", "fresh", "--cache", "OUT"], None),
+    "compare": ([*COMPARE, *EVALUATE, "--out", "OUT"], "compare"),
     "measure-latents": ([*MEASURE, "--out", "OUT"], None),
     "convert mar": (["convert", "mar", "../made/mar.pth", "OUT", *VAE], None),
     "convert kl16": (["convert", "kl16", "../made/kl16.ckpt", "OUT"], None),
@@ -294,6 +299,7 @@ CHECKS: dict[str, Callable[[Path], object]] = {
     "evaluate": lambda out: check_folders(out, None),
     "evaluate --cache": lambda out: check_folders(out.parent / "fresh", out),
     "sweep": lambda out: owned(out, "sweep", is_sweep),
+    "compare": lambda out: owned(out, "comparison", is_comparison),
 }  # fmt: skip
 
 
@@ -351,6 +357,7 @@ def python_writers(work: Path, out: Path) -> dict[str, Callable[[], object]]:
         "measure_latents": lambda: measure_latents(measured, out, quiet=True),
         "evaluate": lambda: evaluate(pipe, Digits(), out, **small),  # type: ignore[arg-type]
         "sweep": lambda: sweep(pipe, Digits(), out, {"guidance_scale": [1]}, **small),
+        "compare": lambda: compare(pipe, pipe, Digits(), out, **small),  # type: ignore[arg-type]
     }
 
 
@@ -388,7 +395,7 @@ def test_samples_are_replaced_only_on_request(work: Path) -> None:
 # --- and what is ours is taken --------------------------------------------------------------------------------------
 
 
-AGAIN = ["cache", "evaluate", "evaluate --cache", "evaluate (tokenizer)", "sweep", "sweep --cache"]
+AGAIN = ["cache", "evaluate", "evaluate --cache", "evaluate (tokenizer)", "sweep", "sweep --cache", "compare"]
 
 
 @pytest.mark.parametrize("verb", AGAIN)
