@@ -102,9 +102,10 @@ def picture_and_text(path: Path, *, decode: bool = True) -> tuple[Image.Image, s
     image = read_stored(path, MOST_PIXELS, decode=decode)
     if image.format == "PNG":
         return image, image.info.get(KEY)
-    text = image.info.get("description")
+    described = image.info.get("description")
     mark = f"{KEY} "
-    return image, text.removeprefix(mark) if isinstance(text, str) and text.startswith(mark) else None
+    text = described if isinstance(described, str) else ""
+    return image, text.removeprefix(mark) if text.startswith(mark) else None
 
 
 def read_array(path: Path) -> Image.Image:

@@ -6,7 +6,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from seriatim.core.errors import UsageError, nearest, shown
 
@@ -19,7 +19,8 @@ SEPARATORS = re.compile(r"[/\\]")
 REFUSED = re.compile(r'[<>:"|?*\x00-\x1f\x7f]')  # by one file system or another
 
 
-class Picture(NamedTuple):
+@dataclass(frozen=True)
+class Picture:
     """What a pattern may name of a picture."""
 
     index: int  # its number in the folder
@@ -27,6 +28,9 @@ class Picture(NamedTuple):
     seed: int  # the seed that was given for it: that of `seeds`, or else that of its request
     job: str  # the name of its job, or the number of the job's line
     number: int  # its number within its label of its request
+
+
+FIELDS = tuple(Picture.__dataclass_fields__)
 
 
 def safe_name(name: str) -> str:
@@ -55,8 +59,8 @@ def check_pattern(pattern: str, *, jobs: bool) -> None:
             raise UsageError(f"{where} would make paths; leave out / and \\, all pictures are in the folder of --out")
         if name is None:
             continue
-        if name not in Picture._fields:
-            raise UsageError(f"{where} has the unknown field {name!r}{nearest(name, Picture._fields)}")
+        if name not in FIELDS:
+            raise UsageError(f"{where} has the unknown field {name!r}{nearest(name, FIELDS)}")
         if conversion or not SPEC.fullmatch(spec or ""):
             raise UsageError(f"{where}: {spec or conversion!r} is not allowed for a field; write it as {{index:05d}}")
         if name == "job" and not jobs:
@@ -74,9 +78,9 @@ def names_of_pictures(pictures: Sequence[Picture], pattern: str, suffix: str) ->
     names: list[str] = []
     taken: dict[str, int] = dict.fromkeys(RESERVED, -1)
     for picture in pictures:
-        safe = picture._replace(label=safe_name(picture.label), job=safe_name(picture.job))
+        safe = replace(picture, label=safe_name(picture.label), job=safe_name(picture.job))
         try:
-            stem = REFUSED.sub("_", pattern.format_map(safe._asdict()))
+            stem = REFUSED.sub("_", pattern.format_map(safe.__dict__))
         except ValueError as error:
             raise UsageError(f"{where} can't be filled in ({error}); write fields as {{index:05d}}") from None
         if stem.startswith(".") or not stem.strip():
