@@ -151,7 +151,7 @@ def test_readme_recipe_keys_are_all_there() -> None:
     listed = set(re.findall(r"`((?:training|model)\.[a-z0-9_.]+)`", text)) - {"training.png"}
     derived = {"tokens", "dim", "vocab", "classes", "channels", "backbone", "head", "z_dim", "conditioner"}
     expected = {f"training.{key}" for cls in (Training, ClassifierTraining) for key in cls.model_fields}
-    expected |= {"model.kind", "model.head.kind"}
+    expected |= {"model.kind", "model.head.kind", "model.conditioner"}
     expected |= {f"training.optimiser.{key}" for make in OPTIMISERS.values() for key in list(arguments(make))[SHARED:]}
     expected |= {
         f"model.{key}"

@@ -78,22 +78,34 @@ def test_a_run_records_plugins_and_samples_with_them(seriatim: Run, tmp_path: Pa
     one_line(seriatim("sample", "run", "--order", "diagonal", "--plugin", EXAMPLE), 2, "order: 'diagonal'", "--plugin")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("edit", "run", "picture.png", "--mask", "mask.png", "--label", "3", "--out", "e"),
-        ("evaluate", "run", "--data", "digits", "--features", "pixels", "--num", "70", "--out", "v"),
-    ],
-    ids=["edit", "evaluate"],
-)
-def test_other_verbs_know_the_parts_too(seriatim: Run, tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_a_run_that_goes_on_with_another_version_says_so(seriatim: Run, tmp_path: Path) -> None:
+    done = seriatim("--plugin", EXAMPLE, *TRAIN, "training.save_images=32", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    other = tmp_path / "own_plugin.py"
+    other.write_text(Path(EXAMPLE).read_text() + "# changed\n")
+    more = ("--resume", "--out", "run", "--override", "training.images=96", "--plugin", str(other))
+    done = seriatim("train", *more)
+    assert done.returncode == 0, done.stderr
+    assert f"plug-in own_plugin.py from sha256 {DIGEST[:12]} to sha256 " in done.stderr, done.stderr
+
+
+def test_other_verbs_know_the_parts_too(seriatim: Run, tmp_path: Path) -> None:
     trained(seriatim)
     Image.new("L", (8, 8), 90).save(tmp_path / "picture.png")
     mask = Image.new("L", (8, 8), 0)
     mask.paste(255, (0, 0, 8, 4))  # the upper half is repainted
     mask.save(tmp_path / "mask.png")
-    done = seriatim(f"--plugin={EXAMPLE}", *words)
-    assert done.returncode == 0, done.stderr
+    judged = ("--data", "digits", "--features", "pixels", "--num", "70")
+    for words in (
+        ("edit", "run", "picture.png", "--mask", "mask.png", "--label", "3", "--out", "edited"),
+        ("evaluate", "run", *judged, "--out", "judged"),
+        ("sweep", "run", "order=columns,raster", *judged, "--figures", "frechet", "--out", "swept"),
+        ("compare", "run", "run", *judged, "--figures", "frechet", "--out", "compared"),
+        # Another process, which must load the plug-in as well, measures memory.
+        ("bench", "run", "--repetitions", "1", "--threads", "1", "--num-inference-steps", "1", "--no-decode"),
+    ):
+        done = seriatim(f"--plugin={EXAMPLE}", *words)
+        assert done.returncode == 0, (words[0], done.stderr)
 
 
 def test_what_is_wrong_is_one_line(seriatim: Run, tmp_path: Path) -> None:
