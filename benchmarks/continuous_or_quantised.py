@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from ablation_cells import refuse_other
-from equal_minutes import SAVES, Timed, minutes_worth
+from equal_minutes import SAVES, Timed, minutes_worth, with_a_line_each_step
 from judged_samples import cell
 
 from seriatim.checkpoints.tokenizer import load_tokenizer, read_provenance
@@ -58,8 +58,7 @@ def timed(name: str, given: argparse.Namespace) -> Timed:
 
     def training(images: int, run: Path, saves: int) -> None:
         recipe = recipe_of(name, given, images, saves)
-        if not saves:
-            recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"log_images": size})})
+        recipe = recipe if saves else with_a_line_each_step(recipe)
         train_tokenizer(recipe, run, device="cpu", resume="auto", quiet=not saves)
 
     return Timed(name, size, training)

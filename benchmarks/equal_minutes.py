@@ -19,16 +19,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ablation_cells import read, refuse_other
 from filelock import FileLock
 
 from seriatim.core.files import write_json
 from seriatim.data.caching import write_cache
-from seriatim.training.config import Recipe
+from seriatim.training.config import Recipe, TokenizerRecipe
 from seriatim.training.loop import train
 from seriatim.training.setup import build_inputs
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, TokenizerRecipe)
 
 SAVES = 4  # checkpoints of a training, at least
 SAVE_MINUTES = 3  # between checkpoints of a long training of a generator, at most
@@ -89,15 +91,19 @@ def clock(reference: Timed, out: Path) -> float:
 def generator(recipe_of: Callable[[int, int], Recipe]) -> Timed:
     """The training of a generator; `recipe_of(images, save_images)` is its recipe."""
     first = recipe_of(1, 0)
-    size = first.training.batch_size
 
     def training(images: int, folder: Path, saves: int) -> None:
         recipe = recipe_of(images, -(-images // saves) if saves else 0)
-        if not saves:
-            recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"log_images": size})})
+        recipe = recipe if saves else with_a_line_each_step(recipe)
         train(recipe, folder, device="cpu", resume="auto", quiet=not saves)
 
-    return Timed(first.name, size, training)
+    return Timed(first.name, first.training.batch_size, training)
+
+
+def with_a_line_each_step(recipe: AnyRecipe) -> AnyRecipe:
+    """The recipe, with a line of metrics for every step, which tells the step's time."""
+    settings = recipe.training.model_copy(update={"log_images": recipe.training.batch_size})
+    return recipe.model_copy(update={"training": settings})
 
 
 def train_for(minutes: float, recipe: Callable[[int, int], Recipe], folder: Path, reference: Timed, out: Path) -> None:

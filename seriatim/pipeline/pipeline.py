@@ -12,15 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seriatim.checkpoints.native import Bundle
-from seriatim.core.device import pick_device, pick_dtype, plain_torch
+from seriatim.core.device import plain_torch
 from seriatim.core.errors import NumericsError, UsageError, check_known
 from seriatim.core.keys import Keys
 from seriatim.core.orders import CONFIDENCE, ORDERS, RANDOM
 from seriatim.core.progress import Progress
 from seriatim.core.schedules import GUIDANCE_OPTIONS
 from seriatim.core.validation import plain
-from seriatim.nn.prepare import prepare
 from seriatim.pipeline.arguments import ClassLabels, SettingsArgs, spelled_out
 from seriatim.pipeline.editing import (
     as_images,
@@ -32,7 +30,6 @@ from seriatim.pipeline.editing import (
     token_pixels,
 )
 from seriatim.pipeline.labels import class_number
-from seriatim.pipeline.metadata import versions
 from seriatim.pipeline.publishing import Stored
 from seriatim.pipeline.request import SampleRequest, fitted, resolved, seeds_of
 from seriatim.pipeline.result import OUTPUT_TYPES, Result, as_pil, converted
@@ -54,34 +51,6 @@ class Pipeline(Stored):
     A pipeline made from a bundle leaves the bundle's device and training modes unchanged after every call. `load` makes
     a pipeline that owns its model and lays the weights out for sampling.
     """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "auto",
-        source: str = "",
-    ) -> None:
-        """Use `bundle` on `device`. None keeps the model's device; any other value moves the model in place."""
-        self.bundle, self.source = bundle, source
-        self.owned = False  # an owned model is never trained and stays in evaluation mode
-        self.model, self.tokenizer = bundle.model, bundle.tokenizer
-        self.device = self.model.device if device is None else pick_device(device)
-        self.dtype = pick_dtype(dtype, self.device)
-        self.versions = versions(self.device, self.dtype)  # what generates the same images again
-        if device is not None:
-            self.model.to(self.device)
-            self.tokenizer.to(self.device)
-
-    def prepare(self) -> Pipeline:
-        """Lay the model's weights out for sampling, in place, as `load` does. It is then faster but not trainable."""
-        self.owned = True
-        self.model.eval()
-        self.tokenizer.eval()
-        prepare(self.model.backbone, self.dtype, keep=("token_embed",))  # it takes tokens, which are float32
-        prepare(self.model.head)
-        return self
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:

@@ -15,21 +15,20 @@ import torch
 from seriatim import __version__
 from seriatim.checkpoints.location import located
 from seriatim.checkpoints.native import CARD, Bundle, load_bundle, save_bundle
-from seriatim.core.device import plain_torch
+from seriatim.core.device import pick_device, pick_dtype, plain_torch
 from seriatim.core.errors import ResourceError, UsageError, one_line, shown
 from seriatim.core.files import expanded
 from seriatim.core.hub import NAME, Access
 from seriatim.core.markdown import block, inline
 from seriatim.models.build import parameter_count
+from seriatim.nn.prepare import prepare
+from seriatim.pipeline.metadata import versions
 
 MOST_NAMES = 20  # of classes that a card lists
 
 
 class Stored:
-    """A bundle that can be read and written; the base of `Pipeline`, which adds the sampling."""
-
-    bundle: Bundle
-    source: str
+    """A model with its tokenizer on a device, which can be read and written; `Pipeline` adds the sampling."""
 
     def __init__(
         self,
@@ -39,10 +38,25 @@ class Stored:
         dtype: str | torch.dtype = "auto",
         source: str = "",
     ) -> None:
-        raise NotImplementedError("make a Pipeline")
+        """Use `bundle` on `device`. None keeps the model's device; any other value moves the model in place."""
+        self.bundle, self.source = bundle, source
+        self.owned = False  # an owned model is never trained and stays in evaluation mode
+        self.model, self.tokenizer = bundle.model, bundle.tokenizer
+        self.device = self.model.device if device is None else pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self.versions = versions(self.device, self.dtype)  # what generates the same images again
+        if device is not None:
+            self.model.to(self.device)
+            self.tokenizer.to(self.device)
 
     def prepare(self) -> Self:
-        raise NotImplementedError("make a Pipeline")
+        """Lay the model's weights out for sampling, in place, as `load` does. It is then faster but not trainable."""
+        self.owned = True
+        self.model.eval()
+        self.tokenizer.eval()
+        prepare(self.model.backbone, self.dtype, keep=("token_embed",))  # it takes tokens, which are float32
+        prepare(self.model.head)
+        return self
 
     @property
     def class_names(self) -> list[str]:
