@@ -12,9 +12,13 @@ import typer
 
 from seriatim.cli.evaluate import (
     NUM,
+    BatchSizeOption,
+    CacheOption,
     DataOption,
+    DtypeOption,
     FeaturesOption,
     RealOption,
+    ShardOption,
     fields,
     is_tokenizer,
     only_images,
@@ -62,20 +66,15 @@ def compare(
     seed: Annotated[
         int, typer.Option(help="The seed, the same for A and B; further runs have seed + 1, seed + 2, ...")
     ] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="The number of images generated at once.")] = None,
+    batch_size: BatchSizeOption = None,
     out: Annotated[
         Path,
         typer.Option(help="The folder for the evaluations, compare.json and compare.png. Name it again to continue."),
     ] = Path("compare"),
-    cache: Annotated[
-        Path | None, typer.Option(help="The folder for features of real images. Default: the folder of --out.")
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(help="The share of this process, such as 0/2. Default: all, which processes of torchrun divide."),
-    ] = None,
+    cache: CacheOption = None,
+    shard: ShardOption = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="The dtype of the backbone: auto, float32 or bfloat16.")] = "auto",
+    dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:

@@ -36,6 +36,15 @@ FeaturesOption = Annotated[
         "weights file."
     ),
 ]
+BatchSizeOption = Annotated[int | None, typer.Option(help="The number of images generated at once.")]
+CacheOption = Annotated[
+    Path | None, typer.Option(help="The folder for features of real images. Default: the folder of --out.")
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(help="The share of this process, such as 0/2. Default: all, which processes of torchrun divide."),
+]
+DtypeOption = Annotated[str, typer.Option(help="The dtype of the backbone: auto, float32 or bfloat16.")]
 
 
 def evaluate(
@@ -63,18 +72,13 @@ def evaluate(
         typer.Option("--set", help="Another sampling setting, such as solver=dpm++. Repeat it for several."),
     ] = None,
     seed: Annotated[int, typer.Option(help="The seed; image i has the seed hash(seed, i).")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="The number of images generated at once.")] = None,
+    batch_size: BatchSizeOption = None,
     out: Annotated[
         Path,
         typer.Option(help="The folder for features and results.json. Name the same folder to continue after a stop."),
     ] = Path("evaluation"),
-    cache: Annotated[
-        Path | None, typer.Option(help="The folder for features of real images. Default: the folder of --out.")
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(help="The share of this process, such as 0/2. Default: all, which processes of torchrun divide."),
-    ] = None,
+    cache: CacheOption = None,
+    shard: ShardOption = None,
     neighbours: Annotated[
         int,
         typer.Option(min=0, help="Also show this many samples that are nearest to training images, beside those."),
@@ -88,7 +92,7 @@ def evaluate(
         typer.Option(help="Noise added to a tokenizer's tokens, in standard deviations. Repeat it for several levels."),
     ] = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="The dtype of the backbone: auto, float32 or bfloat16.")] = "auto",
+    dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:

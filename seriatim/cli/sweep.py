@@ -10,9 +10,13 @@ import typer
 
 from seriatim.cli.evaluate import (
     NUM,
+    BatchSizeOption,
+    CacheOption,
     DataOption,
+    DtypeOption,
     FeaturesOption,
     RealOption,
+    ShardOption,
     field_value,
     fields,
     only_images,
@@ -51,17 +55,12 @@ def sweep(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="The seed; image i has the seed hash(seed, i) at every point.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="The number of images generated at once.")] = None,
+    batch_size: BatchSizeOption = None,
     out: Annotated[Path, typer.Option(help="The folder for the points, sweep.json and curves.png.")] = Path("sweep"),
-    cache: Annotated[
-        Path | None, typer.Option(help="The folder for features of real images. Default: the folder of --out.")
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(help="The share of this process, such as 0/2. Default: the one that torchrun assigns, or all."),
-    ] = None,
+    cache: CacheOption = None,
+    shard: ShardOption = None,
     device: DeviceOption = "auto",
-    dtype: Annotated[str, typer.Option(help="The dtype of the backbone: auto, float32 or bfloat16.")] = "auto",
+    dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
     json: JsonFlag = False,
 ) -> None:
